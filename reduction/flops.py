@@ -1,0 +1,407 @@
+"""What a LLaVA costs with and without its reductions: FLOPs, KV cache, memory of a training step.
+
+Everything here needs a transformers LLaVA or LLaVA-NeXT config (``text_config``, ``vision_config``), never weights.
+Two ways of counting the language model's prefill stand side by side:
+
+- :func:`llm_prefill_flops` is ShortV's formula (arXiv 2504.00502, §3.3), with which the papers' figures are
+  reproduced. It assumes as many key heads as query heads.
+- :func:`llm_prefill_flops_grouped` counts the matrices that are really there (grouped-query attention, a head
+  size that is not hidden/heads); both agree where their assumptions do.
+
+Both count a multiply-add as two operations, attention as if it were not causal, and leave out embeddings, norms,
+softmax and the LM head, as the papers do. :func:`visionzip_formula` keeps VisionZip's own convention (§2.1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+
+from transformers import PreTrainedConfig
+
+# What a CUDA process holds beside tensors: context, cuBLAS and cuDNN workspaces, the allocator's rounding.
+CUDA_OVERHEAD_BYTES = 1 << 30
+# NF4 with double quantisation: 4 bits per weight, 8 per block of 64 and 32 per 256 blocks.
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
+
+# ---------------------------------------------------------------------------------------------- the papers' formulas
+
+
+def visionzip_formula(tokens: int, hidden_size: int, intermediate_size: int, num_layers: int) -> int:
+    """VisionZip's cost T(4nd² + 2n²d + 2ndm) of ``tokens`` in a plain transformer (arXiv 2412.04467, §2.1).
+
+    The formula counts a multiply-add once and an FFN of two matrices, so it is not comparable with ShortV's.
+    """
+    n, d, m = tokens, hidden_size, intermediate_size
+    return num_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+
+
+def shortv_layer_flops(
+    text_tokens: int, visual_tokens: int, hidden_size: int, intermediate_size: int, frozen: bool
+) -> int:
+    """ShortV's cost of one LLM layer, plain or with the visual tokens frozen (arXiv 2504.00502, §3.3).
+
+    Plain: 2(t+v)(4h+3m)h + 4(t+v)²h. Frozen: 2t(4h+3m)h + 4vh² + 4t(t+v)h.
+    """
+    t, v, h, m = text_tokens, visual_tokens, hidden_size, intermediate_size
+    if frozen:
+        return 2 * t * (4 * h + 3 * m) * h + 4 * v * h * h + 4 * t * (t + v) * h
+    return 2 * (t + v) * (4 * h + 3 * m) * h + 4 * (t + v) ** 2 * h
+
+
+def llm_prefill_flops(
+    text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, frozen_layers: int | Collection[int] = 0
+) -> int:
+    """FLOPs of one prefill in the language model, by ShortV's formula (all heads counted as key heads).
+
+    ``text_config`` is the LLM's config (``config.text_config`` of a LLaVA), ``frozen_layers`` their number or their
+    indices. Raises ValueError for negative counts and for more or other frozen layers than there are.
+    """
+    frozen = _number_frozen(frozen_layers, text_config.num_hidden_layers)
+    _refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
+    h, m = text_config.hidden_size, text_config.intermediate_size
+    plain_cost = shortv_layer_flops(text_tokens, visual_tokens, h, m, frozen=False)
+    frozen_cost = shortv_layer_flops(text_tokens, visual_tokens, h, m, frozen=True)
+    return (text_config.num_hidden_layers - frozen) * plain_cost + frozen * frozen_cost
+
+
+# -------------------------------------------------------------------------------- the same, for the matrices that are
+
+
+def llm_layer_flops_grouped(text_config: PreTrainedConfig, queries: int, keys: int, attended: int) -> tuple[int, int]:
+    """(FLOPs of the matrices, FLOPs of attention) of one LLM layer with grouped-query attention.
+
+    ``queries`` tokens pass through W_Q, attention, W_O and the FFN, ``keys`` tokens through W_K and W_V, and each
+    query is compared with ``attended`` keys (more than ``keys`` when a cache holds the rest).
+    """
+    q_width, kv_width = _attention_widths(text_config)
+    h, m = text_config.hidden_size, text_config.intermediate_size
+    matrices = 2 * queries * (2 * q_width + 3 * m) * h + 2 * keys * 2 * kv_width * h
+    return matrices, 4 * queries * attended * q_width
+
+
+def llm_prefill_flops_grouped(
+    text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, frozen_layers: int | Collection[int] = 0
+) -> int:
+    """As :func:`llm_prefill_flops`, counting the key and value heads that the config really has."""
+    return sum(_llm_flops(text_config, text_tokens, visual_tokens, frozen_layers))
+
+
+def lm_head_flops(text_config: PreTrainedConfig, positions: int) -> int:
+    """FLOPs of the LM head at ``positions`` tokens."""
+    return 2 * positions * text_config.hidden_size * text_config.vocab_size
+
+
+def kv_cache_bytes(text_config: PreTrainedConfig, tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the KV cache for ``tokens`` tokens. A frozen layer keeps keys and values, so ShortV changes nothing."""
+    _refuse_negative(tokens=tokens)
+    _, kv_width = _attention_widths(text_config)
+    return 2 * text_config.num_hidden_layers * tokens * kv_width * bytes_per_value
+
+
+def visual_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """(patches per side, number of special tokens such as CLS) of the vision tower."""
+    vision = config.vision_config
+    return vision.image_size // vision.patch_size, 0 if vision.model_type.startswith("siglip") else 1
+
+
+def tower_blocks_run(config: PreTrainedConfig) -> int:
+    """How many blocks of the tower run: those up to the last ``vision_feature_layer`` (hidden_states index)."""
+    depth = config.vision_config.num_hidden_layers
+    layers = config.vision_feature_layer
+    indices = [layers] if isinstance(layers, int) else list(layers)
+    return max(index if index >= 0 else depth + 1 + index for index in indices)
+
+
+def vision_tower_flops(config: PreTrainedConfig, tiles: int = 1) -> int:
+    """FLOPs of the vision tower (two-matrix FFN) for ``tiles`` images or tiles, up to the selected block."""
+    vision = config.vision_config
+    side, special = visual_grid(config)
+    n, d, m = side * side + special, vision.hidden_size, vision.intermediate_size
+    block = 2 * n * (4 * d + 2 * m) * d + 4 * n * n * d
+    embedding = 2 * side * side * 3 * vision.patch_size**2 * d
+    return tiles * (embedding + tower_blocks_run(config) * block)
+
+
+def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
+    """FLOPs of the two-layer projector for ``visual_tokens`` tokens."""
+    width_in, h = _projector_input(config), config.text_config.hidden_size
+    return 2 * visual_tokens * (width_in * h + h * h)
+
+
+def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:
+    """Visual tokens of one image: the tower's whole grid, or ``budget`` = (dominant, contextual), times ``tiles``.
+
+    LLaVA-NeXT's real counts vary with the photograph (unpadding, newlines); tiles x grid is how the papers count
+    (5 tiles = 2880). Raises ValueError for a budget that the grid cannot fill.
+    """
+    side, special = visual_grid(config)
+    if tiles < 1:
+        raise ValueError(f"tiles={tiles}: must be at least 1.")
+    if budget is None:
+        return tiles * (side * side + (special if config.vision_feature_select_strategy == "full" else 0))
+    dominant, contextual = budget
+    if dominant < 1 or contextual < 0 or dominant + contextual > side * side + special:
+        raise ValueError(
+            f"budget {dominant}+{contextual}: dominant must be at least 1, contextual at least 0, together at most "
+            f"{side * side + special} (the tower has {side}x{side} patches and {special} CLS token)."
+        )
+    return tiles * (dominant + contextual)
+
+
+# ----------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Number of parameters of each part of a LLaVA."""
+
+    vision_tower: int
+    projector: int
+    llm_layers: int  # the decoder layers, which 4-bit loading quantises
+    embeddings: int  # token embeddings, final norm and the LM head (counted once when tied)
+
+    @property
+    def total(self) -> int:
+        return self.vision_tower + self.projector + self.llm_layers + self.embeddings
+
+
+def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
+    """Parameters of a LLaVA with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 LLM, from its config alone.
+
+    LLaVA-NeXT's ``image_newline`` is counted with the projector. Raises ValueError for other families.
+    """
+    text = config.text_config
+    h, m = text.hidden_size, text.intermediate_size
+    q_width, kv_width = _attention_widths(text)
+    if text.model_type not in ("llama", "mistral", "qwen2"):
+        raise ValueError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
+    layer = 2 * q_width * h + 2 * kv_width * h + 3 * m * h + 2 * h
+    if text.model_type == "qwen2":
+        layer += q_width + 2 * kv_width
+    if text.model_type == "llama" and text.attention_bias:
+        layer += q_width + 2 * kv_width + h
+    if text.model_type == "llama" and text.mlp_bias:
+        layer += 2 * m + h
+    embeddings = text.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
+
+    width_in = _projector_input(config)
+    bias = 2 * h if config.multimodal_projector_bias else 0
+    projector = width_in * h + h * h + bias + (h if config.model_type.endswith("llava_next") else 0)
+    return ParameterCounts(_tower_parameters(config), projector, text.num_hidden_layers * layer, embeddings)
+
+
+def _tower_parameters(config: PreTrainedConfig) -> int:
+    vision = config.vision_config
+    d, m = vision.hidden_size, vision.intermediate_size
+    side, special = visual_grid(config)
+    block = 4 * (d * d + d) + 2 * d * m + d + m + 4 * d
+    patches = 3 * vision.patch_size**2 * d
+    positions = (side * side + special) * d
+    if vision.model_type == "clip_vision_model":
+        return vision.num_hidden_layers * block + patches + positions + d + 4 * d  # CLS, norms before and after
+    if vision.model_type == "siglip_vision_model":
+        total = vision.num_hidden_layers * block + patches + d + positions + 2 * d
+        if getattr(vision, "vision_use_head", True):  # the pooling head, loaded though LLaVA never reads it
+            total += d + (4 * d * d + 4 * d) + 2 * d * m + d + m + 2 * d
+        return total
+    raise ValueError(
+        f"vision_config.model_type={vision.model_type!r}: known are clip_vision_model and siglip_vision_model."
+    )
+
+
+# -------------------------------------------------------------------------------------------------- a training step
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimiser step that tunes the projector.
+
+    ``text_tokens`` are those of one sample; all are counted as supervised, which bounds the logits from above.
+    ``visual_tokens`` are one sample's after VisionZip, ``tiles`` the images or tiles that the tower reads for it.
+    ``weights`` is "bfloat16", "float32" or "4bit" (NF4 decoder layers, everything else bfloat16).
+    """
+
+    text_tokens: int
+    visual_tokens: int
+    tiles: int = 1
+    frozen_layers: int = 0
+    global_batch_size: int = 128
+    micro_batch_size: int = 16
+    gradient_checkpointing: bool = True
+    weights: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _refuse_negative(text_tokens=self.text_tokens, visual_tokens=self.visual_tokens)
+        if self.weights not in ("bfloat16", "float32", "4bit"):
+            raise ValueError(f"weights={self.weights!r}: choose bfloat16, float32 or 4bit.")
+        if self.micro_batch_size < 1 or self.global_batch_size < 1:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}: "
+                "both must be at least 1."
+            )
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Bytes of one activation value."""
+        return 4 if self.weights == "float32" else 2
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device at the peak of a training step, by part."""
+
+    weights: int  # tower, LLM and embeddings as stored
+    projector: int  # fp32 weights, gradients and Adam's two moments
+    activations: int  # kept for the backward pass
+    working: int  # the layer at work: its recomputed activations and gradients, or the tower's if they are more
+    logits: int  # logits of the supervised positions, their fp32 copy and gradients
+    overhead: int  # CUDA context and workspaces
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def training_step_flops(config: PreTrainedConfig, step: TrainingStep) -> int:
+    """FLOPs of one optimiser step over ``step.global_batch_size`` samples: tower, projector, LLM and LM head.
+
+    An untrained LLM's backward pass costs its matrices once (input gradients only) and its attention twice; gradient
+    checkpointing costs the layers' forward once more. The projector costs its forward, its weight gradients and the
+    input gradient of its second layer. The tower has no backward pass.
+    """
+    text, t, v = config.text_config, step.text_tokens, step.visual_tokens
+    matrices, attention = _llm_flops(text, t, v, step.frozen_layers)
+    forwards = 2 if step.gradient_checkpointing else 1
+    llm = (forwards + 1) * matrices + (forwards + 2) * attention
+    projector = 2 * projector_flops(config, v) + 2 * v * text.hidden_size**2
+    per_sample = vision_tower_flops(config, step.tiles) + projector + llm + 2 * lm_head_flops(text, t)
+    return step.global_batch_size * per_sample
+
+
+def layer_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: int, bytes_per_value: int) -> int:
+    """Bytes that one untrained LLM layer keeps for the backward pass: ``queries`` of its ``keys`` tokens are updated.
+
+    Linear layers without weight gradients keep nothing. What is left: the input of each norm in fp32 with its inverse
+    root mean square, keys and values, queries, attention's output and log-sum, and three FFN-wide tensors.
+    """
+    q_width, kv_width = _attention_widths(text_config)
+    h, m, b = text_config.hidden_size, text_config.intermediate_size, bytes_per_value
+    per_key = 4 * h + 4 + 2 * kv_width * b
+    per_query = 4 * h + 4 + 2 * q_width * b + 4 * text_config.num_attention_heads + 3 * m * b
+    return keys * per_key + queries * per_query
+
+
+def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> TrainingMemory:
+    """Bytes on one device at the peak of a training step with ``step.micro_batch_size`` samples at a time.
+
+    The model is on one device in full, attention is SDPA. It is an estimate: activations follow
+    :func:`layer_activation_bytes`, the rest is counted from the tensors that exist at once.
+    """
+    text, t, v, b, rows = (
+        config.text_config,
+        step.text_tokens,
+        step.visual_tokens,
+        step.bytes_per_value,
+        step.micro_batch_size,
+    )
+    counts = parameter_counts(config)
+    layer_bytes = NF4_BYTES if step.weights == "4bit" else b
+    weights = int(counts.llm_layers * layer_bytes) + (counts.vision_tower + counts.embeddings) * b
+
+    plain = rows * layer_activation_bytes(text, t + v, t + v, b)
+    frozen = rows * layer_activation_bytes(text, t, t + v, b)
+    plain_layers = text.num_hidden_layers - step.frozen_layers
+    hidden = rows * (t + v) * text.hidden_size * b
+    projector_kept = rows * v * (_projector_input(config) + 2 * text.hidden_size) * 4
+    if step.gradient_checkpointing:
+        kept = text.num_hidden_layers * hidden
+        recomputed = plain if plain_layers else frozen
+    else:
+        kept = plain_layers * plain + step.frozen_layers * frozen
+        recomputed = 0
+    # Backward through an FFN holds the gradients of its three wide tensors and of the hidden states around it.
+    updated = t + v if plain_layers else t
+    gradients = rows * updated * 3 * text.intermediate_size * b + 4 * hidden
+    dequantised = text.hidden_size * text.intermediate_size * 2 if step.weights == "4bit" else 0
+
+    vision = config.vision_config
+    side, special = visual_grid(config)
+    tower = rows * step.tiles * (side * side + special) * (6 * vision.hidden_size + 2 * vision.intermediate_size) * b
+    return TrainingMemory(
+        weights=weights,
+        projector=16 * counts.projector,
+        activations=kept + projector_kept,
+        working=max(recomputed + gradients + dequantised, tower),
+        logits=rows * t * text.vocab_size * (2 * b + 8),
+        overhead=CUDA_OVERHEAD_BYTES,
+    )
+
+
+# -------------------------------------------------------------------------------------------- what users write
+
+
+def parse_budget(text: str) -> dict[str, int]:
+    """``"54+10"`` -> ``{"dominant": 54, "contextual": 10}``. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)
+    if match is None:
+        raise ValueError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
+    return {"dominant": int(match[1]), "contextual": int(match[2])}
+
+
+def parse_bytes(text: str) -> int:
+    """``"24GiB"`` (or ``24``, ``24 GB``) -> bytes. A bare number means GiB. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory {text!r}: write it as 24GiB, 80GB or 512MiB, more than zero.")
+    return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(match[2], 2**30))
+
+
+# ------------------------------------------------------------------------------------------------------ internals
+
+
+def _llm_flops(
+    text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, frozen_layers: int | Collection[int]
+) -> tuple[int, int]:
+    """(FLOPs of the matrices, FLOPs of attention) of one prefill through all layers."""
+    frozen = _number_frozen(frozen_layers, text_config.num_hidden_layers)
+    _refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
+    tokens = text_tokens + visual_tokens
+    plain_matrices, plain_attention = llm_layer_flops_grouped(text_config, tokens, tokens, tokens)
+    frozen_matrices, frozen_attention = llm_layer_flops_grouped(text_config, text_tokens, tokens, tokens)
+    plain = text_config.num_hidden_layers - frozen
+    return plain * plain_matrices + frozen * frozen_matrices, plain * plain_attention + frozen * frozen_attention
+
+
+def _attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
+    """(width of all query heads, width of all key heads)."""
+    heads = text_config.num_attention_heads
+    # Not every family's config has head_dim, and Mistral's may hold None.
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return heads * head_dim, (text_config.num_key_value_heads or heads) * head_dim
+
+
+def _projector_input(config: PreTrainedConfig) -> int:
+    layers = config.vision_feature_layer
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
+def _number_frozen(frozen_layers: int | Collection[int], num_layers: int) -> int:
+    if not isinstance(frozen_layers, int):
+        bad = [layer for layer in frozen_layers if not 0 <= layer < num_layers]
+        if bad or len(set(frozen_layers)) != len(frozen_layers):
+            raise ValueError(
+                f"frozen_layers={list(frozen_layers)}: must be distinct layers from 0 to {num_layers - 1}."
+            )
+        frozen_layers = len(frozen_layers)
+    if not 0 <= frozen_layers <= num_layers:
+        raise ValueError(f"frozen_layers={frozen_layers}: the language model has {num_layers} layers (0 to all).")
+    return frozen_layers
+
+
+def _refuse_negative(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"{name}={count}: must not be negative.")
