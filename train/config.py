@@ -1,0 +1,346 @@
+"""Every setting of a run: dataclasses, read from YAML and the command line, checked before anything is loaded.
+
+`load_config(argv)` reads `--config FILE` (default: configs/demo.yaml), then the command line's own keys over it. A key
+that does not exist, a value of the wrong type and settings that do not go together all raise `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
+
+
+class ConfigError(ValueError):
+    """A key that does not exist, a value of the wrong type, or settings that do not go together."""
+
+
+@dataclass(frozen=True)
+class VisionZipConfig:
+    """The budget: visual tokens per image (per tile in LLaVA-NeXT)."""
+
+    dominant: int
+    """Patches kept as they are, CLS counted among them."""
+    contextual: int
+    """Tokens that the other patches are merged into."""
+
+
+@dataclass(frozen=True)
+class ShortVConfig:
+    """The LLM layers in which visual tokens are frozen: listed, or chosen by LC when the run starts."""
+
+    layers: list[int] | None = None
+    """Indices of the frozen layers, from 0."""
+    freeze: float | None = None
+    """Instead of `layers`: the share of the layers to freeze (0.6 = 60 %), those with the lowest LC."""
+    calibration_samples: int = 64
+    """With `freeze`: training conversations that LC is measured on."""
+
+    def __post_init__(self) -> None:
+        if (self.layers is None) == (self.freeze is None):
+            raise ConfigError("shortv needs either layers or freeze, and not both")
+        if self.freeze is not None and not 0 < self.freeze < 1:
+            raise ConfigError(f"shortv.freeze is {self.freeze}: a share between 0 and 1 is needed (0.6 = 60 %)")
+        _at_least(self, "shortv.", calibration_samples=1)
+
+
+@dataclass(frozen=True)
+class DemoScenesConfig:
+    """The drawn scenes that `instructions: demo` stands for."""
+
+    folder: str = "checkpoints/demo-scenes"
+    """Where they are written, if they are not there yet."""
+    train_scenes: int = 20_000
+    """Scenes in the whole training set, of which data.fraction is drawn."""
+    eval_scenes: int = 256
+    """Held-out scenes (another seed)."""
+    train_seed: int = 101
+    """Seed of the training scenes."""
+    eval_seed: int = 102
+    """Seed of the held-out scenes."""
+
+    def __post_init__(self) -> None:
+        if self.train_seed == self.eval_seed:
+            raise ConfigError("data.demo_scenes: train_seed and eval_seed are equal, so nothing would be held out")
+        _at_least(self, "data.demo_scenes.", train_scenes=1, eval_scenes=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and what is held out."""
+
+    instructions: str
+    """Conversations to train on, in LLaVA's JSON (or JSON Lines); `demo` draws scenes instead."""
+    image_root: str | None = None
+    """Folder that image paths start from; null means the folder of the instructions."""
+    fraction: float = 1.0
+    """Share of the conversations to train on, drawn with `seed`, in proportion to their sources."""
+    eval_instructions: str | None = None
+    """Held-out conversations; null means none."""
+    eval_image_root: str | None = None
+    """Image folder of the held-out file; null means image_root, or the folder of eval_instructions without one."""
+    eval_samples: int | None = None
+    """Only the first so many held-out conversations; null means all."""
+    max_length: int = 2048
+    """Tokens per conversation, visual tokens included; longer ones are cut after a whole turn."""
+    num_workers: int = 2
+    """Processes that load images, per training process; 0 loads them in the loop."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """What a bad row or image gets: an error, or being left out, counted and listed in the run's folder."""
+    max_bad_fraction: float = 0.05
+    """With on_bad_sample skip: stop when more than this share of the samples is bad."""
+    demo_scenes: DemoScenesConfig = field(default_factory=DemoScenesConfig)
+    """The drawn scenes that `demo` stands for."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"data.fraction is {self.fraction}: a share above 0 and up to 1 is needed")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}: a share from 0 to 1 is needed")
+        _at_least(self, "data.", max_length=2, num_workers=0, eval_samples=1)
+        if self.eval_instructions is None and (self.eval_image_root or self.eval_samples):
+            raise ConfigError("data.eval_image_root and data.eval_samples need data.eval_instructions")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Settings of train/tune_projector.py. Paths are relative to the working directory."""
+
+    model: str
+    """The release: a folder or a Hub id."""
+    data: DataConfig
+    """What is trained on, and what is held out."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    visionzip: VisionZipConfig | None = None
+    """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
+    visionzip.contextual: tokens that the other patches are merged into."""
+    shortv: ShortVConfig | None = None
+    """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: the share of the
+    layers to freeze (0.6 = 60 %), those with the lowest LC, measured when the run starts on
+    shortv.calibration_samples training conversations."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of the projector (AdamW)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    num_train_epochs: float | None = None
+    """Passes over the conversations; 1 unless max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps, instead of num_train_epochs."""
+    global_batch_size: int = 128
+    """Conversations per optimizer step, over all processes and micro-batches."""
+    per_device_train_batch_size: int = 8
+    """Conversations per micro-batch and process at most: what memory allows. Does not change what is learned."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm is clipped to this; 0 turns clipping off."""
+    max_nonfinite_steps: int = 3
+    """Steps in a row with NaN or Inf in loss or gradient (each is skipped) after which the run stops."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Dtype of everything but the projector (always fp32): bf16, or no for fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute LLM layers in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of the order of the samples and of the subset."""
+
+    output_dir: str = "checkpoints/run"
+    """The run's folder."""
+    run_name: str | None = None
+    """Name shown by trackers; null means the folder's name."""
+    overwrite_output_dir: bool = False
+    """Delete the run that output_dir holds, and begin anew."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or the path of a step-... folder, to continue the run in output_dir."""
+    save_steps: int = 100
+    """Steps between two checkpoints; the last step always writes one."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept in the run's folder, the newest ones; null keeps all."""
+    logging_steps: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    """Trackers besides metrics.jsonl."""
+
+    eval_steps: int | None = None
+    """Steps between two held-out losses; null means only the final evaluation."""
+    eval_batch_size: int = 16
+    """Conversations (loss) and questions (answers) per batch in evaluations."""
+    final_evaluation: bool = True
+    """With data.eval_instructions: at the end, compare all tokens, reduced untuned and reduced + tuned in a table."""
+    control: bool = False
+    """Also tune the projector with all tokens, the same way, as a row of the final table."""
+    max_new_tokens: int = 64
+    """Longest answer generated in evaluations, in tokens."""
+    pictures: int = 4
+    """Held-out images drawn with their kept patches and merged groups at the end; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1, max_nonfinite_steps=1,
+            save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
+            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0,
+        )  # fmt: skip
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio is {self.warmup_ratio}: a share from 0 up to, but not including, 1")
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}: more than 0 is needed")
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ConfigError(
+                f"max_steps ({self.max_steps}) and num_train_epochs ({self.num_train_epochs}) both say how long: "
+                "set one of them to null"
+            )
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio > 0:
+            raise ConfigError(
+                f"lr_scheduler_type constant has no warm-up, but warmup_ratio is {self.warmup_ratio}: "
+                "choose constant_with_warmup, or warmup_ratio 0"
+            )
+        if self.eval_steps is not None and self.data.eval_instructions is None:
+            raise ConfigError(
+                f"eval_steps is {self.eval_steps}, but there is nothing held out: set data.eval_instructions"
+            )
+        if self.control and (self.data.eval_instructions is None or not self.final_evaluation):
+            raise ConfigError(
+                "control adds a row to the final table: it needs data.eval_instructions and final_evaluation"
+            )
+        if self.control and self.visionzip is None and self.shortv is None:
+            raise ConfigError(
+                "control is the same tuning without reduction, and this run has none: set control to false"
+            )
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "overwrite_output_dir would delete the run that resume_from_checkpoint continues: choose one"
+            )
+        if len(set(self.report_to)) != len(self.report_to):
+            raise ConfigError(f"report_to names a tracker twice: {self.report_to}")
+        for tracker in self.report_to:
+            if importlib.util.find_spec(tracker) is None:
+                raise ConfigError(
+                    f"report_to {tracker}: the package is not installed: pip install 'shortzip[{tracker}]'"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.run_name or Path(self.output_dir).resolve().name
+
+
+def _at_least(section: Any, prefix: str, **minima: float) -> None:
+    for key, minimum in minima.items():
+        value = getattr(section, key)
+        if value is not None and not minimum <= value < float("inf"):  # NaN too
+            raise ConfigError(f"{prefix}{key} is {value}: at least {minimum} is needed, and finite")
+
+
+def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
+    """Every dotted key of a config class, each with its class if it is a section."""
+    hints = get_type_hints(section)
+    for item in fields(section):
+        nested = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
+        yield prefix + item.name, nested[0] if nested else None  # type: ignore[misc]
+        for kind in nested:
+            yield from known_keys(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+
+
+def check_keys(given: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Raises `ConfigError` for the first of the dotted keys `given` that is not `known`, naming the nearest one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            tails = {name.rsplit(".", 1)[-1]: name for name in known}
+            near = near or [
+                tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.5)
+            ]
+            raise ConfigError(f"{where}: there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _keys_in(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys_in(value, f"{prefix}{key}.")
+
+
+def parse_config(section: type, argv: Sequence[str], *, default: Path | None, program: str) -> Any:
+    """Reads `--config` files and command-line keys into the dataclass `section`.
+
+    `default` is the YAML read when `argv` names none. Later sources win: YAML files in order, then keys in order.
+    `--help` prints every key, and exits. Raises `ConfigError`.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    known = [key for key, _ in known_keys(section)]
+    options = [token[2:].split("=")[0].removesuffix("+") for token in argv if token.startswith("--")]
+    if "config" not in options and default is not None:
+        argv = ["--config", str(default), *argv]
+    check_keys(options, [*known, "config", "help", "print_config"], "command line")
+    for position, token in enumerate(argv):
+        path = token.split("=", 1)[1] if token.startswith("--config=") else None
+        if token == "--config":
+            path = argv[position + 1] if position + 1 < len(argv) else ""
+        if path is not None:
+            check_keys(list(_keys_in(_read_yaml(path))), known, path)
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help=f"YAML file of keys (default: {default})")
+    parser.add_class_arguments(section)
+    try:
+        values = parser.instantiate(parser.parse_args(list(argv)))
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse has one exception per kind of mistake; all are the user's here
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(str(cause) if cause else _plain(str(error))) from error
+    return section(**{item.name: values[item.name] for item in fields(section)})
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's tree of type errors in one line: the key, the value and what was expected."""
+    keys = re.findall(r'(?:Parser key|argument) "?-*([\w.]+)"?:', message)
+    values = re.findall(r"(?:Given|Got) value: (.*)", message)
+    expected = re.findall(r"Expected a ([^\n]+?)\.?(?: Got value|\n|$)", message)
+    if not (keys and values and expected):
+        return message
+    kinds = [
+        re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").replace("NoneType", "null") for kind in expected
+    ]
+    return f"{'.'.join(keys)}: {values[0]!r} is not of type {' or '.join(dict.fromkeys(kinds))}"
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: keys and values are needed, found a {type(content).__name__}")
+    return content
+
+
+def load_config(argv: Sequence[str]) -> TuneConfig:
+    """The run's settings from command-line arguments (without the program's name). Raises `ConfigError`."""
+    return parse_config(TuneConfig, argv, default=DEFAULT_CONFIG, program="tune_projector.py")
+
+
+def dump_config(config: Any) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
