@@ -1,0 +1,30 @@
+"""Fixtures that several packages' tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_instructions, write_release
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # bit-for-bit comparisons, and room for the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random LLaVA with 36 patches and 4 LLM layers; read only."""
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="session")
+def tiny_instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 conversations in LLaVA's JSON with their images beside it; read only."""
+    return write_instructions(tmp_path_factory.mktemp("instructions"), 40)
+
+
+@pytest.fixture(scope="session")
+def tiny_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 held-out conversations in LLaVA's JSON; read only."""
+    return write_instructions(tmp_path_factory.mktemp("held-out"), 12, seed=1)

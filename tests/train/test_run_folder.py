@@ -1,0 +1,76 @@
+"""The run's folder: no other run is harmed, and what was measured stays readable."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train.config import DataConfig, TuneConfig, load_config
+from train.run_folder import Metrics, RunFolderError, prepare_folder, read_metrics, write_status
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TuneConfig:
+    return TuneConfig(model="m", data=DataConfig(instructions="i"), output_dir=str(tmp_path / "run"))
+
+
+def test_a_new_run_writes_its_config(config: TuneConfig) -> None:
+    folder = prepare_folder(config)
+    assert load_config(["--config", str(folder / "config.yaml")]) == config
+
+
+def test_another_run_is_not_touched(config: TuneConfig) -> None:
+    folder = prepare_folder(config)
+    (folder / "metrics.jsonl").write_text("precious")
+    with pytest.raises(RunFolderError, match=r"holds another run.*--resume_from_checkpoint latest"):
+        prepare_folder(replace(config, seed=5))
+    assert (folder / "metrics.jsonl").read_text() == "precious"
+    assert load_config(["--config", str(folder / "config.yaml")]).seed == 0
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(config: TuneConfig) -> None:
+    folder = prepare_folder(config)
+    (folder / "metrics.jsonl").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-000001").mkdir()
+    prepare_folder(replace(config, overwrite_output_dir=True))
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_things_is_never_used(config: TuneConfig, overwrite: bool) -> None:
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(RunFolderError, match="holds no run"):
+        prepare_folder(replace(config, overwrite_output_dir=overwrite))
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_needs_a_run(config: TuneConfig) -> None:
+    with pytest.raises(RunFolderError, match="holds no run"):
+        prepare_folder(replace(config, resume_from_checkpoint="latest"))
+    Path(config.output_dir).write_text("a file")
+    with pytest.raises(RunFolderError, match="is a file"):
+        prepare_folder(config)
+
+
+def test_metrics_after_the_resumed_step_are_dropped_with_a_half_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, None)
+    for step in (1, 2, 3):
+        metrics.write("train", step, loss=0.5 * step)
+    metrics.close()
+    with metrics.path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2, 3]
+    resumed = Metrics(tmp_path, 2)
+    resumed.write("train", 3, loss=9.0)
+    lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_the_status_says_why(tmp_path: Path) -> None:
+    write_status(tmp_path, "stopped", 7, "SIGTERM")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", 7, "SIGTERM")
