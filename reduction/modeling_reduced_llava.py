@@ -1,0 +1,328 @@
+"""LLaVA with VisionZip and ShortV in its forward pass, and what its LLaVA-NeXT sibling shares with it.
+
+The weights have the names of transformers' LLaVA: a release loads here, and a reduced checkpoint loads there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel, SiglipVisionModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
+from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
+from .visionzip import reduce_tokens
+
+
+@dataclass
+class VisualTokens(ModelOutput):
+    """What the tower and VisionZip make of N images (tiles in LLaVA-NeXT), before the projector.
+
+    Attributes:
+        tokens: [N, budget, H] in the tower's dtype: CLS (if any), dominant patches in spatial order, contextual.
+        kept: [N, D] int64, patch indices (row-major in the grid) of the dominant tokens, ascending.
+        targets: [N, C] int64, patch indices of the tokens that the contextual ones grew from.
+        groups: [N, P] int64, the contextual token that each patch was merged into; -1 for a dominant or dropped patch.
+        attention: [N, P] float32, the score of each patch.
+    """
+
+    tokens: Tensor | None = None
+    kept: Tensor | None = None
+    targets: Tensor | None = None
+    groups: Tensor | None = None
+    attention: Tensor | None = None
+
+
+class DtypeProjector(LlavaMultiModalProjector):
+    """LLaVA's projector in a dtype of its own: float32 while it is trained, whatever the tower computes in."""
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        dtype = self.linear_1.weight.dtype
+        return super().forward(image_features.to(dtype) if dtype.is_floating_point else image_features)
+
+
+class ReducedModelMixin:
+    """What the reduced LLaVA and LLaVA-NeXT models have in common; goes before the transformers class."""
+
+    config: Any
+    vision_tower: Any
+    language_model: Any
+    multi_modal_projector: Any
+    get_input_embeddings: Any
+    post_init: Any
+
+    def __init__(self, config: Any) -> None:
+        validate(config)
+        super().__init__(config)  # type: ignore[call-arg]
+        self.multi_modal_projector = DtypeProjector(config)
+        if config.shortv is not None:
+            freeze_visual_tokens(self.language_model, config.shortv["layers"])
+        self.post_init()
+
+    def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
+        """The visual tokens that VisionZip leaves, and where every patch went.
+
+        Args:
+            pixel_values: [N, 3, S, S].
+            vision_feature_layer: overrides the config's.
+
+        Raises:
+            ValueError: `visionzip` is None, or `vision_feature_layer` is a list or out of range.
+        """
+        if self.config.visionzip is None:
+            raise ValueError("visionzip is null: this model keeps every visual token and chooses none")
+        tower = self.vision_tower
+        blocks = tower.encoder.layers
+        if vision_feature_layer is None:
+            vision_feature_layer = self.config.vision_feature_layer
+        selected = selected_block(vision_feature_layer, len(blocks))
+        hidden = embed_patches(tower, pixel_values)
+        for block in blocks[:selected]:
+            hidden = block(hidden, None)
+        has_cls = TOWER_HAS_CLS[tower.config.model_type]
+        queries, keys = _queries_and_keys(blocks[selected], hidden, has_cls)
+        reduced = reduce_tokens(
+            blocks[selected](hidden, None),
+            queries,
+            keys,
+            blocks[selected].self_attn.scale,
+            self.config.visionzip["dominant"],
+            self.config.visionzip["contextual"],
+            has_cls,
+        )
+        return VisualTokens(**reduced._asdict())
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        if self.config.visionzip is None:
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
+        mask = self._placeholders(input_ids, inputs_embeds)
+        placeholders, features = mask.sum(), image_features.shape[0]
+        torch_compilable_check(placeholders == features, lambda: self._mismatch(int(placeholders), features))
+        return mask.unsqueeze(-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' model.
+
+        `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
+        visual: ShortV, and `inputs_embeds` into which the image is merged already.
+
+        Raises:
+            ValueError: placeholders and visual tokens do not match, or ShortV cannot know which positions are visual.
+        """
+        if self.config.visionzip is not None or self.config.shortv is not None:
+            features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
+            if input_ids is not None and not has_image:
+                self._refuse_missing_images(input_ids)
+            if self.config.shortv is not None:
+                visual = None
+                if has_image:
+                    visual = self._placeholders(input_ids, inputs_embeds)
+                elif inputs_embeds is not None:
+                    visual = _from_token_types(mm_token_type_ids, inputs_embeds)
+                self._refuse_unmasked_attention(kwargs)
+                if visual is not None:
+                    kwargs["active_rows"] = active_rows(visual)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B, L] bool, True where a visual token goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _mismatch(self, placeholders: int, features: int) -> str:
+        visionzip = self.config.visionzip
+        return (
+            f"the prompts hold {placeholders} image placeholders, the images give {features} visual tokens: this "
+            f"model keeps {visionzip['dominant'] + visionzip['contextual']} per image (per tile in LLaVA-NeXT). Build "
+            f"the inputs with the processor saved beside this model or with from_pretrained(…, visionzip={visionzip})"
+        )
+
+    def _refuse_missing_images(self, input_ids: Tensor) -> None:
+        # One new token may be a placeholder that the model itself wrote; in a prompt it is an image that was left out.
+        if input_ids.shape[1] == 1:
+            return
+        placeholders = (input_ids == self.config.image_token_id).sum()
+        torch_compilable_check(
+            placeholders == 0,
+            lambda: (
+                f"the prompts hold {int(placeholders)} image placeholders and there are 0 visual tokens: "
+                "pass the pixel_values of their images"
+            ),
+        )
+
+    def _refuse_unmasked_attention(self, kwargs: dict[str, Any]) -> None:
+        text = self.language_model.config
+        if text._attn_implementation not in SUPPORTED_ATTENTION:
+            raise ValueError(
+                f"shortv: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
+                f"load the language model with attn_implementation one of {list(SUPPORTED_ATTENTION)}"
+            )
+        if kwargs.get("output_attentions", text.output_attentions):
+            raise ValueError(
+                "shortv: output_attentions is not available, visual tokens have no attention in frozen layers: "
+                "load the model with shortv=None to look at attention"
+            )
+
+
+class StrictLoadingMixin:
+    """`from_pretrained` that refuses a checkpoint which does not fill the model exactly."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' method, with `visionzip` and `shortv` among the keyword arguments.
+
+        Raises:
+            ValueError: missing, unexpected or misshapen weights, by name; an impossible reduction.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = [
+            f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(sorted(map(str, info[key]))[:3])} …)"
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[key]
+        ]
+        if problems:
+            raise ValueError(f"{pretrained_model_name_or_path} does not fill {cls.__name__}: {'; '.join(problems)}")
+        return (model, info) if with_info else model
+
+
+class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
+    """LlavaModel whose images come as `budget` visual tokens each and whose decoder has frozen layers."""
+
+    config: ReducedLlavaConfig
+    config_class = ReducedLlavaConfig
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: Any = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Projected visual tokens of N images: `pooler_output` is a list of N tensors [budget, H of the decoder].
+
+        Under VisionZip `vision_feature_select_strategy` plays no part: the budget counts CLS and always contains it.
+        """
+        if self.config.visionzip is None:
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **({} if image_sizes is None else {"image_sizes": image_sizes}),
+                **kwargs,
+            )
+        tokens = self.get_visual_tokens(pixel_values, vision_feature_layer).tokens
+        projected = self.multi_modal_projector(tokens)
+        features: Any = list(projected)  # transformers types pooler_output as one tensor, and reads a list
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+
+
+class ReducedLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGeneration):
+    """LlavaForConditionalGeneration with `config.visionzip` and `config.shortv`; with both None, exactly that.
+
+    Its forward takes what transformers' takes; ValueError where placeholders and visual tokens do not match.
+    """
+
+    config: ReducedLlavaConfig
+    config_class = ReducedLlavaConfig
+
+    def __init__(self, config: ReducedLlavaConfig) -> None:
+        # Past LlavaForConditionalGeneration's own __init__, which would build a plain model first.
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = ReducedLlavaModel(config)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+
+def embed_patches(tower: Any, pixel_values: Tensor) -> Tensor:
+    """What the tower's first block reads: [N, T, H] of images [N, 3, S, S].
+
+    Raises:
+        ValueError: a tower of an unsupported family.
+    """
+    if isinstance(tower, CLIPVisionModel):
+        return tower.pre_layrnorm(tower.embeddings(pixel_values))
+    if isinstance(tower, SiglipVisionModel):
+        return tower.embeddings(pixel_values)
+    raise ValueError(f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel")
+
+
+@torch.no_grad()
+def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor, Tensor]:
+    """Queries [N, heads, Q, d] (Q = 1 with CLS: its own, else T) and keys [N, heads, T, d] of a block, in float32."""
+    attention = block.self_attn
+    # Autocast would bring back the rounding that float32 is here to avoid.
+    with torch.autocast(hidden.device.type, enabled=False):
+        norm = block.layer_norm1
+        normed = nn.functional.layer_norm(
+            hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+        )
+        queries = _project(attention.q_proj, normed[:, :1] if has_cls else normed)
+        keys = _project(attention.k_proj, normed)
+
+    def split_heads(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    return split_heads(queries), split_heads(keys)
+
+
+def _project(linear: Any, states: Tensor) -> Tensor:
+    """A projection of the tower in float32, if its weights can be had: quantised or adapted ones run as they are."""
+    if type(linear) is nn.Linear and not linear.weight.is_meta:
+        return nn.functional.linear(states, linear.weight.float(), linear.bias.float())
+    return linear(states).float()
+
+
+def _from_token_types(mm_token_type_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    if mm_token_type_ids is None:
+        raise ValueError(
+            "shortv: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
+            "mm_token_type_ids (1 at visual tokens, else 0) of the same length"
+        )
+    if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"shortv: mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}, "
+            f"inputs_embeds is {tuple(inputs_embeds.shape[:2])} positions"
+        )
+    return mm_token_type_ids == 1
+
+
+def register_key_mapping(reduced: str, plain: str) -> None:
+    """Let a class or model type load old releases as transformers' own does.
+
+    transformers renames the keys of old releases by class name and model type, and skips classes that are not its own:
+    without this a release loads with a random lm_head.
+    """
+    mapping = get_checkpoint_conversion_mapping(plain)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(reduced, mapping, overwrite=True)
+
+
+register_key_mapping("ReducedLlavaModel", "LlavaModel")
+register_key_mapping("reduced_llava", "llava")
+ReducedLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
