@@ -1,0 +1,260 @@
+"""The torch side: a dataset of conversations and the micro-batches that a training loop takes."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.drops import BadSample, Drop, DropLog
+from data.images import BadImage, image_name, image_size, open_image
+from data.instructions import Conversation
+from data.supervision import Encoded, Supervision
+
+
+@dataclass(slots=True)
+class Sample:
+    """One row, ready to be collated.
+
+    Attributes:
+        id: the row's id.
+        encoded: its tokens.
+        pixels: per image a float32 tensor: [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
+        image_sizes: (height, width) of each image in pixels, before it was resized.
+    """
+
+    id: str
+    encoded: Encoded
+    pixels: list[torch.Tensor]
+    image_sizes: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What one forward pass takes.
+
+    Attributes:
+        inputs: keyword arguments of the model: input_ids, attention_mask, labels, each [B, L] int64 and padded on the
+            right; pixel_values [N, 3, H, W] float32 (LLaVA-NeXT: [N, tiles, 3, H, W]) and, for LLaVA-NeXT, image_sizes
+            [N, 2] int64 — both absent without images. `labels` are -100 where nothing is supervised, not shifted.
+        sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
+        dropped: rows of this micro-batch that could not be read, under on_bad_sample "skip".
+    """
+
+    inputs: dict[str, torch.Tensor]
+    sample_ids: list[str]
+    dropped: list[Drop] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same on a device."""
+        moved = {key: tensor.to(device, non_blocking=True) for key, tensor in self.inputs.items()}
+        return MicroBatch(moved, self.sample_ids, self.dropped)
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory (what DataLoader's `pin_memory` calls)."""
+        pinned = {key: tensor.pin_memory() for key, tensor in self.inputs.items()}
+        return MicroBatch(pinned, self.sample_ids, self.dropped)
+
+
+class ConversationDataset(Dataset[Sample | Drop]):
+    """Conversations that can be trained on, with their lengths known.
+
+    Every row is tokenized once when the dataset is built; rows without supervised tokens and rows that are too long
+    are dropped and counted then. Images are opened when a row is asked for.
+
+    Args:
+        conversations: what to train on.
+        supervision: how they become tokens.
+        image_root: the folder that image paths are relative to.
+        drops: where rows that cannot be used go; None: the first bad one raises.
+        cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits;
+            None: nowhere.
+
+    Attributes:
+        conversations: the rows that are left.
+        lengths: [n] int64, tokens of each, visual tokens included.
+        supervised: [n] int64, supervised tokens of each.
+        cut: rows cut off at `max_length`, by what: {"turn": …, "answer": …}.
+
+    Raises:
+        BadSample: a bad row, where `drops` does not skip them.
+        ValueError: no row is left.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        supervision: Supervision,
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        drops: DropLog | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.supervision = supervision
+        self.image_root = image_root
+        self.drops = DropLog() if drops is None else drops
+        cache = None if cache_dir is None else Path(cache_dir) / f"lengths-{_key(conversations, supervision)}.json"
+        counted = _read_cache(cache) or self._count(conversations)
+        if cache is not None:
+            _write_cache(cache, counted)
+        for drop in counted["drops"]:
+            self.drops.add(BadSample(drop["reason"], drop["sample_id"], drop["detail"], drop["file"]))
+        self.drops.check(len(conversations), minimum=1)
+        kept = counted["kept"]
+        if not kept:
+            raise ValueError(f"no row is left to train on. {self.drops.summary()}.")
+        self.conversations = [conversations[number] for number in kept]
+        self.lengths = np.asarray(counted["lengths"], dtype=np.int64)
+        self.supervised = np.asarray(counted["supervised"], dtype=np.int64)
+        self.cut: dict[str, int] = counted["cut"]
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> Sample | Drop:
+        """A row with its images, or why it could not be read, where bad samples are skipped.
+
+        Raises:
+            BadSample: an image is missing or unreadable, where they are not.
+        """
+        conversation = self.conversations[index]
+        try:
+            return self.load(conversation)
+        except BadSample as error:
+            if self.drops.on_bad_sample == "raise":
+                raise
+            return Drop.of(error)
+
+    def load(self, conversation: Conversation) -> Sample:
+        """A conversation as tokens and pixels.
+
+        Raises:
+            BadSample: it, or an image of it, cannot be used.
+        """
+        pixels: list[torch.Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        processor = self.supervision.processor.image_processor
+        try:
+            if self.supervision.needs_image_sizes:
+                sizes = [image_size(source, self.image_root) for source in conversation.images]
+            encoded = self.supervision.encode(conversation, sizes if self.supervision.needs_image_sizes else None)
+            for source in conversation.images[: encoded.images]:
+                image = open_image(source, self.image_root)
+                features = processor(image, return_tensors="pt")
+                pixels.append(features["pixel_values"][0])
+                if not self.supervision.needs_image_sizes:
+                    sizes.append((image.height, image.width))
+        except BadImage as error:
+            raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images])
+
+    def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}
+        for number, conversation in enumerate(conversations):
+            try:
+                try:
+                    sizes = None
+                    if self.supervision.needs_image_sizes:
+                        sizes = [image_size(source, self.image_root) for source in conversation.images]
+                    encoded = self.supervision.encode(conversation, sizes)
+                except BadImage as error:
+                    raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+            except BadSample as error:
+                counted["drops"].append(asdict(Drop.of(error)))
+                continue
+            counted["kept"].append(number)
+            counted["lengths"].append(len(encoded.input_ids))
+            counted["supervised"].append(encoded.supervised)
+            if encoded.cut:
+                counted["cut"][encoded.cut] = counted["cut"].get(encoded.cut, 0) + 1
+        return counted
+
+
+class Collator:
+    """Rows to a `MicroBatch`: DataLoader's `collate_fn`.
+
+    Args:
+        pad_token_id: what the rows are filled up with (they are masked there).
+
+    An empty list, or one of rows that all had to be dropped, gives one row of one token and no supervised one: the
+    process takes part in the step and adds nothing to it.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    @classmethod
+    def of(cls, supervision: Supervision) -> "Collator":
+        """The collator for a tokenizer; its end token fills up where it has no padding token."""
+        tokenizer = supervision.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return cls(int(pad))
+
+    def __call__(self, rows: Sequence[Sample | Drop]) -> MicroBatch:
+        """Pad and stack."""
+        samples = [row for row in rows if isinstance(row, Sample)]
+        dropped = [row for row in rows if isinstance(row, Drop)]
+        length = max((len(sample.encoded.input_ids) for sample in samples), default=1)
+        shape = (max(len(samples), 1), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, -100, dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            filled = len(sample.encoded.input_ids)
+            input_ids[row, :filled] = torch.tensor(sample.encoded.input_ids)
+            labels[row, :filled] = torch.tensor(sample.encoded.labels)
+            attention_mask[row, :filled] = 1
+        if not samples:
+            attention_mask[:] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        pixels = [image for sample in samples for image in sample.pixels]
+        if pixels:
+            inputs["pixel_values"] = _stack(pixels)
+            if pixels[0].dim() == 4:
+                inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
+        return MicroBatch(inputs, [sample.id for sample in samples], dropped)
+
+
+def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
+    """Images to one tensor; LLaVA-NeXT's, which differ in their number of tiles, are filled up with zero tiles."""
+    most = max(image.shape[0] for image in pixels)
+    if pixels[0].dim() == 4 and any(image.shape[0] != most for image in pixels):
+        pixels = [torch.cat([image, image.new_zeros(most - len(image), *image.shape[1:])]) for image in pixels]
+    return torch.stack(pixels).to(torch.float32)
+
+
+def _key(conversations: Sequence[Conversation], supervision: Supervision) -> str:
+    """What the lengths depend on, hashed."""
+    tokenizer = supervision.tokenizer
+    sizes = () if supervision.needs_image_sizes else (supervision.placeholders((0, 0)),)
+    settings = [supervision.template, supervision.max_length, sizes, tokenizer.backend_tokenizer.to_str()]
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
+    for conversation in conversations:
+        names = [image_name(source) for source in conversation.images]
+        digest.update(json.dumps([conversation.id, names, conversation.turns]).encode())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path | None) -> dict[str, Any] | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        # Whatever happened to it, counting again mends it.
+        return None
+
+
+def _write_cache(path: Path, counted: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside and renamed: several processes may write it at once, and a reader never sees half of it.
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        json.dump(counted, file)
+    os.replace(file.name, path)

@@ -1,0 +1,301 @@
+"""Conversations to token ids and labels, supervised as the release was: the loss is on answers and their end token.
+
+Reference: LLaVA's `preprocess_multimodal`, `preprocess_v1` and `tokenizer_image_token` (arXiv 2310.03744, released
+code). The text between two images is tokenized on its own there, which with a sentencepiece tokenizer puts a `▁`
+before each piece; so it is done here.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import LlavaNextProcessor, LlavaProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from data.drops import BadSample
+from data.instructions import Conversation
+
+Processor = LlavaProcessor | LlavaNextProcessor
+
+IGNORE_INDEX = -100
+TEMPLATES = ("vicuna_v1", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+        input_ids: [L] token ids, as many placeholder ids per image as the model fills.
+        labels: [L] the id at supervised positions, -100 elsewhere; not shifted.
+        answers: token ranges (start, end) of the answers that are left, end token included. `input_ids[:start]` is
+            the prompt that the answer follows.
+        images: how many of the conversation's images are left (the first ones).
+        cut: None, "turn" if whole turns were cut off for `max_length`, "answer" if the first answer itself was.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    answers: list[tuple[int, int]]
+    images: int
+    cut: str | None = None
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def load_template(name: str) -> str:
+    """The text of one of `TEMPLATES`, or of a jinja file.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if name in TEMPLATES:
+        return resources.files("data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        f"chat_template {name!r} is no jinja file; give a path, 'auto', 'release', or one of {', '.join(TEMPLATES)}"
+    )
+
+
+def choose_template(processor: Processor, name: str = "auto") -> str:
+    """The chat template to train with; set it as `processor.chat_template`, so that it is published too.
+
+    "auto" takes `vicuna_v1` where the release has no template, or has transformers' rendering of the Vicuna prompt
+    for LLaVA-1.5, which leaves out the system sentence that the release was trained with. Every other release keeps
+    its own.
+
+    Args:
+        processor: the release's.
+        name: "auto", "release" (its own, as it is), one of `TEMPLATES`, or the path of a jinja file.
+
+    Raises:
+        ValueError: "release", and it has none.
+        FileNotFoundError: no such template.
+    """
+    own = _own_template(processor)
+    if name == "release":
+        if not own:
+            raise ValueError("the release has no chat template; chat_template: vicuna_v1, or the path of a jinja file")
+        return own
+    if name != "auto":
+        return load_template(name)
+    if not own:
+        return load_template("vicuna_v1")
+    probe = Conversation("probe", ("x",), (("user", "<image>\nQ"), ("assistant", "A")))
+    rendered = render_jinja_template([probe.messages()], chat_template=own, **processor.tokenizer.special_tokens_map)[
+        0
+    ][0]
+    bare = rendered.removeprefix(processor.tokenizer.bos_token or "").strip()
+    is_vicuna = re.fullmatch(rf"USER: {re.escape(processor.image_token)}\s+Q\s+ASSISTANT: A", bare) is not None
+    return load_template("vicuna_v1") if is_vicuna else own
+
+
+def _own_template(processor: Processor) -> str | None:
+    own = processor.chat_template
+    # Processors may hold several by name; transformers takes the one called "default" too.
+    return own.get("default") if isinstance(own, dict) else own
+
+
+class Supervision:
+    """Turns conversations into token ids and labels.
+
+    Args:
+        processor: a LLaVA processor: its tokenizer (a fast one), its number of placeholders per image.
+        chat_template: jinja source; None: `processor.chat_template`. Answers are found by its generation marks, or,
+            where it has none, by rendering the conversation up to and including each answer.
+        max_length: longest row in tokens, visual tokens included; None: no limit.
+
+    Raises:
+        ValueError: no template, a tokenizer without offsets, or a `max_length` below 2.
+    """
+
+    def __init__(self, processor: Processor, chat_template: str | None = None, max_length: int | None = 2048) -> None:
+        template = chat_template or _own_template(processor)
+        if not template:
+            raise ValueError(
+                "the processor has no chat template; set processor.chat_template = choose_template(processor)"
+            )
+        if not processor.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(processor.tokenizer).__name__} gives no character offsets, which the answers' places in the "
+                "tokens are found by; load the release's tokenizer with AutoTokenizer (a tokenizers-backed one)"
+            )
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length is {max_length}; at least 2 tokens, or null for no limit")
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = template
+        self.max_length = max_length
+        self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        opening = self.tokenizer("x").input_ids[:1]
+        self._bos = opening if opening == [self.tokenizer.bos_token_id] else []
+        self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)
+        self._placeholders: dict[tuple[int, int], int] = {}
+
+    def placeholders(self, size: tuple[int, int]) -> int:
+        """Placeholders for an image of (height, width) pixels."""
+        if not self.needs_image_sizes:
+            size = (336, 336)
+        if size not in self._placeholders:
+            counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])
+            self._placeholders[size] = int(counted["num_image_tokens"][0])
+        return self._placeholders[size]
+
+    def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt text with one `<image>` per image, and the character ranges of the answers.
+
+        Raises:
+            BadSample: the template refuses the conversation, loses an image, or cannot be rendered turn by turn.
+        """
+        messages = conversation.messages()
+        answers = [number for number, (role, _) in enumerate(conversation.turns) if role == "assistant"]
+        if self._has_marks:
+            text, spans = self._jinja(conversation, messages, marks=True)
+            if len(spans) == len(answers):
+                # Templates that mark an empty answer too would have the model learn to say nothing.
+                spans = [span for span, number in zip(spans, answers, strict=True) if conversation.turns[number][1]]
+            return text, [(start, end) for start, end in spans if end > start]
+        text, _ = self._jinja(conversation, messages)
+        spans = []
+        for number in answers:
+            before, _ = self._jinja(conversation, messages[:number], prompt=True)
+            after, _ = self._jinja(conversation, messages[: number + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise BadSample(
+                    "template",
+                    conversation.id,
+                    f"the chat template renders turn {number} differently once the conversation goes on, and has "
+                    "no {% generation %} marks to find it by; add the marks around the answer and its end token",
+                )
+            if conversation.turns[number][1]:
+                spans.append((len(before), len(after)))
+        return text, spans
+
+    def encode(self, conversation: Conversation, image_sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
+        """Token ids and the answers' places.
+
+        A row over `max_length` loses its last turns, question and answer together, until it fits. If the first
+        question fits but not its answer, the answer is cut at `max_length`, as LLaVA does. Visual tokens are never
+        cut.
+
+        Args:
+            conversation: what to encode.
+            image_sizes: (height, width) of each image in pixels; needed where `needs_image_sizes`.
+
+        Raises:
+            BadSample: "no_answer" without a single answer, "too_long" when not even the first question fits, or the
+                template does not fit the conversation.
+        """
+        text, spans = self.render(conversation)
+        if not spans:
+            raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from")
+        ids, characters, images = self._tokenize(conversation, text, image_sizes)
+        answers = [found for found in (_token_range(characters, span) for span in spans) if found[0] < found[1]]
+        length, cut = len(ids), None
+        if self.max_length is not None and length > self.max_length:
+            length, cut = self._fit(conversation, answers, images)
+            answers = [(start, min(end, length)) for start, end in answers if start < length]
+        labels = [IGNORE_INDEX] * length
+        for start, end in answers:
+            labels[start:end] = ids[start:end]
+        for start, end in images:
+            # An image inside an answer is nothing that the language model could say.
+            if end <= length:
+                labels[start:end] = [IGNORE_INDEX] * (end - start)
+        return Encoded(ids[:length], labels, answers, sum(end <= length for _, end in images), cut)
+
+    def prompt(self, conversation: Conversation, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+        """[L] ids of a conversation that ends with the user's turn, up to where the answer is generated.
+
+        Raises:
+            BadSample: the template does not fit the conversation.
+        """
+        text, _ = self._jinja(conversation, conversation.messages(), prompt=True)
+        return self._tokenize(conversation, text, image_sizes)[0]
+
+    def _jinja(
+        self, conversation: Conversation, messages: list[dict[str, Any]], marks: bool = False, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            # Annotated as str in transformers, which returns both lists.
+            rendered: Any = render_jinja_template(
+                [messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except jinja2.TemplateError as error:
+            raise BadSample("template", conversation.id, f"the chat template refuses it: {error}") from error
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]] if marks else []
+
+    def _tokenize(
+        self, conversation: Conversation, text: str, image_sizes: Sequence[tuple[int, int]] | None
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+        """Ids, the character range of each in `text`, and the token range of each image."""
+        expected = len(conversation.images)
+        if image_sizes is None:
+            if expected and self.needs_image_sizes:
+                raise ValueError("this processor's placeholders depend on the image: image_sizes are needed")
+            image_sizes = [(0, 0)] * expected
+        mark = self.processor.image_token
+        pieces = text.split(mark)
+        if len(pieces) - 1 != expected or len(image_sizes) != expected:
+            raise BadSample(
+                "placeholder_count",
+                conversation.id,
+                f"{expected} images but the chat template renders {len(pieces) - 1} {mark} placeholders; "
+                "each image needs one",
+            )
+        with_bos = self._bos and not text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = list(self._bos) if with_bos else []
+        characters: list[tuple[int, int]] = [(0, 0)] * len(ids)
+        images: list[tuple[int, int]] = []
+        at = 0
+        for number, piece in enumerate(pieces):
+            if number:
+                count = self.placeholders(image_sizes[number - 1])
+                images.append((len(ids), len(ids) + count))
+                ids += [self.processor.image_token_id] * count
+                characters += [(at, at + len(mark))] * count
+                at += len(mark)
+            tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += tokens["input_ids"]
+            characters += [(at + start, at + end) for start, end in tokens["offset_mapping"]]
+            at += len(piece)
+        return ids, characters, images
+
+    def _fit(
+        self, conversation: Conversation, answers: list[tuple[int, int]], images: list[tuple[int, int]]
+    ) -> tuple[int, str]:
+        """Where a row that is too long is cut off, and what by."""
+        assert self.max_length is not None
+        whole = [end for _, end in answers if end <= self.max_length]
+        if whole:
+            return whole[-1], "turn"
+        limit = self.max_length
+        if not answers or answers[0][0] >= limit or any(start < limit < end for start, end in images):
+            raise BadSample(
+                "too_long",
+                conversation.id,
+                f"{answers[0][0] if answers else 'all'} tokens stand before the first answer, visual tokens included; "
+                f"max_length is {limit}",
+            )
+        return limit, "answer"
+
+
+def _token_range(characters: list[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
+    """The tokens that hold any character of a span. (Several tokens may share one character: byte fallback.)"""
+    start = bisect_right(characters, span[0], key=lambda held: held[1])
+    end = bisect_left(characters, span[1], key=lambda held: held[0])
+    return start, max(start, end)

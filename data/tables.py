@@ -1,0 +1,127 @@
+"""`datasets` tables (parquet, `save_to_disk`, Hub) as rows, with embedded images left where they are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TableImage:
+    """An image in a cell of a table; it is read when it is needed.
+
+    Attributes:
+        column: the dataset, memory-mapped, with this one column and in arrow's own format, which decodes nothing.
+        column_name: its name.
+        row: number of the row.
+        place: which image of the cell; None where the cell is not a list.
+    """
+
+    column: Any
+    column_name: str
+    row: int
+    place: int | None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        place = "" if self.place is None else f", image {self.place}"
+        return f"row {self.row}, column {self.column_name!r}{place}"
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            OSError: the cell has no bytes, and the file it names cannot be read.
+        """
+        cell = self.column[self.row].column(0)[0].as_py()
+        held = cell if self.place is None else cell[self.place]
+        if isinstance(held, bytes):
+            return held
+        return held["bytes"] if held["bytes"] else Path(held["path"]).read_bytes()
+
+
+def iterate_table(source: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, a folder (`save_to_disk`, or parquet files), or a dataset on the Hub.
+
+    Columns of embedded images give `TableImage`s.
+
+    Raises:
+        ImportError: the `datasets` extra is not installed.
+        FileNotFoundError: there is no such file, folder or dataset.
+        ValueError: no such split.
+    """
+    table = open_table(source, split).with_format("arrow")
+    images = {name: table.select_columns([name]) for name in table.column_names if _holds_images(table, name)}
+    number = 0
+    for batch in table.iter(batch_size=256):
+        counts = {name: _images_per_row(batch.column(name)) for name in images}
+        for place, row in enumerate(batch.drop_columns(list(images)).to_pylist()):
+            for name, column in images.items():
+                count = counts[name][place]
+                if count is None:
+                    row[name] = TableImage(column, name, number, None)
+                else:
+                    row[name] = [TableImage(column, name, number, image) for image in range(count)]
+            yield row
+            number += 1
+
+
+def open_table(source: str, split: str) -> Any:
+    """The `datasets.Dataset`, memory-mapped.
+
+    Raises:
+        ImportError: the `datasets` extra is not installed.
+        FileNotFoundError: there is no such file, folder or dataset.
+        ValueError: no such split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"reading {source} needs the datasets package: pip install 'shortzip[datasets]'") from error
+    path = Path(source)
+    if path.is_file():
+        table: Any = datasets.Dataset.from_parquet(str(path))
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        table = datasets.load_from_disk(str(path))
+    elif path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{source} is a folder without parquet files and was not written by save_to_disk")
+        table = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    elif path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
+        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
+    else:
+        try:
+            table = datasets.load_dataset(source)
+        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"{source} is neither a file or folder here nor a dataset that the Hub gives out ({error})"
+            ) from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(sorted(table))}")
+        table = table[split]
+    return table
+
+
+def _holds_images(table: Any, name: str) -> bool:
+    """Whether a column holds encoded images: bytes, `datasets`' struct of bytes and path, or lists of either."""
+    import pyarrow
+
+    held = table.features.arrow_schema.field(name).type
+    if pyarrow.types.is_list(held) or pyarrow.types.is_large_list(held):
+        held = held.value_type
+    if pyarrow.types.is_struct(held):
+        return {held.field(place).name for place in range(held.num_fields)} == {"bytes", "path"}
+    return pyarrow.types.is_binary(held) or pyarrow.types.is_large_binary(held)
+
+
+def _images_per_row(cells: Any) -> list[int | None]:
+    """Images in each cell of a list column; for a column of single images None, or 0 where there is none."""
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_list(cells.type) or pyarrow.types.is_large_list(cells.type):
+        return [length or 0 for length in pyarrow.compute.list_value_length(cells).to_pylist()]
+    return [None if valid else 0 for valid in cells.is_valid().to_pylist()]
