@@ -1,0 +1,330 @@
+"""LLaVA's own release layout: reading its config, its tokenizer and its projector, and what is refused.
+
+transformers' AutoConfig rejects `llava_llama` and silently gives default sizes for the `llava` of the 2023 releases
+(it is another `llava` to it), so everything here is read from the original config itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from train.tensor_files import TensorSpec
+
+IMAGE_TOKEN = "<image>"
+PROJECTOR_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
+PROJECTOR_NAMES = {
+    "0.weight": "linear_1.weight",
+    "0.bias": "linear_1.bias",
+    "2.weight": "linear_2.weight",
+    "2.bias": "linear_2.bias",
+}
+_MODEL_TYPES = ("llava", "llava_llama")
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+_LLAMA_KEYS = (
+    *_REQUIRED,
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "initializer_range",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "tie_word_embeddings",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: is {path.parent} the folder of a release?")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}): download the release again") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, needed is a JSON object")
+    return loaded
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is LLaVA's own: sizes at the top level and `mm_*` keys beside them."""
+    return "text_config" not in config and (
+        str(config.get("model_type", "")).startswith("llava") or "mm_vision_tower" in config
+    )
+
+
+def check_original_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what cannot become a transformers LLaVA with a two-layer projector.
+
+    Raises ValueError naming the key, what was found, what is needed and the cure.
+    """
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ValueError(
+            f"{where}: model_type is {model_type!r}, known for LLaVA's own layout are {', '.join(_MODEL_TYPES)} "
+            "(LLaVA on Llama or Vicuna). For other language models use the transformers release, "
+            "such as llava-hf/llava-v1.6-mistral-7b-hf"
+        )
+    missing = [key for key in (*_REQUIRED, "mm_vision_tower") if config.get(key) is None]
+    if missing:
+        raise ValueError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
+    projector = config.get("mm_projector_type", "linear")
+    resampler = config.get("mm_resampler_type")
+    if resampler is not None:
+        raise ValueError(
+            f"{where}: the projector is a resampler (mm_resampler_type {resampler!r}), needed is the two-layer MLP "
+            "mlp2x_gelu: use LLaVA 1.5 or later"
+        )
+    if projector != "mlp2x_gelu":
+        raise ValueError(
+            f"{where}: the projector is {projector!r} (mm_projector_type), needed is the two-layer MLP mlp2x_gelu: "
+            "use LLaVA 1.5 or later"
+        )
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if config.get(key, key == "mm_use_im_patch_token"):
+            raise ValueError(
+                f"{where}: {key} is on, which puts tokens of its own around every image (LLaVA 1.0); needed is off: "
+                "use LLaVA 1.5 or later"
+            )
+    if config.get("s2"):
+        raise ValueError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
+    if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
+        raise ValueError(
+            f"{where}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}, known are patch, cls_patch"
+        )
+    if config.get("image_aspect_ratio") not in (None, "square", "pad", "anyres"):
+        raise ValueError(
+            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}, known are square, pad and anyres"
+        )
+
+
+def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str]:
+    """The projector's tensor names in an original file: `0.weight` → the name there.
+
+    Any prefix is accepted, as LLaVA's own loader does. Raises ValueError for a file without a projector, and for a
+    linear one, a deeper MLP or a resampler.
+    """
+    found = {name.split("mm_projector.", 1)[1]: name for name in specs if "mm_projector." in name}
+    if set(found) == set(PROJECTOR_KEYS):
+        return found
+    needed = "needed is LLaVA 1.5's two-layer MLP (mm_projector.0 and .2)"
+    if not found:
+        raise ValueError(f"{where} holds no projector (no tensor named mm_projector), {needed}")
+    if set(found) == {"weight", "bias"}:
+        kind = f"a linear one, {tuple(specs[found['weight']].shape)}"
+    elif all(key.split(".")[0].isdigit() for key in found):
+        kind = f"an MLP of {len({key.split('.')[0] for key in found})} layers"
+    else:
+        kind = f"a resampler or another module with {', '.join(sorted(found)[:4])} …"
+    raise ValueError(f"{where}: the projector is {kind}; {needed}: use LLaVA 1.5 or later")
+
+
+def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hidden: int, where: str) -> None:
+    """Refuses a projector that does not fit between the vision tower and the language model.
+
+    `shapes`: of linear_1.weight and linear_2.weight; `tower` and `hidden`: widths of the tower and the LLM.
+    """
+    wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != shape:
+            raise ValueError(
+                f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "
+                f"wide, language model {hidden} wide): it belongs to another release; take the projector and the "
+                "base of the same size"
+            )
+
+
+def text_config(config: Mapping[str, Any], vocab_size: int) -> LlamaConfig:
+    """The Llama part of an original config, with the given number of embedding rows."""
+    values = {key: config[key] for key in _LLAMA_KEYS if key in config}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
+    if config.get("rope_scaling"):
+        scaling = dict(config["rope_scaling"])
+        rope["rope_type"] = scaling.pop("type", scaling.pop("rope_type", "default"))
+        rope.update(scaling)
+    return LlamaConfig(**values, rope_parameters=rope, vocab_size=vocab_size)
+
+
+def tower_config(folder: Path) -> CLIPVisionConfig:
+    """The vision config of a CLIP folder (CLIPModel or CLIPVisionModel). Raises ValueError for other towers."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "clip":
+        return CLIPVisionConfig.from_dict(config["vision_config"])
+    if config.get("model_type") == "clip_vision_model":
+        return CLIPVisionConfig.from_dict(config)
+    raise ValueError(
+        f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"
+    )
+
+
+def _pinpoints(config: Mapping[str, Any], where: str) -> list[list[int]]:
+    pinpoints = config.get("image_grid_pinpoints")
+    if isinstance(pinpoints, str):
+        try:
+            pinpoints = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{where}: image_grid_pinpoints {pinpoints!r} is no list of sizes") from error
+    if not pinpoints:
+        raise ValueError(f"{where}: image_aspect_ratio is anyres, but image_grid_pinpoints is missing")
+    return [[int(side) for side in size] for size in pinpoints]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The release's tokenizer, made fast, with the placeholder added."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_token_id: int
+    rows: int
+    """Embedding rows needed: those of the release, or more where the placeholder needs one."""
+
+
+def split_after_images(tokenizer: Any, mark: str) -> Any:
+    """A fast tokenizer that starts the text after an image as LLaVA does: as a text of its own.
+
+    LLaVA tokenizes the pieces between images one by one, and sentencepiece tokenizers open every text with a space.
+    transformers' fast ones leave it out after a special token, so that the ids would differ from those the release was
+    trained on by one per image. A normalizer puts that space there. A tokenizer that needs none is returned as it is.
+    """
+    alone = tokenizer.encode("\nA", add_special_tokens=False)
+    if tokenizer.encode(f"{mark}\nA", add_special_tokens=False)[1:] == alone:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["normalizer"] is not None:
+        return tokenizer
+    for token in state["added_tokens"]:
+        if token["content"] == mark:
+            token["normalized"] = True  # or the text is split at it before the normalizer sees it
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.normalizer = normalizers.Replace(Regex(rf"{re.escape(mark)}(?!{re.escape(mark)}|\z)"), f"{mark} ")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds `<image>`.
+
+    `rows`: embedding rows of the release. Where the placeholder's id lies beyond them, rows grow to the next multiple
+    of 64 (32 000 → 32 064, as in the transformers releases).
+    """
+    if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
+    slow = LlamaTokenizer.from_pretrained(folder)
+    if len(slow) > rows:
+        raise ValueError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
+    slow.padding_side = "left"
+    slow.pad_token = slow.pad_token or slow.unk_token
+    slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer = split_after_images(slow, IMAGE_TOKEN)
+    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    needed = image_token_id + 1
+    return Vocabulary(tokenizer, image_token_id, rows if rows >= needed else math.ceil(needed / 64) * 64)
+
+
+def build_config(
+    config: Mapping[str, Any], vision: CLIPVisionConfig, vocabulary: Vocabulary, dtype: torch.dtype, where: str
+) -> LlavaConfig | LlavaNextConfig:
+    """The transformers config of an original one. A release with `anyres` images becomes LLaVA-NeXT."""
+    image_size, patch_size = vision.image_size, vision.patch_size
+    if not isinstance(image_size, int) or not isinstance(patch_size, int):
+        raise ValueError(
+            f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares"
+        )
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text_config(config, vocabulary.rows),
+        "image_token_index": vocabulary.image_token_id,
+        "image_seq_length": (image_size // patch_size) ** 2,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "full"
+        if config.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
+        "dtype": dtype,
+    }
+    if config.get("image_aspect_ratio") == "anyres":
+        result: LlavaConfig | LlavaNextConfig = LlavaNextConfig(
+            **common, image_grid_pinpoints=_pinpoints(config, where)
+        )
+        result.architectures = ["LlavaNextForConditionalGeneration"]
+    else:
+        result = LlavaConfig(**common)
+        result.architectures = ["LlavaForConditionalGeneration"]
+    return result
+
+
+def build_processor(
+    config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, vocabulary: Vocabulary, chat_template: str
+) -> LlavaProcessor | LlavaNextProcessor:
+    """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""
+    given = read_json(tower / "preprocessor_config.json")
+    size, crop = given.get("size", vision.image_size), given.get("crop_size", vision.image_size)
+    shared: dict[str, Any] = {
+        "size": {"shortest_edge": size} if isinstance(size, int) else size,
+        "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
+        "resample": given.get("resample", 3),
+        "image_mean": given["image_mean"],
+        "image_std": given["image_std"],
+    }
+    strategy = "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default"
+    arguments: dict[str, Any] = {
+        "tokenizer": vocabulary.tokenizer,
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1,
+        "chat_template": chat_template,
+    }
+    if config.get("image_aspect_ratio") == "anyres":
+        next_images = LlavaNextImageProcessorPil(**shared, image_grid_pinpoints=_pinpoints(config, str(tower)))
+        return LlavaNextProcessor(next_images, **arguments)
+    pad = config.get("image_aspect_ratio") == "pad"
+    return LlavaProcessor(LlavaImageProcessorPil(**shared, do_pad=pad), **arguments)
+
+
+def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> GenerationConfig:
+    """Ids and length of the release's generation config; its sampling settings only where it samples."""
+    path = folder / "generation_config.json"
+    given = read_json(path) if path.is_file() else {}
+    kept = ["max_length"] + (["do_sample", "temperature", "top_p", "top_k"] if given.get("do_sample") else [])
+    values: dict[str, Any] = {key: given[key] for key in kept if key in given}
+    tokenizer = vocabulary.tokenizer
+    for key, fallback in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+        values[f"{key}_token_id"] = given.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
+    values["pad_token_id"] = tokenizer.pad_token_id
+    return GenerationConfig(**values)

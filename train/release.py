@@ -1,0 +1,395 @@
+"""Loading any release: a transformers LLaVA, LLaVA's own layout, a reduced checkpoint or a run's folder.
+
+Whatever the user names becomes a folder in transformers' layout (`open_release`), from which the reduced model and its
+processor are loaded (`load_release`). LLaVA's own layout is converted once into the Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
+
+from data.supervision import choose_template
+from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+from train.convert import check_dtypes, convert_to_transformers, merged_config
+from train.original_release import (
+    PROJECTOR_NAMES,
+    check_projector_widths,
+    find_projector,
+    is_original,
+    read_json,
+    split_after_images,
+)
+from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR_FILE = "projector.safetensors"
+MM_PROJECTOR_FILE = "mm_projector.bin"
+_NEXT = ("llava_next", "reduced_llava_next")
+_KNOWN = ("llava", "reduced_llava", *_NEXT)
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", PROJECTOR_FILE, MM_PROJECTOR_FILE)
+
+Reduction = Mapping[str, Any] | None | Literal["saved"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release on this machine."""
+
+    name: str
+    """As the user gave it: a folder or a Hub id."""
+    revision: str | None
+    """The commit, for a Hub id."""
+    source: Path
+    """The folder it was found in, in whatever layout."""
+    folder: Path
+    """The same in transformers' layout: config.json, weights, processor."""
+    projector: Path | None = None
+    """A projector to lay over the weights of `folder`."""
+    converted: bool = False
+    """Whether `source` is LLaVA's own layout and `folder` its conversion."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+
+def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder `name` itself, or the files of the Hub repository `name` that a release needs, and the commit.
+
+    Weights come as safetensors where the repository has them. Raises FileNotFoundError when `name` is neither a folder
+    nor a repository that can be reached, and ValueError for a `revision` given with a folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
+        return folder, None
+    cure = (
+        f"needed is a folder, or a Hub id such as llava-hf/llava-1.5-7b-hf that this machine can reach; got {name!r}"
+    )
+    if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        raise FileNotFoundError(f"{name} does not exist: {cure}")
+    try:
+        if constants.is_offline_mode():
+            found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            return found, found.name
+        info = HfApi().model_info(name, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        safe = any(file.startswith("model") and file.endswith(".safetensors") for file in names)
+        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
+        found = Path(snapshot_download(name, revision=info.sha, allow_patterns=[*_SMALL_FILES, weights]))
+        return found, info.sha
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name} is gated: accept its terms on the Hub, then `hf auth login` with a token that may read it"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a repository that this machine's token can see: {cure}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(f"{name} is not in the cache, and the Hub cannot be reached: {cure}") from error
+
+
+def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = None) -> Path:
+    """The vision tower's folder of an original release: `given`, or what its config names.
+
+    A relative name is looked for beside the release, in it and in the working directory before the Hub.
+    """
+    name = given or str(config.get("mm_vision_tower"))
+    for folder in (release.resolve().parent / name, release / name, Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    try:
+        return fetch(name)[0]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the vision tower {name!r} that {release} names was not found: {error}. Give its folder with vision_tower"
+        ) from error
+
+
+def open_release(
+    model: str,
+    revision: str | None = None,
+    *,
+    mm_projector: str | None = None,
+    vision_tower: str | None = None,
+    cache_dir: Path | None = None,
+) -> Release:
+    """Finds the release that `model` names, fetches and converts it where needed, and checks that it is whole.
+
+    `model`: a folder or a Hub id: a transformers LLaVA, LLaVA's own layout, a reduced checkpoint or a run's folder.
+    `mm_projector`: a projector (mm_projector.bin, its folder, or projector.safetensors) to lay over it.
+    `vision_tower`: where the tower of an original release is, when not where its config says. `cache_dir`: where
+    converted releases are kept (default: beside the Hugging Face cache).
+
+    Only file headers are read. Raises FileNotFoundError or ValueError naming what was found, what is needed and the
+    cure: a text-only language model, a projector of another width, a file cut short, mixed dtypes and so on.
+    """
+    source, commit = fetch(model, revision)
+    if (source / "config.yaml").is_file():
+        if not (source / "final" / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{model} is the folder of a run that has not finished (no final/): continue it with "
+                "--resume_from_checkpoint latest, or name the release it started from"
+            )
+        source = source / "final"
+    projector = _projector_file(mm_projector) if mm_projector else None
+    config = read_json(source / "config.json")
+    has_weights = bool(weight_files(source))
+    if is_original(config) or (projector is not None and "text_config" not in config):
+        if not has_weights and (source / MM_PROJECTOR_FILE).is_file():
+            base = config.get("_name_or_path")
+            if not base:
+                raise ValueError(f"{model} holds a projector only, and its config.json names no base (_name_or_path)")
+            release = open_release(
+                _beside(source, str(base)),
+                mm_projector=str(projector or source / MM_PROJECTOR_FILE),
+                vision_tower=vision_tower,
+                cache_dir=cache_dir,
+            )
+            return Release(model, commit, source, release.folder, release.projector, release.converted)
+        folder = _converted(source, projector, vision_tower, cache_dir)
+        return Release(model, commit, source, folder, None, True)
+    check_transformers_release(source, config, has_weights)
+    release = Release(model, commit, source, source, projector)
+    if projector is not None:
+        _check_overlay(projector, config)
+    return release
+
+
+def _projector_file(given: str) -> Path:
+    path = Path(given).expanduser()
+    for candidate in (path, path / MM_PROJECTOR_FILE, path / PROJECTOR_FILE):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"mm_projector {given}: no such file, and no folder with {MM_PROJECTOR_FILE}")
+
+
+def _beside(source: Path, base: str) -> str:
+    for folder in (source.resolve().parent / base, source / base):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return base
+
+
+def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weights: bool) -> None:
+    """Refuses what is no whole LLaVA in transformers' layout, from the headers of its files."""
+    model_type = config.get("model_type")
+    if "vision_config" not in config:
+        raise ValueError(
+            f"{folder} is a text-only language model (model_type {model_type!r}): needed is a LLaVA with a vision "
+            "tower and a projector, such as llava-hf/llava-1.5-7b-hf. With a projector from LLaVA's own pretraining, "
+            "give it as mm_projector"
+        )
+    if model_type not in _KNOWN:
+        raise ValueError(
+            f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
+            "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
+        )
+    if not has_weights:
+        if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
+            return
+        raise FileNotFoundError(f"{folder} holds no weights (model*.safetensors): download the release again")
+    specs = folder_specs(folder)
+    parts: dict[str, dict[str, TensorSpec]] = {"vision tower": {}, "projector": {}, "language model": {}}
+    for name, spec in specs.items():
+        part = (
+            "vision tower"
+            if "vision_tower." in name
+            else "projector"
+            if "multi_modal_projector." in name or "image_newline" in name
+            else "language model"
+        )
+        parts[part][name] = spec
+    shapes = {name.split("multi_modal_projector.", 1)[1]: spec.shape for name, spec in parts["projector"].items()
+              if "multi_modal_projector." in name}  # fmt: skip
+    if not {"linear_1.weight", "linear_2.weight"} <= shapes.keys():
+        found = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
+        raise ValueError(
+            f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
+            f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
+        )
+    layers = config.get("vision_feature_layer", -2)
+    tower = config["vision_config"].get("hidden_size", 1024) * (len(layers) if isinstance(layers, list) else 1)
+    check_projector_widths(shapes, tower, config["text_config"].get("hidden_size", 4096), str(folder))
+    if config.get("quantization_config") is None:
+        for part, tensors in parts.items():
+            check_dtypes(tensors, part, str(folder))
+
+
+def _check_overlay(projector: Path, config: Mapping[str, Any]) -> None:
+    shapes = {name: spec.shape for name, spec in _projector_specs(projector).items()}
+    vision, text = config["vision_config"], config["text_config"]
+    check_projector_widths(shapes, vision.get("hidden_size", 1024), text.get("hidden_size", 4096), str(projector))
+
+
+def _projector_specs(path: Path) -> dict[str, TensorSpec]:
+    specs = read_specs(path)
+    return {short: specs[name] for short, name in _projector_names(specs, path).items()}
+
+
+def _projector_names(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, str]:
+    """`linear_1.weight` … → the names in a projector file of ours or of LLaVA's."""
+    ours = {name.rsplit("multi_modal_projector.", 1)[-1]: name for name in specs}
+    if {"linear_1.weight", "linear_2.weight"} <= ours.keys():
+        return ours
+    return {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+
+
+def read_projector(path: Path) -> dict[str, torch.Tensor]:
+    """The projector of a projector.safetensors or mm_projector.bin, as `linear_1.weight` …, in its own dtype."""
+    names = _projector_names(read_specs(path), path)
+    with open_tensors(path) as tensors:
+        return {short: tensors[name].clone() for short, name in names.items()}
+
+
+def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
+    """The projector among the weights of a transformers release, as `linear_1.weight` …, in the dtype on disk."""
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        names = [name for name in read_specs(path) if "multi_modal_projector." in name]
+        if names:
+            with open_tensors(path) as tensors:
+                found.update({name.split("multi_modal_projector.", 1)[1]: tensors[name].clone() for name in names})
+    return found
+
+
+def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:
+    """The conversion of an original release: from the cache, or made now by the first process that asks."""
+    config = merged_config(source, projector)
+    tower = resolve_tower(config, source, vision_tower)
+    files = [*weight_files(source), *weight_files(tower), *([projector] if projector else [])]
+    identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([identity, config], sort_keys=True).encode()).hexdigest()[:16]
+    cache = (cache_dir or Path(constants.HF_HOME) / "shortzip" / "converted").expanduser()
+    target = cache / f"{source.resolve().name}-{key}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not (target / "config.json").is_file():
+            logger.warning("%s has LLaVA's own layout: converting it once into %s", source, target)
+            convert_to_transformers(source, target, tower=tower, projector=projector)
+    return target
+
+
+def load_release(
+    model: str | Release,
+    *,
+    visionzip: Reduction = "saved",
+    shortv: Reduction = "saved",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    mm_projector: str | None = None,
+    vision_tower: str | None = None,
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> tuple[Any, Any]:
+    """The reduced model of any release, with its processor.
+
+    `visionzip` ({"dominant", "contextual"}) and `shortv` ({"layers"}): None turns a reduction off; "saved" takes what
+    a reduced checkpoint was saved with, and is None for other releases. `dtype` is of everything but the projector,
+    which is float32: it is what gets tuned. See `open_release` for the other arguments and for what is refused.
+
+    The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
+    and carries the chat template to train with.
+    """
+    if isinstance(model, Release):
+        release = model
+    else:
+        release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
+    config = release.config
+    keys = {"visionzip": visionzip, "shortv": shortv}
+    reductions = {key: dict(value) if isinstance(value, Mapping) else value for key, value in keys.items()}
+    given = {key: value for key, value in reductions.items() if value != "saved"}
+    extra = {"quantization_config": quantization_config, "device_map": device_map}
+    model_class, processor_class = _classes(config["model_type"])
+    loaded = model_class.from_pretrained(
+        release.folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        **given,
+        **{key: value for key, value in extra.items() if value is not None},
+    )
+    lay_projector(loaded, read_projector(release.projector) if release.projector else _saved_projector(release.folder))
+    loaded.eval()
+    return loaded, _load_processor(release.folder, config, processor_class, given, loaded.config)
+
+
+def _classes(model_type: str) -> tuple[Any, Any]:
+    if model_type in _NEXT:
+        from reduction import ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
+
+        return ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
+    return ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+
+
+def _saved_projector(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / PROJECTOR_FILE
+    return read_projector(path) if path.is_file() else read_release_projector(folder)
+
+
+def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts `linear_1.weight` … into the model's projector, in float32 whatever the rest is in."""
+    projector = model.model.multi_modal_projector
+    projector.to(torch.float32)
+    projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _load_processor(
+    folder: Path, config: Mapping[str, Any], processor_class: Any, given: Mapping[str, Any], model_config: Any
+) -> Any:
+    visionzip = {"visionzip": given["visionzip"]} if "visionzip" in given else {}
+    processor = processor_class.from_pretrained(folder, **visionzip)
+    processor.image_processor = _image_processor(folder, config)
+    if processor.patch_size is None:
+        processor.patch_size = model_config.vision_config.patch_size
+        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
+    processor.chat_template = choose_template(processor)
+    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
+    return processor
+
+
+def _image_processor(folder: Path, config: Mapping[str, Any]) -> Any:
+    """LLaVA's image processor at the release's sizes, on the PIL backend.
+
+    The CLIPImageProcessor that transformers' LLaVA-1.5 releases ship crops the centre; the model was trained on images
+    padded to a square.
+    """
+    combined = folder / "processor_config.json"
+    settings = read_json(combined).get("image_processor") if combined.is_file() else None
+    if settings is None:
+        settings = read_json(folder / "preprocessor_config.json")
+    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
+    kind = kind.removesuffix("Pil").removesuffix("Fast")
+    plain = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
+    if config["model_type"] in _NEXT and kind in ("LlavaNextImageProcessor", ""):
+        return LlavaNextImageProcessorPil.from_dict(plain)
+    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
+        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
+    if kind == "LlavaImageProcessor":
+        return LlavaImageProcessorPil.from_dict(plain)
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
