@@ -2,18 +2,26 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_reduced_llava import ReducedLlavaConfig
+from .configuration_reduced_llava import ReducedLlavaConfig, ReducedLlavaNextConfig
 from .modeling_reduced_llava import ReducedLlavaForConditionalGeneration, VisualTokens
-from .processing_reduced_llava import ReducedLlavaProcessor
+from .modeling_reduced_llava_next import ReducedLlavaNextForConditionalGeneration
+from .processing_reduced_llava import ReducedLlavaNextProcessor, ReducedLlavaProcessor
 
 # Where ShortZip is installed, transformers' Auto classes know its models without trust_remote_code.
-AutoConfig.register(ReducedLlavaConfig.model_type, ReducedLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(ReducedLlavaConfig, ReducedLlavaProcessor, exist_ok=True)
+for _config, _model, _processor in (
+    (ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor),
+    (ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, _processor, exist_ok=True)
 
 __all__ = [
     "ReducedLlavaConfig",
     "ReducedLlavaForConditionalGeneration",
+    "ReducedLlavaNextConfig",
+    "ReducedLlavaNextForConditionalGeneration",
+    "ReducedLlavaNextProcessor",
     "ReducedLlavaProcessor",
     "VisualTokens",
 ]

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
 from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
-from .visionzip import reduce_tokens
+from .visionzip import at_least_float32, reduce_tokens
 
 
 @dataclass
@@ -274,16 +274,23 @@ def embed_patches(tower: Any, pixel_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor, Tensor]:
-    """Queries [N, heads, Q, d] (Q = 1 with CLS: its own, else T) and keys [N, heads, T, d] of a block, in float32."""
-    attention = block.self_attn
+    """Queries [N, heads, Q, d] (Q = 1 with CLS: its own, else T) and keys [N, heads, T, d] of a block.
+
+    In float32 or better, so that a tower in bfloat16 or float16 keeps the patches that float32 keeps.
+    """
+    attention, norm = block.self_attn, block.layer_norm1
+    linears = (attention.q_proj, attention.k_proj)
     # Autocast would bring back the rounding that float32 is here to avoid.
     with torch.autocast(hidden.device.type, enabled=False):
-        norm = block.layer_norm1
-        normed = nn.functional.layer_norm(
-            hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-        )
-        queries = _project(attention.q_proj, normed[:, :1] if has_cls else normed)
-        keys = _project(attention.k_proj, normed)
+        if all(type(linear) is nn.Linear for linear in linears) and not norm.weight.is_meta:
+            weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
+            normed = nn.functional.layer_norm(at_least_float32(hidden), norm.normalized_shape, weight, bias, norm.eps)
+            project = _project_in_float32
+        else:  # Quantised, adapted or offloaded weights are not to be had: the modules run as they are.
+            normed = norm(hidden)
+            project = nn.Module.__call__
+        queries = project(linears[0], normed[:, :1] if has_cls else normed)
+        keys = project(linears[1], normed)
 
     def split_heads(states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -291,11 +298,8 @@ def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor
     return split_heads(queries), split_heads(keys)
 
 
-def _project(linear: Any, states: Tensor) -> Tensor:
-    """A projection of the tower in float32, if its weights can be had: quantised or adapted ones run as they are."""
-    if type(linear) is nn.Linear and not linear.weight.is_meta:
-        return nn.functional.linear(states, linear.weight.float(), linear.bias.float())
-    return linear(states).float()
+def _project_in_float32(linear: nn.Linear, states: Tensor) -> Tensor:
+    return nn.functional.linear(states, at_least_float32(linear.weight), at_least_float32(linear.bias))
 
 
 def _from_token_types(mm_token_type_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def score_patches(queries: Tensor, keys: Tensor, scale: float, has_cls: bool) ->
     """How much attention each patch receives in one block of the tower (paper §3.2; authors' `attentions[-2]`).
 
     With a CLS token: attention from CLS, softmax over all tokens, summed over heads. Without: attention received, mean
-    over heads and over all queries. Computed in float32 whatever comes in: in bfloat16 neighbouring scores tie.
+    over heads and over all queries. Computed in float32 or better whatever comes in: in bfloat16 neighbours tie.
 
     Args:
         queries: [B, heads, Q, d]: of CLS alone (Q = 1) when `has_cls`, else of every token (Q = T).
@@ -43,9 +43,9 @@ def score_patches(queries: Tensor, keys: Tensor, scale: float, has_cls: bool) ->
         has_cls: whether token 0 is CLS; it is left out of the result.
 
     Returns:
-        [B, P] float32.
+        [B, P] float32, float64 if that is what comes in.
     """
-    queries, keys = queries.float(), keys.float()
+    queries, keys = at_least_float32(queries), at_least_float32(keys)
     if has_cls:
         logits = (queries * scale) @ keys.transpose(-1, -2)
         return logits.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
@@ -112,13 +112,14 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
     is_target = (places % step == 0) & (places < step * count)
     targets, others = rest[:, is_target], rest[:, ~is_target]
 
-    unit = torch.nn.functional.normalize(metric.float(), dim=-1)
+    unit = torch.nn.functional.normalize(at_least_float32(metric), dim=-1)
     similarity = _take(unit, others) @ _take(unit, targets).transpose(-1, -2)
     nearest = similarity.argmax(dim=-1)
-    assigned = torch.nn.functional.one_hot(nearest, count).float()
-    sums = assigned.transpose(-1, -2) @ _take(hidden, others).float()
+    merged = at_least_float32(_take(hidden, others))
+    assigned = torch.nn.functional.one_hot(nearest, count).to(merged.dtype)
+    sums = assigned.transpose(-1, -2) @ merged
     means = sums / assigned.sum(dim=1).clamp(min=1).unsqueeze(-1)
-    tokens = (_take(hidden, targets).float() + means).to(hidden.dtype)
+    tokens = (_take(hidden, targets) + means).to(hidden.dtype)
     places = torch.arange(count, device=hidden.device).expand(batch, count)
     return tokens, targets, groups.scatter(1, targets, places).scatter(1, others, nearest)
 
@@ -144,11 +145,16 @@ def reduce_tokens(
     with torch.no_grad():
         attention = score_patches(queries, keys, scale, has_cls)
         kept = select_dominant(attention, dominant - cls)
-        metric = keys.float().mean(dim=1)[:, cls:]
+        metric = at_least_float32(keys).mean(dim=1)[:, cls:]
     patches = hidden[:, cls:]
     merged, targets, groups = merge_contextual(patches, metric, kept, contextual)
     tokens = torch.cat([hidden[:, :cls], _take(patches, kept), merged], dim=1)
     return ReducedTokens(tokens, kept, targets, groups, attention)
+
+
+def at_least_float32(states: Tensor) -> Tensor:
+    """`states` in float32, or as they are if they are finer."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

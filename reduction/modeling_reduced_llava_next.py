@@ -1,0 +1,119 @@
+"""LLaVA-NeXT with VisionZip per tile and ShortV; what it shares with LLaVA is in modeling_reduced_llava."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_reduced_llava import ReducedLlavaNextConfig
+from .modeling_reduced_llava import ReducedModelMixin, StrictLoadingMixin, register_key_mapping
+
+
+class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
+    """LlavaNextModel whose images come as `budget` visual tokens per tile and whose decoder has frozen layers."""
+
+    config: ReducedLlavaNextConfig
+    config_class = ReducedLlavaNextConfig
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        vision_feature_layer: Any = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Projected visual tokens of N images: `pooler_output` is a list of N tensors [budget * tiles, H of decoder].
+
+        Order per image, as the authors': the base tile's tokens; the other tiles' dominant patches in row-major order
+        of the whole grid; their CLS tokens; their contextual tokens. Nothing is unpadded and there is no
+        image_newline, but for one at the end of an image of a single tile.
+
+        Args:
+            pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S].
+            image_sizes: [N, 2] int, height and width of the images before tiling.
+
+        Raises:
+            ValueError: the tiles in `pixel_values` are not those that `image_sizes` says.
+        """
+        if self.config.visionzip is None:
+            return super().get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+        tower: Any = self.config.vision_config
+        tiles = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, tower.image_size) for size in image_sizes
+        ]
+        pixel_values = _stack_tiles(pixel_values, tiles)
+        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
+        projected = self.multi_modal_projector(visual.tokens)
+        side = tower.image_size // tower.patch_size
+        features: Any = [
+            self._pack(image, kept, size, side)
+            for image, kept, size in zip(projected.split(tiles), visual.kept.split(tiles), image_sizes, strict=True)
+        ]
+        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
+
+    def _pack(self, tokens: Tensor, kept: Tensor, image_size: Any, side: int) -> Tensor:
+        """Tokens [tiles, budget, H] of one image in the authors' order, [budget * tiles, H]."""
+        if tokens.shape[0] == 1:
+            return torch.cat([tokens[0], self.image_newline[None].to(tokens)])
+        tower: Any = self.config.vision_config
+        _, columns = get_anyres_image_grid_shape(image_size, self.config.image_grid_pinpoints, tower.image_size)
+        dominant = kept.shape[1]
+        cls = self.config.visionzip["dominant"] - dominant
+        kept = kept[1:]
+        tile = torch.arange(kept.shape[0], device=kept.device)[:, None]
+        row = tile // columns * side + kept // side
+        column = tile % columns * side + kept % side
+        order = (row * columns * side + column).flatten().argsort()
+        parts = tokens[1:].split([cls, dominant, tokens.shape[1] - cls - dominant], dim=1)
+        cls_tokens, patches, contextual = (part.flatten(0, 1) for part in parts)
+        return torch.cat([tokens[0], patches[order], cls_tokens, contextual])
+
+
+class ReducedLlavaNextForConditionalGeneration(StrictLoadingMixin, LlavaNextForConditionalGeneration):
+    """LlavaNextForConditionalGeneration with `config.visionzip` and `config.shortv`; with both None, exactly that.
+
+    Its forward takes what transformers' takes; ValueError where placeholders and visual tokens do not match.
+    """
+
+    config: ReducedLlavaNextConfig
+    config_class = ReducedLlavaNextConfig
+
+    def __init__(self, config: ReducedLlavaNextConfig) -> None:
+        # Past LlavaNextForConditionalGeneration's own __init__, which would build a plain model first.
+        super(LlavaNextForConditionalGeneration, self).__init__(config)
+        self.model = ReducedLlavaNextModel(config)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+
+def _stack_tiles(pixel_values: Tensor, tiles: list[int]) -> Tensor:
+    """The tiles of all images, [sum of tiles, 3, S, S], of stacked [N, most tiles, 3, S, S] or flat pixel values."""
+    if pixel_values.dim() == 5 and pixel_values.shape[0] == len(tiles) and pixel_values.shape[1] >= max(tiles):
+        return torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+    if pixel_values.dim() == 4 and pixel_values.shape[0] == sum(tiles):
+        return pixel_values
+    raise ValueError(
+        f"pixel_values has shape {tuple(pixel_values.shape)}, image_sizes says {len(tiles)} images of {tiles} tiles: "
+        "pass both as the processor gives them"
+    )
+
+
+register_key_mapping("ReducedLlavaNextModel", "LlavaNextModel")
+register_key_mapping("reduced_llava_next", "llava_next")
+ReducedLlavaNextForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
