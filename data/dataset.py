@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from data.drops import BadSample, Drop, DropLog
@@ -138,22 +139,20 @@ class ConversationDataset(Dataset[Sample | Drop]):
         Raises:
             BadSample: it, or an image of it, cannot be used.
         """
-        pixels: list[torch.Tensor] = []
-        sizes: list[tuple[int, int]] = []
+        images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
         try:
             if self.supervision.needs_image_sizes:
-                sizes = [image_size(source, self.image_root) for source in conversation.images]
-            encoded = self.supervision.encode(conversation, sizes if self.supervision.needs_image_sizes else None)
-            for source in conversation.images[: encoded.images]:
-                image = open_image(source, self.image_root)
-                features = processor(image, return_tensors="pt")
-                pixels.append(features["pixel_values"][0])
-                if not self.supervision.needs_image_sizes:
-                    sizes.append((image.height, image.width))
+                images = [open_image(source, self.image_root) for source in conversation.images]
+                encoded = self.supervision.encode(conversation, [(image.height, image.width) for image in images])
+                images = images[: encoded.images]
+            else:
+                encoded = self.supervision.encode(conversation)
+                images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images])
+        pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+        return Sample(conversation.id, encoded, pixels, [(image.height, image.width) for image in images])
 
     def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}

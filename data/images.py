@@ -4,6 +4,10 @@ import errno
 import io
 import os
 import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,6 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 # Twice a 24-megapixel photograph. Pillow refuses at 179 megapixels only: half a gigabyte in every worker.
 MAX_PIXELS = 50_000_000
+_EXIF_ORIENTATION = 0x0112
 
 ImageProblem = Literal["missing_image", "unreadable_image", "outside_image_root"]
 
@@ -76,27 +81,24 @@ def resolve_image_path(path: str, image_root: str | os.PathLike[str] | None) -> 
     return Path(full)
 
 
-def read_image_file(file: Path) -> bytes:
-    """The bytes of an image file.
+def check_image_file(file: Path) -> None:
+    """Refuse a path that cannot be an image, without opening it: a named pipe would block for ever.
 
     Raises:
-        BadImage: it is missing, empty, a loop of links, or not a regular file.
+        BadImage: missing, empty, a loop of links, or not a regular file.
     """
     try:
-        # A named pipe would block for ever, a directory has no bytes: look before opening.
         status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("unreadable_image", str(file), "is not a regular file")
-        content = file.read_bytes()
     except FileNotFoundError:
         raise BadImage("missing_image", str(file), "there is no such file" + _hint(file)) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadImage("unreadable_image", str(file), "the symbolic links form a loop") from None
         raise BadImage("unreadable_image", str(file), f"cannot be read: {error.strerror or error}") from None
-    if not content:
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage("unreadable_image", str(file), "is not a regular file")
+    if status.st_size == 0:
         raise BadImage("unreadable_image", str(file), "the file is empty (0 bytes); fetch it again")
-    return content
 
 
 def _hint(file: Path) -> str:
@@ -127,32 +129,9 @@ def open_image(
     Raises:
         BadImage: missing, outside the image root, empty, truncated, no image, or over `max_pixels`.
     """
-    name = image_name(source)
-    if isinstance(source, str):
-        content = read_image_file(resolve_image_path(source, image_root))
-    else:
-        content = source if isinstance(source, bytes) else source.read()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(
-                    "unreadable_image",
-                    name,
-                    f"{width} x {height} pixels, more than {max_pixels}: a decompression bomb?",
-                )
-            image.load()
-            return to_rgb(image)
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage("unreadable_image", name, f"decompression bomb: {error}") from error
-    except Image.UnidentifiedImageError:
-        start = content[:16]
-        raise BadImage("unreadable_image", name, f"is no image that Pillow knows; it starts with {start!r}") from None
-    # Pillow's decoders raise all of these on damaged files.
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, OverflowError, MemoryError) as error:
-        raise BadImage("unreadable_image", name, f"cannot be decoded: {error}") from error
+    with _opened(source, image_root, max_pixels) as image:
+        image.load()
+        return to_rgb(image)
 
 
 def image_size(source: ImageSource, image_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
@@ -161,18 +140,48 @@ def image_size(source: ImageSource, image_root: str | os.PathLike[str] | None = 
     Raises:
         BadImage: as `open_image`, for what the header shows.
     """
+    with _opened(source, image_root, MAX_PIXELS) as image:
+        width, height = image.size
+        # 5 to 8 are the orientations that lie on their side.
+        return (width, height) if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
+
+
+@contextmanager
+def _opened(source: ImageSource, image_root: str | os.PathLike[str] | None, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header has been read; whatever goes wrong with it inside the block is a `BadImage`."""
     name = image_name(source)
+    content: bytes | Path
     if isinstance(source, str):
-        content = read_image_file(resolve_image_path(source, image_root))
+        content = resolve_image_path(source, image_root)
+        check_image_file(content)
+        name = str(content)
     else:
         content = source if isinstance(source, bytes) else source.read()
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             width, height = image.size
-            # 5 to 8 are the orientations that lie on their side (EXIF tag 0x0112).
-            return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError, Image.DecompressionBombError) as error:
-        raise BadImage("unreadable_image", name, f"cannot be read: {error}") from error
+            if width * height > max_pixels:
+                raise BadImage(
+                    "unreadable_image", name, f"{width} x {height} pixels, more than {max_pixels}: decompression bomb?"
+                )
+            yield image
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        start = content[:16] if isinstance(content, bytes) else _first_bytes(content)
+        raise BadImage("unreadable_image", name, f"is no image that Pillow knows; it starts with {start!r}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage("unreadable_image", name, f"decompression bomb: {error}") from error
+    # Pillow's decoders raise all of these on damaged files.
+    except (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, ArithmeticError) as error:
+        raise BadImage("unreadable_image", name, f"cannot be decoded: {error}") from error
+    except (struct.error, zlib.error, MemoryError) as error:
+        raise BadImage("unreadable_image", name, f"cannot be decoded: {error}") from error
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(16)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
