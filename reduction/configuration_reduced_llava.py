@@ -128,6 +128,7 @@ class ReducedLlavaConfig(LlavaConfig):
     Args:
         visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one.
         shortv: {"layers": [int, ...]}, the frozen layers.
+        base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
 
     Raises:
         ValueError: see `validate`.
@@ -138,6 +139,7 @@ class ReducedLlavaConfig(LlavaConfig):
     # Any, not dict | None: the strict dataclass would refuse other types before `validate` can say what is allowed.
     visionzip: Any = None
     shortv: Any = None
+    base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -156,6 +158,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
 
     visionzip: Any = None
     shortv: Any = None
+    base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -15,6 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
+from .base_release import find_base, lay_projector, open_base
 from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
 from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
 from .visionzip import at_least_float32, reduce_tokens
@@ -185,18 +186,26 @@ class ReducedModelMixin:
 
 
 class StrictLoadingMixin:
-    """`from_pretrained` that refuses a checkpoint which does not fill the model exactly."""
+    """`from_pretrained` that refuses a checkpoint which does not fill the model exactly.
+
+    A projector-only checkpoint is laid over the release that its config names (base_release.py).
+    """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' method, with `visionzip` and `shortv` among the keyword arguments.
 
         Raises:
-            ValueError: missing, unexpected or misshapen weights, by name; an impossible reduction.
+            ValueError: missing, unexpected or misshapen weights, by name; an impossible reduction; another release
+                than the one that a projector-only checkpoint was tuned over.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        source, projector = pretrained_model_name_or_path, None
+        base_release = find_base(cls.config_class, source, kwargs)  # type: ignore[attr-defined]
+        if base_release is not None:
+            source, projector, kwargs = open_base(cls.config_class, base_release, source, kwargs)  # type: ignore[attr-defined]
         model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            source, *args, output_loading_info=True, **kwargs
         )
         problems = [
             f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(sorted(map(str, info[key]))[:3])} …)"
@@ -205,6 +214,8 @@ class StrictLoadingMixin:
         ]
         if problems:
             raise ValueError(f"{pretrained_model_name_or_path} does not fill {cls.__name__}: {'; '.join(problems)}")
+        if projector is not None:
+            lay_projector(model, projector)
         return (model, info) if with_info else model
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from train.tensor_files import (
 logger = logging.getLogger(__name__)
 
 VICUNA_TEMPLATE = Path(data.__file__).parent / "templates" / "vicuna_v1.jinja"
+ORIGINAL_CONFIG_FILE = "llava_config.json"
 _TOWER_INSIDE = "model.vision_tower.vision_tower."
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -202,6 +203,7 @@ def convert_to_transformers(
     with written_whole(target) as folder:
         _write_shards(folder, plan, {f"language_model.{name}" for name in _EMBEDDINGS}, fill_from)
         new_config.save_pretrained(folder)
+        (folder / ORIGINAL_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         processor = build_processor(config, tower, vision, vocabulary, VICUNA_TEMPLATE.read_text(encoding="utf-8"))
         processor.save_pretrained(folder)
         build_generation_config(source, config, vocabulary).save_pretrained(folder)
@@ -331,8 +333,7 @@ def write_llava_projector(
         raise ValueError(
             f"{target}: LLaVA's own loader recognises a LLaVA by its folder's name: let it contain 'llava'"
         )
-    with ExitStack() as stack:
-        folder = stack.enter_context(written_whole(target))
+    with written_whole(target) as folder:
         tensors = {
             f"model.mm_projector.{key}": projector[PROJECTOR_NAMES[key]].detach().cpu().clone()
             for key in PROJECTOR_KEYS

@@ -328,3 +328,51 @@ def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary:
         values[f"{key}_token_id"] = given.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
     values["pad_token_id"] = tokenizer.pad_token_id
     return GenerationConfig(**values)
+
+
+def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str | None, where: str) -> dict[str, Any]:
+    """LLaVA's own config.json for a release that exists in transformers' layout only.
+
+    `vision_tower`: the tower's name; needed unless it is the one of LLaVA 1.5 and 1.6, which its sizes give away.
+    Raises ValueError for a tower that is no CLIP, a language model that is no Llama, or a tower without a name.
+    """
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    if vision.model_type != "clip_vision_model" or text.model_type != "llama":
+        raise ValueError(
+            f"{where}: LLaVA's own layout knows a CLIP tower and a Llama, found are {vision.model_type} and "
+            f"{text.model_type}: choose --shape full or projector"
+        )
+    if vision_tower is None:
+        if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != (1024, 24, 336, 14):
+            raise ValueError(f"{where}: the name of its vision tower is not known: give it as vision_tower")
+        vision_tower = "openai/clip-vit-large-patch14-336"
+    rope = dict(text.rope_parameters or {})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
+    kept = {key: value for key in _LLAMA_KEYS if (value := text.to_dict().get(key)) is not None and key != "head_dim"}
+    next_keys: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+    if isinstance(config, LlavaNextConfig):
+        next_keys = {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+        }
+    strategy = config.vision_feature_select_strategy
+    return {
+        **kept,
+        **next_keys,
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": vision_tower,
+        "rope_scaling": {"type": kind, **rope} if kind != "default" else None,
+        "rope_theta": theta,
+        "use_mm_proj": True,
+        # The placeholder was the first id added to the release's own vocabulary.
+        "vocab_size": min(text.vocab_size, config.image_token_index),
+    }

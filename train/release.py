@@ -28,8 +28,16 @@ from huggingface_hub.errors import (
 from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
 from data.supervision import choose_template
-from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
-from train.convert import check_dtypes, convert_to_transformers, merged_config
+from reduction import (
+    ReducedLlavaConfig,
+    ReducedLlavaForConditionalGeneration,
+    ReducedLlavaNextConfig,
+    ReducedLlavaNextForConditionalGeneration,
+    ReducedLlavaNextProcessor,
+    ReducedLlavaProcessor,
+)
+from reduction.base_release import PROJECTOR_FILE
+from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config
 from train.original_release import (
     PROJECTOR_NAMES,
     check_projector_widths,
@@ -42,7 +50,6 @@ from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_spec
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR_FILE = "projector.safetensors"
 MM_PROJECTOR_FILE = "mm_projector.bin"
 _NEXT = ("llava_next", "reduced_llava_next")
 _KNOWN = ("llava", "reduced_llava", *_NEXT)
@@ -70,7 +77,23 @@ class Release:
 
     @property
     def config(self) -> dict[str, Any]:
+        """transformers' config.json."""
         return read_json(self.folder / "config.json")
+
+    @property
+    def saved_reductions(self) -> dict[str, Any]:
+        """`visionzip` and `shortv` as the release was saved with; None each for one that knows neither."""
+        config = read_json(self.source / "config.json")
+        return {key: config.get(key) for key in ("visionzip", "shortv")}
+
+    @property
+    def original_config(self) -> dict[str, Any] | None:
+        """LLaVA's own config.json, where the release has or had one."""
+        config = read_json(self.source / "config.json")
+        if is_original(config):
+            return config
+        kept = self.folder / ORIGINAL_CONFIG_FILE
+        return read_json(kept) if kept.is_file() else None
 
 
 def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -321,29 +344,28 @@ def load_release(
     else:
         release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
     config = release.config
-    keys = {"visionzip": visionzip, "shortv": shortv}
-    reductions = {key: dict(value) if isinstance(value, Mapping) else value for key, value in keys.items()}
-    given = {key: value for key, value in reductions.items() if value != "saved"}
+    reductions: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv}
+    for key, value in reductions.items():
+        reductions[key] = release.saved_reductions[key] if value == "saved" else dict(value) if value else None
     extra = {"quantization_config": quantization_config, "device_map": device_map}
-    model_class, processor_class = _classes(config["model_type"])
+    _, model_class, processor_class = model_classes(config["model_type"])
     loaded = model_class.from_pretrained(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
-        **given,
+        **reductions,
         **{key: value for key, value in extra.items() if value is not None},
     )
     lay_projector(loaded, read_projector(release.projector) if release.projector else _saved_projector(release.folder))
     loaded.eval()
-    return loaded, _load_processor(release.folder, config, processor_class, given, loaded.config)
+    return loaded, _load_processor(release.folder, config, processor_class, loaded.config)
 
 
-def _classes(model_type: str) -> tuple[Any, Any]:
+def model_classes(model_type: str) -> tuple[Any, Any, Any]:
+    """Config, model and processor class of the reduced model for a release's model_type."""
     if model_type in _NEXT:
-        from reduction import ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
-
-        return ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
-    return ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+        return ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
+    return ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
 
 
 def _saved_projector(folder: Path) -> dict[str, torch.Tensor]:
@@ -358,11 +380,8 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def _load_processor(
-    folder: Path, config: Mapping[str, Any], processor_class: Any, given: Mapping[str, Any], model_config: Any
-) -> Any:
-    visionzip = {"visionzip": given["visionzip"]} if "visionzip" in given else {}
-    processor = processor_class.from_pretrained(folder, **visionzip)
+def _load_processor(folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any) -> Any:
+    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip)
     processor.image_processor = _image_processor(folder, config)
     if processor.patch_size is None:
         processor.patch_size = model_config.vision_config.patch_size

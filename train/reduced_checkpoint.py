@@ -1,0 +1,155 @@
+"""Writing a reduced checkpoint in one of three shapes: `full`, `projector` or `llava`.
+
+full       weights, config, processor and code: loads anywhere. The release's own tensors are copied bit for bit.
+projector  the projector, config, processor and code; names the release it belongs to, which is fetched on loading
+llava      `mm_projector.bin` and the config.json that LLaVA's own code loads over the original release
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
+
+from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector, written_whole
+from train.original_release import to_original_config
+from train.release import Release, model_classes
+from train.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
+
+Shape = Literal["full", "projector", "llava"]
+SHAPES: tuple[Shape, ...] = ("full", "projector", "llava")
+_MARK = "multi_modal_projector."
+
+
+def write_reduced_checkpoint(
+    target: Path,
+    release: Release,
+    projector: Mapping[str, torch.Tensor],
+    processor: Any,
+    *,
+    visionzip: Mapping[str, int] | None,
+    shortv: Mapping[str, Any] | None,
+    shape: Shape = "full",
+    base: str | None = None,
+    base_revision: str | None = None,
+    vision_tower: str | None = None,
+) -> None:
+    """Writes `target` whole or not at all.
+
+    `release`: what was tuned. `projector`: its tuned tensors, `linear_1.weight` … with or without a prefix; written in
+    float32. `processor`: the one it was tuned with. `base` and `base_revision`: for `projector`, a Hub id of the same
+    release (its files are compared by digest before anything is loaded) when the run used a folder; for `llava`, the
+    original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell it.
+
+    Raises FileExistsError when `target` holds something, ValueError for an unknown shape or a projector that does not
+    fit.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
+    tensors = {name.rsplit(_MARK, 1)[-1]: tensor.detach().cpu().float() for name, tensor in projector.items()}
+    reductions = {
+        "visionzip": dict(visionzip) if visionzip else None,
+        "shortv": {"layers": list(shortv["layers"])} if shortv else None,
+    }
+    config_class, model_class, _ = model_classes(release.config["model_type"])
+    plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
+    plain["model_type"] = config_class.model_type
+    if shape == "llava":
+        original = release.original_config
+        if original is None:
+            plain_config = config_class.from_dict(plain)
+            original = to_original_config(plain_config, vision_tower, release.name)
+        write_llava_projector(target, tensors, {**original, **reductions}, base=base or base_name(release))
+        return
+    weights = weights_folder(release)
+    config = config_class.from_dict({**plain, **reductions})
+    config.architectures = [model_class.__name__]
+    config.base_release = None
+    if shape == "projector":
+        config.base_release = describe_base(release, base, base_revision)
+    with torch.device("meta"):
+        model = model_class(config)
+    with written_whole(target) as folder:
+        custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
+            if (release.folder / name).is_file():
+                shutil.copyfile(release.folder / name, folder / name)
+        if shape == "projector":
+            save_file({f"{_MARK}{name}": tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
+        else:
+            _copy_weights(weights, folder, tensors)
+
+
+def base_name(release: Release) -> str:
+    """What to call a release so that it is found again: its Hub id, or its absolute folder."""
+    if release.revision is not None:
+        return release.name
+    return str((release.folder if release.converted else release.source).resolve())
+
+
+def weights_folder(release: Release) -> Path:
+    """Where the release's weights are: in its folder, or where a projector-only checkpoint says."""
+    base = release.config.get("base_release")
+    return fetch_base(base, release.name) if base else release.folder
+
+
+def describe_base(release: Release, base: str | None = None, base_revision: str | None = None) -> dict[str, Any]:
+    """`base_release` of a projector-only checkpoint over `release`. Raises ValueError when its weights are no
+    safetensors files."""
+    inherited = release.config.get("base_release")
+    if inherited:
+        return inherited if base is None else {**inherited, "name": base, "revision": base_revision}
+    files = weight_files(release.folder)
+    if any(path.suffix != ".safetensors" for path in files):
+        raise ValueError(
+            f"{release.name} has no safetensors files, which a projector-only checkpoint recognises it by: "
+            "choose --shape full"
+        )
+    names = ["config.json", *(path.name for path in files)]
+    if (release.folder / "model.safetensors.index.json").is_file():
+        names.append("model.safetensors.index.json")
+    return {
+        "name": base or base_name(release),
+        "revision": base_revision if base else release.revision,
+        "files": describe_files(release.folder, names),
+    }
+
+
+def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tensor]) -> None:
+    """Copies weight files tensor by tensor, bit for bit, with another projector in its place."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    placed: set[str] = set()
+    files = weight_files(source)
+    for number, path in enumerate(files, start=1):
+        single = len(files) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        specs = read_specs(path)
+        for key in specs:
+            if _MARK in key:
+                short = key.split(_MARK, 1)[1]
+                if short not in projector or tuple(projector[short].shape) != specs[key].shape:
+                    found = tuple(projector[short].shape) if short in projector else "missing"
+                    raise ValueError(f"the projector's {short} is {found}, needed by {source} is {specs[key].shape}")
+                specs[key] = TensorSpec(specs[key].shape, torch.float32)
+                placed.add(short)
+        with open_tensors(path) as tensors:
+
+            def produce(key: str, tensors: Mapping[str, torch.Tensor] = tensors) -> torch.Tensor:
+                return projector[key.split(_MARK, 1)[1]] if _MARK in key else tensors[key]
+
+            write_safetensors(target / name, specs, produce)
+        weight_map.update(dict.fromkeys(specs, name))
+        total += sum(spec.nbytes for spec in specs.values())
+    if placed != set(projector):
+        raise ValueError(f"{source} has no place for the projector's {', '.join(sorted(set(projector) - placed))}")
+    if len(files) > 1:
+        write_index(target, weight_map, total)
