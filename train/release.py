@@ -16,15 +16,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants
 from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
 from data.supervision import choose_template
@@ -38,6 +30,7 @@ from reduction import (
 )
 from reduction.base_release import PROJECTOR_FILE
 from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config
+from train.hub import fetch
 from train.original_release import (
     PROJECTOR_NAMES,
     check_projector_widths,
@@ -53,7 +46,6 @@ logger = logging.getLogger(__name__)
 MM_PROJECTOR_FILE = "mm_projector.bin"
 _NEXT = ("llava_next", "reduced_llava_next")
 _KNOWN = ("llava", "reduced_llava", *_NEXT)
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", PROJECTOR_FILE, MM_PROJECTOR_FILE)
 
 Reduction = Mapping[str, Any] | None | Literal["saved"]
 
@@ -94,46 +86,6 @@ class Release:
             return config
         kept = self.folder / ORIGINAL_CONFIG_FILE
         return read_json(kept) if kept.is_file() else None
-
-
-def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder `name` itself, or the files of the Hub repository `name` that a release needs, and the commit.
-
-    Weights come as safetensors where the repository has them. Raises FileNotFoundError when `name` is neither a folder
-    nor a repository that can be reached, and ValueError for a `revision` given with a folder.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
-        return folder, None
-    cure = (
-        f"needed is a folder, or a Hub id such as llava-hf/llava-1.5-7b-hf that this machine can reach; got {name!r}"
-    )
-    if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        raise FileNotFoundError(f"{name} does not exist: {cure}")
-    try:
-        if constants.is_offline_mode():
-            found = Path(snapshot_download(name, revision=revision, local_files_only=True))
-            return found, found.name
-        info = HfApi().model_info(name, revision=revision)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        safe = any(file.startswith("model") and file.endswith(".safetensors") for file in names)
-        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
-        found = Path(snapshot_download(name, revision=info.sha, allow_patterns=[*_SMALL_FILES, weights]))
-        return found, info.sha
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{name} is gated: accept its terms on the Hub, then `hf auth login` with a token that may read it"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{name} is neither a folder nor a repository that this machine's token can see: {cure}"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(f"{name} is not in the cache, and the Hub cannot be reached: {cure}") from error
 
 
 def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = None) -> Path:
@@ -329,6 +281,7 @@ def load_release(
     vision_tower: str | None = None,
     quantization_config: Any = None,
     device_map: Any = None,
+    chat_template: str = "auto",
 ) -> tuple[Any, Any]:
     """The reduced model of any release, with its processor.
 
@@ -358,7 +311,7 @@ def load_release(
     )
     lay_projector(loaded, read_projector(release.projector) if release.projector else _saved_projector(release.folder))
     loaded.eval()
-    return loaded, _load_processor(release.folder, config, processor_class, loaded.config)
+    return loaded, _load_processor(release.folder, config, processor_class, loaded.config, chat_template)
 
 
 def model_classes(model_type: str) -> tuple[Any, Any, Any]:
@@ -380,14 +333,16 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def _load_processor(folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any) -> Any:
+def _load_processor(
+    folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any, chat_template: str
+) -> Any:
     processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip)
     processor.image_processor = _image_processor(folder, config)
     if processor.patch_size is None:
         processor.patch_size = model_config.vision_config.patch_size
         processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
-    processor.chat_template = choose_template(processor)
+    processor.chat_template = choose_template(processor, chat_template)
     processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
     return processor
 
