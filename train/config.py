@@ -18,6 +18,15 @@ import yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
+# Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
+# recognised by their content, wherever they are.
+FREE_KEYS = (
+    "model", "revision", "mm_projector", "vision_tower", "data", "per_device_train_batch_size",
+    "max_tokens_per_micro_batch", "gradient_checkpointing", "max_nonfinite_steps", "output_dir", "run_name",
+    "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures",
+)  # fmt: skip
+SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
 
 
 class ConfigError(ValueError):
@@ -40,16 +49,16 @@ class ShortVConfig:
 
     layers: list[int] | None = None
     """Indices of the frozen layers, from 0."""
-    freeze: float | None = None
-    """Instead of `layers`: the share of the layers to freeze (0.6 = 60 %), those with the lowest LC."""
+    freeze: str | int | None = None
+    """Instead of `layers`: how many layers to freeze, as a number or a share ("60%"): those with the lowest LC."""
     calibration_samples: int = 64
     """With `freeze`: training conversations that LC is measured on."""
 
     def __post_init__(self) -> None:
         if (self.layers is None) == (self.freeze is None):
             raise ConfigError("shortv needs either layers or freeze, and not both")
-        if self.freeze is not None and not 0 < self.freeze < 1:
-            raise ConfigError(f"shortv.freeze is {self.freeze}: a share between 0 and 1 is needed (0.6 = 60 %)")
+        if self.freeze is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(self.freeze)):
+            raise ConfigError(f"shortv.freeze is {self.freeze!r}: a number of layers (19) or a share (60%) is needed")
         _at_least(self, "shortv.", calibration_samples=1)
 
 
@@ -94,6 +103,12 @@ class DataConfig:
     """Tokens per conversation, visual tokens included; longer ones are cut after a whole turn."""
     num_workers: int = 2
     """Processes that load images, per training process; 0 loads them in the loop."""
+    worker_timeout: int = 300
+    """Seconds after which a loading process that gives nothing is taken for hung, and the run stops; 0 waits on."""
+    chat_template: str = "auto"
+    """The prompt: auto (LLaVA-1.5 releases get Vicuna's, others keep theirs), release, vicuna_v1, plain, or a file."""
+    cache_dir: str | None = None
+    """Folder where token counts are kept for the next run on the same conversations; null keeps none."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a bad row or image gets: an error, or being left out, counted and listed in the run's folder."""
     max_bad_fraction: float = 0.05
@@ -106,7 +121,7 @@ class DataConfig:
             raise ConfigError(f"data.fraction is {self.fraction}: a share above 0 and up to 1 is needed")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}: a share from 0 to 1 is needed")
-        _at_least(self, "data.", max_length=2, num_workers=0, eval_samples=1)
+        _at_least(self, "data.", max_length=2, num_workers=0, worker_timeout=0, eval_samples=1)
         if self.eval_instructions is None and (self.eval_image_root or self.eval_samples):
             raise ConfigError("data.eval_image_root and data.eval_samples need data.eval_instructions")
 
@@ -121,13 +136,17 @@ class TuneConfig:
     """What is trained on, and what is held out."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    mm_projector: str | None = None
+    """A projector to start from instead of the release's: mm_projector.bin, its folder, or projector.safetensors."""
+    vision_tower: str | None = None
+    """For releases in LLaVA's own layout: the vision tower's folder or Hub id, where their config does not find it."""
     visionzip: VisionZipConfig | None = None
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
     visionzip.contextual: tokens that the other patches are merged into."""
     shortv: ShortVConfig | None = None
-    """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: the share of the
-    layers to freeze (0.6 = 60 %), those with the lowest LC, measured when the run starts on
-    shortv.calibration_samples training conversations."""
+    """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
+    number or a share (60%), those with the lowest LC, measured when the run starts on shortv.calibration_samples
+    training conversations."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of the projector (AdamW)."""
@@ -143,8 +162,10 @@ class TuneConfig:
     """Optimizer steps, instead of num_train_epochs."""
     global_batch_size: int = 128
     """Conversations per optimizer step, over all processes and micro-batches."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int | None = 8
     """Conversations per micro-batch and process at most: what memory allows. Does not change what is learned."""
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens per micro-batch at most, padding included; beside or instead of per_device_train_batch_size."""
     max_grad_norm: float = 1.0
     """The gradient's norm is clipped to this; 0 turns clipping off."""
     max_nonfinite_steps: int = 3
@@ -188,10 +209,13 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1, max_nonfinite_steps=1,
+            self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1,
+            max_tokens_per_micro_batch=1, max_nonfinite_steps=1,
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
             learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0,
         )  # fmt: skip
+        if self.per_device_train_batch_size is None and self.max_tokens_per_micro_batch is None:
+            raise ConfigError("micro-batches need a limit: per_device_train_batch_size or max_tokens_per_micro_batch")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio is {self.warmup_ratio}: a share from 0 up to, but not including, 1")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
@@ -229,6 +253,12 @@ class TuneConfig:
                 raise ConfigError(
                     f"report_to {tracker}: the package is not installed: pip install 'shortzip[{tracker}]'"
                 )
+
+    def shaping_settings(self) -> dict[str, Any]:
+        """The settings that decide what comes out, which a continued run must therefore share."""
+        settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}
+        return {**settings, **data}
 
     @property
     def name(self) -> str:

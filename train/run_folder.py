@@ -14,19 +14,30 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from train.checkpoint import list_checkpoints, sweep, write_atomically
+from train.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    set_aside,
+    sweep,
+    write_atomically,
+)
 from train.config import TuneConfig, dump_config
 
 Condition = Literal["running", "finished", "stopped", "failed"]
 
 CONFIG, STATUS, METRICS, FINAL = "config.yaml", "status.json", "metrics.jsonl", "final"
-TRACKER = "wandb-run.json"
-# What a run writes, and what overwrite_output_dir may therefore delete.
-OWN_FILES = (CONFIG, STATUS, METRICS, TRACKER, "evaluation.json", "bad-samples.jsonl", "nonfinite.json", "layers.json")
-OWN_FOLDERS = (FINAL, "control", "answers", "pictures", "tensorboard", "wandb", "failures")
+RESULTS, CURVE, LAYERS, TRACKER = "evaluation.json", "loss.png", "layers.json", "wandb-run.json"
+DROPPED, NONFINITE = "dropped.jsonl", "nonfinite.json"
+ANSWERS, PICTURES, CONTROL = "answers", "pictures", "control"
+# What a run writes beside its checkpoints, and what overwrite_output_dir may therefore delete.
+OWN_FILES = (STATUS, METRICS, RESULTS, CURVE, LAYERS, TRACKER, DROPPED, NONFINITE)
+OWN_FOLDERS = (FINAL, ANSWERS, PICTURES, CONTROL, "tensorboard", "wandb")
 
 
 class RunFolderError(RuntimeError):
@@ -66,36 +77,69 @@ def prepare_folder(config: TuneConfig) -> Path:
 def _delete_run(folder: Path) -> None:
     for path in [*list_checkpoints(folder), *folder.glob("damaged-step-*"), *(folder / name for name in OWN_FOLDERS)]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in [*(folder / name for name in OWN_FILES if name != CONFIG), *folder.glob("*.png")]:
-        path.unlink(missing_ok=True)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
     (folder / CONFIG).unlink()  # last: until then the folder is recognised as a run's
 
 
-def write_status(folder: Path, state: Condition, step: int, reason: str = "") -> None:
-    """Replaces status.json: what a scheduler's script reads to know whether to start the run again."""
+def checkpoint_to_continue(config: TuneConfig, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `resume_from_checkpoint` means; None if the run was stopped before it wrote one.
+
+    Damaged ones that `latest` passes over are renamed, and named. Raises `CheckpointError` if there is no whole one.
+    """
+    assert config.resume_from_checkpoint is not None
+    path, damaged = find_checkpoint(folder, config.resume_from_checkpoint)
+    for passed_over, fault in damaged.items():
+        say(f"{passed_over} is damaged: {fault}. It was renamed to {set_aside(passed_over).name}")
+    if path is None:
+        say(f"{folder} holds no checkpoint yet: beginning at step 0")
+        return None
+    say(f"continuing from {path}")
+    return load_checkpoint(path)
+
+
+def write_status(folder: Path, state: Condition, step: int | None = None, reason: str = "") -> None:
+    """Replaces status.json: what a scheduler's script reads to know whether to start the run again.
+
+    Without `step`, that of the status so far stays.
+    """
+    if step is None:
+        step = read_status(folder)["step"]
     entry = {"state": state, "step": step, "reason": reason, "pid": os.getpid(), "time": time.time()}
     write_atomically(folder / STATUS, json.dumps(entry, indent=1) + "\n")
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `write_status` wrote last."""
+    return json.loads((folder / STATUS).read_text(encoding="utf-8"))
 
 
 class Metrics:
     """Appends to metrics.jsonl, each line in one write, so that a reader never sees half of an earlier line.
 
-    On resuming from step N, lines of later steps (and a half-written last one) are dropped: they come again.
+    On continuing from step N, lines of later steps (and a half-written last one) are dropped: they come again. Without
+    a folder nothing is written: only the main process has one.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        self.path = folder / METRICS
-        if resumed_step is not None and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path | None, continued_step: int | None) -> None:
+        self._file: TextIO | None = None
+        if folder is None:
+            return
+        path = folder / METRICS
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= (continued_step or 0) and continued_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: Literal["train", "eval"], step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Adds a line, visible at once. `values` must be finite: JSON knows no NaN."""
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

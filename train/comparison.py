@@ -1,0 +1,125 @@
+"""Models side by side on the same held-out conversations: what the tables of a run and of scripts/evaluate.py show."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+
+from train.checkpoint import write_atomically
+from train.config import DataConfig
+from train.evaluation import Evaluation, evaluate, write_answers
+from train.release import load_release
+from train.samples import held_out_set
+
+Reduction = Mapping[str, Any] | None | Literal["saved"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the table: a model (whatever `load_release` takes), and how it is reduced."""
+
+    name: str
+    model: str
+    visionzip: Reduction = "saved"
+    shortv: Reduction = "saved"
+    revision: str | None = None
+    mm_projector: str | None = None
+    vision_tower: str | None = None
+    chat_template: str = "auto"
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    data: DataConfig,
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    max_new_tokens: int,
+    answers: Path,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Evaluation]:
+    """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
+
+    The answers are written to `answers/NAME.jsonl`. Weights are loaded in `dtype`, the projector in float32.
+    """
+    results = []
+    for candidate in candidates:
+        model, processor = load_release(
+            candidate.model,
+            visionzip=candidate.visionzip,
+            shortv=candidate.shortv,
+            dtype=dtype,
+            revision=candidate.revision,
+            mm_projector=candidate.mm_projector,
+            vision_tower=candidate.vision_tower,
+            chat_template=candidate.chat_template,
+        )
+        model.to(accelerator.device)
+        evaluation, said = evaluate(
+            candidate.name,
+            model,
+            held_out_set(data, processor),
+            accelerator,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=partial(progress, candidate.name),
+        )
+        results.append(evaluation)
+        if accelerator.is_main_process:
+            write_answers(answers / f"{_file_name(candidate.name)}.jsonl", said)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-").lower()
+
+
+def table_of(results: Sequence[Evaluation], title: str) -> Table:
+    """The results as a table for the terminal."""
+    first = results[0]
+    table = Table(title=title, caption=f"{first.questions} questions; prefill: {first.prefill_batch} prompts at once")
+    table.add_column("model", no_wrap=True)
+    for heading in ("exact match", "loss", "visual tokens", "frozen layers", "LLM FLOPs", "prefill"):
+        table.add_column(heading, justify="right")
+    for row in results:
+        table.add_row(
+            row.name,
+            f"{row.exact_match:.1%}",
+            f"{row.loss:.4f}",
+            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}",
+            str(row.frozen_layers),
+            f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
+            f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",
+        )
+    return table
+
+
+def _flops(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def recovered_share(full: Evaluation, untuned: Evaluation, tuned: Evaluation) -> float | None:
+    """Share of the exact match lost by the reduction that tuning won back; None if nothing was lost."""
+    lost = full.exact_match - untuned.exact_match
+    return (tuned.exact_match - untuned.exact_match) / lost if lost > 0 else None
+
+
+def write_results(path: Path, results: Sequence[Evaluation], **more: Any) -> None:
+    """The table as JSON, with whatever else belongs to it."""
+    write_atomically(path, json.dumps({"rows": [asdict(row) for row in results], **more}, indent=1) + "\n")

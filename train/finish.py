@@ -1,0 +1,126 @@
+"""The end of a run: the reduced checkpoint, the table that says what it is worth, pictures, and what to do next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from train.comparison import Candidate, compare, recovered_share, table_of, write_results
+from train.config import TuneConfig
+from train.processes import StopRequest, StopRequested, on_main_process
+from train.reduced_checkpoint import write_reduced_checkpoint
+from train.release import Release, open_release
+from train.report import Reporter, draw_loss_curve
+from train.run_folder import ANSWERS, CONFIG, CONTROL, CURVE, FINAL, METRICS, PICTURES, RESULTS
+from train.tensor_files import folder_specs
+
+
+def write_final(
+    folder: Path,
+    release: Release,
+    projector: Mapping[str, torch.Tensor],
+    processor: Any,
+    visionzip: Mapping[str, int] | None,
+    shortv: Mapping[str, Any] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32."""
+    target = folder / FINAL
+    shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
+    write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv)
+    specs = folder_specs(target)
+    kept = sorted({str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n})
+    size = sum(spec.nbytes for spec in specs.values()) / 1e6
+    say(f"reduced checkpoint: {target} ({size:,.1f} MB; untrained weights in {', '.join(kept)}, projector in float32)")
+
+
+def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
+    """The same tuning with all visual tokens in every layer, as a run of its own beneath the run's folder."""
+    started = (folder / CONTROL / CONFIG).is_file()
+    return replace(
+        config,
+        visionzip=None,
+        shortv=None,
+        output_dir=str(folder / CONTROL),
+        overwrite_output_dir=False,
+        resume_from_checkpoint="latest" if started else None,
+        control=False,
+        eval_steps=None,
+        report_to=[],
+    )
+
+
+def candidates_of(config: TuneConfig, folder: Path, saved: Mapping[str, Any]) -> list[Candidate]:
+    """The rows of a run's table: its release with all tokens and reduced, what was tuned, and the control.
+
+    `saved`: `visionzip` and `shortv` of the reduced checkpoint.
+    """
+    release = Candidate(
+        "all tokens",
+        config.model,
+        visionzip=None,
+        shortv=None,
+        revision=config.revision,
+        mm_projector=config.mm_projector,
+        vision_tower=config.vision_tower,
+        chat_template=config.data.chat_template,
+    )
+    rows = [release]
+    if saved["visionzip"] or saved["shortv"]:
+        rows.append(replace(release, name="reduced, untuned", **saved))
+        rows.append(Candidate("reduced + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
+    else:
+        rows.append(Candidate("all tokens + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
+    if config.control:
+        final = str(folder / CONTROL / FINAL)
+        rows.append(Candidate("all tokens + the same tuning", final, chat_template=config.data.chat_template))
+    return rows
+
+
+def compare_and_draw(
+    config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter, stop: StopRequest
+) -> None:
+    """The table, the pictures and the last words. Raises `StopRequested` if asked to stop meanwhile."""
+
+    def progress(name: str, done: int, total: int) -> None:
+        if stop.signal is not None:
+            raise StopRequested(stop.signal)
+        report.progress(f"evaluating {name}", done, total)
+
+    on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
+    if config.final_evaluation and config.data.eval_instructions is not None:
+        saved = open_release(str(folder / FINAL)).saved_reductions
+        results = compare(
+            candidates_of(config, folder, saved),
+            config.data,
+            accelerator,
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+            batch_size=config.eval_batch_size,
+            max_new_tokens=config.max_new_tokens,
+            answers=folder / ANSWERS,
+            progress=progress,
+        )
+        report.end_progress()
+        report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
+        share = recovered_share(*results[:3]) if len(results) > 2 else None
+        if accelerator.is_main_process:
+            write_results(folder / RESULTS, results, recovered_share=share)
+        if share is not None:
+            report.say(f"tuning won back {share:.0%} of the exact match that the reduction cost")
+        if config.control:
+            gain = results[-1].exact_match - results[0].exact_match
+            report.say(f"control: the same tuning with all tokens changed exact match by {100 * gain:+.1f} points")
+    report.heading("what next")
+    report.say(f"the run       {folder}: {METRICS}, {CURVE}, {ANSWERS}/, {PICTURES}/")
+    report.say(f"evaluate      python scripts/evaluate.py --model {folder} --data.instructions FILE.json")
+    report.say(f"your own data accelerate launch train/tune_projector.py --model {config.model} \\")
+    report.say(
+        "                  --data.instructions FILE.json --data.image_root IMAGES --output_dir checkpoints/NAME"
+    )
+    report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")

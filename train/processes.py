@@ -1,0 +1,111 @@
+"""Several processes as one: started, agreed with each other, stopped on request, and their failures written down."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from train.config import ConfigError, TuneConfig
+from train.run_folder import read_status, write_status
+
+Result = TypeVar("Result")
+
+
+def start_accelerator(config: TuneConfig) -> Accelerator:
+    """Joins the processes that the launcher started.
+
+    Raises `ConfigError` if the launcher started more processes than found each other, or fewer samples than processes
+    make a global batch.
+    """
+    accelerator = Accelerator(
+        mixed_precision="no",  # dtypes are set in the model: autocast would undo the projector's float32
+        log_with=list(config.report_to) or None,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "tensorboard")
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # constants, and held-out batches may be uneven
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # writing a large model keeps the others waiting
+        ],
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {started} processes, but this one is in a group of {accelerator.num_processes}: "
+            "each would train alone on the same samples. Without a GPU, start several processes with "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started} train/tune_projector.py`"
+        )
+    if config.global_batch_size < accelerator.num_processes:
+        raise ConfigError(
+            f"global_batch_size is {config.global_batch_size}, fewer than the {accelerator.num_processes} processes: "
+            "some would never get a sample"
+        )
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Runs `action` on the main process while the others wait, and gives its result to all.
+
+    If it raises, every process raises: none is left waiting for a main process that is gone.
+    """
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as raised:
+            error, outcome[1] = raised, f"{type(raised).__name__}: {raised}"
+    outcome = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise RuntimeError(f"the main process failed: {outcome[1]}")
+    return outcome[0]
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, so that the step at hand is finished and saved. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class StopRequested(Exception):
+    """The run ends early because it was asked to; what it had is saved."""
+
+
+@contextmanager
+def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Writes the reason into status.json if the block raises, unless another process has written one already.
+
+    Launchers turn every exit code into 1, and only the first process to fail knows the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError, ValueError):  # the disk may be what failed, and the error itself is on its way up
+            if read_status(folder)["state"] == "running":
+                reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"
+                write_status(folder, "failed", reason=reason)
+        raise

@@ -1,0 +1,98 @@
+"""W&B and TensorBoard through Accelerate's trackers. A tracker that fails in mid-run costs its curves, not the run."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from train.checkpoint import write_atomically
+from train.config import TuneConfig
+from train.run_folder import TRACKER
+
+PROJECT = "shortzip"
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The id of the folder's W&B run: made once and kept in the folder, so that a resumed run goes on in it."""
+    path = folder / TRACKER
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["id"]
+    made = uuid.uuid4().hex[:12]
+    write_atomically(path, json.dumps({"id": made}) + "\n")
+    return made
+
+
+class Trackers:
+    """Logs to what `report_to` names; on the main process only, and without effect if it names nothing.
+
+    `say` shows a message to the user. If W&B cannot be reached when the run starts, it records offline instead.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TuneConfig, folder: Path, say: Callable[[str], None]) -> None:
+        self._accelerator, self._say = accelerator, say
+        self._failed = False
+        self._active = bool(config.report_to) and accelerator.is_main_process
+        if not self._active:
+            return
+        if "wandb" in config.report_to:
+            self._start(config, folder, {"id": wandb_run_id(folder), "name": config.name, "resume": "allow"})
+        else:
+            self._start(config, folder, None)
+
+    def _start(self, config: TuneConfig, folder: Path, wandb: dict[str, Any] | None) -> None:
+        settings = _flat(asdict(config))
+        options = {} if wandb is None else {"wandb": {**wandb, "dir": str(folder)}}
+        try:
+            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+        except Exception as error:
+            from importlib.util import find_spec
+
+            if wandb is None or find_spec("wandb") is None:
+                raise
+            from wandb.errors import CommError, UsageError
+
+            if not isinstance(error, CommError | UsageError):
+                raise
+            self._say(
+                f"W&B cannot be used ({error}): recording offline in {folder / 'wandb'}; upload it with `wandb sync`"
+            )
+            options["wandb"]["mode"] = "offline"
+            self._accelerator.trackers.clear()
+            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+
+    def log(self, step: int, **values: float) -> None:
+        """Adds the values at a step. The first failure is shown, later ones are not."""
+        if not self._active:
+            return
+        try:
+            self._accelerator.log(values, step=step)
+        except Exception as error:  # whatever a tracker's client throws: no curve is worth a run
+            if not self._failed:
+                self._say(f"A tracker failed ({error}); training goes on, metrics.jsonl has everything")
+            self._failed = True
+
+    def finish(self) -> None:
+        """Closes the trackers; the process group stays, unlike after Accelerate's own `end_training`."""
+        for tracker in self._accelerator.trackers if self._active else ():
+            try:
+                tracker.finish()
+            except Exception as error:  # as above
+                self._say(f"A tracker could not be closed ({error})")
+        self._active = False
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

@@ -1,0 +1,334 @@
+"""Tunes the projector of a LLaVA so that it works on a fraction of its visual tokens: the whole run, top to bottom.
+
+    accelerate launch train/tune_projector.py [--config configs/X.yaml] [--learning_rate 1e-4] ...
+
+Settings: train/config.py, or --help. What a run writes: train/run_folder.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from data.batching import BatchPlan, MicroBatchSampler
+from data.dataset import Collator, ConversationDataset, MicroBatch
+from data.drops import Drop
+from train.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    optimizer_tensors,
+    random_states,
+    restore_optimizer,
+    restore_random_states,
+    save_checkpoint,
+    versions,
+    write_atomically,
+)
+from train.config import ConfigError, TuneConfig, load_config
+from train.evaluation import held_out_loss
+from train.finish import compare_and_draw, control_of, write_final
+from train.objective import (
+    SupervisedLoss,
+    count_supervised,
+    describe_components,
+    projector_parameters,
+    train_only_projector,
+)
+from train.processes import StopRequest, StopRequested, failures_recorded, on_main_process, start_accelerator
+from train.release import load_release, open_release
+from train.report import Reporter, Speed, component_table, peak_memory
+from train.run_folder import DROPPED, NONFINITE, Metrics, checkpoint_to_continue, prepare_folder, write_status
+from train.samples import choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
+from train.tracking import Trackers
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row with NaN or Inf."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands: all that a checkpoint needs to continue it, beside weights, moments and schedule."""
+
+    step: int = 0
+    samples_seen: int = 0
+    evaluation_due: bool = True
+    """The held-out loss at this step is still to be measured."""
+    interval_loss: float = 0.0
+    """Sum of the losses since the last line of metrics.jsonl."""
+    interval_tokens: int = 0
+    """Number of those losses: supervised tokens."""
+    nonfinite_steps: int = 0
+    """Steps skipped because of NaN or Inf."""
+    nonfinite_streak: list[dict[str, Any]] = field(default_factory=list)
+    """Those since the last good step, each with the ids of its samples."""
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    """Rows that turned out to be unreadable when their turn came."""
+
+
+def main() -> None:
+    try:
+        config = load_config(sys.argv[1:])
+        accelerator = start_accelerator(config)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    report, stop = Reporter(accelerator.is_main_process), StopRequest()
+    folder = on_main_process(accelerator, lambda: prepare_folder(config))
+    with failures_recorded(folder, accelerator):
+        try:
+            tune(config, folder, accelerator, report, stop)
+            if config.control:
+                report.heading("control: the same tuning with all visual tokens")
+                control = control_of(config, folder)
+                tune(control, on_main_process(accelerator, lambda: prepare_folder(control)), accelerator, report, stop)
+            compare_and_draw(config, folder, accelerator, report, stop)
+        except StopRequested as request:
+            if accelerator.is_main_process:
+                write_status(folder, "stopped", reason=str(request))
+            sys.exit(f"stopped by {request}; continue with --resume_from_checkpoint latest")
+        if accelerator.is_main_process:
+            write_status(folder, "finished")
+    accelerator.end_training()
+
+
+def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
+    """One run, from the release to `folder`/final. Raises `StopRequested`, after saving, if asked to stop."""
+    device = accelerator.device
+    set_seed(config.seed)
+
+    # ---- the checkpoint to continue from, if any
+    checkpoint: Checkpoint | None = None
+    if config.resume_from_checkpoint is not None:
+        checkpoint = on_main_process(accelerator, lambda: checkpoint_to_continue(config, folder, report.say))
+    state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
+    if accelerator.is_main_process:
+        write_status(folder, "running", state.step)
+
+    # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
+    on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    release = open_release(
+        config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
+    )
+    visionzip = asdict(config.visionzip) if config.visionzip else None
+    layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
+    shortv = None if layers is None else {"layers": layers}
+    model, processor = load_release(
+        release, visionzip=visionzip, shortv=shortv, dtype=dtype, chat_template=config.data.chat_template
+    )
+    train_only_projector(model, dtype, config.gradient_checkpointing)
+    parameters = projector_parameters(model)
+    report.table(component_table(describe_components(model)))
+    report.say(f"budget: {visionzip or 'all visual tokens'}; frozen layers: {layers or 'none'}")
+
+    # ---- the samples, in an order that is the same for every number of processes and size of micro-batch
+    dataset = training_set(config.data, processor, config.seed)
+    held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
+    state.evaluation_due &= held_out is not None
+    plan = BatchPlan(
+        dataset.lengths.tolist(),
+        config.global_batch_size,
+        seed=config.seed,
+        num_epochs=None if config.max_steps is not None else config.num_train_epochs or 1,
+        num_processes=accelerator.num_processes,
+        micro_batch_size=config.per_device_train_batch_size,
+        max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+    )
+    total_steps = config.max_steps or plan.total_steps
+    assert total_steps is not None
+    report.say(f"{len(dataset)} conversations. {dataset.drops.summary()}.")
+    report.say(
+        f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
+    )
+    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    if checkpoint:
+        check_same_run(checkpoint.state["settings"], settings, folder)
+        dataset.drops.extend(Drop(**drop) for drop in state.dropped)
+
+    # ---- optimizer and schedule, as they were
+    adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
+    if checkpoint:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(checkpoint.projector[name])
+        restore_optimizer(adamw, parameters, checkpoint.optimizer)
+        schedule.load_state_dict(checkpoint.state["schedule"])
+        for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if accelerator.process_index < len(checkpoint.rng):
+            restore_random_states(checkpoint.rng[accelerator.process_index])
+    # The schedule stays outside: prepared, it would take one step per process.
+    loss_module, optimizer = accelerator.prepare(SupervisedLoss(model), adamw)
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None)
+    trackers = Trackers(accelerator, config, folder, report.say)
+
+    def save() -> None:
+        saved = Checkpoint(
+            projector=dict(parameters),
+            optimizer=optimizer_tensors(adamw, names),
+            rng=gather_object([random_states()]),
+            state={
+                "step": state.step,
+                "run": asdict(state),
+                "schedule": schedule.state_dict(),
+                "layers": layers,
+                "settings": settings,
+                "num_processes": accelerator.num_processes,
+                "versions": versions(),
+            },
+        )
+        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit))
+        if accelerator.is_main_process:
+            write_status(folder, "running", state.step)
+
+    def evaluate() -> None:
+        assert held_out is not None
+        cut = BatchPlan(
+            held_out.lengths.tolist(),
+            len(held_out),
+            num_processes=accelerator.num_processes,
+            micro_batch_size=config.eval_batch_size,
+        )
+        batches = loader_of(held_out, cut, accelerator, config)
+        loss = held_out_loss(accelerator.unwrap_model(loss_module), batches, accelerator, stop)
+        if loss is not None:
+            state.evaluation_due = False
+            metrics.write("eval", state.step, loss=loss)
+            trackers.log(state.step, **{"eval/loss": loss})
+            report.say(f"step {state.step}: held-out loss {loss:.4f}")
+
+    # ---- the loop: one turn is one global batch
+    micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
+    trained, speed, stopping = list(parameters.values()), Speed(), False
+    if state.evaluation_due:
+        evaluate()
+    while state.step < total_steps and not stopping:
+        started = time.perf_counter()
+        batch = plan.global_batch(state.samples_seen)
+        mine: list[MicroBatch] = [next(micro_batches) for _ in batch.micro_batches[accelerator.process_index]]
+        waited = time.perf_counter() - started
+
+        # The loss is the mean over the global batch's supervised tokens; their number is known before any gradient.
+        # The engine averages gradients over the processes, hence the factor that undoes it.
+        local = torch.tensor(sum(count_supervised(micro.inputs["labels"]) for micro in mine), device=device)
+        supervised = max(1, int(accelerator.reduce(local)))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for number, micro in enumerate(mine):
+            is_last = number == len(mine) - 1
+            with nullcontext() if is_last else accelerator.no_sync(loss_module):
+                loss = loss_module(micro.to(device).inputs)
+                accelerator.backward(loss * (accelerator.num_processes / supervised))
+            loss_sum += loss.detach()
+        norm = float(accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+        drops = [asdict(drop) for micro in mine for drop in micro.dropped]
+        local = torch.tensor([loss_sum, stop.signal is not None, len(drops)], dtype=torch.float64, device=device)
+        total_loss, stops, dropped = accelerator.reduce(local).tolist()
+
+        # Every process has the same loss and gradient by now, and so decides the same.
+        learning_rate = schedule.get_last_lr()[0]
+        state.step += 1
+        state.samples_seen = batch.next_position
+        finite = math.isfinite(total_loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            state.nonfinite_streak = []
+            state.interval_loss += total_loss
+            state.interval_tokens += supervised
+        else:
+            state.nonfinite_steps += 1
+            ids = [dataset.conversations[sample].id for sample in batch.samples]
+            state.nonfinite_streak.append({"step": state.step, "loss": str(total_loss), "norm": str(norm), "ids": ids})
+            report.say(f"step {state.step}: loss {total_loss}, gradient norm {norm}: the update is skipped")
+        optimizer.zero_grad()
+        schedule.step()
+        if dropped:
+            state.dropped += gather_object(drops)
+            dataset.drops.extend(Drop(**drop) for drop in state.dropped[-int(dropped) :])
+            dataset.drops.check(state.samples_seen)
+        stopping = stops > 0
+        state.evaluation_due = config.eval_steps is not None and (
+            state.step % config.eval_steps == 0 or state.step == total_steps
+        )
+
+        # ---- what it measured
+        seconds = time.perf_counter() - started
+        speed.add(len(batch.samples), int(plan.lengths[batch.samples].sum()), seconds, waited)
+        if state.step % config.logging_steps == 0 or state.step == total_steps:
+            loss_mean = state.interval_loss / state.interval_tokens if state.interval_tokens else None
+            state.interval_loss, state.interval_tokens = 0.0, 0
+            values = {
+                "loss": loss_mean,
+                "learning_rate": learning_rate,
+                "grad_norm": norm if finite else None,
+                "samples_seen": state.samples_seen,
+                "epoch": state.samples_seen / len(dataset),
+                "supervised_tokens": supervised,
+                "nonfinite_steps": state.nonfinite_steps,
+                "seconds": seconds,
+                "peak_memory": peak_memory(device),
+                **speed.averages(),
+            }
+            metrics.write("train", state.step, **values)
+            trackers.log(state.step, **{f"train/{key}": value for key, value in values.items() if value is not None})
+        report.progress(
+            "tuning",
+            state.step,
+            total_steps,
+            f"loss {total_loss / supervised:.4f} {speed.text(total_steps - state.step)}",
+        )
+        if len(state.nonfinite_streak) >= config.max_nonfinite_steps:
+            if accelerator.is_main_process:
+                write_atomically(folder / NONFINITE, json.dumps(state.nonfinite_streak, indent=1) + "\n")
+            raise NonFiniteLoss(
+                f"{len(state.nonfinite_streak)} steps in a row had NaN or Inf in loss or gradient; the ids of their "
+                f"samples are in {folder / NONFINITE}. Lower learning_rate, or look at these samples"
+            )
+        if state.evaluation_due and not stopping:
+            evaluate()
+        if state.step % config.save_steps == 0 or state.step == total_steps or stopping:
+            save()
+    report.end_progress()
+    metrics.close()
+    trackers.finish()
+    if stopping:
+        raise StopRequested(stop.signal or "a signal to another process")
+
+    # ---- the reduced checkpoint
+    if accelerator.is_main_process and dataset.drops.drops:
+        dataset.drops.write(folder / DROPPED)
+    on_main_process(
+        accelerator, lambda: write_final(folder, release, parameters, processor, visionzip, shortv, report.say)
+    )
+    accelerator.free_memory()
+
+
+def loader_of(
+    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int = 0
+) -> DataLoader[MicroBatch]:
+    """This process's micro-batches of the plan from a position on."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
+        batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
+        collate_fn=Collator.of(dataset.supervision),
+        num_workers=config.data.num_workers,
+        timeout=config.data.worker_timeout if config.data.num_workers else 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+if __name__ == "__main__":
+    main()
