@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from data.scene_questions import KINDS, NUMBERS, ask, vocabulary_text
@@ -86,29 +86,43 @@ class DemoModelConfig:
 # Model and tokenizer
 
 
-def build_tokenizer() -> LlamaTokenizer:
-    """Llama's own tokenizer class (BPE with byte fallback) over the scenes' sentences and the licence's English."""
-    from tokenizers import Tokenizer, pre_tokenizers
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE with byte fallback over the scenes' sentences and the licence's English, set up as Llama's tokenizer is.
+
+    The space mark goes before every stretch between special tokens, as in the releases, so that a prompt has the same
+    ids whether it is tokenized whole or around its images.
+    """
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
 
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", split=True)
+    tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", split=True)  # no token spans two words
     corpus = [SYSTEM, "USER: ASSISTANT:"] * 50 + vocabulary_text() + (ROOT / "LICENSE").read_text().splitlines()
     tokenizer.train_from_iterator(corpus, BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False))
     trained = json.loads(tokenizer.to_str())["model"]
-    llama = LlamaTokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(pair) for pair in trained["merges"]],
+    merges = [tuple(pair) for pair in trained["merges"]]
+    llama = Tokenizer(BPE(trained["vocab"], merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    llama.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    llama.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=llama,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=2048,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
-    return llama
 
 
-def build_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A LLaVA of 2.9 M parameters: 12 x 12 patches, a 5-layer tower read at layer 4, an 8-layer language model."""
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -299,10 +313,10 @@ def train_tower(
 class Writer:
     """Turns scenes into token ids, labels, positions and conversation numbers for stage 2."""
 
-    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.image = tokenizer.convert_tokens_to_ids("<image>")
-        head = tokenizer(f"{SYSTEM} USER: <image>").input_ids
+        head = tokenizer(f"{SYSTEM} USER: <image>").input_ids  # <s> first, the image's placeholder last
         self.prefix = head[:-1] + [self.image] * (GRID * GRID)
         self.known: dict[str, list[int]] = {}
 
@@ -316,8 +330,9 @@ class Writer:
         """Ids, labels, and for each id the number of the turn whose answer it belongs to (-1: none)."""
         ids, labels, owner = [], [], []
         for number, (_, question, answer) in enumerate(turns):
-            asked = self._ids(f"\n{question} ASSISTANT:" if number == 0 else f"USER: {question} ASSISTANT:")
-            said = [*self._ids(f" {answer}"), self.tokenizer.eos_token_id]
+            opening = f"\n{question} ASSISTANT:" if number == 0 else f"USER: {question} ASSISTANT:"
+            asked = self._ids(opening)
+            said = [*self._ids(f"{opening} {answer}")[len(asked) :], self.tokenizer.eos_token_id]
             ids += asked + said
             labels += [IGNORED] * len(asked) + said
             owner += [-1] * len(asked) + [number] * len(said)
@@ -460,7 +475,7 @@ def measure(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, folder: Path) -> None:
+def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     from transformers import AutoProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava.processing_llava import LlavaProcessor
