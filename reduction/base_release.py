@@ -2,7 +2,7 @@
 
 A checkpoint of this shape holds the projector and, in its config, `base_release`:
 
-    {"name": a Hub id or a folder, "revision": a commit or None, "files": {file name: {"size": ..., "digest": ...}}}
+    {"name": a Hub id or a folder, "revision": a commit or None, "files": [{"file", "size", "digest"}, ...]}
 
 A digest must tell one release from another without reading 14 GB, and releases of one architecture differ in nothing
 but the values of their tensors. So it is the SHA-256 of a safetensors file's size, of its header (every tensor's name,
@@ -48,11 +48,11 @@ def digest(path: Path) -> str:
     return summary.hexdigest()
 
 
-def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     """`files` of a `base_release`: size in bytes and digest of each of the named files, smallest first."""
-    found = {name: folder / name for name in names}
-    order = sorted(found, key=lambda name: (found[name].stat().st_size, name))
-    return {name: {"size": found[name].stat().st_size, "digest": digest(found[name])} for name in order}
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    order = sorted(sizes, key=lambda name: (sizes[name], name))
+    return [{"file": name, "size": sizes[name], "digest": digest(folder / name)} for name in order]
 
 
 def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
@@ -73,7 +73,8 @@ def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
         raise ValueError(f"base_release must hold name, revision and files; got {base_release!r}")
     name, revision = base_release["name"], base_release["revision"]
     folder: Path | None = None
-    for file, expected in base_release["files"].items():
+    for expected in base_release["files"]:
+        file = expected["file"]
         try:
             path = Path(str(cached_file(name, file, revision=revision, **hub)))
         except OSError as error:
