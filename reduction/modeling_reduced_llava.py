@@ -246,10 +246,13 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
                 **({} if image_sizes is None else {"image_sizes": image_sizes}),
                 **kwargs,
             )
-        tokens = self.get_visual_tokens(pixel_values, vision_feature_layer).tokens
-        projected = self.multi_modal_projector(tokens)
-        features: Any = list(projected)  # transformers types pooler_output as one tensor, and reads a list
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
+        features: Any = self.project(visual.tokens)  # transformers types pooler_output as one tensor, reads a list
+        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
+
+    def project(self, tokens: Tensor, kept: Tensor | None = None, image_sizes: Tensor | None = None) -> list[Tensor]:
+        """Projected visual tokens of each image, [budget, H of the decoder], of `get_visual_tokens`' tokens."""
+        return list(self.multi_modal_projector(tokens))
 
 
 class ReducedLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGeneration):
@@ -291,7 +294,7 @@ def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor
     """
     attention, norm = block.self_attn, block.layer_norm1
     linears = (attention.q_proj, attention.k_proj)
-    # Autocast would bring back the rounding that float32 is here to avoid.
+    # Without autocast, as in reduce_tokens.
     with torch.autocast(hidden.device.type, enabled=False):
         if all(type(linear) is nn.Linear for linear in linears) and not norm.weight.is_meta:
             weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)

@@ -53,7 +53,7 @@ def forward_active(
     """A decoder layer that updates the active positions only.
 
     Args:
-        layer: one of the keys of FROZEN_LAYERS, or its frozen version; its weights are used as they are.
+        layer: an instance of one of SUPPORTED_LAYERS; its weights are used as they are.
         hidden_states: [B, L, H].
         rows: which positions are active.
         attention_mask: what the decoder gives its layers: None (causal), bool or additive [B or 1, 1, L, K].
@@ -98,7 +98,8 @@ def forward_active(
     states = before + attention.o_proj(attended.reshape(batch, rows.positions.shape[1], -1))
     states = states + layer.mlp(layer.post_attention_layernorm(states))
     states = torch.where(rows.is_active.unsqueeze(-1), states, before)
-    return hidden_states.scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
+    # Parts of the layer may be kept in a finer dtype than its input, as the plain layer lets them.
+    return hidden_states.to(states.dtype).scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
 
 
 class FrozenVisualTokens:
@@ -131,6 +132,7 @@ FROZEN_LAYERS: dict[Any, Any] = {
     MistralDecoderLayer: FrozenMistralDecoderLayer,
     Qwen2DecoderLayer: FrozenQwen2DecoderLayer,
 }
+SUPPORTED_LAYERS = tuple(FROZEN_LAYERS)
 
 
 def freeze_visual_tokens(language_model: Any, layers: list[int]) -> None:
@@ -142,7 +144,7 @@ def freeze_visual_tokens(language_model: Any, layers: list[int]) -> None:
     for index in layers:
         plain = type(language_model.layers[index])
         if plain not in FROZEN_LAYERS:
-            names = ", ".join(supported.__name__ for supported in FROZEN_LAYERS)
+            names = ", ".join(supported.__name__ for supported in SUPPORTED_LAYERS)
             raise ValueError(f"shortv: layer {index} is a {plain.__name__}, not one of {names}")
         frozen = FROZEN_LAYERS[plain]
         language_model.layers[index] = frozen(language_model.config, layer_idx=index)

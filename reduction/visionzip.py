@@ -142,12 +142,14 @@ def reduce_tokens(
         ValueError: a budget that the grid cannot fill.
     """
     cls = int(has_cls)
-    with torch.no_grad():
-        attention = score_patches(queries, keys, scale, has_cls)
-        kept = select_dominant(attention, dominant - cls)
-        metric = at_least_float32(keys).mean(dim=1)[:, cls:]
     patches = hidden[:, cls:]
-    merged, targets, groups = merge_contextual(patches, metric, kept, contextual)
+    # Autocast would bring back the rounding that float32 is here to avoid.
+    with torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad():
+            attention = score_patches(queries, keys, scale, has_cls)
+            kept = select_dominant(attention, dominant - cls)
+            metric = at_least_float32(keys).mean(dim=1)[:, cls:]
+        merged, targets, groups = merge_contextual(patches, metric, kept, contextual)
     tokens = torch.cat([hidden[:, :cls], _take(patches, kept), merged], dim=1)
     return ReducedTokens(tokens, kept, targets, groups, attention)
 
