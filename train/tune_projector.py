@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,9 +79,9 @@ class RunState:
     """Rows that turned out to be unreadable when their turn came."""
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     try:
-        config = load_config(sys.argv[1:])
+        config = load_config(argv)
         accelerator = start_accelerator(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
@@ -331,4 +332,4 @@ def loader_of(
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,170 @@
+"""Exact match and loss: what a user would get by asking one question after the other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tiny import write_instructions
+from transformers import LlavaForConditionalGeneration
+
+from data.dataset import ConversationDataset
+from data.instructions import read_instructions
+from data.supervision import Supervision
+from reduction.flops import llm_prefill_flops_grouped
+from train.comparison import Candidate, compare, recovered_share, table_of, write_results
+from train.config import DataConfig
+from train.evaluation import Answer, Evaluation, evaluate, held_out_loss
+from train.objective import SupervisedLoss, count_supervised
+from train.processes import StopRequest
+from train.release import load_release
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(mixed_precision="no")
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of which a model that learned the colours gets some right."""
+    return write_instructions(tmp_path_factory.mktemp("asked"), 12, seed=5)
+
+
+def answers_one_by_one(release: Path, held_out: Path) -> list[str]:
+    """Plain LLaVA, one question at a time, the true turns before it written out by hand."""
+    model = LlavaForConditionalGeneration.from_pretrained(release).eval()
+    _, processor = load_release(str(release), visionzip=None)
+    tokenizer = processor.tokenizer
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    )
+    said = []
+    for row in json.loads(held_out.read_text()):
+        names = row.get("image", [])
+        names = [names] if isinstance(names, str) else names
+        prompt = system
+        for number, turn in enumerate(row["conversations"]):
+            if turn["from"] == "human":
+                text = turn["value"]
+                if "<image>" in text:
+                    text = "<image>" * len(names) + "\n" + text.replace("<image>", "").strip()
+                prompt += f" USER: {text} ASSISTANT:"
+                continue
+            images = [Image.open(held_out.parent / name) for name in names] or None
+            inputs = processor(text=prompt, images=images, return_tensors="pt")
+            output = model.generate(
+                **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id
+            )
+            said.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            prompt += f" {turn['value']}</s>" if number else ""
+    return said
+
+
+@pytest.fixture(scope="module")
+def evaluated(learned_release: Path, held_out: Path, accelerator: Accelerator) -> tuple[Evaluation, list[Answer]]:
+    return run(learned_release, held_out, accelerator, batch_size=5)
+
+
+def run(
+    release: Path, held_out: Path, accelerator: Accelerator, batch_size: int, **reductions: object
+) -> tuple[Evaluation, list[Answer]]:
+    model, processor = load_release(str(release), **{"visionzip": None, "shortv": None, **reductions})  # type: ignore[arg-type]
+    dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
+    return evaluate("model", model, dataset, accelerator, batch_size=batch_size, max_new_tokens=TOKENS)
+
+
+def test_answers_are_those_of_plain_llava_asked_one_by_one(
+    evaluated: tuple[Evaluation, list[Answer]], learned_release: Path, held_out: Path
+) -> None:
+    evaluation, answers = evaluated
+    assert [answer.answer for answer in answers] == answers_one_by_one(learned_release, held_out)
+    assert 0.1 < evaluation.exact_match < 0.98, "right and wrong answers are both needed here"
+    assert evaluation.exact_match == sum(a.answer == a.expected for a in answers) / len(answers)
+    rows = json.loads(held_out.read_text())
+    assert [(a.id, a.expected) for a in answers] == [
+        (row["id"], turn["value"]) for row in rows for turn in row["conversations"] if turn["from"] == "gpt"
+    ]
+
+
+@pytest.mark.parametrize(
+    "reductions", [{}, {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2]}}]
+)
+def test_the_batch_size_changes_nothing(
+    learned_release: Path, held_out: Path, accelerator: Accelerator, reductions: dict[str, object]
+) -> None:
+    first, answers = run(learned_release, held_out, accelerator, batch_size=1, **reductions)
+    second, again = run(learned_release, held_out, accelerator, batch_size=7, **reductions)
+    assert answers == again
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    assert first.supervised_tokens == second.supervised_tokens
+
+
+def test_the_costs_are_those_of_the_model(
+    evaluated: tuple[Evaluation, list[Answer]], learned_release: Path, held_out: Path, accelerator: Accelerator
+) -> None:
+    plain, _ = evaluated
+    reductions = {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2, 3]}}
+    reduced, _ = run(learned_release, held_out, accelerator, batch_size=5, **reductions)
+    assert (plain.visual_tokens, plain.frozen_layers) == (36, 0)
+    assert (reduced.visual_tokens, reduced.frozen_layers) == (6, 2)
+    text = LlavaForConditionalGeneration.from_pretrained(learned_release).config.text_config
+    costs = [llm_prefill_flops_grouped(text, tokens, 36, 0) for tokens in range(40, 200)]
+    tokens = 40 + costs.index(int(plain.llm_flops))
+    assert reduced.llm_flops == llm_prefill_flops_grouped(text, tokens, 6, 2)
+    assert plain.prefill_ms > 0
+    assert plain.prefill_batch == 5
+
+
+def test_the_held_out_loss_of_the_loop_is_the_table_s(
+    evaluated: tuple[Evaluation, list[Answer]], learned_release: Path, held_out: Path, accelerator: Accelerator
+) -> None:
+    from data.dataset import Collator
+
+    model, processor = load_release(str(learned_release), visionzip=None)
+    dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
+    collate = Collator.of(dataset.supervision)
+    batches = [collate([dataset[index] for index in rows]) for rows in (range(3), range(3, 12), [])]
+    stop = StopRequest()
+    loss = held_out_loss(SupervisedLoss(model), batches, accelerator, stop)
+    assert loss == pytest.approx(evaluated[0].loss, rel=1e-5)
+    assert sum(count_supervised(b.inputs["labels"]) for b in batches) == evaluated[0].supervised_tokens
+    stop.signal = "SIGTERM"
+    assert held_out_loss(SupervisedLoss(model), batches, accelerator, stop) is None
+
+
+def test_side_by_side_with_answers_in_files(
+    learned_release: Path, held_out: Path, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
+    candidates = [
+        Candidate("all tokens", str(learned_release), visionzip=None),
+        Candidate("reduced, untuned", str(learned_release), visionzip={"dominant": 2, "contextual": 1}),
+    ]
+    results = compare(
+        candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4, answers=tmp_path
+    )
+    assert [row.name for row in results] == ["all tokens", "reduced, untuned"]
+    assert [row.visual_tokens for row in results] == [36, 3]
+    lines = (tmp_path / "reduced--untuned.jsonl").read_text().splitlines()
+    assert len(lines) == results[1].questions
+    assert sum(json.loads(line)["correct"] for line in lines) == results[1].exact_match * len(lines)
+    assert table_of(results, "title").row_count == 2
+    write_results(tmp_path / "evaluation.json", results, recovered_share=None)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["loss"] == results[0].loss
+
+
+@pytest.mark.parametrize(("tuned", "share"), [(0.7, 0.5), (0.6, 0.0), (0.5, -0.5)])
+def test_the_recovered_share_is_of_what_was_lost(
+    evaluated: tuple[Evaluation, list[Answer]], tuned: float, share: float
+) -> None:
+    from dataclasses import replace
+
+    full, untuned = (replace(evaluated[0], exact_match=value) for value in (0.8, 0.6))
+    assert recovered_share(full, untuned, replace(full, exact_match=tuned)) == pytest.approx(share)
+    assert recovered_share(untuned, full, full) is None

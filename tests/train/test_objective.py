@@ -1,0 +1,128 @@
+"""The loss of a global batch, and what is trained by it: the same for every cut, nothing but the projector."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from data.dataset import Collator, ConversationDataset
+from data.instructions import read_instructions
+from data.supervision import Supervision
+from train.objective import (
+    SupervisedLoss,
+    count_supervised,
+    describe_components,
+    projector_parameters,
+    train_only_projector,
+)
+from train.release import load_release
+
+BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
+
+
+def loaded(release: Path, instructions: Path, **reductions: Any) -> tuple[SupervisedLoss, ConversationDataset]:
+    model, processor = load_release(str(release), **{"visionzip": BUDGET, "shortv": FROZEN, **reductions})
+    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    conversations = read_instructions(instructions)
+    dataset = ConversationDataset(conversations, Supervision(processor), instructions.parent)
+    return SupervisedLoss(model), dataset
+
+
+def gradient(module: SupervisedLoss, dataset: ConversationDataset, cut: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The projector's gradient for a global batch cut like this, flat; the loss scaled as the loop does."""
+    collate = Collator.of(dataset.supervision)
+    batches = [collate([dataset[index] for index in rows]) for rows in cut]
+    count = sum(count_supervised(batch.inputs["labels"]) for batch in batches)
+    module.zero_grad()
+    for batch in batches:
+        (module(batch.inputs) / count).backward()
+    return torch.cat([p.grad.flatten() for p in projector_parameters(module.model).values() if p.grad is not None])
+
+
+@pytest.fixture(scope="module")
+def reduced(tiny_release: Path, tiny_instructions: Path) -> tuple[SupervisedLoss, ConversationDataset]:
+    return loaded(tiny_release, tiny_instructions)
+
+
+def test_with_both_reductions_off_the_loss_is_that_of_plain_llava(tiny_release: Path, tiny_instructions: Path) -> None:
+    module, dataset = loaded(tiny_release, tiny_instructions, visionzip=None, shortv=None)
+    inputs = Collator.of(dataset.supervision)([dataset[index] for index in range(6)]).inputs
+    plain = LlavaForConditionalGeneration.from_pretrained(tiny_release).eval()
+    expected = plain(**inputs).loss  # transformers' mean over the supervised tokens of its input
+    assert module(inputs).item() / count_supervised(inputs["labels"]) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        [[0], [1], [2], [3], [4], [5], [6], [7]],
+        [[7, 3, 1], [0], [6, 5, 4, 2]],
+        [[4], [0, 1, 2, 3, 5, 6, 7]],  # sample 4 has no image
+        [[0, 1, 2, 3], [4], [], [5, 6, 7]],  # an empty micro-batch keeps a process in step
+    ],
+)
+def test_any_cut_of_a_global_batch_gives_the_same_gradient(
+    reduced: tuple[SupervisedLoss, ConversationDataset], cut: list[list[int]]
+) -> None:
+    module, dataset = reduced
+    assert not dataset.conversations[4].images
+    whole = gradient(module, dataset, [range(8)])
+    assert whole.norm() > 0.1
+    torch.testing.assert_close(gradient(module, dataset, cut), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+
+
+def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(
+    reduced: tuple[SupervisedLoss, ConversationDataset],
+) -> None:
+    module, dataset = reduced
+    only_text = gradient(module, dataset, [[4, 9]])
+    assert only_text.shape == (sum(p.numel() for p in projector_parameters(module.model).values()),)
+    assert torch.equal(only_text, torch.zeros_like(only_text))
+
+
+def test_only_the_projector_is_trained_and_nothing_upstream_has_a_graph(tiny_release: Path) -> None:
+    model, _ = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN, dtype=torch.bfloat16)
+    model.train()
+    train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(projector_parameters(model))
+    assert len(trained) == 4
+    assert {p.dtype for p in projector_parameters(model).values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {torch.bfloat16}
+    assert not any(module.training for module in model.modules())
+    inputs: list[torch.Tensor] = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    model.model.get_image_features(torch.rand(2, 3, 24, 24))
+    assert not inputs[0].requires_grad
+    rows = {name: (count, dtype, trained) for name, count, dtype, trained in describe_components(model)}
+    assert rows["projector"] == (24 * 32 + 32 + 32 * 32 + 32, "float32", True)
+    assert not any(trained for name, (_, _, trained) in rows.items() if name != "projector")
+    assert sum(count for count, _, _ in rows.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
+    reduced: tuple[SupervisedLoss, ConversationDataset], tiny_release: Path, tiny_instructions: Path
+) -> None:
+    module, dataset = reduced
+    expected = gradient(module, dataset, [range(6)])
+    other, _ = loaded(tiny_release, tiny_instructions)
+    train_only_projector(other.model, torch.float32, gradient_checkpointing=True)
+    calls: list[int] = []
+    other.model.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradient(other, dataset, [range(6)]), expected, rtol=1e-6, atol=1e-8)
+    assert len(calls) == 2, "the layer ran once: nothing was recomputed"
+
+
+def test_logits_are_computed_at_supervised_positions_only(
+    reduced: tuple[SupervisedLoss, ConversationDataset],
+) -> None:
+    module, dataset = reduced
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in range(5)])
+    shapes: list[torch.Size] = []
+    handle = module.model.lm_head.register_forward_hook(lambda _, arguments, output: shapes.append(output.shape))
+    module(batch.inputs)
+    handle.remove()
+    assert shapes == [(count_supervised(batch.inputs["labels"]), 200)]
