@@ -14,7 +14,6 @@ softmax and the LM head, as the papers do. :func:`visionzip_formula` keeps Visio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
@@ -338,25 +337,6 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
         logits=rows * t * text.vocab_size * (2 * b + 8),
         overhead=CUDA_OVERHEAD_BYTES,
     )
-
-
-# -------------------------------------------------------------------------------------------- what users write
-
-
-def parse_budget(text: str) -> dict[str, int]:
-    """``"54+10"`` -> ``{"dominant": 54, "contextual": 10}``. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)
-    if match is None:
-        raise ValueError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
-    return {"dominant": int(match[1]), "contextual": int(match[2])}
-
-
-def parse_bytes(text: str) -> int:
-    """``"24GiB"`` (or ``24``, ``24 GB``) -> bytes. A bare number means GiB. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?\s*", text)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"memory {text!r}: write it as 24GiB, 80GB or 512MiB, more than zero.")
-    return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(match[2], 2**30))
 
 
 # ------------------------------------------------------------------------------------------------------ internals

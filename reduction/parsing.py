@@ -1,0 +1,44 @@
+"""What users write for budgets, frozen layers and memory, read the same way by every command."""
+
+from __future__ import annotations
+
+import re
+
+
+def parse_budget(text: str) -> dict[str, int]:
+    """``"54+10"`` -> ``{"dominant": 54, "contextual": 10}``. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)
+    if match is None:
+        raise ValueError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
+    return {"dominant": int(match[1]), "contextual": int(match[2])}
+
+
+def parse_bytes(text: str) -> int:
+    """``"24GiB"`` (or ``24``, ``24 GB``) -> bytes. A bare number means GiB. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory {text!r}: write it as 24GiB, 80GB or 512MiB, more than zero.")
+    return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(match[2], 2**30))
+
+
+def parse_freeze(text: str, num_layers: int) -> int | list[int]:
+    """What ``--freeze`` says: ``"19"`` -> 19, ``"60%"`` -> that share of ``num_layers``, ``"31,29,30"`` -> that list.
+
+    Raises ValueError for anything else, for layers that are not there, and for a number that is not 0..num_layers.
+    """
+    stripped = text.strip().removeprefix("[").removesuffix("]")
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", stripped)
+    if share is not None:
+        number = round(float(share[1]) / 100 * num_layers)
+    elif re.fullmatch(r"\d+", stripped) and stripped == text.strip():
+        number = int(stripped)
+    elif re.fullmatch(r"\d+(\s*,\s*\d+)*", stripped):
+        layers = [int(layer) for layer in stripped.split(",")]
+        if len(set(layers)) != len(layers) or max(layers) >= num_layers:
+            raise ValueError(f"freeze {text!r}: must be distinct layers from 0 to {num_layers - 1}.")
+        return layers
+    else:
+        raise ValueError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
+    if number > num_layers:
+        raise ValueError(f"freeze {text!r}: the language model has {num_layers} layers.")
+    return number

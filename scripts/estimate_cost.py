@@ -1,0 +1,319 @@
+"""Prints what a LLaVA costs with and without its reductions, from its config alone (no weights are read).
+
+    python scripts/estimate_cost.py --model llava-1.5-7b --budget 54+10 --freeze 19 --memory 24GiB
+
+Four rows: none / VisionZip / ShortV / both. Columns: visual tokens of a sample, prefill FLOPs (by ShortV's formula,
+and with the key heads that the config really has), KV cache of the prefill, FLOPs and memory of a training step that
+tunes the projector, and whether that fits on the card. FLOPs count a multiply-add as two. The memory is an estimate
+for one device that holds the whole model: `reduction/flops.py` says what is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
+
+from reduction import flops
+from reduction.parsing import parse_budget, parse_bytes, parse_freeze
+from train.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_BUDGET = "54+10"
+DEFAULT_FREEZE = "60%"
+
+
+@dataclass
+class EstimateConfig:
+    """What `scripts/estimate_cost.py` takes."""
+
+    model: str = "llava-1.5-7b"
+    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
+    folder with a config.json, or a Hub id (its config.json is downloaded)."""
+    budget: str | None = None
+    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    freeze: str | None = None
+    """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
+    memory: str = "24GiB"
+    """Memory of the card."""
+    text_tokens: int = 64
+    """Text tokens of a prefill (the papers use 64)."""
+    training_text_tokens: int = 512
+    """Text tokens of a training sample."""
+    tiles: int | None = None
+    """Images per sample, or tiles in LLaVA-NeXT. Default: 1, and 5 in LLaVA-NeXT, as the papers count."""
+    global_batch_size: int = 128
+    """Samples of an optimiser step."""
+    per_device_train_batch_size: int = 16
+    """Samples in memory at once."""
+    weights: Literal["bfloat16", "float32", "4bit"] = "bfloat16"
+    """How the untrained weights are stored (4bit: decoder layers in NF4, the rest in bfloat16)."""
+    gradient_checkpointing: bool = True
+    """Whether each LLM layer is computed again in the backward pass instead of being kept."""
+    output: Path | None = None
+    """A JSON file to write the figures to."""
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Figures of one reduction; ``memory`` holds the parts that add up to ``training_bytes``."""
+
+    name: str
+    visual_tokens: int  # of one sample
+    frozen_layers: int
+    prefill_flops: int  # the LLM, ShortV's formula
+    prefill_flops_grouped: int  # the LLM, with the key heads that are there
+    tower_flops: int  # vision tower and projector
+    kv_cache_bytes: int
+    training_flops: int
+    training_bytes: int
+    memory: dict[str, int]
+    largest_micro_batch: int  # 0: not even one sample fits
+
+
+def known_release(name: str) -> PreTrainedConfig | None:
+    """The config of a release known by name, or None."""
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    sizes_7b = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    sizes_13b = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    mistral = {**sizes_7b, "intermediate_size": 14336, "num_key_value_heads": 8}
+    families = {
+        "llava-1.5-7b": (LlavaConfig, LlamaConfig, sizes_7b),
+        "llava-1.5-13b": (LlavaConfig, LlamaConfig, sizes_13b),
+        "llava-next-7b": (LlavaNextConfig, LlamaConfig, sizes_7b),
+        "llava-next-13b": (LlavaNextConfig, LlamaConfig, sizes_13b),
+        "llava-next-mistral-7b": (LlavaNextConfig, MistralConfig, mistral),
+    }
+    if name not in families:
+        return None
+    family, llm, sizes = families[name]
+    return family(text_config=llm(vocab_size=32064, **sizes), vision_config=tower, tie_word_embeddings=False)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The LLaVA config that ``model`` names. Raises FileNotFoundError or ValueError when there is none."""
+    known = known_release(model)
+    if known is not None:
+        return known
+    source = ROOT / "checkpoints" / "demo-llava" if model == "demo" else Path(model)
+    if (source.exists() or model == "demo") and not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint.")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(str(source))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {model!r} is neither a known release, nor a folder with a config.json, nor a Hub id that can be "
+            f"read here: {error}"
+        ) from error
+    kinds: dict[str, type[PreTrainedConfig]] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+    kind = str(values.get("model_type")).removeprefix("reduced_")
+    if kind not in kinds:
+        raise ValueError(
+            f"{model}: model_type is {values.get('model_type')!r}; llava and llava_next can be read. "
+            "An original LLaVA release must be converted first."
+        )
+    return kinds[kind].from_dict(values)
+
+
+def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]:
+    """The config and the four rows: none, VisionZip, ShortV, both. Raises ValueError for settings out of range."""
+    config = read_config(settings.model)
+    num_layers = config.text_config.num_hidden_layers
+    own_budget, own_shortv = config.to_dict().get("visionzip"), config.to_dict().get("shortv")
+    budget = own_budget if own_budget and settings.budget is None else parse_budget(settings.budget or DEFAULT_BUDGET)
+    frozen: int | list[int]
+    if own_shortv and settings.freeze is None:
+        frozen = list(own_shortv["layers"])
+    else:
+        frozen = parse_freeze(settings.freeze or DEFAULT_FREEZE, num_layers)
+    frozen = frozen if isinstance(frozen, int) else len(frozen)
+    both = (budget["dominant"], budget["contextual"])
+    reduced = f"VisionZip {both[0]}+{both[1]}"
+    return config, [
+        _row(config, settings, "none", None, 0),
+        _row(config, settings, reduced, both, 0),
+        _row(config, settings, f"ShortV {frozen} of {num_layers}", None, frozen),
+        _row(config, settings, "both", both, frozen),
+    ]
+
+
+def _row(
+    config: PreTrainedConfig, settings: EstimateConfig, name: str, budget: tuple[int, int] | None, frozen: int
+) -> CostRow:
+    next_family = isinstance(config, LlavaNextConfig)
+    tiles = settings.tiles if settings.tiles is not None else (5 if next_family else 1)
+    text, prompt = config.text_config, settings.text_tokens
+    visual = flops.visual_tokens_per_image(config, budget, tiles)
+    step = flops.TrainingStep(
+        text_tokens=settings.training_text_tokens,
+        visual_tokens=visual,
+        tiles=tiles,
+        frozen_layers=frozen,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.per_device_train_batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        weights=settings.weights,
+    )
+    memory = flops.training_step_memory(config, step)
+    return CostRow(
+        name=name,
+        visual_tokens=visual,
+        frozen_layers=frozen,
+        prefill_flops=flops.llm_prefill_flops(text, prompt, visual, frozen),
+        prefill_flops_grouped=flops.llm_prefill_flops_grouped(text, prompt, visual, frozen),
+        tower_flops=flops.vision_tower_flops(config, tiles) + flops.projector_flops(config, visual),
+        kv_cache_bytes=flops.kv_cache_bytes(text, prompt + visual, step.bytes_per_value),
+        training_flops=flops.training_step_flops(config, step),
+        training_bytes=memory.total,
+        memory=asdict(memory),
+        largest_micro_batch=_largest_micro_batch(config, step, parse_bytes(settings.memory)),
+    )
+
+
+def _largest_micro_batch(config: PreTrainedConfig, step: flops.TrainingStep, card_bytes: int) -> int:
+    """The most samples, up to the global batch, whose training step fits into ``card_bytes``."""
+    low, high = 0, step.global_batch_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = flops.training_step_memory(config, replace(step, micro_batch_size=middle)).total <= card_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned with spaces, the first to the left; header cells may hold line breaks."""
+    cells = [cell.split("\n") for cell in header]
+    depth = max(len(lines) for lines in cells)
+    head = [[lines[i] if i < len(lines) else "" for lines in cells] for i in range(depth)]
+    widths = [max(len(line[column]) for line in head + rows) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)
+        )
+        for pairs in (list(zip(line, widths, strict=True)) for line in head + rows)
+    ]
+    lines.insert(depth, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConfig) -> str:
+    """The whole text that the command prints."""
+    text, card = config.text_config, parse_bytes(settings.memory)
+    base = rows[0]
+
+    def share(value: int, of: int) -> str:
+        return f"{100 * value / of:.0f} %"
+
+    def flop_unit(values: list[int]) -> tuple[str, float]:
+        return next(
+            (name, size)
+            for name, size in [("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6)]
+            if max(values) >= size or name == "MFLOPs"
+        )
+
+    prefill, prefill_size = flop_unit([row.prefill_flops for row in rows])
+    training, training_size = flop_unit([row.training_flops for row in rows])
+    prefill_table = format_table(
+        [
+            "",
+            "visual\ntokens",
+            f"LLM\n{prefill}",
+            "",
+            "with its own\nkey heads",
+            "tower and\nprojector",
+            "KV cache\nMiB",
+        ],
+        [
+            [
+                row.name,
+                str(row.visual_tokens),
+                f"{row.prefill_flops / prefill_size:.3f}",
+                share(row.prefill_flops, base.prefill_flops),
+                f"{row.prefill_flops_grouped / prefill_size:.3f}",
+                f"{row.tower_flops / prefill_size:.3f}",
+                f"{row.kv_cache_bytes / 2**20:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    training_table = format_table(
+        [
+            "",
+            training,
+            "",
+            *(f"{part}\nGiB" for part in base.memory),
+            "total\nGiB",
+            f"fits in\n{settings.memory}",
+            "largest\nmicro-batch",
+        ],
+        [
+            [
+                row.name,
+                f"{row.training_flops / training_size:.2f}",
+                share(row.training_flops, base.training_flops),
+                *(f"{size / 2**30:.2f}" for size in row.memory.values()),
+                f"{row.training_bytes / 2**30:.2f}",
+                "yes" if row.training_bytes <= card else "NO",
+                str(row.largest_micro_batch) if row.largest_micro_batch else "none",
+            ]
+            for row in rows
+        ],
+    )
+    counts = flops.parameter_counts(config)
+    recomputed = "with" if settings.gradient_checkpointing else "without"
+    return "\n".join(
+        [
+            f"{settings.model}: {counts.total / 1e9:.3g} B parameters, {counts.projector / 1e6:.3g} M of them in the "
+            f"projector; {text.num_hidden_layers} LLM layers of width {text.hidden_size}",
+            "",
+            f"Prefill of one sample with {settings.text_tokens} text tokens",
+            prefill_table,
+            "",
+            f"Training step of the projector: {settings.global_batch_size} samples of {settings.training_text_tokens} "
+            f"text tokens, {settings.per_device_train_batch_size} in memory at once,",
+            f"{settings.weights}, {recomputed} gradient checkpointing",
+            training_table,
+            "",
+            "A frozen layer keeps keys and values: ShortV leaves the KV cache as it is. Memory is an estimate for one",
+            "device that holds the whole model.",
+        ]
+    )
+
+
+def main(settings: EstimateConfig) -> None:
+    """Prints the estimate and writes it to ``settings.output`` when given."""
+    config, rows = estimate(settings)
+    print(report(config, rows, settings))
+    if settings.output is not None:
+        values = {
+            "model": settings.model,
+            "memory": parse_bytes(settings.memory),
+            "rows": [asdict(r) for r in rows],
+        }
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        settings.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_config(EstimateConfig, sys.argv[1:], default=None, program="estimate_cost.py"))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"estimate_cost.py: {error}")

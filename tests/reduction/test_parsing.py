@@ -1,0 +1,64 @@
+"""What users write for budgets, frozen layers and memory."""
+
+import pytest
+
+from reduction.parsing import parse_budget, parse_bytes, parse_freeze
+
+
+def test_budget():
+    assert parse_budget("54+10") == {"dominant": 54, "contextual": 10}
+    assert parse_budget(" 54 + 0 ") == {"dominant": 54, "contextual": 0}
+
+
+@pytest.mark.parametrize("bad", ["64", "54+", "54-10", "54+10+1", "a+b", ""])
+def test_budget_refused(bad):
+    with pytest.raises(ValueError, match=r"54\+10"):
+        parse_budget(bad)
+
+
+def test_bytes():
+    assert parse_bytes("24GiB") == parse_bytes("24") == 24 * 2**30
+    assert parse_bytes("80 GB") == 80 * 10**9
+    assert parse_bytes("512MiB") == 2**29
+    assert parse_bytes("1.5MB") == 1_500_000
+
+
+@pytest.mark.parametrize("bad", ["", "0GiB", "24 KiB", "much"])
+def test_bytes_refused(bad):
+    with pytest.raises(ValueError, match="24GiB"):
+        parse_bytes(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "expected"),
+    [
+        ("19", 32, 19),
+        ("0", 32, 0),
+        ("60%", 32, 19),  # the papers' 19 of 32 and 24 of 40
+        ("60 %", 40, 24),
+        ("60%", 8, 5),
+        ("100%", 8, 8),
+        ("31,29, 30", 32, [31, 29, 30]),
+        ("[0, 3]", 4, [0, 3]),
+        ("[3]", 4, [3]),
+    ],
+)
+def test_freeze(text, layers, expected):
+    assert parse_freeze(text, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9", "has 8 layers"),
+        ("101%", "has 8 layers"),
+        ("1,8", "from 0 to 7"),
+        ("1,1", "distinct"),
+        ("-1", "a number of layers"),
+        ("most", "a number of layers"),
+        ("0.6", "a share"),
+    ],
+)
+def test_freeze_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_freeze(text, 8)
