@@ -43,6 +43,7 @@ def compare(
     accelerator: Accelerator,
     *,
     dtype: torch.dtype,
+    load_in_4bit: bool = False,
     batch_size: int,
     max_new_tokens: int,
     answers: Path,
@@ -63,6 +64,7 @@ def compare(
             mm_projector=candidate.mm_projector,
             vision_tower=candidate.vision_tower,
             chat_template=candidate.chat_template,
+            load_in_4bit=load_in_4bit,
         )
         model.to(accelerator.device)
         evaluation, said = evaluate(

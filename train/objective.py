@@ -65,7 +65,10 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
     """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
-    model.to(compute_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype)
     model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -93,7 +96,7 @@ def describe_components(model: Llava) -> list[tuple[str, int, str, bool]]:
     for name, part in parts.items():
         parameters = list(part.parameters())
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-        trained = {parameter.requires_grad for parameter in parameters}
-        assert len(trained) == 1, f"{name} is trained in part"
-        rows.append((name, sum(parameter.numel() for parameter in parameters), ", ".join(dtypes), trained.pop()))
+        for trained in sorted({parameter.requires_grad for parameter in parameters}):
+            count = sum(parameter.numel() for parameter in parameters if parameter.requires_grad is trained)
+            rows.append((name, count, ", ".join(dtypes), trained))
     return rows

@@ -124,7 +124,12 @@ def choose_layers(
         return config.shortv.layers if config.shortv else None
     visionzip = asdict(config.visionzip) if config.visionzip else None
     model, processor = load_release(
-        release, visionzip=visionzip, shortv=None, dtype=dtype, chat_template=config.data.chat_template
+        release,
+        visionzip=visionzip,
+        shortv=None,
+        dtype=dtype,
+        chat_template=config.data.chat_template,
+        load_in_4bit=config.load_in_4bit,
     )
     model.to(accelerator.device)
     dataset = training_set(config.data, processor, config.seed)
