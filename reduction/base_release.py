@@ -135,7 +135,7 @@ def lay_projector(model: Any, path: Path) -> None:
         if parameter.is_meta or not parameter.dtype.is_floating_point:
             raise ValueError(
                 f"the projector's {name} is {'offloaded' if parameter.is_meta else parameter.dtype}: the tuned one "
-                "cannot be laid over it; leave it out (llm_int8_skip_modules=['multi_modal_projector'], or a "
+                "cannot be laid over it; leave it out (llm_int8_skip_modules=['model.multi_modal_projector'], or a "
                 "device_map that keeps model.multi_modal_projector on a device), or load a full checkpoint"
             )
     tensors = load_state_dict(str(path))

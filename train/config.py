@@ -24,7 +24,8 @@ FREE_KEYS = (
     "model", "revision", "mm_projector", "vision_tower", "data", "per_device_train_batch_size",
     "max_tokens_per_micro_batch", "gradient_checkpointing", "max_nonfinite_steps", "output_dir", "run_name",
     "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
-    "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures",
+    "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
 
@@ -148,6 +149,14 @@ class TuneConfig:
     number or a share (60%), those with the lowest LC, measured when the run starts on shortv.calibration_samples
     training conversations."""
 
+    load_in_4bit: bool = False
+    """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
+    tuning: Literal["full", "lora", "rslora", "dora", "loha", "lokr"] = "full"
+    """All weights of the projector, or a PEFT adapter on it (saved in final/adapter, and merged into final)."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter: its output counts lora_alpha / lora_r times (rslora: lora_alpha / sqrt(lora_r))."""
     learning_rate: float = 2e-5
     """Peak learning rate of the projector (AdamW)."""
     weight_decay: float = 0.0
@@ -207,12 +216,23 @@ class TuneConfig:
     pictures: int = 4
     """Held-out images drawn with their kept patches and merged groups at the end; 0 draws none."""
 
+    push_to_hub: bool = False
+    """Publish the reduced checkpoint when the run has finished, as scripts/publish.py does."""
+    hub_model_id: str | None = None
+    """With push_to_hub: the repository, user/name."""
+    hub_private_repo: bool = False
+    """With push_to_hub: make the repository private."""
+    hub_shape: Literal["projector", "full", "llava"] = "projector"
+    """What is published: the projector alone, naming its release; everything; or LLaVA's own layout."""
+    hub_base: str | None = None
+    """With hub_shape projector or llava, when model is a folder: the Hub id of the same release."""
+
     def __post_init__(self) -> None:
         _at_least(
             self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1,
             max_tokens_per_micro_batch=1, max_nonfinite_steps=1,
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
-            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0,
+            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0, lora_r=1, lora_alpha=0,
         )  # fmt: skip
         if self.per_device_train_batch_size is None and self.max_tokens_per_micro_batch is None:
             raise ConfigError("micro-batches need a limit: per_device_train_batch_size or max_tokens_per_micro_batch")
@@ -245,6 +265,18 @@ class TuneConfig:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise ConfigError(
                 "overwrite_output_dir would delete the run that resume_from_checkpoint continues: choose one"
+            )
+        for wanted, package, extra in (
+            (self.tuning != "full", "peft", "peft"),
+            (self.load_in_4bit, "bitsandbytes", "4bit"),
+        ):
+            if wanted and importlib.util.find_spec(package) is None:
+                setting = f"tuning {self.tuning}" if package == "peft" else "load_in_4bit"
+                raise ConfigError(f"{setting}: {package} is not installed: pip install 'shortzip[{extra}]'")
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise ConfigError(
+                f"push_to_hub is {str(self.push_to_hub).lower()} and hub_model_id is {self.hub_model_id}: "
+                "give both (user/name), or neither"
             )
         if len(set(self.report_to)) != len(self.report_to):
             raise ConfigError(f"report_to names a tracker twice: {self.report_to}")

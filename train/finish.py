@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
@@ -24,16 +25,22 @@ from train.tensor_files import folder_specs
 def write_final(
     folder: Path,
     release: Release,
-    projector: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor] | ProjectorAdapter,
     processor: Any,
     visionzip: Mapping[str, int] | None,
     shortv: Mapping[str, Any] | None,
     say: Callable[[str], None],
 ) -> None:
-    """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32."""
+    """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
+
+    An adapter is merged into the projector, and saved beside it in `folder`/final/adapter.
+    """
     target = folder / FINAL
     shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
+    projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
     write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv)
+    if isinstance(trained, ProjectorAdapter):
+        trained.save(target / ADAPTER_FOLDER, release.name)
     specs = folder_specs(target)
     kept = sorted({str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n})
     size = sum(spec.nbytes for spec in specs.values()) / 1e6
@@ -101,6 +108,7 @@ def compare_and_draw(
             config.data,
             accelerator,
             dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+            load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
             answers=folder / ANSWERS,

@@ -7,6 +7,7 @@ processor are loaded (`load_release`). LLaVA's own layout is converted once into
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
+from transformers import AutoImageProcessor, BitsAndBytesConfig, LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
 from data.supervision import choose_template
 from reduction import (
@@ -74,9 +75,9 @@ class Release:
 
     @property
     def saved_reductions(self) -> dict[str, Any]:
-        """`visionzip` and `shortv` as the release was saved with; None each for one that knows neither."""
+        """`visionzip`, `shortv` and `fastv` as the release was saved with; None each for one that knows none."""
         config = read_json(self.source / "config.json")
-        return {key: config.get(key) for key in ("visionzip", "shortv")}
+        return {key: config.get(key) for key in ("visionzip", "shortv", "fastv")}
 
     @property
     def original_config(self) -> dict[str, Any] | None:
@@ -274,20 +275,21 @@ def load_release(
     *,
     visionzip: Reduction = "saved",
     shortv: Reduction = "saved",
+    fastv: Reduction = "saved",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     attn_implementation: str = "sdpa",
     mm_projector: str | None = None,
     vision_tower: str | None = None,
-    quantization_config: Any = None,
-    device_map: Any = None,
+    load_in_4bit: bool = False,
     chat_template: str = "auto",
 ) -> tuple[Any, Any]:
     """The reduced model of any release, with its processor.
 
-    `visionzip` ({"dominant", "contextual"}) and `shortv` ({"layers"}): None turns a reduction off; "saved" takes what
-    a reduced checkpoint was saved with, and is None for other releases. `dtype` is of everything but the projector,
-    which is float32: it is what gets tuned. See `open_release` for the other arguments and for what is refused.
+    `visionzip` ({"dominant", "contextual"}), `shortv` ({"layers"}) and, to compare with, `fastv` ({"layer", "keep"}):
+    None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases. `dtype` is of everything but the projector,
+    which is float32: it is what gets tuned. `load_in_4bit`: the language model's layers in NF4 (ImportError without
+    bitsandbytes). See `open_release` for the other arguments and for what is refused.
 
     The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
     and carries the chat template to train with.
@@ -297,21 +299,33 @@ def load_release(
     else:
         release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
     config = release.config
-    reductions: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv}
+    reductions: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv, "fastv": fastv}
     for key, value in reductions.items():
         reductions[key] = release.saved_reductions[key] if value == "saved" else dict(value) if value else None
-    extra = {"quantization_config": quantization_config, "device_map": device_map}
     _, model_class, processor_class = model_classes(config["model_type"])
     loaded = model_class.from_pretrained(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
         **reductions,
-        **{key: value for key, value in extra.items() if value is not None},
+        **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
     )
     lay_projector(loaded, read_projector(release.projector) if release.projector else _saved_projector(release.folder))
     loaded.eval()
     return loaded, _load_processor(release.folder, config, processor_class, loaded.config, chat_template)
+
+
+def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit needs bitsandbytes: pip install 'shortzip[4bit]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # Named from the root: the projector is trained, and the tower and the head are small beside the layers.
+        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+    )
 
 
 def model_classes(model_type: str) -> tuple[Any, Any, Any]:

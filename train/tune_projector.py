@@ -26,6 +26,7 @@ from transformers import get_scheduler
 from data.batching import BatchPlan, MicroBatchSampler
 from data.dataset import Collator, ConversationDataset, MicroBatch
 from data.drops import Drop
+from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -127,10 +128,18 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
     shortv = None if layers is None else {"layers": layers}
     model, processor = load_release(
-        release, visionzip=visionzip, shortv=shortv, dtype=dtype, chat_template=config.data.chat_template
+        release,
+        visionzip=visionzip,
+        shortv=shortv,
+        dtype=dtype,
+        chat_template=config.data.chat_template,
+        load_in_4bit=config.load_in_4bit,
     )
     train_only_projector(model, dtype, config.gradient_checkpointing)
-    parameters = projector_parameters(model)
+    adapter = None
+    if config.tuning != "full":
+        adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
+    parameters = adapter.parameters if adapter else projector_parameters(model)
     report.table(component_table(describe_components(model)))
     report.say(f"budget: {visionzip or 'all visual tokens'}; frozen layers: {layers or 'none'}")
 
@@ -312,7 +321,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     if accelerator.is_main_process and dataset.drops.drops:
         dataset.drops.write(folder / DROPPED)
     on_main_process(
-        accelerator, lambda: write_final(folder, release, parameters, processor, visionzip, shortv, report.say)
+        accelerator,
+        lambda: write_final(folder, release, adapter or parameters, processor, visionzip, shortv, report.say),
     )
     accelerator.free_memory()
 
