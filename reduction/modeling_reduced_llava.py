@@ -16,7 +16,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
 from .base_release import find_base, lay_projector, open_base
+from .baselines import downsample_images, downsampled_tokens, grid_shape, keep_patches
 from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
+from .fastv import Pruning, last_attended, prune_in_decoder
 from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
 from .visionzip import at_least_float32, reduce_tokens
 
@@ -64,6 +66,8 @@ class ReducedModelMixin:
         self.multi_modal_projector = DtypeProjector(config)
         if config.shortv is not None:
             freeze_visual_tokens(self.language_model, config.shortv["layers"])
+        if config.fastv is not None:
+            prune_in_decoder(self.language_model, config.fastv["layer"])
         self.post_init()
 
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
@@ -83,6 +87,8 @@ class ReducedModelMixin:
         if vision_feature_layer is None:
             vision_feature_layer = self.config.vision_feature_layer
         selected = selected_block(vision_feature_layer, len(blocks))
+        if self.config.visionzip.get("method", "visionzip") != "visionzip":
+            return self._baseline_tokens(pixel_values, selected)
         hidden = embed_patches(tower, pixel_values)
         for block in blocks[:selected]:
             hidden = block(hidden, None)
@@ -99,6 +105,23 @@ class ReducedModelMixin:
         )
         return VisualTokens(**reduced._asdict())
 
+    def _baseline_tokens(self, pixel_values: Tensor, selected: int) -> VisualTokens:
+        """The tokens of the baseline that the config names (baselines.py), from the output of block `selected`."""
+        tower, method, count = self.vision_tower, self.config.visionzip["method"], self.config.visionzip["dominant"]
+        side = tower.config.image_size // tower.config.patch_size
+        pixels = pixel_values
+        if method == "downsample":
+            pixels = downsample_images(pixel_values, grid_shape(count, side), tower.config.patch_size)
+        hidden = embed_patches(tower, pixels, interpolate=method == "downsample")
+        for block in tower.encoder.layers[: selected + 1]:
+            hidden = block(hidden, None)
+        patches = hidden[:, int(TOWER_HAS_CLS[tower.config.model_type]) :]
+        if method == "downsample":
+            found = downsampled_tokens(patches, count, side)
+        else:
+            found = keep_patches(patches, pixel_values, method, count, self.config.visionzip.get("seed", 0))
+        return VisualTokens(targets=found.kept[:, :0], **found._asdict())
+
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         if self.config.visionzip is None:
             return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
@@ -114,9 +137,13 @@ class ReducedModelMixin:
         *,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        fastv_query: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' model.
+
+        `fastv_query` [B] int64: with FastV, the position whose attention decides what is kept; the last by default,
+        which in a prompt is right, and where answers follow it is given: the end of the first prompt.
 
         `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
         visual: ShortV, and `inputs_embeds` into which the image is merged already.
@@ -124,19 +151,24 @@ class ReducedModelMixin:
         Raises:
             ValueError: placeholders and visual tokens do not match, or ShortV cannot know which positions are visual.
         """
-        if self.config.visionzip is not None or self.config.shortv is not None:
+        in_decoder = self.config.shortv is not None or self.config.fastv is not None
+        if self.config.visionzip is not None or in_decoder:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
             if input_ids is not None and not has_image:
                 self._refuse_missing_images(input_ids)
-            if self.config.shortv is not None:
+            if in_decoder:
                 visual = None
                 if has_image:
                     visual = self._placeholders(input_ids, inputs_embeds)
                 elif inputs_embeds is not None:
                     visual = _from_token_types(mm_token_type_ids, inputs_embeds)
                 self._refuse_unmasked_attention(kwargs)
-                if visual is not None:
+                if self.config.fastv is not None:
+                    length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+                    query = last_attended(kwargs.get("attention_mask"), length) if fastv_query is None else fastv_query
+                    kwargs["fastv"] = Pruning(self.config.fastv["keep"], visual, query)
+                elif visual is not None:
                     kwargs["active_rows"] = active_rows(visual)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
@@ -172,10 +204,10 @@ class ReducedModelMixin:
         )
 
     def _refuse_unmasked_attention(self, kwargs: dict[str, Any]) -> None:
-        text = self.language_model.config
+        text, key = self.language_model.config, "fastv" if self.config.shortv is None else "shortv"
         if text._attn_implementation not in SUPPORTED_ATTENTION:
             raise ValueError(
-                f"shortv: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
+                f"{key}: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
                 f"load the language model with attn_implementation one of {list(SUPPORTED_ATTENTION)}"
             )
         if kwargs.get("output_attentions", text.output_attentions):
@@ -204,9 +236,9 @@ class StrictLoadingMixin:
         base_release = find_base(cls.config_class, source, kwargs)  # type: ignore[attr-defined]
         if base_release is not None:
             source, projector, kwargs = open_base(cls.config_class, base_release, source, kwargs)  # type: ignore[attr-defined]
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            source, *args, output_loading_info=True, **kwargs
-        )
+        # Misshapen weights are let through to be refused below, by name: transformers only logs which they are.
+        kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         problems = [
             f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(sorted(map(str, info[key]))[:3])} …)"
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -273,16 +305,18 @@ class ReducedLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForCondition
         self.post_init()
 
 
-def embed_patches(tower: Any, pixel_values: Tensor) -> Tensor:
+def embed_patches(tower: Any, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
     """What the tower's first block reads: [N, T, H] of images [N, 3, S, S].
+
+    With `interpolate`, images may be of another size, and the position embeddings are interpolated.
 
     Raises:
         ValueError: a tower of an unsupported family.
     """
     if isinstance(tower, CLIPVisionModel):
-        return tower.pre_layrnorm(tower.embeddings(pixel_values))
+        return tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate))
     if isinstance(tower, SiglipVisionModel):
-        return tower.embeddings(pixel_values)
+        return tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
     raise ValueError(f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel")
 
 

@@ -57,9 +57,9 @@ def test_logits_equal_the_authors(layers, attention, record_property):
         embeds = expected[case["inputs_embeds"]]
         visual = torch.zeros(embeds.shape[:2], dtype=torch.long)
         visual[:, case["image_start"] : case["image_start"] + case["n_visual"]] = 1
-        unchanged = []
+        unchanged, at = [], visual.bool()
 
-        def compare(module, args, output, at=visual.bool(), unchanged=unchanged):
+        def compare(module, args, output, at=at, unchanged=unchanged):
             unchanged.append(torch.equal(args[0][at], output[at]))
 
         hooks = [layer.register_forward_hook(compare) for layer in model.model.language_model.layers]
@@ -132,10 +132,12 @@ def test_frozen_layers_compute_queries_and_ffn_for_text_alone():
     row = make_row(model, "tttIttIt")  # 6 text and 32 visual tokens
     rows = {}
     for index, layer in enumerate(model.model.language_model.layers):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
-            layer.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, key=(index, name.split(".")[1]): rows.__setitem__(key, args[0].shape[1])
-            )
+        attention, ffn = ("q_proj", "k_proj", "v_proj", "o_proj"), ("up_proj",)
+        for part, names in ((layer.self_attn, attention), (layer.mlp, ffn)):
+            for name in names:
+                part.get_submodule(name).register_forward_pre_hook(
+                    lambda module, args, key=(index, name): rows.__setitem__(key, args[0].shape[1])
+                )
     with torch.no_grad():
         model(**row)
     for index in range(4):
