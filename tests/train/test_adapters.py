@@ -1,5 +1,6 @@
 """LoRA and its kin on the projector: standard adapters, exact merges, gradients nowhere else."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from runs import run_here, write_recipe
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from train.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
@@ -109,6 +112,33 @@ def test_a_projector_without_an_adapter_merges_to_itself(tiny_release: Path) -> 
     found = merged_projector(projector)
     assert found.keys() == projector.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in projector.state_dict().items())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora"])
+def test_a_run_saves_the_adapter_and_publishes_it_merged(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path, tuning: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, tuning=tuning, lora_r=2)
+    folder = run_here(recipe, tmp_path / "whole", "--max_steps", "4")
+    final = folder / "final"
+    tuned, processor = load_release(str(folder))
+    inputs = processor(images=Image.new("RGB", (40, 30), (200, 40, 90)), text="<image>\nhello", return_tensors="pt")
+    with torch.no_grad():
+        wanted = tuned(**inputs).logits
+    reductions = {"visionzip": tuned.config.visionzip, "shortv": tuned.config.shortv}
+    untuned, _ = load_release(str(tiny_release), **reductions)
+    with torch.no_grad():
+        assert (untuned(**inputs).logits - wanted).abs().max() > 1e-4
+        adapted = PeftModel.from_pretrained(untuned, final / "adapter")
+        torch.testing.assert_close(adapted(**inputs).logits, wanted, rtol=0, atol=1e-5)
+    checkpoint = load_file(folder / "step-000004" / "projector.safetensors")
+    assert all("lora_" in name for name in checkpoint)
+
+    continued = tmp_path / "continued"
+    shutil.copytree(folder, continued, ignore=shutil.ignore_patterns("final", "step-000004"))
+    run_here(recipe, continued, "--max_steps", "4", "--resume_from_checkpoint", "latest")
+    weights = [load_file(path / "final" / "model.safetensors") for path in (folder, continued)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("tuning", ["full", "prefix"])
