@@ -7,6 +7,7 @@ llava      `mm_projector.bin` and the config.json that LLaVA's own code loads ov
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from train.release import Release, model_classes
 from train.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
 
 Shape = Literal["full", "projector", "llava"]
+LINEAGE_FILE = "lineage.json"
 SHAPES: tuple[Shape, ...] = ("full", "projector", "llava")
 _MARK = "multi_modal_projector."
 
@@ -65,7 +67,8 @@ def write_reduced_checkpoint(
         if original is None:
             plain_config = config_class.from_dict(plain)
             original = to_original_config(plain_config, vision_tower, release.name)
-        write_llava_projector(target, tensors, {**original, **reductions}, base=base or base_name(release))
+        config = {**original, **reductions, "lineage": lineage(release)}
+        write_llava_projector(target, tensors, config, base=base or base_name(release))
         return
     weights = weights_folder(release)
     config = config_class.from_dict({**plain, **reductions})
@@ -79,6 +82,7 @@ def write_reduced_checkpoint(
         custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
+        (folder / LINEAGE_FILE).write_text(json.dumps(lineage(release), indent=1) + "\n", encoding="utf-8")
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
@@ -93,6 +97,20 @@ def base_name(release: Release) -> str:
     if release.revision is not None:
         return release.name
     return str((release.folder if release.converted else release.source).resolve())
+
+
+def lineage(release: Release) -> list[dict[str, Any]]:
+    """What a reduced checkpoint over `release` descends from, the oldest first.
+
+    Each with its name (of a folder, the last part alone: paths of this machine mean nothing elsewhere), its commit on
+    the Hub if it has one, and its own reductions.
+    """
+    kept = release.source / LINEAGE_FILE
+    older = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    if release.original_config is not None:
+        older = older or release.original_config.get("lineage", [])
+    name = release.name if release.revision is not None else Path(release.name).resolve().name
+    return [*older, {"name": name, "revision": release.revision, **release.saved_reductions}]
 
 
 def weights_folder(release: Release) -> Path:
