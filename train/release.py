@@ -347,6 +347,13 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
+def load_processor(release: Release) -> Any:
+    """The processor of a reduced checkpoint as it was saved, without its model."""
+    config_class, _, processor_class = model_classes(release.config["model_type"])
+    model_config = config_class.from_pretrained(release.folder)
+    return _load_processor(release.folder, release.config, processor_class, model_config, "release")
+
+
 def _load_processor(
     folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any, chat_template: str
 ) -> Any:
