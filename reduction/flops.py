@@ -88,6 +88,17 @@ def llm_prefill_flops_grouped(
     return sum(_llm_flops(text_config, text_tokens, visual_tokens, frozen_layers))
 
 
+def llm_prefill_flops_fastv(
+    text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, layer: int, keep: float
+) -> int:
+    """As :func:`llm_prefill_flops_grouped`, with FastV: ``keep`` of the visual tokens go on after ``layer`` layers."""
+    depth = text_config.num_hidden_layers
+    kept = max(round(visual_tokens * keep), min(1, visual_tokens))
+    before = llm_prefill_flops_grouped(text_config, text_tokens, visual_tokens)
+    after = llm_prefill_flops_grouped(text_config, text_tokens, kept)
+    return (before * layer + after * (depth - layer)) // depth
+
+
 def lm_head_flops(text_config: PreTrainedConfig, positions: int) -> int:
     """FLOPs of the LM head at ``positions`` tokens."""
     return 2 * positions * text_config.hidden_size * text_config.vocab_size

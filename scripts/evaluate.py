@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from train.comparison import Candidate, compare, table_of, write_results
-from train.config import ConfigError, DataConfig, ShortVConfig, VisionZipConfig, load_config, parse_config
+from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, VisionZipConfig, load_config, parse_config
 from train.finish import candidates_of
 from train.release import open_release
 from train.report import Reporter
@@ -51,10 +51,13 @@ class EvaluateConfig:
     """Branch, tag or commit, for a single Hub id."""
     visionzip: VisionZipConfig | None = None
     """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
-    them; visionzip.contextual: tokens that the other patches are merged into."""
+    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
     shortv: ShortVConfig | None = None
     """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
     shortv.calibration_samples: only when tuning.)"""
+    fastv: FastVConfig | None = None
+    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
+    fastv.keep: share of the visual tokens kept."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Dtype of the computation: fp32 (no) or bf16."""
     batch_size: int = 16
@@ -67,6 +70,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.shortv is not None and self.shortv.layers is None:
             raise ConfigError("shortv.freeze is chosen when a run starts: give shortv.layers here")
+        if self.fastv is not None and self.shortv is not None:
+            raise ConfigError("fastv and shortv do not go together: give one of them")
         if self.revision is not None and len(self.model) != 1:
             raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
         if not self.model:
@@ -103,15 +108,17 @@ def candidates_for(config: EvaluateConfig) -> list[Candidate]:
             rows += [replace(row, name=several + row.name) for row in candidates_of(run, Path(model), saved)]
             continue
         saved = open_release(model, config.revision).saved_reductions
-        if saved["visionzip"] or saved["shortv"]:
+        if any(saved.values()):
             rows.append(Candidate(model, model))
             continue
         release = Candidate(several + "all tokens", model, visionzip=None, shortv=None, revision=config.revision)
         rows.append(release)
-        if config.visionzip or config.shortv:
-            visionzip = asdict(config.visionzip) if config.visionzip else None
+        if config.visionzip or config.shortv or config.fastv:
+            visionzip = config.visionzip.as_key() if config.visionzip else None
+            fastv = asdict(config.fastv) if config.fastv else None
             shortv = {"layers": config.shortv.layers} if config.shortv else None
-            rows.append(replace(release, name=several + "reduced, untuned", visionzip=visionzip, shortv=shortv))
+            reductions = {"visionzip": visionzip, "shortv": shortv, "fastv": fastv}
+            rows.append(replace(release, name=several + "reduced, untuned", **reductions))
     return rows
 
 

@@ -31,6 +31,7 @@ class Candidate:
     model: str
     visionzip: Reduction = "saved"
     shortv: Reduction = "saved"
+    fastv: Reduction = "saved"
     revision: str | None = None
     mm_projector: str | None = None
     vision_tower: str | None = None
@@ -59,6 +60,7 @@ def compare(
             candidate.model,
             visionzip=candidate.visionzip,
             shortv=candidate.shortv,
+            fastv=candidate.fastv,
             dtype=dtype,
             revision=candidate.revision,
             mm_projector=candidate.mm_projector,

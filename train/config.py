@@ -42,6 +42,37 @@ class VisionZipConfig:
     """Patches kept as they are, CLS counted among them."""
     contextual: int
     """Tokens that the other patches are merged into."""
+    method: Literal["visionzip", "random", "grid", "pool", "downsample"] = "visionzip"
+    """How tokens are chosen. All but visionzip are baselines (reduction/baselines.py) and take contextual 0; visionzip
+    with contextual 0 is the baseline that keeps dominant patches only."""
+    seed: int = 0
+    """Seed of method random."""
+
+    def __post_init__(self) -> None:
+        if self.seed and self.method != "random":
+            raise ConfigError(f"visionzip.seed is {self.seed}: only method random draws anything")
+
+    def as_key(self) -> dict[str, Any]:
+        """The `visionzip` key of a model's config; what is left at its default is left out."""
+        key: dict[str, Any] = {"dominant": self.dominant, "contextual": self.contextual}
+        if self.method != "visionzip":
+            key["method"] = self.method
+        if self.method == "random":
+            key["seed"] = self.seed
+        return key
+
+
+@dataclass(frozen=True)
+class FastVConfig:
+    """FastV, to compare with: visual tokens pruned inside the language model (reduction/fastv.py)."""
+
+    layer: int
+    """Layers that all visual tokens pass before the pruning, counted from 1: the paper's K."""
+    keep: float
+    """Share of the visual tokens that later layers see."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "fastv.", layer=1, keep=0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,10 @@ class ShortVConfig:
     layers: list[int] | None = None
     """Indices of the frozen layers, from 0."""
     freeze: str | int | None = None
-    """Instead of `layers`: how many layers to freeze, as a number or a share ("60%"): those with the lowest LC."""
+    """Instead of `layers`: how many layers to freeze, as a number or a share ("60%"): the first of `ranking`."""
+    ranking: Literal["lc", "cosine", "random"] = "lc"
+    """With `freeze`: the layers with the lowest LC; or, to compare with, those that turn visual tokens least (cosine),
+    or any (random, drawn with the run's seed)."""
     calibration_samples: int = 64
     """With `freeze`: training conversations that LC is measured on."""
 
@@ -146,8 +180,11 @@ class TuneConfig:
     visionzip.contextual: tokens that the other patches are merged into."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
-    number or a share (60%), those with the lowest LC, measured when the run starts on shortv.calibration_samples
-    training conversations."""
+    number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
+    starts on shortv.calibration_samples training conversations."""
+    fastv: FastVConfig | None = None
+    """Instead of shortv, to compare with: FastV. fastv.layer: layers passed before the pruning; fastv.keep: share of
+    the visual tokens kept."""
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
@@ -258,7 +295,9 @@ class TuneConfig:
             raise ConfigError(
                 "control adds a row to the final table: it needs data.eval_instructions and final_evaluation"
             )
-        if self.control and self.visionzip is None and self.shortv is None:
+        if self.fastv is not None and self.shortv is not None:
+            raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        if self.control and self.visionzip is None and self.shortv is None and self.fastv is None:
             raise ConfigError(
                 "control is the same tuning without reduction, and this run has none: set control to false"
             )

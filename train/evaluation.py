@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
-from reduction.flops import llm_prefill_flops_grouped
-from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised
+from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
 from train.samples import with_prompt
 
@@ -89,6 +89,7 @@ def evaluate(
     Raises `ValueError` if no conversation can be read.
     """
     start = time.perf_counter()
+    config: Any = model.config
     sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "prompts"), 0.0)
     answers: list[tuple[int, Answer]] = []
     still_open: list[_Question] = []
@@ -107,7 +108,8 @@ def evaluate(
             for question, (begin, end) in _questions(dataset, sample, index):
                 sums["prompts"] += 1
                 sums["text"] += len(question.prompt) - question.prompt.count(_placeholder(dataset))
-                if greedy[row, begin:end].all():
+                # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
+                if greedy[row, begin:end].all() and (question.turn == 0 or config.fastv is None):
                     # Each token is the greedy choice after the true ones before it: greedy decoding gives just this.
                     answers.append((index, _answer(question, question.expected)))
                 else:
@@ -128,9 +130,12 @@ def evaluate(
     seconds = time.perf_counter() - start
     prefill_ms, prefill_batch = _measure_prefill(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)
-    config: Any = model.config
     frozen = config.shortv["layers"] if config.shortv else []
     text = totals["text"] / totals["prompts"]
+    if config.fastv:
+        flops = llm_prefill_flops_fastv(config.text_config, round(text), round(visual), **config.fastv)
+    else:
+        flops = llm_prefill_flops_grouped(config.text_config, round(text), round(visual), frozen)
     evaluation = Evaluation(
         name=name,
         exact_match=sum(answer.correct for answer in listed) / len(listed),
@@ -139,7 +144,7 @@ def evaluate(
         supervised_tokens=int(totals["tokens"]),
         visual_tokens=visual,
         frozen_layers=len(frozen),
-        llm_flops=llm_prefill_flops_grouped(config.text_config, round(text), round(visual), frozen),
+        llm_flops=flops,
         prefill_ms=prefill_ms,
         prefill_batch=prefill_batch,
         seconds=seconds,
@@ -213,7 +218,8 @@ def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
 def _teacher_forced(model: Llava, batch: MicroBatch) -> tuple[float, int, Tensor]:
     """Summed cross-entropy, number of supervised tokens, and [B, L] bool: is the token the greedy choice?"""
     inputs = {key: batch.inputs[key] for key in MODEL_INPUTS if key in batch.inputs}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    chosen_by = fastv_query(model, batch.inputs["labels"])
+    hidden = model.model(**inputs, use_cache=False, **chosen_by).last_hidden_state[:, :-1]
     targets = batch.inputs["labels"][:, 1:]
     supervised = targets != IGNORE_INDEX
     logits = model.lm_head(hidden[supervised]).float()

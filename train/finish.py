@@ -29,6 +29,7 @@ def write_final(
     processor: Any,
     visionzip: Mapping[str, int] | None,
     shortv: Mapping[str, Any] | None,
+    fastv: Mapping[str, Any] | None,
     say: Callable[[str], None],
 ) -> None:
     """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
@@ -38,7 +39,7 @@ def write_final(
     target = folder / FINAL
     shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
     projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
-    write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv)
+    write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv, fastv=fastv)
     if isinstance(trained, ProjectorAdapter):
         trained.save(target / ADAPTER_FOLDER, release.name)
     specs = folder_specs(target)
@@ -54,6 +55,7 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         config,
         visionzip=None,
         shortv=None,
+        fastv=None,
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,
         resume_from_checkpoint="latest" if started else None,
@@ -66,7 +68,7 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
 def candidates_of(config: TuneConfig, folder: Path, saved: Mapping[str, Any]) -> list[Candidate]:
     """The rows of a run's table: its release with all tokens and reduced, what was tuned, and the control.
 
-    `saved`: `visionzip` and `shortv` of the reduced checkpoint.
+    `saved`: `visionzip`, `shortv` and `fastv` of the reduced checkpoint.
     """
     release = Candidate(
         "all tokens",
@@ -79,7 +81,7 @@ def candidates_of(config: TuneConfig, folder: Path, saved: Mapping[str, Any]) ->
         chat_template=config.data.chat_template,
     )
     rows = [release]
-    if saved["visionzip"] or saved["shortv"]:
+    if any(saved.values()):
         rows.append(replace(release, name="reduced, untuned", **saved))
         rows.append(Candidate("reduced + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
     else:

@@ -21,6 +21,18 @@ def count_supervised(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
+def fastv_query(model: Llava, labels: Tensor) -> dict[str, Tensor]:
+    """With FastV, the position [B] whose attention decides what is kept: the end of the first prompt, as when it is
+    answered; nothing otherwise. (The end of the row would see the answers.)"""
+    config: Any = model.config
+    if config.fastv is None:
+        return {}
+    supervised = labels != IGNORE_INDEX
+    length = labels.shape[1]
+    first = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), length)
+    return {"fastv_query": (first - 1).clamp(min=0)}
+
+
 class SupervisedLoss(nn.Module):
     """The module that an engine wraps: a micro-batch in, the sum of its supervised tokens' cross-entropies out.
 
@@ -39,7 +51,8 @@ class SupervisedLoss(nn.Module):
         tower and projector, times zero: every process then calls the same modules in the same order, without which
         engines that average or shard by hooks would wait for each other for ever. The gradient gains exact zeros.
         """
-        outputs = self.model.model(**{key: batch[key] for key in MODEL_INPUTS if key in batch}, use_cache=False)
+        inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        outputs = self.model.model(**inputs, use_cache=False, **fastv_query(self.model, batch["labels"]))
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])

@@ -37,6 +37,7 @@ def write_reduced_checkpoint(
     *,
     visionzip: Mapping[str, int] | None,
     shortv: Mapping[str, Any] | None,
+    fastv: Mapping[str, Any] | None = None,
     shape: Shape = "full",
     base: str | None = None,
     base_revision: str | None = None,
@@ -58,6 +59,7 @@ def write_reduced_checkpoint(
     reductions = {
         "visionzip": dict(visionzip) if visionzip else None,
         "shortv": {"layers": list(shortv["layers"])} if shortv else None,
+        **({"fastv": dict(fastv)} if fastv else {}),
     }
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}

@@ -287,9 +287,10 @@ def load_release(
     """The reduced model of any release, with its processor.
 
     `visionzip` ({"dominant", "contextual"}), `shortv` ({"layers"}) and, to compare with, `fastv` ({"layer", "keep"}):
-    None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases. `dtype` is of everything but the projector,
-    which is float32: it is what gets tuned. `load_in_4bit`: the language model's layers in NF4 (ImportError without
-    bitsandbytes). See `open_release` for the other arguments and for what is refused.
+    None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases.
+    `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
+    model's layers in NF4 (ImportError without bitsandbytes). See `open_release` for the other arguments and for what
+    is refused.
 
     The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
     and carries the chat template to train with.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from data.scene_questions import write_scenes
 from data.strata import draw
 from data.supervision import Supervision
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
+from reduction.layer_cosine import cosine_changes
 from train.checkpoint import write_atomically
 from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
 from train.convert import written_whole
@@ -35,7 +35,7 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     if config.instructions == DEMO:
-        folder = _demo_folder(config.demo_scenes, held_out=False, fraction=config.fraction)
+        folder = demo_folder(config.demo_scenes, held_out=False, fraction=config.fraction)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
         root = config.image_root or _folder_of(config.instructions)
@@ -54,7 +54,7 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
     assert config.eval_instructions is not None
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     if config.eval_instructions == DEMO:
-        folder = _demo_folder(config.demo_scenes, held_out=True)
+        folder = demo_folder(config.demo_scenes, held_out=True)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
         root = config.eval_image_root or config.image_root or _folder_of(config.eval_instructions)
@@ -71,9 +71,9 @@ def draw_demo_scenes(config: DataConfig) -> None:
     scenes = config.demo_scenes
     wanted = []
     if config.instructions == DEMO:
-        wanted.append((_demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
+        wanted.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
     if config.eval_instructions == DEMO:
-        wanted.append((_demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
+        wanted.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
     for folder, seed, count in wanted:
         if not folder.exists():
             fraction = config.fraction if seed == scenes.train_seed else 1.0
@@ -115,14 +115,19 @@ def calibration_samples(dataset: ConversationDataset, count: int, seed: int) -> 
 def choose_layers(
     config: TuneConfig, release: Release, dtype: torch.dtype, accelerator: Accelerator
 ) -> list[int] | None:
-    """The layers to freeze: those listed, or those with the lowest LC on training conversations; None for none.
+    """The layers to freeze: those listed, or the first of a ranking of all; None for none.
 
-    LC is measured on the visual tokens that the budget leaves, for those are what will be frozen. Each process
-    measures its share of the conversations; the values are written to the run's folder.
+    LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
+    are what will be frozen. Each process measures its share of the conversations; the values are written to the run's
+    folder.
     """
     if config.shortv is None or config.shortv.freeze is None:
         return config.shortv.layers if config.shortv else None
-    visionzip = asdict(config.visionzip) if config.visionzip else None
+    if config.shortv.ranking == "random":
+        count = int(release.config["text_config"]["num_hidden_layers"])
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+        return sorted(pick_layers(drawn, config.shortv.freeze))
+    visionzip = config.visionzip.as_key() if config.visionzip else None
     model, processor = load_release(
         release,
         visionzip=visionzip,
@@ -135,7 +140,10 @@ def choose_layers(
     dataset = training_set(config.data, processor, config.seed)
     samples = calibration_samples(dataset, config.shortv.calibration_samples, config.seed)
     share = samples[accelerator.process_index :: accelerator.num_processes]
-    measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
+    if config.shortv.ranking == "cosine":
+        measured = cosine_changes(model, share)
+    else:
+        measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
     places = range(accelerator.process_index, len(samples), accelerator.num_processes)
     rows = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
     mean = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
@@ -158,7 +166,8 @@ def fingerprint(dataset: ConversationDataset, projector: Mapping[str, torch.Tens
     return {"content of the samples": samples.hexdigest()[:16], "release's projector": weights.hexdigest()[:16]}
 
 
-def _demo_folder(scenes: DemoScenesConfig, held_out: bool, fraction: float = 1.0) -> Path:
+def demo_folder(scenes: DemoScenesConfig, held_out: bool, fraction: float = 1.0) -> Path:
+    """Where the scenes that `demo` stands for are drawn: instructions.json and images/."""
     if held_out:
         return Path(scenes.folder) / f"held-out-{scenes.eval_seed}-{scenes.eval_scenes}"
     return Path(scenes.folder) / f"train-{scenes.train_seed}-{scenes.train_scenes}-{fraction:g}"

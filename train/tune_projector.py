@@ -124,13 +124,15 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     release = open_release(
         config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
     )
-    visionzip = asdict(config.visionzip) if config.visionzip else None
+    visionzip = config.visionzip.as_key() if config.visionzip else None
+    fastv = asdict(config.fastv) if config.fastv else None
     layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
     shortv = None if layers is None else {"layers": layers}
     model, processor = load_release(
         release,
         visionzip=visionzip,
         shortv=shortv,
+        fastv=fastv,
         dtype=dtype,
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,
@@ -322,7 +324,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         dataset.drops.write(folder / DROPPED)
     on_main_process(
         accelerator,
-        lambda: write_final(folder, release, adapter or parameters, processor, visionzip, shortv, report.say),
+        lambda: write_final(folder, release, adapter or parameters, processor, visionzip, shortv, fastv, report.say),
     )
     accelerator.free_memory()
 
