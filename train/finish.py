@@ -134,3 +134,22 @@ def compare_and_draw(
         "                  --data.instructions FILE.json --data.image_root IMAGES --output_dir checkpoints/NAME"
     )
     report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
+
+
+def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:
+    """With push_to_hub: publishes `folder`/final. A Hub that refuses or is out of reach ends no run: it is said once."""
+
+    def publish() -> None:
+        try:
+            published = publish_run(config, folder, report.say)
+        except (PublishError, OSError, ValueError) as error:
+            report.heading("not published")
+            report.say(str(error))
+            shape = f"--repo-id {config.hub_model_id} --shape {config.hub_shape}"
+            report.say(f"the run is whole; publish it later: python scripts/publish.py {folder} {shape}")
+        else:
+            report.heading("published")
+            report.say(published.describe())
+
+    if config.push_to_hub:
+        on_main_process(accelerator, publish)

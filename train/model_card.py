@@ -1,0 +1,359 @@
+"""The model card of a published reduced checkpoint, written from the run's own records."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from train.config import DEMO, DataConfig, TuneConfig
+from train.hub import fetch
+from train.original_release import read_json
+from train.reduced_checkpoint import LINEAGE_FILE, Shape
+from train.release import open_release
+from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
+
+PICTURE = "kept_tokens.png"
+_NOT_IN_COMMAND = (
+    "output_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says about it."""
+
+    name: str
+    config: dict[str, Any]
+    reductions: dict[str, Any]
+    lineage: list[dict[str, Any]]
+    model_config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    licence: str | None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a finished run. Raises FileNotFoundError for a folder that holds none."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is no run's folder (no {CONFIG}): name the output_dir of a run")
+    release = open_release(str(folder))
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    lineage_path = release.source / LINEAGE_FILE
+    lineage = yaml.safe_load(lineage_path.read_text()) if lineage_path.is_file() else []
+    return RunRecord(
+        name=folder.resolve().name,
+        config=config,
+        reductions=release.saved_reductions,
+        lineage=lineage,
+        model_config=release.config,
+        metrics=read_metrics(folder / METRICS) if (folder / METRICS).is_file() else [],
+        evaluation=read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None,
+        licence=_licence_of_base(str(config["model"]), lineage[-1]["revision"] if lineage else None),
+    )
+
+
+def _licence_of_base(name: str, revision: str | None) -> str | None:
+    try:
+        return licence_of(fetch(name, revision)[0])
+    except FileNotFoundError:
+        return None
+
+
+def licence_of(release: Path) -> str | None:
+    """The licence that a release's own card names (`license:` in its README.md); None where it names none."""
+    readme = release / "README.md"
+    if not readme.is_file():
+        return None
+    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+    data = yaml.safe_load(found[1]) if found else None
+    licence = data.get("license") if isinstance(data, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture: bool) -> str:
+    """The card, with its metadata.
+
+    `size`: bytes of all published files. `picture`: whether PICTURE is among them.
+    """
+    parts = [
+        f"# {repo_id.split('/')[-1]}",
+        _introduction(run),
+        _usage(repo_id, shape, run),
+        _table(run),
+        _cost(run, size),
+        _recipe(run),
+        _lineage(run),
+        _limits(run, shape),
+    ]
+    if picture:
+        caption = "What the model is given of four held-out images: patches kept as they are, and groups merged."
+        parts.append(f"## The tokens that are kept\n\n{caption}\n\n![kept tokens]({PICTURE})")
+    parts.append(_licence(run))
+    return f"---\n{_metadata(run, repo_id)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _base(run: RunRecord) -> dict[str, Any]:
+    return run.lineage[-1] if run.lineage else {"name": Path(str(run.config["model"])).name, "revision": None}
+
+
+def _metadata(run: RunRecord, repo_id: str) -> str:
+    tuned = _row(run, "tuned")
+    results = []
+    if tuned:
+        dataset = _dataset_name(run)
+        for key, name, value in (
+            ("exact_match", "Exact match", tuned["exact_match"]),
+            ("loss", "Loss (nats per supervised token)", tuned["loss"]),
+        ):
+            results.append(
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=re.sub(r"[^a-z0-9-]+", "-", dataset.lower()).strip("-"),
+                    dataset_name=dataset,
+                    metric_type=key,
+                    metric_name=name,
+                    metric_value=round(float(value), 6),
+                )
+            )
+    base = _base(run)
+    data = ModelCardData(
+        license=run.licence or "unknown",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["llava", "visual-token-reduction", "visionzip", "shortv", "shortzip"],
+        base_model=base["name"] if base["revision"] else None,
+        base_model_relation="finetune" if base["revision"] else None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _grid(run: RunRecord) -> str:
+    vision = run.model_config["vision_config"]
+    side = int(vision.get("image_size", 336)) // int(vision.get("patch_size", 14))
+    return f"{side * side}"
+
+
+def _budget(run: RunRecord) -> str:
+    visionzip = run.reductions["visionzip"]
+    if not visionzip:
+        return "all visual tokens"
+    total = visionzip["dominant"] + visionzip["contextual"]
+    unit = "tile" if "next" in run.model_config["model_type"] else "image"
+    return (
+        f"{total} of {_grid(run)} visual tokens per {unit} ({visionzip['dominant']} dominant, CLS counted among them, "
+        f"and {visionzip['contextual']} contextual)"
+    )
+
+
+def _frozen(run: RunRecord) -> str:
+    shortv = run.reductions["shortv"]
+    depth = run.model_config["text_config"].get("num_hidden_layers", 32)
+    if not shortv:
+        return f"none of {depth}"
+    layers = ", ".join(str(layer) for layer in shortv["layers"])
+    return f"{len(shortv['layers'])} of {depth} (layers {layers})"
+
+
+def _introduction(run: RunRecord) -> str:
+    base = _base(run)
+    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if base["revision"] else f"`{base['name']}`"
+    return (
+        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}. "
+        "Only the multimodal projector was tuned; vision tower and language model are the release's own. The visual "
+        "tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467), frozen layers are those of "
+        "[ShortV](https://arxiv.org/abs/2504.00502), and the tuning was done with ShortZip."
+    )
+
+
+def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
+    if shape == "llava":
+        base = run.config.get("hub_base") or _base(run)["name"]
+        return (
+            "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
+            f"VisionZip's patch is applied there):\n\n```bash\nhf download {repo_id} --local-dir "
+            f"{repo_id.split('/')[-1]}\npython -m llava.serve.cli --model-path {repo_id.split('/')[-1]} "
+            f"--model-base {base} --image-file IMAGE\n```\n\nShortZip loads it as it is, reductions included: "
+            f"`load_release('{repo_id}')`."
+        )
+    fetched = (
+        ""
+        if shape == "full"
+        else f"\n\nThis repository holds the projector; the release it belongs to ({_base(run)['name']}, pinned to a "
+        "commit and to its files' digests) is fetched when it is loaded."
+    )
+    return f"## Use\n\n```python\n{three_lines(repo_id)}\n```{fetched}"
+
+
+def three_lines(repo_id: str) -> str:
+    """The three lines of transformers that load a published reduced checkpoint."""
+    return (
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f'processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)\n'
+        f'model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)'
+    )
+
+
+def _row(run: RunRecord, ending: str) -> dict[str, Any] | None:
+    rows = run.evaluation["rows"] if run.evaluation else []
+    return next((row for row in rows if row["name"].endswith("+ " + ending)), None)
+
+
+def _dataset_name(run: RunRecord) -> str:
+    given = str(run.config["data"].get("eval_instructions"))
+    return "drawn scenes (held out)" if given == DEMO else f"{Path(given).stem} (held out)"
+
+
+def _table(run: RunRecord) -> str:
+    if not run.evaluation:
+        return (
+            "## What was measured\n\nThis run was not evaluated on held-out conversations: "
+            "`python scripts/evaluate.py --model RUN --data.instructions FILE.json` does it."
+        )
+    rows = run.evaluation["rows"]
+    first = rows[0]
+    lines = [
+        "| model | exact match | loss | visual tokens | frozen layers | LLM FLOPs | prefill |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['visual_tokens']:g} | "
+            f"{row['frozen_layers']} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
+            f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
+        )
+    share = run.evaluation.get("recovered_share")
+    said = f" Tuning won back {share:.0%} of the exact match that the reduction cost." if share is not None else ""
+    machine = run.evaluation.get("machine")
+    where = f" on {machine}" if machine else ""
+    precision = " in bf16 (projector fp32)" if run.config.get("mixed_precision", "bf16") == "bf16" else " in fp32"
+    return (
+        f"## What was measured\n\n{first['questions']} questions of {_dataset_name(run)}, answered greedily; an "
+        "answer is right when it equals the expected one. `scripts/evaluate.py` measured the published weights"
+        f"{precision}{where}; prefill is from pixels to the first token, {first['prefill_batch']} prompts at once."
+        f"{said}\n\n" + "\n".join(lines)
+    )
+
+
+def _cost(run: RunRecord, size: int) -> str:
+    lines = [f"- published files: {size / 1e6:,.1f} MB"]
+    if run.evaluation:
+        first, tuned = run.evaluation["rows"][0], _row(run, "tuned")
+        if tuned:
+            lines.append(
+                f"- language model, one prompt: {tuned['llm_flops'] / 1e9:,.3g} GFLOPs instead of "
+                f"{first['llm_flops'] / 1e9:,.3g}; {tuned['visual_tokens']:g} visual tokens instead of "
+                f"{first['visual_tokens']:g}"
+            )
+    train = [line for line in run.metrics if line["kind"] == "train"]
+    if train:
+        seconds = sum(line["seconds"] for line in train) * int(run.config.get("logging_steps", 1))
+        speeds = [line["samples_per_second"] for line in train if "samples_per_second" in line]
+        speed = f", {speeds[-1]:.1f} samples/s" if speeds else ""
+        memory = max(line["peak_memory"] for line in train) / 2**30
+        lines.append(
+            f"- tuning: {train[-1]['step']} steps, {train[-1]['samples_seen']} conversations, about "
+            f"{seconds / 60:.0f} minutes{speed}, peak memory {memory:.1f} GiB"
+        )
+    return "## Cost\n\n" + "\n".join(lines)
+
+
+def _recipe(run: RunRecord) -> str:
+    data = run.config["data"]
+    instructions = "drawn scenes" if data["instructions"] == DEMO else Path(str(data["instructions"])).name
+    tuning = run.config.get("tuning", "full")
+    tuned = "all weights of the projector" if tuning == "full" else f"{tuning} on the projector, merged"
+    share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
+    return (
+        f"## How it was made\n\n- base: {_base(run)['name']}"
+        + (f" at {_base(run)['revision']}" if _base(run)["revision"] else "")
+        + f"\n- data: {share}\n- budget: {_budget(run)}\n- frozen layers: {_frozen(run)}\n"
+        f"- tuned: {tuned}\n\n```bash\n{command_of(run.config)}\n```"
+    )
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command that repeats a run: every setting that is not the default; of paths, the last part alone."""
+    defaults = dict(_flat_defaults(TuneConfig))
+    options = []
+    for name, value in _flat(config):
+        if name.split(".")[0] in _NOT_IN_COMMAND or (name in defaults and defaults[name] == value):
+            continue
+        if isinstance(value, str) and Path(value).is_absolute():
+            value = Path(value).name
+        text = yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
+        options.append(f"  --{name} {shlex.quote(text)}")
+    return " \\\n".join(["accelerate launch train/tune_projector.py", *options])
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _flat_defaults(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    assert is_dataclass(section)
+    for item in fields(section):
+        if item.name == "data":
+            yield from _flat_defaults(DataConfig, "data.")
+        elif item.default is not MISSING:
+            yield prefix + item.name, item.default
+        elif item.default_factory is not MISSING:
+            made = item.default_factory()
+            if is_dataclass(made):
+                yield from _flat_defaults(type(made), f"{prefix}{item.name}.")
+            else:
+                yield prefix + item.name, made
+
+
+def _lineage(run: RunRecord) -> str:
+    if len(run.lineage) < 2:
+        return ""
+    lines = []
+    for entry in run.lineage:
+        visionzip, shortv = entry.get("visionzip"), entry.get("shortv")
+        kept = f"{visionzip['dominant']}+{visionzip['contextual']} visual tokens" if visionzip else "all visual tokens"
+        frozen = f", {len(shortv['layers'])} frozen layers" if shortv else ""
+        commit = f" at {entry['revision']}" if entry["revision"] else ""
+        lines.append(f"1. {entry['name']}{commit}: {kept}{frozen}")
+    return "## Lineage\n\nThis checkpoint was tuned from another one; the oldest first:\n\n" + "\n".join(lines)
+
+
+def _limits(run: RunRecord, shape: Shape) -> str:
+    lines = [
+        "- Details that the kept tokens do not hold are lost: small print and small objects suffer first.",
+        "- The projector fits this budget and these layers; with others, tune again, from here if you like.",
+        "- Everything that the base release gets wrong or should not be used for holds here too.",
+    ]
+    if shape != "llava":
+        lines.insert(
+            1,
+            "- Load it with `trust_remote_code=True`. In plain LLaVA classes the weights load, but every visual token "
+            "is used there: with this processor's fewer placeholders, transformers then reports that image features "
+            "and image tokens do not match.",
+        )
+    if run.reductions["shortv"]:
+        lines.append("- Frozen layers need `attn_implementation` `sdpa` or `eager`.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _licence(run: RunRecord) -> str:
+    name = _base(run)["name"]
+    said = (
+        f"The weights are derived from {name} and stand under its licence: {run.licence}."
+        if run.licence
+        else f"The weights are derived from {name}, whose card names no licence: ask its authors before you use them."
+    )
+    return f"## Licence\n\n{said} The code in this repository stands under Apache-2.0."
