@@ -15,6 +15,7 @@ from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
+from train.publish import PublishError, publish_run
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import Release, open_release
 from train.report import Reporter, draw_loss_curve
@@ -60,6 +61,8 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         overwrite_output_dir=False,
         resume_from_checkpoint="latest" if started else None,
         control=False,
+        push_to_hub=False,
+        hub_model_id=None,
         eval_steps=None,
         report_to=[],
     )

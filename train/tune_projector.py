@@ -40,7 +40,7 @@ from train.checkpoint import (
 )
 from train.config import ConfigError, TuneConfig, load_config
 from train.evaluation import held_out_loss
-from train.finish import compare_and_draw, control_of, write_final
+from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from train.objective import (
     SupervisedLoss,
     count_supervised,
@@ -49,6 +49,7 @@ from train.objective import (
     train_only_projector,
 )
 from train.processes import StopRequest, StopRequested, failures_recorded, on_main_process, start_accelerator
+from train.publish import check_publishable
 from train.release import load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory
 from train.run_folder import DROPPED, NONFINITE, Metrics, checkpoint_to_continue, prepare_folder, write_status
@@ -96,6 +97,7 @@ def main(argv: Sequence[str]) -> None:
                 control = control_of(config, folder)
                 tune(control, on_main_process(accelerator, lambda: prepare_folder(control)), accelerator, report, stop)
             compare_and_draw(config, folder, accelerator, report, stop)
+            publish_if_asked(config, folder, accelerator, report)
         except StopRequested as request:
             if accelerator.is_main_process:
                 write_status(folder, "stopped", reason=str(request))
@@ -124,6 +126,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     release = open_release(
         config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
     )
+    check_publishable(config, release)
     visionzip = config.visionzip.as_key() if config.visionzip else None
     fastv = asdict(config.fastv) if config.fastv else None
     layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
