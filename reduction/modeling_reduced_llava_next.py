@@ -52,19 +52,32 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
+        pixel_values = _stack_tiles(pixel_values, self._tiles(image_sizes))
+        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
+        features: Any = self.project(visual.tokens, visual.kept, image_sizes)
+        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
+
+    def project(self, tokens: Tensor, kept: Tensor, image_sizes: Tensor) -> list[Tensor]:
+        """Projected visual tokens of each image, [budget * tiles, H of the decoder], ordered as above.
+
+        Args:
+            tokens: [tiles of all images, budget, H of the tower], as `get_visual_tokens` gives them.
+            kept: [tiles of all images, D], likewise.
+            image_sizes: [N, 2] int, height and width of the images before tiling.
+        """
         tower: Any = self.config.vision_config
-        tiles = [
+        tiles, side = self._tiles(image_sizes), tower.image_size // tower.patch_size
+        projected = self.multi_modal_projector(tokens).split(tiles)
+        return [
+            self._pack(image, places, size, side)
+            for image, places, size in zip(projected, kept.split(tiles), image_sizes, strict=True)
+        ]
+
+    def _tiles(self, image_sizes: Any) -> list[int]:
+        tower: Any = self.config.vision_config
+        return [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, tower.image_size) for size in image_sizes
         ]
-        pixel_values = _stack_tiles(pixel_values, tiles)
-        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
-        projected = self.multi_modal_projector(visual.tokens)
-        side = tower.image_size // tower.patch_size
-        features: Any = [
-            self._pack(image, kept, size, side)
-            for image, kept, size in zip(projected.split(tiles), visual.kept.split(tiles), image_sizes, strict=True)
-        ]
-        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
 
     def _pack(self, tokens: Tensor, kept: Tensor, image_size: Any, side: int) -> Tensor:
         """Tokens [tiles, budget, H] of one image in the authors' order, [budget * tiles, H]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from reduction.supervised_states import (
+    IGNORE_INDEX,
+    FixedText,
+    can_walk,
+    compute_fixed_text,
+    needed_tokens,
+    place_tokens,
+    shared_beginning,
+    supervised_states,
+)
+
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-IGNORE_INDEX = -100
 
 
 def count_supervised(labels: Tensor) -> int:
@@ -38,28 +49,112 @@ class SupervisedLoss(nn.Module):
 
     A sum, not a mean, because the mean that training wants is over the global batch: the caller divides by its count,
     which no cut into micro-batches or processes changes.
+
+    Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
+    (reduction/supervised_states.py): the same loss and gradient up to rounding. `plain` turns that off.
     """
 
-    def __init__(self, model: Llava) -> None:
+    def __init__(self, model: Llava, *, plain: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.plain = plain
+        self._fixed: FixedText | None = None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """float32 scalar. `batch`: input_ids, attention_mask, labels [B, L], pixel_values and image_sizes if any.
+        """float32 scalar. `batch`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes for
+        LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes) if it has images.
 
-        Logits are computed at supervised positions only. A micro-batch without images still runs an empty one through
-        tower and projector, times zero: every process then calls the same modules in the same order, without which
-        engines that average or shard by hooks would wait for each other for ever. The gradient gains exact zeros.
+        A micro-batch without images still has the projector in its graph, times zero: engines that average gradients
+        by hooks would wait for it for ever. The gradient gains exact zeros.
+
+        Raises:
+            ValueError: placeholders and visual tokens do not match.
         """
-        inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        outputs = self.model.model(**inputs, use_cache=False, **fastv_query(self.model, batch["labels"]))
+        if self.plain or not can_walk(self.model.model.language_model):
+            return self._plain_loss(batch)
+        return self._needed_loss(batch)
+
+    def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Every token through every layer; every process calls the same modules in the same order."""
+        inner: Any = self.model.model
+        if "visual_tokens" in batch:
+            visual = batch["input_ids"] == self.model.config.image_token_id
+            embeds = inner.get_input_embeddings()(batch["input_ids"])
+            features: Any = visual_features(self.model, batch)
+            outputs = inner(
+                inputs_embeds=embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds)),
+                attention_mask=batch["attention_mask"],
+                mm_token_type_ids=visual.long(),
+                use_cache=False,
+                **fastv_query(self.model, batch["labels"]),
+            )
+        else:
+            inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+            outputs = inner(**inputs, use_cache=False, **fastv_query(self.model, batch["labels"]))
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
         loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        if "pixel_values" not in batch:
+        if "pixel_values" not in batch and "visual_tokens" not in batch:
             loss = loss + 0 * self._empty_image().float().sum()
         return loss
+
+    def _needed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        decoder: Any = self.model.model.language_model
+        device, image_token = decoder.embed_tokens.weight.device, self.model.config.image_token_id
+        ids, mask, labels = (batch[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
+        visual = (ids == image_token) & mask.bool()
+        needed = needed_tokens(mask, labels)
+        sees_image = (needed & visual).any(1)
+        groups = {True: sees_image, False: ~sees_image & needed.any(1)}
+
+        features = visual_features(self.model, batch)
+        loss = torch.zeros((), device=device)
+        if features is None:
+            if bool(visual.any()):
+                raise ValueError(f"the prompts hold {int(visual.sum())} placeholders and there are 0 visual tokens")
+            connected = self.model.model.multi_modal_projector(self._no_token())
+        else:
+            if len(features) != int(visual.sum()):
+                raise ValueError(
+                    f"the prompts hold {int(visual.sum())} placeholders, the images give {len(features)} visual "
+                    "tokens: build the inputs with the processor that belongs to this model"
+                )
+            used = (needed & sees_image[:, None])[visual]
+            connected, features = features, features if bool(used.all()) else features[used.to(device)]
+        if not bool(sees_image.any()):
+            loss = loss + 0 * connected.float().sum()
+        for has_image, rows in groups.items():
+            if not bool(rows.any()):
+                continue
+            group = (ids[rows], mask[rows], labels[rows])
+            shared = self._share_beginning(*group, may_replace=has_image)
+            places = place_tokens(*group, image_token, shared).to(device)
+            # Rows without an image give the projector no gradient: their loss is only reported.
+            with nullcontext() if has_image else torch.no_grad():
+                states = supervised_states(
+                    decoder,
+                    features if has_image else None,
+                    places,
+                    self._fixed,
+                    decoder.layers[0].gradient_checkpointing,
+                )
+                part = summed_cross_entropy(self.model.lm_head, states, places.targets)
+            loss = loss + part
+        return loss
+
+    def _share_beginning(self, ids: Tensor, mask: Tensor, labels: Tensor, *, may_replace: bool) -> int:
+        """How many tokens of `_fixed` the rows [B, L] begin with; their own beginning becomes `_fixed` if longer."""
+        own = shared_beginning(ids, needed_tokens(mask, labels), labels, self.model.config.image_token_id)
+        known = self._fixed.ids[:own] if self._fixed is not None else ids[0, :0]
+        alike = int((known == ids[0, : len(known)]).to(torch.uint8).cumprod(0).sum())
+        if alike < own and may_replace:
+            self._fixed, alike = compute_fixed_text(self.model.model.language_model, ids[0, :own]), own
+        return alike
+
+    def _no_token(self) -> Tensor:
+        weight: Any = self.model.model.multi_modal_projector.linear_1.weight
+        return torch.zeros(1, weight.shape[1], device=weight.device)
 
     def _empty_image(self) -> Tensor:
         config: Any = self.model.config
@@ -72,6 +167,58 @@ class SupervisedLoss(nn.Module):
         else:
             features = self.model.model.get_image_features(zero.expand(1, 3, side, side))
         return torch.cat(list(features.pooler_output))
+
+
+def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders.
+
+    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
+    """
+    inner: Any = model.model
+    sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
+    if "visual_tokens" in batch:
+        return torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
+    if "pixel_values" not in batch:
+        return None
+    return torch.cat(list(inner.get_image_features(pixel_values=batch["pixel_values"], **sizes).pooler_output))
+
+
+def summed_cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
+
+    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them.
+    """
+    if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
+        return _SummedCrossEntropy.apply(states, lm_head, targets)
+    return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor) -> Tensor:
+        weight = lm_head.weight
+        values = 1 << 25 if states.is_cuda else 1 << 22
+        total = torch.zeros((), device=states.device)
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(states), max(1, values // len(weight))):
+            chunk = slice(start, start + max(1, values // len(weight)))
+            logits = lm_head(states[chunk]).float()
+            target = targets[chunk].unsqueeze(1)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if gradient is not None:
+                logits.sub_(normalizer).exp_()
+                logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
+                torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (of_states,) = ctx.saved_tensors
+        return of_states * gradient, None, None
 
 
 def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_checkpointing: bool) -> None:

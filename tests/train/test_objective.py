@@ -35,7 +35,7 @@ def gradient(module: SupervisedLoss, dataset: ConversationDataset, cut: Sequence
     """The projector's gradient for a global batch cut like this, flat; the loss scaled as the loop does."""
     collate = Collator.of(dataset.supervision)
     batches = [collate([dataset[index] for index in rows]) for rows in cut]
-    count = sum(count_supervised(batch.inputs["labels"]) for batch in batches)
+    count = max(1, sum(count_supervised(batch.inputs["labels"]) for batch in batches))
     module.zero_grad()
     for batch in batches:
         (module(batch.inputs) / count).backward()
@@ -110,10 +110,11 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
     expected = gradient(module, dataset, [range(6)])
     other, _ = loaded(tiny_release, tiny_instructions)
     train_only_projector(other.model, torch.float32, gradient_checkpointing=True)
-    calls: list[int] = []
-    other.model.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[bool] = []
+    projection = other.model.model.language_model.layers[1].mlp.up_proj
+    projection.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     torch.testing.assert_close(gradient(other, dataset, [range(6)]), expected, rtol=1e-6, atol=1e-8)
-    assert len(calls) == 2, "the layer ran once: nothing was recomputed"
+    assert sum(calls) == 2, "the layer ran once: nothing was recomputed"
 
 
 def test_logits_are_computed_at_supervised_positions_only(
@@ -125,4 +126,46 @@ def test_logits_are_computed_at_supervised_positions_only(
     handle = module.model.lm_head.register_forward_hook(lambda _, arguments, output: shapes.append(output.shape))
     module(batch.inputs)
     handle.remove()
-    assert shapes == [(count_supervised(batch.inputs["labels"]), 200)]
+    assert sum(rows for rows, _ in shapes) == count_supervised(batch.inputs["labels"])
+
+
+@pytest.mark.parametrize("reductions", [{}, {"shortv": None}, {"visionzip": None, "shortv": None}])
+@pytest.mark.parametrize("rows", [range(8), [0], [4], []], ids=["mixed", "one image", "text only", "empty"])
+def test_computing_only_what_is_needed_changes_neither_loss_nor_gradient(
+    tiny_release: Path, tiny_instructions: Path, reductions: dict[str, Any], rows: Sequence[int]
+) -> None:
+    module, dataset = loaded(tiny_release, tiny_instructions, **reductions)
+    plain = SupervisedLoss(module.model, plain=True)
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in rows]).inputs
+    torch.testing.assert_close(module(batch), plain(batch), rtol=1e-5, atol=0)
+    found, expected = gradient(module, dataset, [rows]), gradient(plain, dataset, [rows])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_text_before_the_image_is_computed_once_for_a_run(
+    reduced: tuple[SupervisedLoss, ConversationDataset],
+) -> None:
+    module, dataset = SupervisedLoss(reduced[0].model), reduced[1]
+    sizes: list[int] = []
+    projection = module.model.model.language_model.layers[0].self_attn.k_proj
+    handle = projection.register_forward_hook(lambda _, arguments, output: sizes.append(len(output)))
+    collate = Collator.of(dataset.supervision)
+    for rows in ([0], [1, 2], [0, 1]):
+        module(collate([dataset[index] for index in rows]).inputs)
+    handle.remove()
+    ids = dataset[0].encoded.input_ids  # type: ignore[union-attr]
+    before = ids.index(dataset.supervision.processor.image_token_id)
+    assert before > 5
+    assert sizes[0] == before, "the beginning comes first, alone"
+    assert len(sizes) == 4, "and once"
+    assert sizes[1] < len(ids) - before
+
+
+def test_a_wrong_number_of_visual_tokens_is_refused(reduced: tuple[SupervisedLoss, ConversationDataset]) -> None:
+    module, dataset = reduced
+    batch = Collator.of(dataset.supervision)([dataset[0]]).inputs
+    with pytest.raises(ValueError, match="8 placeholders, the images give 16"):
+        module({**batch, "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)})
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="8 placeholders and there are 0"):
+        module(batch)

@@ -1,0 +1,441 @@
+"""The language model's hidden states at supervised positions, with nothing computed that they do not need.
+
+What a training step of the projector can leave out of a plain forward and backward pass, exactly:
+
+- **Fixed text before the image.** No trained weight touches it and it sees none that is: its keys and values are
+  constants of the run (:class:`FixedText`), shared by all rows.
+- **Tokens after the last supervised position** of a row, and rows that have none.
+- **Padding.** Tokens are packed, [tokens of all rows, H]: norms, projections and FFN see no padding. Attention alone
+  works on padded rows.
+- **Frozen visual tokens.** They stand first in the packed order, so a frozen layer takes its queries from one slice,
+  and in a run of frozen layers nothing is gathered or scattered between layers.
+- **The last layer's queries**: those of supervised positions only.
+- **Activations.** A norm keeps its input as it came and one number per token, a gated FFN its two wide inputs: a third
+  less than modules that save every intermediate. Weights that are not trained keep no input at all.
+
+A causal language model reads a token's place from its position and its mask, not from where it stands in a tensor,
+which is why packing changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from .shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens
+
+IGNORE_INDEX = -100
+RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
+KeysValues = tuple[Tensor, Tensor]
+
+
+def can_walk(decoder: Any) -> bool:
+    """Whether `supervised_states` gives what this decoder gives.
+
+    Its layers' family and attention must be known, its weights untrained, whole and on one device: engines that shard
+    them, or spread layers over devices, count on every process calling the same layers in the same order.
+    """
+    known = all(isinstance(layer, SUPPORTED_LAYERS) for layer in decoder.layers)
+    if not known or decoder.config._attn_implementation not in SUPPORTED_ATTENTION:
+        return False
+    weights = list(decoder.parameters())
+    first = weights[0].device
+    return all(
+        weight.numel() > 0 and not weight.requires_grad and weight.device == first and not isinstance(weight, DTensor)
+        for weight in weights
+    )
+
+
+@dataclass(frozen=True)
+class FixedText:
+    """Text that rows begin with.
+
+    Attributes:
+        ids: [p] int64 on the CPU.
+        keys_values: of each layer, [p, key heads, d] each, rotated.
+    """
+
+    ids: Tensor
+    keys_values: list[KeysValues]
+
+    def first(self, count: int) -> list[KeysValues]:
+        """Keys and values of the first `count` tokens, which see nothing of the others."""
+        return [(keys[:count], values[:count]) for keys, values in self.keys_values]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which tokens of a micro-batch are computed, and where they stand. All index tensors are int64.
+
+    Packed order: the visual tokens of all rows, row after row, then the text tokens of all rows.
+
+    Attributes:
+        length: L, positions in a row.
+        shared: number of tokens p at the beginning of every row that are not computed but taken from a FixedText.
+        text: [T] token ids of the text tokens.
+        positions: [N] each packed token's position in its row.
+        slots: [N] its place in padded rows [B, K], the row's visual tokens first.
+        rows: [B, K] the positions of `slots`; `length`, beyond every real one, where a slot is empty.
+        text_slots: [T] each text token's place in padded rows [B, A].
+        text_rows: [B, A] the positions of `text_slots`.
+        ends: [S] packed indices of the supervised positions, in the order of the targets.
+        end_slots: [S] their places in padded rows [B, E].
+        end_rows: [B, E] the positions of `end_slots`.
+        targets: [S] the token that follows each of them.
+    """
+
+    length: int
+    shared: int
+    text: Tensor
+    positions: Tensor
+    slots: Tensor
+    rows: Tensor
+    text_slots: Tensor
+    text_rows: Tensor
+    ends: Tensor
+    end_slots: Tensor
+    end_rows: Tensor
+    targets: Tensor
+
+    @property
+    def visual_count(self) -> int:
+        return len(self.positions) - len(self.text)
+
+    def to(self, device: torch.device) -> Places:
+        moved: dict[str, Any] = {
+            key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def needed_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """[B, L] bool: real tokens up to the one before the last supervised token of their row. Arguments [B, L]."""
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    after = predicts.flip(1).cumsum(1).flip(1) > 0
+    return after & attention_mask.bool()
+
+
+def shared_beginning(input_ids: Tensor, needed: Tensor, labels: Tensor, image_token_id: int) -> int:
+    """How many tokens all rows [B, L] begin with alike, before the first image and the first supervised position."""
+    ids = input_ids[0]
+    alike = ((input_ids == ids) & needed & (input_ids != image_token_id)).all(0)
+    alike[:-1] &= (labels[:, 1:] == IGNORE_INDEX).all(0)
+    return int(alike.to(torch.uint8).cumprod(0).sum())
+
+
+def place_tokens(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int, shared: int = 0
+) -> Places:
+    """Places for a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
+
+    `shared`: what `shared_beginning` allows at most.
+
+    Raises:
+        ValueError: no supervised position, or one whose place to predict from is padding or shared.
+    """
+    batch, length = input_ids.shape
+    needed = needed_tokens(attention_mask, labels)
+    columns = torch.arange(length)
+    walked = needed & (columns >= shared)
+    visual = input_ids == image_token_id
+    text = walked & ~visual
+    needed_visual = walked & visual
+    counts = needed_visual.sum(1, keepdim=True)
+    in_row = torch.where(visual, needed_visual.cumsum(1) - 1, counts + text.cumsum(1) - 1)
+    width = int(walked.sum(1).max())
+
+    def arrange(chosen: Tensor, place: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Flat slots of the chosen tokens in the order row, column; positions of all slots [B, width]."""
+        rows, found = chosen.nonzero(as_tuple=True)
+        slots = rows * width + place[chosen]
+        filled = torch.full((batch * width,), length).index_copy(0, slots, found)
+        return slots, filled.view(batch, width)
+
+    visual_slots, _ = arrange(needed_visual, in_row, width)
+    text_all_slots, _ = arrange(text, in_row, width)
+    slots = torch.cat([visual_slots, text_all_slots])
+    positions = torch.cat([needed_visual.nonzero()[:, 1], text.nonzero()[:, 1]])
+    filled = torch.full((batch * width,), length).index_copy(0, slots, positions).view(batch, width)
+    text_slots, text_rows = arrange(text, text.cumsum(1) - 1, int(text.sum(1).max()))
+
+    predicts = torch.zeros_like(walked)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    if not bool(predicts.any()) or bool((predicts & ~walked).any()):
+        raise ValueError(
+            f"{int(predicts.sum())} supervised positions, {int((predicts & ~walked).sum())} of them predicted from "
+            f"padding or from the {shared} shared tokens: give at least one, and a smaller shared beginning"
+        )
+    packed = torch.full((batch, length), -1)
+    packed[needed_visual] = torch.arange(len(visual_slots))
+    packed[text] = len(visual_slots) + torch.arange(len(text_slots))
+    end_slots, end_rows = arrange(predicts, predicts.cumsum(1) - 1, int(predicts.sum(1).max()))
+    return Places(
+        length=length,
+        shared=shared,
+        text=input_ids[text],
+        positions=positions,
+        slots=slots,
+        rows=filled,
+        text_slots=text_slots,
+        text_rows=text_rows,
+        ends=packed[predicts],
+        end_slots=end_slots,
+        end_rows=end_rows,
+        targets=labels[:, 1:][predicts[:, :-1]],
+    )
+
+
+@torch.no_grad()
+def compute_fixed_text(decoder: Any, ids: Tensor) -> FixedText:
+    """Keys and values of a text [p] int64 (p ≥ 1) that stands at the beginning of rows."""
+    embeds = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device))
+    positions = torch.arange(len(ids), device=embeds.device)
+    walk = _Walk(decoder, embeds, positions, positions, positions[None], len(ids))
+    every, states = walk.queries(positions, positions[None]), embeds
+    collected: list[KeysValues] = []
+    for number, layer in enumerate(decoder.layers):
+        normed = walk.normed(layer.input_layernorm, states)
+        keys, values = walk.keys_values(layer, normed, number)
+        collected.append((keys[0], values[0]))
+        states = walk.update(layer, states, normed, every, keys, values)
+    return FixedText(ids, collected)
+
+
+def supervised_states(
+    decoder: Any, visual: Tensor | None, places: Places, fixed: FixedText | None = None, checkpointing: bool = False
+) -> Tensor:
+    """Hidden states after the final norm at the supervised positions, [S, H], in the order of `places.targets`.
+
+    Args:
+        decoder: the language model without its head, one that `can_walk` knows.
+        visual: [needed visual tokens, H] in the order of their placeholders; None when there are none.
+        places: on the decoder's device.
+        fixed: what rows begin with; needed where `places.shared` is above 0.
+        checkpointing: compute each layer again in the backward pass instead of keeping its activations.
+    """
+    text = decoder.embed_tokens(places.text)
+    count = places.visual_count
+    states = (text[:0] if visual is None else visual.to(text.dtype), text)
+    before = fixed.first(places.shared) if fixed is not None and places.shared else None
+    walk = _Walk(decoder, text, places.positions, places.slots, places.rows, places.length, before, count)
+    every = walk.queries(places.slots, places.rows)
+    of_text = walk.queries(places.text_slots, places.text_rows, slice(count, None))
+    ends = walk.queries(places.end_slots, places.end_rows, places.ends)
+    for number, layer in enumerate(decoder.layers):
+        frozen = isinstance(layer, FrozenVisualTokens) and count > 0
+        if number == len(decoder.layers) - 1:
+            run = partial(walk.last_layer, layer, number, ends, frozen)
+        elif frozen:
+            run = partial(walk.frozen_layer, layer, number, of_text)
+        else:
+            run = partial(walk.plain_layer, layer, number, every)
+        backward = torch.is_grad_enabled() and any(part.requires_grad for part in states)
+        states = checkpoint(run, *states, use_reentrant=False) if checkpointing and backward else run(*states)
+    return walk.normed(decoder.norm, states[1])
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Packed tokens that a layer updates: their places in padded rows, the positions of these rows, and which."""
+
+    slots: Tensor  # [M]
+    rows: Tensor  # [B, Q]
+    cos: Tensor  # [M, 1, d]
+    sin: Tensor
+    index: slice | Tensor
+    masks: dict[int | None, Tensor]  # by the layer's window
+
+
+class _Walk:
+    """A pass of packed tokens through a decoder's layers; the arguments are named as in Places."""
+
+    def __init__(
+        self,
+        decoder: Any,
+        embeds: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rows: Tensor,
+        length: int,
+        before: list[KeysValues] | None = None,
+        visual_count: int = 0,
+    ) -> None:
+        self.config, self.dtype = decoder.config, embeds.dtype
+        cos, sin = decoder.rotary_emb(embeds, positions[None])
+        self.cos, self.sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        self.before, self.length, self.visual_count = before, length, visual_count
+        self.shared = 0 if before is None else len(before[0][0])
+        beginning = torch.arange(self.shared, device=rows.device).expand(len(rows), -1)
+        self.key_positions = torch.cat([beginning, rows], dim=1)
+        # Keys stand behind the shared ones of their row.
+        self.key_slots = slots + (slots // rows.shape[1] + 1) * self.shared
+
+    def queries(self, slots: Tensor, rows: Tensor, index: slice | Tensor = slice(None)) -> _Queries:
+        return _Queries(slots, rows, self.cos[index], self.sin[index], index, {})
+
+    def plain_layer(
+        self, layer: Any, number: int, every: _Queries, visual: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = torch.cat([visual, text])
+        normed = self.normed(layer.input_layernorm, states)
+        states = self.update(layer, states, normed, every, *self.keys_values(layer, normed, number))
+        visual, text = states.split([len(visual), len(text)])
+        return visual, text
+
+    def frozen_layer(
+        self, layer: Any, number: int, of_text: _Queries, visual: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        normed = self.normed(layer.input_layernorm, text)
+        every = torch.cat([self.normed(layer.input_layernorm, visual), normed])
+        return visual, self.update(layer, text, normed, of_text, *self.keys_values(layer, every, number))
+
+    def last_layer(
+        self, layer: Any, number: int, ends: _Queries, frozen: bool, visual: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gives the supervised positions in place of the text."""
+        states = torch.cat([visual, text])
+        normed = self.normed(layer.input_layernorm, states)
+        index: Any = ends.index
+        before, asking = _Take.apply(states, index), _Take.apply(normed, index)
+        after = self.update(layer, before, asking, ends, *self.keys_values(layer, normed, number))
+        if frozen:  # a visual token that predicts the next one leaves a frozen layer as it came
+            after = torch.where((index < self.visual_count).unsqueeze(1), before, after)
+        return visual, after
+
+    def keys_values(self, layer: Any, normed: Tensor, number: int) -> KeysValues:
+        """Of all packed tokens, normed [N, H]: [B, shared + K, key heads, d] each."""
+        attention = layer.self_attn
+        keys = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
+        values = attention.v_proj(normed).view_as(keys)
+        before = (None, None) if self.before is None else self.before[number]
+        return self._padded(_rotate(keys, self.cos, self.sin), before[0]), self._padded(values, before[1])
+
+    def _padded(self, packed: Tensor, before: Tensor | None) -> Tensor:
+        # Zeros, for what a mask hides must still be finite.
+        rows = packed.new_zeros(*self.key_positions.shape, *packed.shape[1:])
+        if before is not None:
+            rows[:, : self.shared] = before.to(rows)
+        return rows.flatten(0, 1).detach().index_copy_(0, self.key_slots, packed).view_as(rows)
+
+    def update(
+        self, layer: Any, states: Tensor, normed: Tensor, queries: _Queries, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Attention and FFN of the packed tokens `states` [M, H], whose normed form is `normed`."""
+        attention = layer.self_attn
+        asked = attention.q_proj(normed).view(len(states), -1, attention.head_dim)
+        asked = _rotate(asked, queries.cos, queries.sin)
+        batch, width = queries.rows.shape
+        padded = asked.new_zeros(batch * width, *asked.shape[1:]).index_copy_(0, queries.slots, asked)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            attention,
+            padded.view(batch, width, *asked.shape[1:]).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            self.mask(queries, attention.layer_idx),
+            dropout=0.0,
+            scaling=attention.scaling,
+        )
+        states = states + attention.o_proj(_Take.apply(attended.reshape(batch * width, -1), queries.slots))
+        return states + self.feed_forward(layer.mlp, self.normed(layer.post_attention_layernorm, states))
+
+    def mask(self, queries: _Queries, layer: int) -> Tensor:
+        """[B, 1, Q, shared + K]: bool, True where a query sees a key; additive for eager attention."""
+        window = window_of(self.config, layer)
+        if window not in queries.masks:
+            at, keys = queries.rows[:, None, :, None], self.key_positions[:, None, None, :]
+            seen = keys <= at
+            if window is not None:
+                # Empty slots see everything: a softmax over nothing is NaN, and 0 * NaN would reach the gradients.
+                seen = seen & ((keys > at - window) | (at == self.length))
+            if self.config._attn_implementation == "eager":
+                lowest = torch.finfo(self.dtype).min
+                seen = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, lowest)
+            queries.masks[window] = seen
+        return queries.masks[window]
+
+    def normed(self, norm: Any, states: Tensor) -> Tensor:
+        if type(norm) not in RMS_NORMS or norm.weight.requires_grad or not states.requires_grad:
+            return norm(states)
+        return _RmsNorm.apply(states, norm.weight, norm.variance_epsilon)
+
+    def feed_forward(self, mlp: Any, states: Tensor) -> Tensor:
+        gate, up = mlp.gate_proj(states), mlp.up_proj(states)
+        if self.config.hidden_act in ("silu", "swish"):
+            return mlp.down_proj(_GatedSilu.apply(gate, up))
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+class _Take(torch.autograd.Function):
+    """states [N, …] at distinct index [M]; the gradient is written, not added, to its places."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(states)
+        return states.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, index, gradient), None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """transformers' RMSNorm of an untrained weight, keeping its input as it came and one number per token."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = states.float() if states.dtype.itemsize < 4 else states
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(states, weight, scale)
+        return weight * (wide * scale).to(states.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        states, weight, scale = ctx.saved_tensors
+        wide = (weight * gradient).to(scale.dtype)
+        normed = states.to(scale.dtype) * scale
+        wide = (wide - normed * (wide * normed).mean(-1, keepdim=True)) * scale
+        return wide.to(states.dtype), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up, keeping the two and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        activated = nn.functional.silu(gate)
+        by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return by_gate, activated.mul_(gradient)
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """How many tokens back a layer sees, or None for all of them."""
+    values = config.to_dict()
+    kinds = values.get("layer_types")
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return values.get("sliding_window")
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: states [N, heads, d], cos and sin [N, 1, d]."""
+    return states * cos + rotate_half(states) * sin
