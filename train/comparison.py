@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -126,4 +129,14 @@ def recovered_share(full: Evaluation, untuned: Evaluation, tuned: Evaluation) ->
 
 def write_results(path: Path, results: Sequence[Evaluation], **more: Any) -> None:
     """The table as JSON, with whatever else belongs to it."""
-    write_atomically(path, json.dumps({"rows": [asdict(row) for row in results], **more}, indent=1) + "\n")
+    found = {"machine": describe_machine(), "rows": [asdict(row) for row in results], **more}
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+def describe_machine() -> str:
+    """What the times were measured on: the GPU, or the processor and its cores; and torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return f"{names[0] if names else platform.processor() or 'a CPU'}, {os.cpu_count()} cores, torch {torch.__version__}"

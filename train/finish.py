@@ -140,7 +140,7 @@ def compare_and_draw(
 
 
 def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:
-    """With push_to_hub: publishes `folder`/final. A Hub that refuses or is out of reach ends no run: it is said once."""
+    """With push_to_hub: publishes `folder`/final. A Hub that refuses or cannot be reached ends no run: it is said."""
 
     def publish() -> None:
         try:
