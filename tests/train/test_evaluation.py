@@ -31,8 +31,14 @@ def accelerator() -> Accelerator:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations of which a model that learned the colours gets some right."""
-    return write_instructions(tmp_path_factory.mktemp("asked"), 12, seed=5)
+    """Conversations of which a model that learned the colours gets some right: every third answer is not true."""
+    path = write_instructions(tmp_path_factory.mktemp("asked"), 12, seed=5)
+    rows = json.loads(path.read_text())
+    answers = [turn for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
+    for number, turn in enumerate(answers):
+        turn["value"] = ("it is bright" if number % 2 else "no") if number % 3 == 0 else turn["value"]
+    path.write_text(json.dumps(rows))
+    return path
 
 
 def answers_one_by_one(release: Path, held_out: Path) -> list[str]:

@@ -1,0 +1,116 @@
+"""Runs of the real loop on a tiny release: in this process where that is enough, in ones of their own elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from train.tune_projector import main
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "train" / "tune_projector.py")
+
+
+def write_recipe(path: Path, release: Path, instructions: Path, **keys: Any) -> Path:
+    """A config of ten steps on the tiny release; `keys` are added, those that are None taken out."""
+    recipe: dict[str, Any] = {
+        "model": str(release),
+        "data": {"instructions": str(instructions), "num_workers": 0},
+        "visionzip": {"dominant": 4, "contextual": 2},
+        "shortv": {"layers": [1, 3]},
+        "learning_rate": 0.01,
+        "max_steps": 10,
+        "global_batch_size": 6,
+        "per_device_train_batch_size": 3,
+        "mixed_precision": "no",
+        "save_steps": 2,
+        "save_total_limit": None,
+    }
+    recipe["data"].update(keys.pop("data", {}))
+    path.write_text(yaml.safe_dump({**recipe, **keys}))
+    return path
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """The loop installs its own handlers, which must not outlive it in the tests' process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def run_here(recipe: Path, output: Path, *arguments: str) -> Path:
+    """A run in this process; returns its folder."""
+    with signals_kept():
+        main(["--config", str(recipe), "--output_dir", str(output), *arguments])
+    return output
+
+
+def start_there(recipe: Path, output: Path, *arguments: str, processes: int | None = None) -> subprocess.Popen[str]:
+    """A run in a process of its own, or under torchrun in several that really know of each other."""
+    launcher = [sys.executable]
+    if processes is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, SCRIPT, "--config", str(recipe), "--output_dir", str(output), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def environment() -> dict[str, str]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return {**kept, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def output_of(process: subprocess.Popen[str], seconds: float = 500) -> str:
+    """What a process printed, when it has ended; it is ended if it takes too long."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        raise AssertionError(f"still running after {seconds} s:\n{process.communicate()[0]}") from None
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 500) -> None:
+    """Waits for something that a running process does; fails with its output if it ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended too early:\n{process.communicate()[0]}"
+        if time.monotonic() > end:
+            output_of(process, 0)
+        time.sleep(0.01)
+
+
+def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Projector and optimizer of a run's checkpoint."""
+    path = folder / f"step-{step:06d}"
+    return {**load_file(path / "projector.safetensors"), **load_file(path / "optimizer.safetensors")}
+
+
+def copy_until(run: Path, target: Path, step: int) -> Path:
+    """The run's folder as it was when it had just written the checkpoint of `step`."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("final", "answers"))
+    for path in target.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return target

@@ -1,0 +1,154 @@
+"""What goes wrong in a run: every process decides alike, nothing saved is harmed, and the reason is written down."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
+from torch import Tensor
+
+from data.drops import BadSample, TooManyBadSamples
+from train.checkpoint import CheckpointError
+from train.config import ConfigError, DataConfig, TuneConfig
+from train.objective import SupervisedLoss
+from train.processes import start_accelerator
+from train.run_folder import RunFolderError, read_metrics, read_status
+from train.tune_projector import NonFiniteLoss
+
+Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_release: Path, tiny_instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    return write_recipe(path, tiny_release, tiny_instructions, max_steps=4)
+
+
+def poisoned(real: Forward, bad_calls: range) -> Forward:
+    """The loss, with NaN in the calls of these numbers (two calls a step here)."""
+    calls = iter(range(1_000_000))
+
+    def forward(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
+        loss = real(self, batch)
+        return loss * float("nan") if next(calls) in bad_calls else loss
+
+    return forward
+
+
+def test_a_step_with_nan_is_skipped_counted_and_does_no_harm(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SupervisedLoss, "forward", poisoned(SupervisedLoss.forward, range(4, 5)))
+    folder = run_here(recipe, tmp_path / "run", "--save_steps", "1")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["nonfinite_steps"] for line in lines] == [0, 0, 1, 1]
+    assert lines[2]["loss"] is None
+    assert lines[2]["grad_norm"] is None
+    assert [line["samples_seen"] for line in lines] == [6, 12, 18, 24]
+    before, after = checkpoint_tensors(folder, 2), checkpoint_tensors(folder, 3)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint_tensors(folder, 4).values())
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_ids_written_down(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SupervisedLoss, "forward", poisoned(SupervisedLoss.forward, range(2, 100)))
+    folder = tmp_path / "run"
+    with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
+        run_here(recipe, folder, "--max_nonfinite_steps", "2", "--save_steps", "1")
+    streak = json.loads((folder / "nonfinite.json").read_text())
+    assert [entry["step"] for entry in streak] == [2, 3]
+    assert all(len(entry["ids"]) == 6 for entry in streak)
+    status = read_status(folder)
+    assert status["state"] == "failed"
+    assert "NonFiniteLoss: 2 steps in a row" in status["reason"]
+
+
+def test_another_run_s_folder_is_refused_and_untouched(recipe: Path, tmp_path: Path) -> None:
+    folder = run_here(recipe, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="holds another run"):
+        run_here(recipe, folder, "--seed", "1")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_continuing_with_other_settings_or_data_is_refused(recipe: Path, tmp_path: Path, tiny_held_out: Path) -> None:
+    folder = run_here(recipe, tmp_path / "run")
+    resume = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0.01 and is 0.02; seed was 0 and is 1"):
+        run_here(recipe, folder, *resume, "--seed", "1", "--learning_rate", "0.02")
+    with pytest.raises(CheckpointError, match="content of the samples was"):
+        run_here(recipe, folder, *resume, "--data.instructions", str(tiny_held_out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--visionzip.dominant", "40"], ValueError, "37"),
+        (["--shortv.layers", "[1, 4]"], ValueError, "layer"),
+        (["--shortv", '{"freeze": 9}'], ValueError, "4 layers"),
+        (["--model", "no/such/release"], FileNotFoundError, "no/such/release"),
+        (["--data.instructions", "no-such.json"], FileNotFoundError, "no-such.json"),
+        (["--data.image_root", "/tmp"], BadSample, "picture-"),
+        (["--data.max_length", "8"], ValueError, "too_long"),
+        (["--resume_from_checkpoint", "latest"], RunFolderError, "holds no run"),
+        (["--resume_from_checkpoint", "step-000002"], RunFolderError, "holds no run"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(
+    recipe: Path, tmp_path: Path, arguments: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_here(recipe, tmp_path / "run", *arguments)
+
+
+def test_unreadable_images_can_be_skipped_counted_and_listed(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+) -> None:
+    rows = json.loads(tiny_instructions.read_text())
+    pictured = [row for row in rows if "image" in row]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    pictured[3]["image"] = str(broken)
+    pictured[3]["conversations"][0]["value"] = "<image>what?"
+    instructions = tmp_path / "instructions.json"
+    instructions.write_text(json.dumps(rows))
+    data = {"image_root": str(tiny_instructions.parent), "on_bad_sample": "skip", "max_bad_fraction": 0.2}
+    keys = {"max_steps": None, "num_train_epochs": 1, "global_batch_size": 8}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, instructions, data=data, **keys)
+    folder = run_here(recipe, tmp_path / "run")
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert [drop["sample_id"] for drop in dropped] == [pictured[3]["id"]]
+    assert read_metrics(folder / "metrics.jsonl")[-1]["samples_seen"] == 40
+    with pytest.raises(TooManyBadSamples):
+        run_here(recipe, tmp_path / "strict", "--data.max_bad_fraction", "0.001")
+    with pytest.raises(BadSample, match=r"broken.png"):
+        run_here(recipe, tmp_path / "raise", "--data.on_bad_sample", "raise")
+
+
+def test_processes_that_did_not_find_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TuneConfig(model="m", data=DataConfig(instructions="i"), output_dir=str(tmp_path), mixed_precision="no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="started 2 processes, but this one is in a group of 1"):
+        start_accelerator(config)
+
+
+def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start_there(recipe, folder, "--max_steps", "100000", "--save_steps", "100000", processes=2)
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    main_pid = read_status(folder)["pid"]
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    victim = next(pid for pid in workers if pid != main_pid)
+    os.kill(victim, signal.SIGKILL)
+    output = output_of(process, 60)
+    assert process.returncode != 0
+    status = read_status(folder)
+    assert status["state"] == "failed", output
+    assert "process 0" in status["reason"]

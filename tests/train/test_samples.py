@@ -1,0 +1,90 @@
+"""What a run starts from: the drawn scenes, the calibration prompts, the layers LC chooses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from reduction.layer_contribution import measure_layer_contributions
+from train.config import ConfigError, DataConfig, DemoScenesConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from train.release import load_release, open_release
+from train.samples import calibration_samples, choose_layers, draw_demo_scenes, held_out_set, training_set
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(mixed_precision="no")
+
+
+def test_demo_stands_for_scenes_that_are_drawn_once(tiny_release: Path, tmp_path: Path) -> None:
+    scenes = DemoScenesConfig(folder=str(tmp_path / "scenes"), train_scenes=30, eval_scenes=4)
+    config = DataConfig(instructions="demo", eval_instructions="demo", fraction=0.2, demo_scenes=scenes)
+    draw_demo_scenes(config)
+    written = sorted(path.relative_to(tmp_path) for path in (tmp_path / "scenes").rglob("instructions.json"))
+    stamps = [(tmp_path / path).stat().st_mtime_ns for path in written]
+    draw_demo_scenes(config)
+    assert [(tmp_path / path).stat().st_mtime_ns for path in written] == stamps
+    _, processor = load_release(str(tiny_release))
+    train, held_out = training_set(config, processor, seed=0), held_out_set(config, processor)
+    assert (len(train), len(held_out)) == (6, 4)
+    assert not {c.images for c in train.conversations} & {c.images for c in held_out.conversations}
+    assert train[0].pixels[0].shape == (3, 24, 24)  # type: ignore[union-attr]
+
+
+def test_a_fraction_of_other_instructions_is_drawn_with_the_seed(tiny_release: Path, tiny_instructions: Path) -> None:
+    _, processor = load_release(str(tiny_release))
+
+    def ids(seed: int) -> list[str]:
+        config = DataConfig(instructions=str(tiny_instructions), fraction=0.25)
+        return [c.id for c in training_set(config, processor, seed).conversations]
+
+    assert len(ids(0)) == 10
+    assert ids(0) == ids(0)
+    assert ids(0) != ids(1)
+
+
+def test_calibration_prompts_end_before_the_first_answer(tiny_release: Path, tiny_instructions: Path) -> None:
+    _, processor = load_release(str(tiny_release), visionzip={"dominant": 3, "contextual": 1})
+    dataset = training_set(DataConfig(instructions=str(tiny_instructions)), processor, seed=0)
+    samples = calibration_samples(dataset, 7, seed=0)
+    assert len(samples) == 7
+    for sample in samples:
+        text = processor.tokenizer.decode(sample.input_ids)
+        assert text.endswith("ASSISTANT:")
+        assert text.count("ASSISTANT:") == 1
+        assert (sample.input_ids == processor.image_token_id).sum() == 4 * len(sample.pixel_values)
+    assert len(calibration_samples(dataset, 1000, seed=0)) == 32  # the other eight are text alone
+
+
+def test_lc_chooses_the_layers_that_matter_least(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    config = TuneConfig(
+        model=str(tiny_release),
+        data=DataConfig(instructions=str(tiny_instructions)),
+        visionzip=VisionZipConfig(5, 2),
+        shortv=ShortVConfig(freeze="50%", calibration_samples=5),
+        mixed_precision="no",
+        output_dir=str(tmp_path),
+    )
+    release = open_release(str(tiny_release))
+    chosen = choose_layers(config, release, torch.float32, accelerator)
+    model, processor = load_release(release, visionzip={"dominant": 5, "contextual": 2}, shortv=None)
+    samples = calibration_samples(training_set(config.data, processor, 0), 5, 0)
+    mean = measure_layer_contributions(model, samples).mean()
+    assert chosen == sorted(sorted(range(4), key=mean.__getitem__)[:2])
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert found["layers"] == chosen
+    assert found["layer_contributions"] == pytest.approx(mean)
+
+
+def test_listed_layers_and_none_are_taken_as_they_are(tiny_release: Path, accelerator: Accelerator) -> None:
+    base = TuneConfig(model=str(tiny_release), data=DataConfig(instructions="unused"))
+    release = open_release(str(tiny_release))
+    assert choose_layers(base, release, torch.float32, accelerator) is None
+    listed = TuneConfig(model="m", data=base.data, shortv=ShortVConfig(layers=[3, 0]))
+    assert choose_layers(listed, release, torch.float32, accelerator) == [3, 0]
+    with pytest.raises(ConfigError):
+        ShortVConfig()
