@@ -1,0 +1,100 @@
+"""Draws what VisionZip does to images: the kept patches, the merged groups, the attention.
+
+    python scripts/show_tokens.py photo.jpg --model checkpoints/demo-llava --budgets 14+2,28+4 --output tokens.png
+
+One image under one or several budgets, side by side; or several images under one budget, one below the other. Works
+with any release, reduced checkpoint or run's folder. A LLaVA-NeXT image gives two pictures: its base tile, and the
+mosaic of the other tiles (`-tiles` is added to the name).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.images import BadImage, open_image
+from reduction.parsing import parse_budget
+from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
+from train.config import parse_config
+from train.release import load_release
+
+
+@dataclass
+class ShowConfig:
+    """What `scripts/show_tokens.py` takes, beside the images."""
+
+    images: list[str] = field(default_factory=list)
+    """The images' files."""
+    model: str = "checkpoints/demo-llava"
+    """A release, a reduced checkpoint or a run's folder; or a Hub id."""
+    revision: str | None = None
+    """With a Hub id: the revision."""
+    budgets: str | None = None
+    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, several separated by commas. Default: the
+    model's own, or 54+10,108+20,162+30 scaled to its grid."""
+    output: Path = Path("tokens.png")
+    """The PNG."""
+
+
+def default_budgets(patches: int) -> list[dict[str, int]]:
+    """VisionZip's budgets for LLaVA-1.5 (64, 128 and 192 of 576 patches), scaled to a grid."""
+    return [
+        {"dominant": max(2, round(dominant * patches / 576)), "contextual": max(1, round(contextual * patches / 576))}
+        for dominant, contextual in [(54, 10), (108, 20), (162, 30)]
+    ]
+
+
+def show(settings: ShowConfig) -> list[Path]:
+    """Draws and returns the files written. Raises ValueError or FileNotFoundError for what cannot be drawn."""
+    if not settings.images:
+        raise ValueError("no image: name at least one file.")
+    budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
+    images = [open_image(name) for name in settings.images]
+    model, processor = load_release(
+        settings.model, revision=settings.revision, shortv=None, visionzip=budgets[0] if budgets else "saved"
+    )
+    if budgets is None:
+        vision = model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        budgets = [model.config.visionzip] if model.config.visionzip else default_budgets(patches)
+    if len(images) > 1:
+        budgets = budgets[:1]
+    # Per image, per view, per budget.
+    maps = [map_tokens(model, processor, image, budgets) for image in images]
+    names = [Path(name).name for name in settings.images]
+    written = []
+    for view in range(max(len(views) for views in maps)):
+        having = [(name, views[view]) for name, views in zip(names, maps, strict=True) if view < len(views)]
+        path = settings.output if view == 0 else settings.output.with_stem(settings.output.stem + "-tiles")
+        _draw(having, path)
+        written.append(path)
+    return written
+
+
+def _draw(images: list[tuple[str, list[TokenMap]]], path: Path) -> None:
+    if len(images) == 1 and len(images[0][1]) > 1:
+        draw_budgets(images[0][1], path, title=images[0][0])
+    else:
+        draw_images([maps[0] for _, maps in images], path, titles=[name for name, _ in images])
+
+
+def main(argv: list[str]) -> None:
+    """Reads the command line (files first, then --keys), draws, and says where."""
+    names = []
+    while argv and not argv[0].startswith("-"):
+        names.append(argv.pop(0))
+    settings = parse_config(ShowConfig, argv, default=None, program="show_tokens.py IMAGE ...")
+    settings.images = [*names, *settings.images]
+    torch.set_grad_enabled(False)
+    for path in show(settings):
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, BadImage) as error:
+        sys.exit(f"show_tokens.py: {error}")
