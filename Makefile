@@ -10,9 +10,10 @@ READY := $(VENV)/.ready
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt configs/eval/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --requirement configs/eval/requirements.txt
 	touch $(READY)
 
 demo: $(READY)  ## tune demo-llava's projector on 11 % of its visual tokens, show the table (5 minutes on 2 cores)

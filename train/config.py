@@ -177,7 +177,8 @@ class TuneConfig:
     """For releases in LLaVA's own layout: the vision tower's folder or Hub id, where their config does not find it."""
     visionzip: VisionZipConfig | None = None
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
-    visionzip.contextual: tokens that the other patches are merged into."""
+    visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, or a baseline in
+    its place (random with visionzip.seed, grid, pool, downsample)."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run

@@ -1,0 +1,77 @@
+"""Makes a local task for lmms-eval of held-out conversations: a YAML file and its questions.
+
+    python scripts/make_lmms_task.py                                                # the demo's held-out scenes
+    python scripts/make_lmms_task.py --data.instructions FILE.json --data.image_root IMAGES --name mine
+    lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --include_path checkpoints/lmms-tasks \
+        --tasks mine --batch_size 16
+
+NAME asks every question (exact match, as scripts/evaluate.py); NAME_likelihood, with lmms-eval's --force_simple, takes
+the loss of the true answers to first questions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.instructions import read_instructions
+from train.config import DEMO, ConfigError, DataConfig, DemoScenesConfig, parse_config
+from train.lmms_plugin import write_questions, write_task
+from train.samples import demo_folder, draw_demo_scenes
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The conversations to ask."""
+
+    instructions: str = DEMO
+    """Held-out conversations in LLaVA's JSON; demo: the demo's held-out scenes, drawn if they are not there."""
+    image_root: str | None = None
+    """Folder that image paths start from; null means the folder of the instructions."""
+    samples: int | None = None
+    """Only the first so many conversations; null means all."""
+    demo_scenes: DemoScenesConfig = field(default_factory=DemoScenesConfig)
+    """The drawn scenes that `demo` stands for."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Settings of scripts/make_lmms_task.py."""
+
+    data: Questions = field(default_factory=Questions)
+    """The conversations to ask."""
+    name: str = "demo_scenes"
+    """The task's name."""
+    folder: str | None = None
+    """Where it is written; null: checkpoints/lmms-tasks, and for the demo beside its scenes, where the shipped
+    configs/eval/tasks/demo_scenes.yaml looks."""
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        config = parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    data, source, root = config.data, config.data.instructions, config.data.image_root
+    if source == DEMO:
+        draw_demo_scenes(DataConfig("", eval_instructions=DEMO, demo_scenes=data.demo_scenes))
+        drawn = demo_folder(data.demo_scenes, held_out=True)
+        source, root = str(drawn / "instructions.json"), str(drawn / "images")
+    conversations = read_instructions(source)[: data.samples]
+    root = root or str(Path(source).parent)
+    shipped = data.instructions == DEMO and config.folder is None
+    if shipped:
+        folder = Path(data.demo_scenes.folder) / "lmms-eval"
+        count = write_questions(conversations, root, folder / "demo_scenes.jsonl")
+        where, tasks = Path("configs/eval/tasks"), "demo_scenes"
+    else:
+        where, tasks = Path(config.folder or "checkpoints/lmms-tasks"), config.name
+        count = write_task(where, config.name, conversations, root)
+    print(f"{count} questions. lmms-eval --model reduced_llava --model_args pretrained=… --include_path {where} \\")
+    print(f"    --tasks {tasks} --batch_size 16")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

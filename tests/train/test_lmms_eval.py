@@ -1,0 +1,224 @@
+"""The real lmms-eval on a local task, and what it asks of a model, without its tasks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from PIL import Image
+
+from data.instructions import Conversation, read_instructions
+from train.comparison import Candidate, compare
+from train.config import DataConfig
+from train.lmms_model import ReducedLlava, ReducedLlavaChat
+from train.lmms_plugin import write_questions, write_task
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET, LAYERS = {"dominant": 6, "contextual": 3}, [1, 2]
+ARGUMENTS = "budget=6+3,layers=1+2,dtype=float32"
+
+
+def answer(release: Path, instructions: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Exact match and answers, as scripts/evaluate.py gets them."""
+    data = DataConfig(str(instructions), eval_instructions=str(instructions))
+    candidate = Candidate("reduced", str(release), visionzip=BUDGET, shortv={"layers": LAYERS})
+    found = compare(
+        [candidate], data, Accelerator(cpu=True), dtype=torch.float32, batch_size=4, max_new_tokens=8, answers=folder
+    )
+    return found[0].exact_match, [json.loads(line) for line in (folder / "reduced.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_release: Path, tiny_held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of which every other one ends with what the model says, so that some answers are right."""
+    folder = tmp_path_factory.mktemp("lmms")
+    (folder / "images").symlink_to(tiny_held_out.parent / "images")
+    _, said = answer(tiny_release, tiny_held_out, folder / "said")
+    last = {entry["id"]: entry["answer"] for entry in said}
+    rows = json.loads(tiny_held_out.read_text())
+    for row in rows[::2]:
+        row["conversations"][-1]["value"] = last[row["id"]] or "nothing"
+    (folder / "held-out.json").write_text(json.dumps(rows))
+    return folder / "held-out.json"
+
+
+def run_lmms_eval(folder: Path, release: Path, *more: str, processes: int = 1) -> tuple[dict[str, Any], str]:
+    """results.json of the real command line, and what it printed."""
+    module = ["-m", "lmms_eval"]
+    if processes > 1:
+        module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", *module]
+    command = [
+        sys.executable, *module, "--model", "reduced_llava", "--model_args", f"pretrained={release},{ARGUMENTS}",
+        "--include_path", str(folder), "--batch_size", "4", "--device", "cpu", "--output_path", str(folder / "out"),
+        "--log_samples", *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = sorted((folder / "out").rglob("*_results.json"))[-1]
+    return json.loads(results.read_text()), done.stdout
+
+
+def samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    file = sorted((folder / "out").rglob(f"*_samples_{task}.jsonl"))[-1]
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_command_lines_exact_match_is_evaluates(tiny_release: Path, held_out: Path, tmp_path: Path) -> None:
+    exact_match, said = answer(tiny_release, held_out, tmp_path / "answers")
+    assert 0 < exact_match < 1
+    assert write_task(tmp_path, "tiny", read_instructions(held_out), str(held_out.parent)) == len(said)
+    results, shown = run_lmms_eval(tmp_path, tiny_release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8")
+    assert results["results"]["tiny"]["exact_match,none"] == pytest.approx(exact_match, abs=1e-12)
+    theirs = [entry["filtered_resps"] for entry in sorted(samples(tmp_path, "tiny"), key=lambda e: e["doc_id"])]
+    assert theirs == [entry["answer"] for entry in said]
+    assert "exact_match" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_and_likelihoods(tiny_release: Path, held_out: Path, tmp_path: Path) -> None:
+    exact_match, said = answer(tiny_release, held_out, tmp_path / "answers")
+    write_task(tmp_path, "tiny", read_instructions(held_out), str(held_out.parent))
+    results, _ = run_lmms_eval(
+        tmp_path, tiny_release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8", processes=2
+    )
+    assert results["results"]["tiny"]["exact_match,none"] == pytest.approx(exact_match, abs=1e-12)
+    results, _ = run_lmms_eval(tmp_path, tiny_release, "--tasks", "tiny_likelihood", "--force_simple")
+    first = [entry["correct"] for entry in said if entry["turn"] == 0]
+    assert results["results"]["tiny_likelihood"]["acc,none"] == pytest.approx(sum(first) / len(first))
+
+
+# ------------------------------------------------------------------------------------------------ without the command
+
+
+class Asked:
+    """Requests on documents of a made-up task, as lmms-eval builds them."""
+
+    def __init__(self, model: ReducedLlava, documents: list[dict[str, Any]]) -> None:
+        self.model, self.documents = model, documents
+        model.task_dict = {"task": {"test": documents}}
+
+    def ask(self, kind: str, **generation: Any) -> list[Any]:
+        requests = []
+        for number, document in enumerate(self.documents):
+            visual = self._visual
+            arguments: tuple[Any, ...] = (document["text"], generation, visual, number, "task", "test")
+            if kind == "loglikelihood":
+                arguments = (document["text"], document["target"], visual, number, "task", "test")
+            if not self.model.is_simple:
+                arguments = (document["text"], self._messages, generation, number, "task", "test")
+            metadata = {"task": "task", "doc_id": number, "repeats": 1}
+            requests.append(Instance(kind, arguments, 0, metadata))  # type: ignore[arg-type]
+        return getattr(self.model, kind)(requests)
+
+    @staticmethod
+    def _visual(document: dict[str, Any]) -> list[Image.Image]:
+        return document["images"]
+
+    @staticmethod
+    def _messages(document: dict[str, Any]) -> list[dict[str, Any]]:
+        images = [{"type": "image", "url": image} for image in document["images"]]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": document["text"]}]}]
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[dict[str, Any]]:
+    red, blue = Image.new("RGB", (30, 20), (220, 30, 30)), Image.new("RGBA", (20, 30), (40, 60, 230, 255))
+    return [
+        {"text": "name the colour", "target": "it is red", "images": [red]},
+        {"text": "what colour is the picture?", "target": "it is blue", "images": [blue]},
+        {"text": "hello", "target": "a text without a picture", "images": []},
+        {"text": "is it <image> or <image>?", "target": "no", "images": [red, blue]},
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_release: Path) -> ReducedLlava:
+    return ReducedLlava(str(tiny_release), budget="6+3", layers="1+2", device="cpu", batch_size=3, dtype="float32")
+
+
+def test_batches_answer_as_single_requests(
+    model: ReducedLlava, tiny_release: Path, documents: list[dict[str, Any]]
+) -> None:
+    together = Asked(model, documents).ask("generate_until", max_new_tokens=6, until=["\n\n"])
+    alone = [Asked(model, [one]).ask("generate_until", max_new_tokens=6, until=["\n\n"])[0] for one in documents]
+    assert together == alone
+    chat = ReducedLlavaChat(str(tiny_release), budget="6+3", layers="1+2", device="cpu", batch_size=2, dtype="float32")
+    assert Asked(chat, documents[:3]).ask("generate_until", max_new_tokens=6, until=[]) == together[:3]
+    assert any(together)
+
+
+def test_answers_end_at_until(model: ReducedLlava, documents: list[dict[str, Any]]) -> None:
+    whole = Asked(model, documents[:1]).ask("generate_until", max_new_tokens=6)[0]
+    stop = whole[2]
+    assert Asked(model, documents[:1]).ask("generate_until", max_new_tokens=6, until=stop) == [
+        whole.split(stop)[0].strip()
+    ]
+
+
+def test_likelihoods_are_the_losses_of_training(model: ReducedLlava, documents: list[dict[str, Any]]) -> None:
+    found = Asked(model, documents[:3]).ask("loglikelihood")
+    for (loss, is_greedy), document in zip(found, documents[:3], strict=True):
+        images = document["images"]
+        turns = (("user", "<image>\n" * len(images) + document["text"]), ("assistant", document["target"]))
+        encoded = model.supervision.encode(Conversation("", ("",) * len(images), turns))
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([encoded.input_ids])}
+        if images:
+            shown = images[0].convert("RGB")
+            inputs["pixel_values"] = model.supervision.processor.image_processor(shown, return_tensors="pt")[
+                "pixel_values"
+            ]
+        with torch.no_grad():
+            output = model.model(**inputs, labels=torch.tensor([encoded.labels]))
+        assert loss == pytest.approx(output.loss.item(), rel=1e-4)
+        assert not is_greedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": "64"}, "dominant\\+contextual"),
+        ({"layers": "a"}, "write indices like 31\\+29\\+30"),
+        ({"fastv": "2"}, "like 2\\+0.5"),
+        ({"method": "pool"}, "no budget is given"),
+        ({"batch_size": "auto"}, "a number of prompts"),
+        ({"dtype": "int8"}, "choose one of auto, float32"),
+        ({"trust_remote_code": True}, "is no reduced checkpoint"),
+    ],
+)
+def test_bad_arguments_are_refused(tiny_release: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReducedLlava(str(tiny_release), device="cpu", **arguments)
+
+
+def test_baselines_are_arguments_too(tiny_release: Path) -> None:
+    drawn = ReducedLlava(str(tiny_release), budget="9+0", method="random", seed=3, fastv="2+0.5", device="cpu")
+    assert drawn.model.config.visionzip == {"dominant": 9, "contextual": 0, "method": "random", "seed": 3}
+    assert drawn.model.config.fastv == {"layer": 2, "keep": 0.5}
+
+
+def test_videos_are_refused(model: ReducedLlava) -> None:
+    with pytest.raises(ValueError, match="images only; this task gives a dict"):
+        Asked(model, [{"text": "x", "images": [{"type": "video"}]}]).ask("generate_until")
+
+
+def test_questions_hold_all_turns_before_them(held_out: Path, tmp_path: Path) -> None:
+    conversations = read_instructions(held_out)
+    count = write_questions(conversations, str(held_out.parent), tmp_path / "q.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert count == len(lines) == sum(len(conversation.turns) // 2 for conversation in conversations)
+    for line in lines:
+        assert len(line["roles"]) == 2 * line["turn"] + 1
+        assert sum(text.count("<image>") for text in line["texts"]) == len(line["images"])
+        assert all(Path(image).is_absolute() for image in line["images"])
+    with pytest.raises(ValueError, match="letters, digits"):
+        write_task(tmp_path, "a/b", conversations, None)

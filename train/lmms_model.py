@@ -1,0 +1,322 @@
+"""Reduced checkpoints, and any release with a budget and frozen layers, as a model of lmms-eval (0.7).
+
+    lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --tasks gqa --batch_size 16
+    lmms-eval --model reduced_llava --model_args pretrained=llava-hf/llava-1.5-7b-hf,budget=54+10,layers=31+29+30 ...
+
+`ReducedLlavaChat` is what lmms-eval takes by default: its tasks give chat messages. `ReducedLlava` is the same for its
+older protocol of a text and images, which its tasks of type loglikelihood and multiple_choice still need
+(`--force_simple`). Importing this module needs lmms-eval; train/lmms_plugin.py tells it where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from loguru import logger
+from PIL import Image
+from torch.nn import functional
+from tqdm import tqdm
+
+from data.dataset import Collator
+from data.images import open_image, to_rgb
+from data.instructions import PLACEHOLDER, Conversation
+from data.supervision import Supervision
+from reduction.parsing import parse_budget
+from train.prompts import Prompt, batch_prompts, encode_prompt
+from train.release import Reduction, load_release, open_release
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION_KEYS = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty",
+    "length_penalty",
+)  # fmt: skip
+OTHER_KEYS = ("until", "image_aspect_ratio")
+MAX_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One prompt and what is wanted of it: an answer by `generation`, or the loss of `continuation`."""
+
+    prompt: Prompt
+    generation: Mapping[str, Any]
+    continuation: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.input_ids) + len(self.continuation)
+
+
+class ReducedLlava(lmms):
+    """LLaVA with VisionZip and ShortV, for lmms-eval's text-and-images protocol.
+
+    Args (each a key of `--model_args`):
+        pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
+        method: with `budget`, another way to choose them (reduction/baselines.py).
+        seed: with method random, its seed.
+        layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
+        fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
+        device: where one process computes; several processes take theirs from Accelerate.
+        load_in_4bit: the language model's layers in NF4.
+        batch_size: prompts at once.
+        attn_implementation: eager or sdpa.
+        chat_template: as data.chat_template of a run.
+        trust_remote_code: true is allowed for reduced checkpoints only, and not needed: their classes are installed
+            here, and no checkpoint's code is run.
+
+    Raises:
+        ValueError: an argument that cannot be read, or what `load_release` refuses.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        budget: str | None = None,
+        method: str | None = None,
+        seed: int = 0,
+        layers: str | int | Sequence[int] | None = None,
+        fastv: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        load_in_4bit: bool = False,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        attn_implementation: str = "sdpa",
+        chat_template: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if str(batch_size).startswith("auto") or int(batch_size) < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: a number of prompts, at least 1, is needed")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        single = self._world_size == 1 and device is not None
+        self._device = torch.device(device if single else self.accelerator.device)  # type: ignore[arg-type]
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, and there is no GPU here: give --device cpu")
+        release = open_release(pretrained, revision)
+        if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
+            raise ValueError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
+        computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
+        self._model, processor = load_release(
+            release,
+            visionzip=_visionzip(budget, method, seed),
+            shortv=_shortv(layers),
+            fastv=_fastv(fastv),
+            dtype=computed,
+            attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit,
+            chat_template=chat_template,
+        )
+        self._model.to(self._device)
+        self.batch_size = int(batch_size)
+        self.supervision = Supervision(processor, max_length=None)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.supervision.tokenizer
+
+    # ------------------------------------------------------------------------------------------ lmms-eval's requests
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """An answer for each request, stripped and cut before the first of its `until` strings."""
+        asked = []
+        for context, generation, doc_to_visual, doc_id, task, split in (request.args for request in requests):
+            images = self._images(doc_to_visual, doc_id, task, split)
+            asked.append(_Request(self._prompt([("user", _with_images(context, len(images)))], images), generation))
+        return self._answer(asked)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(mean loss of the continuation and its end token, would greedy decoding say just that) for each request.
+
+        The loss, not its negative: lmms-eval's own models return it, and its multiple_choice takes the smallest.
+        """
+        asked = []
+        for context, target, doc_to_visual, doc_id, task, split in (request.args for request in requests):
+            images = self._images(doc_to_visual, doc_id, task, split)
+            said = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            asked.append(self._continued(_with_images(context, len(images)), str(said).strip(), images))
+        return self._batched(asked, self._score, "loglikelihood")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("reduced_llava: tasks of several rounds are not supported; LLaVA's are single-round")
+
+    # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _images(self, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str) -> list[Image.Image]:
+        return [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+
+    def _prompt(self, turns: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> Prompt:
+        return encode_prompt(self.supervision, turns, images)
+
+    def _continued(self, question: str, answer: str, images: Sequence[Image.Image]) -> _Request:
+        prompt = self._prompt([("user", question)], images)
+        turns = (("user", question), ("assistant", answer))
+        encoded = self.supervision.encode(Conversation("", ("",) * len(images), turns), list(prompt.image_sizes))
+        start, end = encoded.answers[-1]
+        whole = Prompt(encoded.input_ids[:start], prompt.pixels, prompt.image_sizes)
+        return _Request(whole, {}, tuple(encoded.input_ids[start:end]))
+
+    # --------------------------------------------------------------------------------------------------------- batches
+
+    def _answer(self, asked: Sequence[_Request]) -> list[str]:
+        return self._batched(asked, self._generate, "generate_until")
+
+    def _batched(self, asked: Sequence[_Request], run: Callable[[list[_Request]], list[Any]], title: str) -> list[Any]:
+        """`run` on batches of requests that generate alike, long ones first; results in the order of `asked`."""
+        order = sorted(range(len(asked)), key=lambda index: (repr(asked[index].generation), -asked[index].length))
+        results: list[Any] = [None] * len(asked)
+        with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
+            while order:
+                first = asked[order[0]].generation
+                batch = [index for index in order[: self.batch_size] if asked[index].generation == first]
+                order = order[len(batch) :]
+                for index, result in zip(batch, run([asked[index] for index in batch]), strict=True):
+                    results[index] = result
+                bar.update(len(batch))
+        return results
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[_Request]) -> list[str]:
+        wanted = dict(batch[0].generation)
+        strange = sorted(wanted.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
+        if strange:
+            logger.warning("generation settings that mean nothing here are left out: {}", ", ".join(strange))
+        settings = {key: wanted[key] for key in GENERATION_KEYS if wanted.get(key) is not None}
+        settings["do_sample"] = settings.get("temperature", 0) > 0 and settings.get("do_sample", True)
+        if not settings["do_sample"]:
+            settings = {key: value for key, value in settings.items() if key not in ("temperature", "top_p", "top_k")}
+        inputs = batch_prompts(self.supervision, [request.prompt for request in batch], self.device)
+        output = self.model.generate(
+            **inputs,
+            **{"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings},
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=Collator.of(self.supervision).pad_token_id,
+        )
+        until = wanted.get("until") or []
+        said = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, [until] if isinstance(until, str) else until) for text in said]
+
+    @torch.inference_mode()
+    def _score(self, batch: list[_Request]) -> list[tuple[float, bool]]:
+        rows = [replace(asked.prompt, input_ids=[*asked.prompt.input_ids, *asked.continuation]) for asked in batch]
+        inputs = batch_prompts(self.supervision, rows, self.device)
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        results = []
+        for row, request in enumerate(batch):
+            count = len(request.continuation)
+            # Padding is on the left: a row ends with its continuation, and each token is said by the one before it.
+            logits = self.model.lm_head(hidden[row, -count - 1 : -1]).float()
+            targets = inputs["input_ids"][row, -count:]
+            loss = functional.cross_entropy(logits, targets)
+            results.append((loss.item(), bool((logits.argmax(-1) == targets).all())))
+        return results
+
+
+class ReducedLlavaChat(ReducedLlava):
+    """LLaVA with VisionZip and ShortV, for tasks that give chat messages: several turns, images anywhere."""
+
+    is_simple = False
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """As `ReducedLlava.generate_until`."""
+        asked = []
+        for _, doc_to_messages, generation, doc_id, task, split in (request.args for request in requests):
+            turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
+            asked.append(_Request(self._prompt(turns, images), generation))
+        return self._answer(asked)
+
+
+def _visionzip(budget: str | None, method: str | None, seed: int) -> Reduction:
+    if budget is None:
+        if method is not None:
+            raise ValueError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
+        return "saved"
+    if budget in ("all", "none"):
+        return None
+    chosen = parse_budget(str(budget))
+    return chosen if method is None else {**chosen, "method": method, **({"seed": seed} if method == "random" else {})}
+
+
+def _shortv(layers: str | int | Sequence[int] | None) -> Reduction:
+    if layers is None:
+        return "saved"
+    if layers == "none":
+        return None
+    try:
+        parts = str(layers).split("+") if isinstance(layers, (str, int)) else layers
+        return {"layers": [int(part) for part in parts]}
+    except ValueError as error:
+        raise ValueError(f"layers is {layers!r}: write indices like 31+29+30, or none") from error
+
+
+def _fastv(fastv: str | None) -> Reduction:
+    if fastv is None or fastv == "none":
+        return "saved" if fastv is None else None
+    layer, _, keep = fastv.partition("+")
+    try:
+        return {"layer": int(layer), "keep": float(keep)}
+    except ValueError as error:
+        raise ValueError(f"fastv is {fastv!r}: write the layer and the share kept, like 2+0.5, or none") from error
+
+
+def _as_image(visual: Any) -> Image.Image:
+    if isinstance(visual, Image.Image):
+        return to_rgb(visual)
+    if isinstance(visual, str):
+        return open_image(visual)
+    raise ValueError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
+
+
+def _with_images(text: str, count: int) -> str:
+    """A task's text with one `<image>` per image: its own where it has them, else all of them before it."""
+    if text.count(PLACEHOLDER) == count:
+        return text
+    return "\n".join([PLACEHOLDER] * count + [text.replace(PLACEHOLDER, "").strip()])
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[Image.Image]]:
+    """lmms-eval's chat messages as (role, text with `<image>`) and the images in their order."""
+    turns, images = [], []
+    for message in messages:
+        pieces = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                images.append(_as_image(part["url"]))
+                pieces.append(PLACEHOLDER)
+            elif part["type"] == "text":
+                pieces.append(part["text"])
+            else:
+                raise ValueError(f"reduced_llava looks at images only; this task gives {part['type']}")
+        turns.append((str(message["role"]), "\n".join(pieces)))
+    return turns, images
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    text = text.strip()
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text.strip()

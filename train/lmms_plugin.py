@@ -1,0 +1,111 @@
+"""What ShortZip gives to lmms-eval: where its model is, and held-out conversations as a local task.
+
+lmms-eval finds `manifest` through the entry point group `lmms_eval.models`. A task is a YAML file
+(configs/eval/tasks/) over a questions file: one JSON line per question of the held-out conversations, with the turns
+before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.images import open_image, resolve_image_path
+from data.instructions import PLACEHOLDER, Conversation
+from train.checkpoint import write_atomically
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "eval" / "tasks"
+
+
+def manifest() -> Any:
+    """The entry of lmms-eval's table of models."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        "reduced_llava",
+        simple_class_path="train.lmms_model.ReducedLlava",
+        chat_class_path="train.lmms_model.ReducedLlavaChat",
+    )
+
+
+def write_questions(conversations: Sequence[Conversation], image_root: str | None, path: Path) -> int:
+    """Writes one line per question, in the order of the conversations; returns their number.
+
+    A line: id, turn (which answer, from 0), roles and texts (the turns up to the question), images (absolute paths of
+    all images in them) and expected. Raises ValueError for images that are not files.
+    """
+    lines = []
+    for conversation in conversations:
+        for source in conversation.images:
+            if not isinstance(source, str):
+                raise ValueError(f"{conversation.id}: a local task reads its images from files; this one is embedded")
+        answers = [place for place, (role, _) in enumerate(conversation.turns) if role == "assistant"]
+        for turn, place in enumerate(answers):
+            before = conversation.turns[:place]
+            shown = conversation.images[: sum(text.count(PLACEHOLDER) for _, text in before)]
+            question = {
+                "id": conversation.id,
+                "turn": turn,
+                "roles": [role for role, _ in before],
+                "texts": [text for _, text in before],
+                "images": [str(resolve_image_path(str(image), image_root).resolve()) for image in shown],
+                "expected": conversation.turns[place][1].strip(),
+            }
+            if question["expected"]:
+                lines.append(json.dumps(question, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(lines))
+    return len(lines)
+
+
+def write_task(folder: Path, name: str, conversations: Sequence[Conversation], image_root: str | None) -> int:
+    """Writes the tasks NAME and NAME_likelihood for `lmms-eval --include_path folder`, and their questions.
+
+    Returns the number of questions. Raises ValueError for a name that is no plain word.
+    """
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"task {name!r}: letters, digits, - and _ are allowed")
+    count = write_questions(conversations, image_root, folder / f"{name}.jsonl")
+    for task, template in ((name, "_held_out_template_yaml"), (f"{name}_likelihood", "_likelihood_template_yaml")):
+        entry = {"include": str(TEMPLATES / template), "task": task}
+        data = {"dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
+        write_atomically(folder / f"{task}.yaml", yaml.safe_dump({**entry, **data}, sort_keys=False))
+    return count
+
+
+# --------------------------------------------------------------------------- what the YAML files of the tasks refer to
+
+
+def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns before an answer as lmms-eval's chat messages, the images of a turn before its text."""
+    images = iter(doc["images"])
+    messages = []
+    for role, text in zip(doc["roles"], doc["texts"], strict=True):
+        content = [{"type": "image", "url": open_image(next(images))} for _ in range(text.count(PLACEHOLDER))]
+        said = text.replace(PLACEHOLDER, "").strip() if content else text
+        messages.append({"role": role, "content": [*content, {"type": "text", "text": said}]})
+    return messages
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
+    """The images of a question."""
+    return [open_image(path) for path in doc["images"]]
+
+
+def doc_to_text(doc: dict[str, Any]) -> str:
+    """The question alone, for the protocol of a text and images; a later turn's does not show what was said before."""
+    return str(doc["texts"][-1])
+
+
+def first_turns(dataset: Any) -> Any:
+    """The questions that nothing was said before: what the protocol of a text and images can ask."""
+    return dataset.filter(lambda turn: turn == 0, input_columns="turn")
+
+
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """An answer is right when its text, without surrounding white space, is exactly the true one."""
+    return {"exact_match": float(results[0].strip() == doc["expected"])}
