@@ -69,7 +69,7 @@ def write_reduced_checkpoint(
         if original is None:
             plain_config = config_class.from_dict(plain)
             original = to_original_config(plain_config, vision_tower, release.name)
-        config = {**original, **reductions, "lineage": lineage(release)}
+        config = {**original, **reductions, "lineage": lineage(release, base, base_revision)}
         write_llava_projector(target, tensors, config, base=base or base_name(release))
         return
     weights = weights_folder(release)
@@ -84,7 +84,7 @@ def write_reduced_checkpoint(
         custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / LINEAGE_FILE).write_text(json.dumps(lineage(release), indent=1) + "\n", encoding="utf-8")
+        (folder / LINEAGE_FILE).write_text(json.dumps(lineage(release, base, base_revision), indent=1) + "\n", encoding="utf-8")
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
@@ -101,8 +101,8 @@ def base_name(release: Release) -> str:
     return str((release.folder if release.converted else release.source).resolve())
 
 
-def lineage(release: Release) -> list[dict[str, Any]]:
-    """What a reduced checkpoint over `release` descends from, the oldest first.
+def lineage(release: Release, base: str | None = None, base_revision: str | None = None) -> list[dict[str, Any]]:
+    """What a reduced checkpoint over `release` (on the Hub: `base`) descends from, the oldest first.
 
     Each with its name (of a folder, the last part alone: paths of this machine mean nothing elsewhere), its commit on
     the Hub if it has one, and its own reductions.
@@ -112,7 +112,8 @@ def lineage(release: Release) -> list[dict[str, Any]]:
     if release.original_config is not None:
         older = older or release.original_config.get("lineage", [])
     name = release.name if release.revision is not None else Path(release.name).resolve().name
-    return [*older, {"name": name, "revision": release.revision, **release.saved_reductions}]
+    found = {"name": base or name, "revision": base_revision if base else release.revision}
+    return [*older, {**found, **release.saved_reductions}]
 
 
 def weights_folder(release: Release) -> Path:
