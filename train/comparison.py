@@ -139,4 +139,5 @@ def describe_machine() -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    return f"{names[0] if names else platform.processor() or 'a CPU'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    name = names[0] if names else platform.processor() or "a CPU"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
