@@ -132,7 +132,7 @@ def open_release(
                 "--resume_from_checkpoint latest, or name the release it started from"
             )
         source = source / "final"
-    projector = _projector_file(mm_projector) if mm_projector else None
+    projector = find_projector_file(mm_projector) if mm_projector else None
     config = read_json(source / "config.json")
     has_weights = bool(weight_files(source))
     if is_original(config) or (projector is not None and "text_config" not in config):
@@ -156,7 +156,8 @@ def open_release(
     return release
 
 
-def _projector_file(given: str) -> Path:
+def find_projector_file(given: str) -> Path:
+    """The projector that a file or a folder names. Raises FileNotFoundError."""
     path = Path(given).expanduser()
     for candidate in (path, path / MM_PROJECTOR_FILE, path / PROJECTOR_FILE):
         if candidate.is_file():
