@@ -209,18 +209,25 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
             f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
         )
-    layers = config.get("vision_feature_layer", -2)
-    tower = config["vision_config"].get("hidden_size", 1024) * (len(layers) if isinstance(layers, list) else 1)
-    check_projector_widths(shapes, tower, config["text_config"].get("hidden_size", 4096), str(folder))
+    check_projector_widths(shapes, *_widths(config), str(folder))
     if config.get("quantization_config") is None:
         for part, tensors in parts.items():
             check_dtypes(tensors, part, str(folder))
 
 
+def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """What the projector reads (the tower's width, times the layers it is taken from) and writes (the LLM's)."""
+    config_class, _, _ = model_classes(config["model_type"])
+    full = config_class.from_dict({**config, "model_type": config_class.model_type})
+    layers = full.vision_feature_layer
+    return full.vision_config.hidden_size * (
+        len(layers) if isinstance(layers, list) else 1
+    ), full.text_config.hidden_size
+
+
 def _check_overlay(projector: Path, config: Mapping[str, Any]) -> None:
     shapes = {name: spec.shape for name, spec in _projector_specs(projector).items()}
-    vision, text = config["vision_config"], config["text_config"]
-    check_projector_widths(shapes, vision.get("hidden_size", 1024), text.get("hidden_size", 4096), str(projector))
+    check_projector_widths(shapes, *_widths(config), str(projector))
 
 
 def _projector_specs(path: Path) -> dict[str, TensorSpec]:
@@ -312,7 +319,7 @@ def load_release(
         **reductions,
         **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
     )
-    lay_projector(loaded, read_projector(release.projector) if release.projector else _saved_projector(release.folder))
+    lay_projector(loaded, release_projector(release))
     loaded.eval()
     return loaded, _load_processor(release.folder, config, processor_class, loaded.config, chat_template)
 
@@ -337,9 +344,11 @@ def model_classes(model_type: str) -> tuple[Any, Any, Any]:
     return ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
 
 
-def _saved_projector(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / PROJECTOR_FILE
-    return read_projector(path) if path.is_file() else read_release_projector(folder)
+def release_projector(release: Release) -> dict[str, torch.Tensor]:
+    """The projector that belongs to a release, as `linear_1.weight` …, in the dtype on disk: the one laid over it, or
+    its own."""
+    path = release.projector or release.folder / PROJECTOR_FILE
+    return read_projector(path) if path.is_file() else read_release_projector(release.folder)
 
 
 def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
