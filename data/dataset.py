@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.drops import BadSample, Drop, DropLog
-from data.images import BadImage, image_name, image_size, open_image
+from data.images import BadImage, ImageSource, image_name, image_size, open_image
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
+
+
+class FeatureSource(Protocol):
+    """Where an image's features are kept, for a dataset that gives them instead of its pixels."""
+
+    def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, torch.Tensor] | None:
+        """Tensors [tiles of the image, …] by name, or None if there are none for this image."""
 
 
 @dataclass(slots=True)
@@ -29,12 +36,14 @@ class Sample:
         encoded: its tokens.
         pixels: per image a float32 tensor: [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
         image_sizes: (height, width) of each image in pixels, before it was resized.
+        features: instead of pixels, what is known of each image: tensors [tiles, …] by name.
     """
 
     id: str
     encoded: Encoded
     pixels: list[torch.Tensor]
     image_sizes: list[tuple[int, int]]
+    features: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -83,6 +92,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         lengths: [n] int64, tokens of each, visual tokens included.
         supervised: [n] int64, supervised tokens of each.
         cut: rows cut off at `max_length`, by what: {"turn": …, "answer": …}.
+        features: where images' features are taken from instead of their pixels; None, the default: nowhere.
 
     Raises:
         BadSample: a bad row, where `drops` does not skip them.
@@ -100,6 +110,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
     ) -> None:
         self.supervision = supervision
         self.image_root = image_root
+        self.features: FeatureSource | None = None
         self.drops = DropLog() if drops is None else drops
         cache = None if cache_dir is None else Path(cache_dir) / f"lengths-{_key(conversations, supervision)}.json"
         counted = _read_cache(cache) or self._count(conversations)
@@ -141,6 +152,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         """
         images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
+        if self.features is not None:
+            return self._load_features(conversation, self.features)
         try:
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
@@ -156,6 +169,25 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}
+    def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
+        try:
+            sizes = [image_size(source, self.image_root) for source in conversation.images]
+            encoded = self.supervision.encode(conversation, sizes if self.supervision.needs_image_sizes else None)
+            found = []
+            for source in conversation.images[: encoded.images]:
+                known = features.find(source, self.image_root)
+                if known is None:
+                    open_image(source, self.image_root)
+                    raise BadImage(
+                        "unreadable_image",
+                        image_name(source),
+                        "has changed since its features were stored: start anew",
+                    )
+                found.append(known)
+        except BadImage as error:
+            raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+        return Sample(conversation.id, encoded, [], sizes[: encoded.images], found)
+
         for number, conversation in enumerate(conversations):
             try:
                 try:
@@ -220,6 +252,10 @@ class Collator:
                 inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
         return MicroBatch(inputs, [sample.id for sample in samples], dropped)
 
+        features = [known for sample in samples for known in sample.features]
+        if features:
+            inputs |= {name: torch.cat([known[name] for known in features]) for name in features[0]}
+            inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
 
 def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
     """Images to one tensor; LLaVA-NeXT's, which differ in their number of tiles, are filled up with zero tiles."""

@@ -134,6 +134,24 @@ def open_image(
         return to_rgb(image)
 
 
+def image_bytes(source: ImageSource, image_root: str | os.PathLike[str] | None = None) -> bytes:
+    """An image as it is stored, encoded.
+
+    Raises:
+        BadImage: missing, outside the image root, empty, or not to be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str):
+        return source.read()
+    file = resolve_image_path(source, image_root)
+    check_image_file(file)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadImage("unreadable_image", str(file), f"cannot be read: {error.strerror or error}") from error
+
+
 def image_size(source: ImageSource, image_root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
     """(height, width) of an image as `open_image` returns it, from its header alone.
 

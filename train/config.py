@@ -144,6 +144,9 @@ class DataConfig:
     """The prompt: auto (LLaVA-1.5 releases get Vicuna's, others keep theirs), release, vicuna_v1, plain, or a file."""
     cache_dir: str | None = None
     """Folder where token counts are kept for the next run on the same conversations; null keeps none."""
+    cache_features: str | None = None
+    """Folder where each image's visual tokens are kept, computed once before the first step: neither this run's steps
+    nor later runs with the same tower, budget and images run the tower; null computes them in every step."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a bad row or image gets: an error, or being left out, counted and listed in the run's folder."""
     max_bad_fraction: float = 0.05
@@ -298,6 +301,11 @@ class TuneConfig:
             )
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        if self.data.cache_features is not None and self.visionzip is None:
+            raise ConfigError(
+                f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
+                "to keep of an image: set visionzip, or data.cache_features to null"
+            )
         if self.control and self.visionzip is None and self.shortv is None and self.fastv is None:
             raise ConfigError(
                 "control is the same tuning without reduction, and this run has none: set control to false"

@@ -59,6 +59,7 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         fastv=None,
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,
+        data=replace(config.data, cache_features=None),
         resume_from_checkpoint="latest" if started else None,
         control=False,
         push_to_hub=False,

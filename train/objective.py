@@ -96,7 +96,7 @@ class SupervisedLoss(nn.Module):
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
         loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
         if "pixel_values" not in batch and "visual_tokens" not in batch:
-            loss = loss + 0 * self._empty_image().float().sum()
+            loss = loss + 0 * self._no_features().float().sum()
         return loss
 
     def _needed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -156,8 +156,11 @@ class SupervisedLoss(nn.Module):
         weight: Any = self.model.model.multi_modal_projector.linear_1.weight
         return torch.zeros(1, weight.shape[1], device=weight.device)
 
-    def _empty_image(self) -> Tensor:
+    def _no_features(self) -> Tensor:
+        """What an empty image gives, through the tower where there is one."""
         config: Any = self.model.config
+        if isinstance(self.model.model.vision_tower, nn.Identity):
+            return self.model.model.multi_modal_projector(self._no_token())
         side = config.vision_config.image_size
         zero = torch.zeros((), device=self.model.device, dtype=self.model.dtype)
         if isinstance(self.model, LlavaNextForConditionalGeneration):

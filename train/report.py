@@ -62,29 +62,35 @@ class Reporter:
 
 
 class Speed:
-    """Samples and tokens per second, share of time spent waiting for data; the first steps are left out."""
+    """Samples and tokens per second, MFU, share of time spent waiting for data; the first steps are left out.
 
-    def __init__(self) -> None:
+    `peak`: FLOP/s of all processes together in a matrix product; MFU is the share of it that useful FLOPs reach.
+    """
+
+    def __init__(self, peak: float | None = None) -> None:
         self.steps = 0
-        self._seconds = self._waited = 0.0
+        self._peak = peak
+        self._seconds = self._waited = self._flops = 0.0
         self._samples = self._tokens = 0
 
-    def add(self, samples: int, tokens: int, seconds: float, waited: float) -> None:
-        """One step, over all processes: its samples, tokens (without padding), seconds, and seconds without data."""
+    def add(self, samples: int, tokens: int, seconds: float, waited: float, flops: float = 0.0) -> None:
+        """One step, over all processes: its samples, tokens (no padding), seconds, seconds without data, FLOPs."""
         self.steps += 1
         if self.steps > LEFT_OUT:
             self._seconds, self._waited = self._seconds + seconds, self._waited + waited
             self._samples, self._tokens = self._samples + samples, self._tokens + tokens
+            self._flops += flops
 
     def averages(self) -> dict[str, float]:
-        """samples_per_second, tokens_per_second, data_wait (0 to 1); empty until a step counts."""
+        """samples_per_second, tokens_per_second, data_wait and mfu (0 to 1); empty until a step counts."""
         if not self._seconds:
             return {}
-        return {
+        rates = {
             "samples_per_second": self._samples / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "data_wait": self._waited / self._seconds,
         }
+        return {**rates, "mfu": self._flops / self._seconds / self._peak} if self._peak else rates
 
     def text(self, steps_left: int) -> str:
         """Speed and the time that so many more steps take, in words; empty until a step counts."""
@@ -93,8 +99,9 @@ class Speed:
         rates = self.averages()
         seconds = round(steps_left * self._seconds / (self.steps - LEFT_OUT))
         left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        mfu = f"MFU {rates['mfu']:.0%} " if "mfu" in rates else ""
         return (
-            f"{rates['samples_per_second']:.1f} samples/s {rates['tokens_per_second']:,.0f} tokens/s "
+            f"{rates['samples_per_second']:.1f} samples/s {rates['tokens_per_second']:,.0f} tokens/s {mfu}"
             f"waiting for data {rates['data_wait']:.0%}, {left} left"
         )
 

@@ -40,6 +40,7 @@ from train.checkpoint import (
 )
 from train.config import ConfigError, TuneConfig, load_config
 from train.evaluation import held_out_loss
+from train.feature_cache import store_features
 from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from train.objective import (
     SupervisedLoss,
@@ -54,6 +55,7 @@ from train.release import load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory
 from train.run_folder import DROPPED, NONFINITE, Metrics, checkpoint_to_continue, prepare_folder, write_status
 from train.samples import choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
+from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
 from train.tracking import Trackers
 
 
@@ -152,6 +154,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     dataset = training_set(config.data, processor, config.seed)
     held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
+    if config.data.cache_features is not None:
+        store_features(config, model, processor, dataset, held_out, accelerator, report, stop)
     plan = BatchPlan(
         dataset.lengths.tolist(),
         config.global_batch_size,
@@ -228,7 +232,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
 
     # ---- the loop: one turn is one global batch
     micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
-    trained, speed, stopping = list(parameters.values()), Speed(), False
+    trained, stopping, out_of_memory, halved = list(parameters.values()), False, False, False
+    flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
     if state.evaluation_due:
         evaluate()
     while state.step < total_steps and not stopping:
@@ -242,12 +247,22 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         local = torch.tensor(sum(count_supervised(micro.inputs["labels"]) for micro in mine), device=device)
         supervised = max(1, int(accelerator.reduce(local)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for number, micro in enumerate(mine):
-            is_last = number == len(mine) - 1
-            with nullcontext() if is_last else accelerator.no_sync(loss_module):
-                loss = loss_module(micro.to(device).inputs)
-                accelerator.backward(loss * (accelerator.num_processes / supervised))
-            loss_sum += loss.detach()
+        try:
+            for number, micro in enumerate(mine):
+                is_last = number == len(mine) - 1
+                with nullcontext() if is_last else accelerator.no_sync(loss_module):
+                    loss = loss_module(micro.to(device).inputs)
+                    accelerator.backward(loss * (accelerator.num_processes / supervised))
+                loss_sum += loss.detach()
+        except torch.OutOfMemoryError as error:
+            plan, out_of_memory = half_the_micro_batch(plan, error, again=halved), True
+        if out_of_memory:  # and past the handler, whose exception holds on to what filled the memory
+            out_of_memory, halved = False, True
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            report.say(f"out of memory at step {state.step + 1}: it is repeated, {limits_in_words(plan)} from here on")
+            micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
+            continue
         norm = float(accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
         drops = [asdict(drop) for micro in mine for drop in micro.dropped]
         local = torch.tensor([loss_sum, stop.signal is not None, len(drops)], dtype=torch.float64, device=device)
@@ -281,7 +296,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
 
         # ---- what it measured
         seconds = time.perf_counter() - started
-        speed.add(len(batch.samples), int(plan.lengths[batch.samples].sum()), seconds, waited)
+        speed.add(len(batch.samples), int(plan.lengths[batch.samples].sum()), seconds, waited, flops(batch.samples))
         if state.step % config.logging_steps == 0 or state.step == total_steps:
             loss_mean = state.interval_loss / state.interval_tokens if state.interval_tokens else None
             state.interval_loss, state.interval_tokens = 0.0, 0

@@ -1,0 +1,200 @@
+"""Cached features: the same training, no tower, and nothing half-written or mistaken for another's."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from data.dataset import Collator, ConversationDataset
+from data.drops import BadSample
+from data.instructions import read_instructions
+from data.supervision import Supervision
+from train.config import ConfigError, DataConfig, TuneConfig
+from train.feature_cache import FeatureCache, features_identity, fill_cache, image_key
+from train.objective import SupervisedLoss, projector_parameters, train_only_projector
+from train.release import load_release
+
+BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
+
+
+@pytest.fixture
+def loaded(tiny_release: Path) -> tuple[Any, Any]:
+    model, processor = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN)
+    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    return model, processor
+
+
+def dataset_of(instructions: Path, processor: Any) -> ConversationDataset:
+    return ConversationDataset(read_instructions(instructions), Supervision(processor), instructions.parent)
+
+
+def filled(root: Path, loaded: tuple[Any, Any], dataset: ConversationDataset, **options: Any) -> FeatureCache:
+    model, processor = loaded
+    cache = FeatureCache(root, features_identity(model, processor))
+    fill_cache(cache, model, processor.image_processor, [dataset], Accelerator(cpu=True), **options)
+    return cache
+
+
+def gradient(model: Any, dataset: ConversationDataset, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in range(8)]).inputs
+    model.zero_grad()
+    loss = SupervisedLoss(model, plain=plain)(batch)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in projector_parameters(model).values()])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_loss_and_gradient_equal_the_uncached_ones_without_a_tower(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path, plain: bool
+) -> None:
+    model, processor = loaded
+    dataset = dataset_of(tiny_instructions, processor)
+    expected_loss, expected = gradient(model, dataset, plain)
+    cache = filled(tmp_path, loaded, dataset, batch_size=5)
+    model.model.vision_tower = torch.nn.Identity()
+    dataset.features = cache
+    assert "pixel_values" not in Collator.of(dataset.supervision)([dataset[0]]).inputs
+    loss, found = gradient(model, dataset, plain)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    text = Collator.of(dataset.supervision)([dataset[4]]).inputs
+    assert "visual_tokens" not in text
+    SupervisedLoss(model, plain=plain)(text).backward()
+
+
+def test_nothing_is_computed_twice_and_equal_bytes_are_one_image(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path
+) -> None:
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    cache = filled(tmp_path, loaded, dataset)
+    images = {source for conversation in dataset.conversations for source in conversation.images}
+    assert len(cache) == len(images) > 20
+
+    calls: list[int] = []
+    handle = loaded[0].model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    again = filled(tmp_path, loaded, dataset)
+    assert len(again) == len(images)
+    assert not calls
+    same = tmp_path / "same bytes, other name.png"
+    same.write_bytes((tiny_instructions.parent / sorted(images)[0]).read_bytes())
+    assert again.find(str(same), None) is not None
+    Image.new("RGB", (20, 20), "red").save(same)
+    assert again.find(str(same), None) is None
+    handle.remove()
+
+
+def test_another_tower_budget_or_processor_has_its_own_features(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    folders = {FeatureCache(tmp_path, features_identity(model, processor)).folder}
+    model.config.visionzip = {"dominant": 6, "contextual": 2}
+    folders.add(FeatureCache(tmp_path, features_identity(model, processor)).folder)
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.bias[0] += 1
+    folders.add(FeatureCache(tmp_path, features_identity(model, processor)).folder)
+    other = copy.deepcopy(processor)
+    other.image_processor.do_pad = False
+    folders.add(FeatureCache(tmp_path, features_identity(model, other)).folder)
+    folders.add(FeatureCache(tmp_path, features_identity(model.to(torch.bfloat16), other)).folder)
+    assert len(folders) == 5
+    model.model.multi_modal_projector.linear_1.weight.data += 1
+    model.config.shortv = None
+    FeatureCache(tmp_path, features_identity(model, other))
+    assert len(list(tmp_path.iterdir())) == 5, "projector and frozen layers do not matter"
+    assert json.loads((next(iter(folders)) / "identity.json").read_text())["processor"]["class"]
+    model.config.visionzip = None
+    with pytest.raises(ValueError, match="Set visionzip"):
+        features_identity(model, processor)
+
+
+def test_a_torn_shard_counts_as_missing_and_is_computed_again(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path
+) -> None:
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    cache = filled(tmp_path, loaded, dataset)
+    (shard,) = cache.folder.glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    old = cache.folder / ".partial-left-by-a-kill"
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    fresh = cache.folder / ".partial-of-another-process"
+    fresh.write_bytes(b"half")
+    assert len(FeatureCache(tmp_path, features_identity(*loaded))) == 0
+    assert len(filled(tmp_path, loaded, dataset)) == len(cache)
+    assert shard.read_bytes() == whole
+    assert fresh.exists()
+    assert not old.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from train.feature_cache import FeatureCache
+import train.feature_cache as module
+cache = FeatureCache(sys.argv[1], {"of": "a test"})
+cache.write({"a": (torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))})
+def die(tensors, path, metadata):
+    Path(path).write_bytes(b"half a shard")
+    os.kill(os.getpid(), signal.SIGKILL)
+module.save_file = die
+cache.write({"b": (torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))})
+"""
+
+
+def test_a_kill_while_writing_leaves_what_was_written_before(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -9
+    cache = FeatureCache(tmp_path, {"of": "a test"})
+    assert "a" in cache
+    assert "b" not in cache
+    assert len(list(cache.folder.glob(".partial-*"))) == 1
+
+
+def test_images_of_several_tiles_and_another_process(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, {"of": "a test"})
+    made = {
+        key: (torch.randn(tiles, 2, 3), torch.arange(tiles * 2).view(tiles, 2)) for key, tiles in (("x", 3), ("a", 1))
+    }
+    cache.write(made)
+    cache.refresh()
+    cache.get("x")
+    sent = pickle.loads(pickle.dumps(cache))
+    for key, (tokens, kept) in made.items():
+        assert torch.equal(sent.get(key)["visual_tokens"], tokens)
+        assert torch.equal(sent.get(key)["visual_kept"], kept)
+
+
+def test_an_unreadable_image_is_refused_with_its_row_and_a_changed_one_too(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path
+) -> None:
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    conversation = dataset.conversations[0]
+    dataset.image_root = tmp_path
+    (tmp_path / "images").mkdir()
+    for other in dataset.conversations:
+        for source in other.images:
+            (tmp_path / str(source)).write_bytes((tiny_instructions.parent / str(source)).read_bytes())
+    bad = tmp_path / str(conversation.images[0])
+    bad.write_bytes(b"no image")
+    dataset.features = filled(tmp_path / "cache", loaded, dataset)
+    with pytest.raises(BadSample, match="no image that Pillow knows"):
+        dataset.load(conversation)
+    Image.new("RGB", (20, 20), "red").save(bad)
+    assert image_key(str(bad), None) not in dataset.features  # type: ignore[operator]
+    with pytest.raises(BadSample, match="has changed since its features were stored"):
+        dataset.load(conversation)
+
+
+def test_the_config_refuses_a_cache_without_a_budget() -> None:
+    with pytest.raises(ConfigError, match="set visionzip"):
+        TuneConfig(model="m", data=DataConfig(instructions="i", cache_features="c"))
