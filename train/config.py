@@ -91,7 +91,7 @@ class ShortVConfig:
 
     def __post_init__(self) -> None:
         if (self.layers is None) == (self.freeze is None):
-            raise ConfigError("shortv needs either layers or freeze, and not both")
+            raise ConfigError("shortv needs either layers or freeze: set the other one to null")
         if self.freeze is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(self.freeze)):
             raise ConfigError(f"shortv.freeze is {self.freeze!r}: a number of layers (19) or a share (60%) is needed")
         _at_least(self, "shortv.", calibration_samples=1)

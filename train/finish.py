@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from data.images import open_image
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
 from train.publish import PublishError, publish_run
 from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import Release, open_release
+from train.release import Release, load_release, open_release
 from train.report import Reporter, draw_loss_curve
 from train.run_folder import ANSWERS, CONFIG, CONTROL, CURVE, FINAL, METRICS, PICTURES, RESULTS
+from train.samples import held_out_set
 from train.tensor_files import folder_specs
 
 
@@ -57,9 +59,9 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         visionzip=None,
         shortv=None,
         fastv=None,
+        data=replace(config.data, cache_features=None),
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,
-        data=replace(config.data, cache_features=None),
         resume_from_checkpoint="latest" if started else None,
         control=False,
         push_to_hub=False,
@@ -130,6 +132,8 @@ def compare_and_draw(
         if config.control:
             gain = results[-1].exact_match - results[0].exact_match
             report.say(f"control: the same tuning with all tokens changed exact match by {100 * gain:+.1f} points")
+        if config.pictures and config.visionzip is not None:
+            on_main_process(accelerator, lambda: draw_held_out(config, folder))
     report.heading("what next")
     report.say(f"the run       {folder}: {METRICS}, {CURVE}, {ANSWERS}/, {PICTURES}/")
     report.say(f"evaluate      python scripts/evaluate.py --model {folder} --data.instructions FILE.json")
@@ -138,6 +142,23 @@ def compare_and_draw(
         "                  --data.instructions FILE.json --data.image_root IMAGES --output_dir checkpoints/NAME"
     )
     report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
+
+
+def draw_held_out(config: TuneConfig, folder: Path) -> None:
+    """The first held-out images with their kept patches and merged groups, in `folder`/pictures."""
+    from reduction.pictures import (
+        draw_images,
+        map_tokens,
+    )  # matplotlib takes as long to import as a small model to load
+
+    model, processor = load_release(str(folder / FINAL))
+    dataset = held_out_set(config.data, processor)
+    pictured = [conversation for conversation in dataset.conversations if conversation.images][: config.pictures]
+    images = [open_image(conversation.images[0], dataset.image_root) for conversation in pictured]
+    if images:
+        (folder / PICTURES).mkdir(exist_ok=True)
+        maps = [map_tokens(model, processor, image)[0][0] for image in images]
+        draw_images(maps, folder / PICTURES / "held-out.png", [conversation.id for conversation in pictured])
 
 
 def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:

@@ -108,7 +108,7 @@ def test_a_wrong_type_names_the_key_and_the_value(recipe: Path, arguments: list[
         (["--control", "true", "--visionzip", "null"], "control is the same tuning"),
         (["--overwrite_output_dir", "true", "--resume_from_checkpoint", "latest"], "choose one"),
         (["--report_to", "[tensorboard,tensorboard]"], "twice"),
-        (["--shortv.layers", "[1]", "--shortv.freeze", "3"], "either layers or freeze"),
+        (["--shortv.layers", "[1]", "--shortv.freeze", "3"], "set the other one to null"),
         (["--shortv.freeze", "0.6"], r"shortv.freeze is '0.6': .*a share \(60%\)"),
         (["--per_device_train_batch_size", "null"], "max_tokens_per_micro_batch"),
         (["--shortv.freeze", "60%", "--shortv.calibration_samples", "0"], "calibration_samples is 0"),

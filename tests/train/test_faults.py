@@ -91,7 +91,7 @@ def test_continuing_with_other_settings_or_data_is_refused(recipe: Path, tmp_pat
     [
         (["--visionzip.dominant", "40"], ValueError, "37"),
         (["--shortv.layers", "[1, 4]"], ValueError, "layer"),
-        (["--shortv", '{"freeze": 9}'], ValueError, "4 layers"),
+        (["--shortv.layers", "null", "--shortv.freeze", "9"], ValueError, "4 layers"),
         (["--model", "no/such/release"], FileNotFoundError, "no/such/release"),
         (["--data.instructions", "no-such.json"], FileNotFoundError, "no-such.json"),
         (["--data.image_root", "/tmp"], BadSample, "picture-"),

@@ -85,7 +85,11 @@ image = Image.open({image!r}).convert("RGB")
 prompts = ["USER: <image>\\nname the colour ASSISTANT:", "USER: <image>\\nwhat colour is the picture? ASSISTANT:"]
 inputs = processor(text=prompts, images=[image, image], padding=True, return_tensors="pt")
 assert (inputs.input_ids == model.config.image_token_id).sum() == 12
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=4, do_sample=False), skip_special_tokens=True))
+together = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs.input_ids.shape[1]:]
+alone = [processor(text=prompt, images=image, return_tensors="pt") for prompt in prompts]
+alone = [model.generate(**one, max_new_tokens=5, do_sample=False)[0, one.input_ids.shape[1]:] for one in alone]
+said = [processor.batch_decode(answers, skip_special_tokens=True) for answers in (together, alone)]
+assert said[0] == said[1] and all(said[0])
 plain = LlavaForConditionalGeneration.from_pretrained(final)
 off = ReducedLlavaForConditionalGeneration.from_pretrained(final, visionzip=None, shortv=None)
 processor = ReducedLlavaProcessor.from_pretrained(final, visionzip=None)
@@ -95,7 +99,6 @@ with torch.no_grad():
 """
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), cwd="/")
     assert shown.returncode == 0, shown.stderr
-    assert "name the colour ASSISTANT: it is" in shown.stdout
 
 
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(
@@ -192,4 +195,5 @@ def test_the_demo_at_toy_length_as_a_user_starts_it(learned_release: Path, tmp_p
     kinds = [(line["kind"], line["step"]) for line in read_metrics(folder / "metrics.jsonl")]
     assert kinds == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)]
     assert (folder / "loss.png").stat().st_size > 5000
+    assert (folder / "pictures" / "held-out.png").stat().st_size > 5000
     assert len((folder / "answers" / "all-tokens.jsonl").read_text().splitlines()) == rows[0]["questions"]
