@@ -84,7 +84,9 @@ def write_reduced_checkpoint(
         custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / LINEAGE_FILE).write_text(json.dumps(lineage(release, base, base_revision), indent=1) + "\n", encoding="utf-8")
+        (folder / LINEAGE_FILE).write_text(
+            json.dumps(lineage(release, base, base_revision), indent=1) + "\n", encoding="utf-8"
+        )
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
