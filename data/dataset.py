@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from data.drops import BadSample, Drop, DropLog
 from data.images import BadImage, ImageSource, image_name, image_size, open_image
@@ -55,7 +55,7 @@ class MicroBatch:
             right; pixel_values [N, 3, H, W] float32 (LLaVA-NeXT: [N, tiles, 3, H, W]) and, for LLaVA-NeXT, image_sizes
             [N, 2] int64 — both absent without images. `labels` are -100 where nothing is supervised, not shifted.
         sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
-        dropped: rows of this micro-batch that could not be read, under on_bad_sample "skip".
+        dropped: rows of this micro-batch that could not be read: hand them to `DropLog.extend`.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -116,8 +116,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         counted = _read_cache(cache) or self._count(conversations)
         if cache is not None:
             _write_cache(cache, counted)
-        for drop in counted["drops"]:
-            self.drops.add(BadSample(drop["reason"], drop["sample_id"], drop["detail"], drop["file"]))
+        self.drops.extend(Drop(**drop) for drop in counted["drops"])
         self.drops.check(len(conversations), minimum=1)
         kept = counted["kept"]
         if not kept:
@@ -133,14 +132,17 @@ class ConversationDataset(Dataset[Sample | Drop]):
     def __getitem__(self, index: int) -> Sample | Drop:
         """A row with its images, or why it could not be read, where bad samples are skipped.
 
+        In a worker process it is the latter in any case, and `DropLog.extend`, given the micro-batch's `dropped`,
+        raises where bad samples are not skipped: torch would make a RuntimeError with a traceback for a message of it.
+
         Raises:
-            BadSample: an image is missing or unreadable, where they are not.
+            BadSample: an image is missing or unreadable, outside a worker and where bad samples are not skipped.
         """
         conversation = self.conversations[index]
         try:
             return self.load(conversation)
         except BadSample as error:
-            if self.drops.on_bad_sample == "raise":
+            if self.drops.on_bad_sample == "raise" and get_worker_info() is None:
                 raise
             return Drop.of(error)
 
@@ -150,10 +152,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
         Raises:
             BadSample: it, or an image of it, cannot be used.
         """
-        images: list[Image.Image] = []
-        processor = self.supervision.processor.image_processor
         if self.features is not None:
             return self._load_features(conversation, self.features)
+        images: list[Image.Image] = []
+        processor = self.supervision.processor.image_processor
         try:
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
@@ -167,8 +169,6 @@ class ConversationDataset(Dataset[Sample | Drop]):
         pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
         return Sample(conversation.id, encoded, pixels, [(image.height, image.width) for image in images])
 
-    def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
-        counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
         try:
             sizes = [image_size(source, self.image_root) for source in conversation.images]
@@ -188,6 +188,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
         return Sample(conversation.id, encoded, [], sizes[: encoded.images], found)
 
+    def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}
         for number, conversation in enumerate(conversations):
             try:
                 try:
@@ -250,12 +252,12 @@ class Collator:
             inputs["pixel_values"] = _stack(pixels)
             if pixels[0].dim() == 4:
                 inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        return MicroBatch(inputs, [sample.id for sample in samples], dropped)
-
         features = [known for sample in samples for known in sample.features]
         if features:
             inputs |= {name: torch.cat([known[name] for known in features]) for name in features[0]}
             inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
+        return MicroBatch(inputs, [sample.id for sample in samples], dropped)
+
 
 def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
     """Images to one tensor; LLaVA-NeXT's, which differ in their number of tiles, are filled up with zero tiles."""

@@ -65,6 +65,10 @@ class DropLog:
             Drops that are the settings' doing (`DROP_REASONS`: a row too long, without an answer, without an image
             where images are wanted) are always counted, never raised.
         max_bad_fraction: share of bad rows among those seen, 0 to 1, above which `check` raises.
+
+    Attributes:
+        drops: every row that was left out, in the order it was found.
+        bad: how many of them are the data's fault (`BAD_REASONS`).
     """
 
     def __init__(self, on_bad_sample: OnBadSample = "raise", max_bad_fraction: float = 0.01) -> None:
@@ -75,6 +79,7 @@ class DropLog:
         self.on_bad_sample = on_bad_sample
         self.max_bad_fraction = max_bad_fraction
         self.drops: list[Drop] = []
+        self.bad = 0
 
     def add(self, error: BadSample) -> None:
         """Count a row, or raise the error where bad samples are to stop the run.
@@ -84,21 +89,22 @@ class DropLog:
         """
         if self.on_bad_sample == "raise" and error.reason in BAD_REASONS:
             raise error
+        self.bad += error.reason in BAD_REASONS
         self.drops.append(Drop.of(error))
 
     def extend(self, drops: Iterable[Drop]) -> None:
-        """Take over drops that were counted elsewhere (a worker, another process, a cache)."""
-        self.drops.extend(drops)
+        """Count rows that were found elsewhere (in a worker, in another process).
+
+        Raises:
+            BadSample: a row is bad and `on_bad_sample` is "raise".
+        """
+        for drop in drops:
+            self.add(BadSample(drop.reason, drop.sample_id, drop.detail, drop.file))
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows per reason, most frequent first."""
         return dict(Counter(drop.reason for drop in self.drops).most_common())
-
-    @property
-    def bad(self) -> int:
-        """Rows whose data is at fault."""
-        return sum(drop.reason in BAD_REASONS for drop in self.drops)
 
     def check(self, seen: int, minimum: int = 100) -> None:
         """Stop when too much of the data is bad.

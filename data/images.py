@@ -66,13 +66,11 @@ def resolve_image_path(path: str, image_root: str | os.PathLike[str] | None) -> 
     Raises:
         BadImage: the path leaves the image root.
     """
-    if "\0" in path:
-        raise BadImage("unreadable_image", repr(path), "the path contains a NUL character")
     if image_root is None:
         return Path(path)
     root = os.path.abspath(image_root)
     full = os.path.normpath(os.path.join(root, path))
-    if full != root and not full.startswith(root.rstrip(os.sep) + os.sep):
+    if not full.startswith(root.rstrip(os.sep) + os.sep):
         raise BadImage(
             "outside_image_root",
             path,
@@ -89,6 +87,8 @@ def check_image_file(file: Path) -> None:
     """
     try:
         status = os.stat(file)
+    except ValueError:
+        raise BadImage("unreadable_image", repr(str(file)), "the path contains a NUL character") from None
     except FileNotFoundError:
         raise BadImage("missing_image", str(file), "there is no such file" + _hint(file)) from None
     except OSError as error:

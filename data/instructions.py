@@ -7,7 +7,7 @@ with embedded images. The format is detected from the first row and stated when 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,11 +139,11 @@ def detect_format(row: Any, source: str) -> InstructionFormat:
     Raises:
         UnknownFormat: none that is known.
     """
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise UnknownFormat(f"{source}: the first row is {_found(row)}. {EXPECTED}.")
     for key in ("conversations", "messages"):
         turns = row.get(key)
-        if isinstance(turns, Sequence) and not isinstance(turns, str) and turns and isinstance(turns[0], Mapping):
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
             if {"from", "value"} <= turns[0].keys():
                 return "llava"
             if {"role", "content"} <= turns[0].keys():
@@ -174,7 +174,7 @@ def parse_llava_row(row: Any, index: int = 0, source: str = "") -> Conversation:
     turns = _turn_list(row, "conversations" if "conversations" in row else "messages", sample_id, source)
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise _malformed(sample_id, source, f"turn {number} has no text 'value': {_found(turn)}")
         said.append((_role(turn.get("from"), number, sample_id, source), turn["value"]))
     return _conversation(sample_id, _images(row, sample_id, source), said, source)
@@ -195,16 +195,16 @@ def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversati
     for number, turn in enumerate(
         _turn_list(row, "messages" if "messages" in row else "conversations", sample_id, source)
     ):
-        if not isinstance(turn, Mapping):
+        if not isinstance(turn, dict):
             raise _malformed(sample_id, source, f"message {number} is {_found(turn)}, not an object")
         role = _role(turn.get("role"), number, sample_id, source)
         content = turn.get("content")
         if isinstance(content, str):
             said.append((role, content))
-        elif isinstance(content, Sequence):
+        elif isinstance(content, list):
             text = ""
             for part in content:
-                kind = part.get("type") if isinstance(part, Mapping) else None
+                kind = part.get("type") if isinstance(part, dict) else None
                 if kind == "text" and isinstance(part.get("text"), str):
                     text += part["text"]
                 elif kind == "image":
@@ -225,7 +225,7 @@ def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversati
 
 def row_id(row: Any, index: int) -> str:
     """What a row is called: its id, or its place in the file."""
-    given = row.get("id") if isinstance(row, Mapping) else None
+    given = row.get("id") if isinstance(row, dict) else None
     return f"#{index}" if given is None or given == "" else str(given)
 
 
@@ -254,9 +254,9 @@ def _conversation(
     return Conversation(sample_id, images, tuple(system + turns))
 
 
-def _turn_list(row: Any, key: str, sample_id: str, source: str) -> Sequence[Any]:
-    turns = row.get(key) if isinstance(row, Mapping) else None
-    if isinstance(turns, str) or not isinstance(turns, Sequence) or not turns:
+def _turn_list(row: Any, key: str, sample_id: str, source: str) -> list[Any]:
+    turns = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
         raise _malformed(sample_id, source, f"there is no list {key!r} of turns in {_found(row)}")
     return turns
 
@@ -268,7 +268,7 @@ def _role(name: Any, number: int, sample_id: str, source: str) -> str:
     return role
 
 
-def _images(row: Mapping[str, Any], sample_id: str, source: str) -> tuple[ImageSource, ...]:
+def _images(row: dict[str, Any], sample_id: str, source: str) -> tuple[ImageSource, ...]:
     held = row.get("images")
     if held is None:
         held = row.get("image")
@@ -284,7 +284,7 @@ def _image(held: Any, sample_id: str, source: str) -> ImageSource:
     if isinstance(held, EmbeddedImage):
         return held
     # The form that `datasets` gives an image in when it does not decode it.
-    if isinstance(held, Mapping) and (held.get("bytes") or held.get("path")):
+    if isinstance(held, dict) and (held.get("bytes") or held.get("path")):
         return held.get("bytes") or held["path"]
     raise _malformed(sample_id, source, f"an image is {_found(held)}, neither a path nor an encoded image")
 
@@ -294,7 +294,7 @@ def _malformed(sample_id: str, source: str, detail: str) -> BadSample:
 
 
 def _found(value: Any) -> str:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return f"an object with the keys {sorted(map(str, value))}"
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"

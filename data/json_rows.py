@@ -1,11 +1,12 @@
 """Rows of a JSON array or JSONL file one at a time, so that a gigabyte needs only the memory of a few rows."""
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 22
 # No row of an instruction mix is near this; a longer one is a missing bracket, and the rest of the file would be read
@@ -24,11 +25,13 @@ class JsonRow:
 
     Attributes:
         value: the parsed row.
-        text: the row as it stands in the file.
+        start: the byte of the file that it begins at.
+        size: its bytes.
     """
 
     value: Any
-    text: str
+    start: int
+    size: int
 
 
 def iterate_json_rows(path: str | os.PathLike[str]) -> Iterator[JsonRow]:
@@ -38,81 +41,124 @@ def iterate_json_rows(path: str | os.PathLike[str]) -> Iterator[JsonRow]:
         JsonRowError: not JSON, with the place; or a single object where rows are expected.
         OSError: the file cannot be read.
     """
-    # utf-8-sig: a byte order mark, as Windows editors write it, is no error.
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from _rows(file)
-        except UnicodeDecodeError as error:
-            raise JsonRowError(f"is not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
+    with Path(path).open("rb") as file:
+        yield from _Reader(file).rows()
 
 
-def _rows(file: TextIO) -> Iterator[JsonRow]:
-    decoder = json.JSONDecoder()
-    buffer, at, taken, count = file.read(_CHUNK), 0, 0, 0
-    ended = len(buffer) == 0
-    at = _skip(buffer, at)
-    if at == len(buffer):
-        if ended or not file.read(1):
+class _Reader:
+    """A window of text that slides over the file; `at` is where reading goes on in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.text = ""
+        self.at = 0
+        self.counted = 0  # place in the text up to which `position` has counted
+        self.position = 0  # bytes of the file up to there
+        self.count = 0
+
+    def rows(self) -> Iterator[JsonRow]:
+        self._read()
+        # A byte order mark, as Windows editors write it, is no error.
+        self.at = len(self.text) - len(self.text.removeprefix("\ufeff"))
+        self._skip_space()
+        if self.at == len(self.text):
             return
-        raise JsonRowError("starts with megabytes of white space")
-    array = buffer[at] == "["
-    at += array
-    need_comma = False
-    while True:
-        at = _skip(buffer, at)
-        if at < len(buffer) and array and buffer[at] == "," and need_comma:
-            at, need_comma = at + 1, False
-            continue
-        if at < len(buffer) and array and buffer[at] == "]":
-            rest = buffer[at + 1 :] + file.read(_CHUNK)
-            if rest.strip():
-                raise JsonRowError(f"goes on after the end of the array: {rest.strip()[:40]!r}")
-            return
-        failure: json.JSONDecodeError | None = None
-        if at < len(buffer) and array and need_comma:
-            raise JsonRowError(f"has no comma after row {count - 1}, character {taken + at}: {buffer[at : at + 40]!r}")
-        if at < len(buffer):
+        is_array = self.text[self.at] == "["
+        self.at += is_array
+        yield from self._array() if is_array else self._lines()
+
+    def _array(self) -> Iterator[JsonRow]:
+        while True:
+            symbol = self._next_symbol()
+            if symbol == "]":
+                self.at += 1
+                if rest := self._next_symbol():
+                    raise JsonRowError(
+                        f"goes on after the end of the array, at byte {self._bytes_to(self.at)}: {rest!r}"
+                    )
+                return
+            if self.count:
+                if symbol != ",":
+                    found = repr(symbol) if symbol else "the end of the file"
+                    raise JsonRowError(f"has {found} after row {self.count - 1}, where a comma or ] is due")
+                self.at += 1
+                self._next_symbol()
+            yield self._row()
+
+    def _lines(self) -> Iterator[JsonRow]:
+        while self._next_symbol():
+            row = self._row()
+            if self.count == 1:
+                if not isinstance(row.value, dict):
+                    kind = type(row.value).__name__
+                    raise JsonRowError(f"starts with a JSON {kind}, not with an array or with an object per line")
+                if "\n" in self.text[: self.at].lstrip("\ufeff" + _SPACE):
+                    raise JsonRowError(
+                        f"is one JSON object with the keys {sorted(row.value)[:20]}, not a list of rows"
+                    )
+            yield row
+
+    def _row(self) -> JsonRow:
+        decoder = json.JSONDecoder()
+        while True:
+            failure = None
             try:
-                value, end = decoder.raw_decode(buffer, at)
+                value, end = decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 failure = error
-                if not _may_go_on(error, buffer):
-                    where = f"row {count}, character {taken + error.pos}"
-                    raise JsonRowError(f"{where}: {error.msg} at {buffer[error.pos : error.pos + 40]!r}") from error
+                if not _may_go_on(error, self.text):
+                    raise self._wrong(error) from error
             else:
-                if not array and count == 0 and _is_document(value, buffer, end):
-                    raise JsonRowError(f"is one JSON object with the keys {sorted(value)[:20]}, not a list of rows")
-                yield JsonRow(value, buffer[at:end])
-                at, count, need_comma = end, count + 1, True
-                continue
-        more = "" if ended else file.read(_CHUNK)
-        if not more:
-            if failure is None and not array:
-                return
-            if failure is None:
-                raise JsonRowError(f"breaks off after row {count - 1}: the array is not closed")
-            raise JsonRowError(f"row {count}, character {taken + failure.pos}: {failure.msg}") from failure
-        if len(buffer) - at > _LONGEST_ROW:
-            where = f"row {count}, character {taken + at}"
-            raise JsonRowError(f"{where}: no row ends within {_LONGEST_ROW >> 20} million characters") from failure
-        taken += at
-        buffer, at = buffer[at:] + more, 0
+                start = self._bytes_to(self.at)
+                self.at, self.count = end, self.count + 1
+                return JsonRow(value, start, self._bytes_to(end) - start)
+            if len(self.text) - self.at > _LONGEST_ROW:
+                place = f"row {self.count}, byte {self._bytes_to(self.at)}"
+                raise JsonRowError(f"{place}: no row ends within {_LONGEST_ROW >> 20} million characters") from failure
+            if not self._read():
+                raise self._wrong(failure) from failure
+
+    def _wrong(self, error: json.JSONDecodeError) -> JsonRowError:
+        place = f"row {self.count}, byte {self._bytes_to(self.at)}"
+        if error.pos >= len(self.text):
+            return JsonRowError(f"{place}: the file breaks off inside the row")
+        return JsonRowError(f"{place}: {error.msg} at {self.text[error.pos : error.pos + 40]!r}")
+
+    def _next_symbol(self) -> str:
+        """The next character that is no white space, "" at the end of the file."""
+        self._skip_space()
+        while self.at == len(self.text):
+            if not self._read():
+                return ""
+            self._skip_space()
+        return self.text[self.at]
+
+    def _skip_space(self) -> None:
+        text, at, length = self.text, self.at, len(self.text)
+        while at < length and text[at] in _SPACE:
+            at += 1
+        self.at = at
+
+    def _read(self) -> bool:
+        """Slide the window on; False at the end of the file."""
+        self._bytes_to(self.at)
+        block = self.file.read(_CHUNK)
+        try:
+            more = self.decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise JsonRowError(f"is not UTF-8 text: {error.reason} after row {self.count - 1}") from error
+        self.text = self.text[self.at :] + more
+        self.at = self.counted = 0
+        return bool(block)
+
+    def _bytes_to(self, place: int) -> int:
+        """Bytes of the file before a place in the text that is not before the last one asked for."""
+        self.position += len(self.text[self.counted : place].encode("utf-8", "surrogatepass"))
+        self.counted = place
+        return self.position
 
 
-def _may_go_on(error: json.JSONDecodeError, buffer: str) -> bool:
-    """Whether the block ended inside a row, as against a row that is wrong."""
-    return error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
-
-
-def _is_document(value: Any, buffer: str, end: int) -> bool:
-    """Whether the first value of a file without brackets is spread over lines, as JSONL's rows are not."""
-    if not isinstance(value, dict):
-        raise JsonRowError(f"starts with a JSON {type(value).__name__}, not with an array or an object per line")
-    return "\n" in buffer[:end].lstrip()
-
-
-def _skip(buffer: str, at: int) -> int:
-    length = len(buffer)
-    while at < length and buffer[at] in _SPACE:
-        at += 1
-    return at
+def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether the window ended inside a row, as against a row that is wrong."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16

@@ -41,16 +41,20 @@ class TableImage:
         return held["bytes"] if held["bytes"] else Path(held["path"]).read_bytes()
 
 
-def iterate_table(source: str, split: str) -> Iterator[dict[str, Any]]:
+def iterate_table(source: str, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file, a folder (`save_to_disk`, or parquet files), or a dataset on the Hub.
 
-    Columns of embedded images give `TableImage`s.
+    Columns of embedded images give `TableImage`s; as a stream, which is read once and not kept, they give
+    `datasets`' own form of an image that is not decoded (its bytes and path).
 
     Raises:
         ImportError: the `datasets` extra is not installed.
         FileNotFoundError: there is no such file, folder or dataset.
         ValueError: no such split.
     """
+    if streaming:
+        yield from open_table(source, split, streaming=True).decode(False)
+        return
     table = open_table(source, split).with_format("arrow")
     images = {name: table.select_columns([name]) for name in table.column_names if _holds_images(table, name)}
     number = 0
@@ -67,42 +71,44 @@ def iterate_table(source: str, split: str) -> Iterator[dict[str, Any]]:
             number += 1
 
 
-def open_table(source: str, split: str) -> Any:
-    """The `datasets.Dataset`, memory-mapped.
+def open_table(source: str, split: str, streaming: bool = False) -> Any:
+    """The `datasets.Dataset`, memory-mapped; as a stream, the `datasets.IterableDataset`.
 
     Raises:
         ImportError: the `datasets` extra is not installed.
         FileNotFoundError: there is no such file, folder or dataset.
-        ValueError: no such split.
+        ValueError: no such split, or a stream of what `save_to_disk` wrote.
     """
+    path = Path(source)
+    is_hub_name = (
+        source.count("/") == 1 and not source.startswith((".", "/")) and path.suffix not in (".json", ".jsonl")
+    )
+    if not path.exists() and not is_hub_name:
+        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"reading {source} needs the datasets package: pip install 'shortzip[datasets]'") from error
-    path = Path(source)
-    if path.is_file():
-        table: Any = datasets.Dataset.from_parquet(str(path))
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        table = datasets.load_from_disk(str(path))
-    elif path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*.parquet"))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if streaming:
+            raise ValueError(f"{source} was written by save_to_disk and lies here whole: read it without streaming")
+        table: Any = datasets.load_from_disk(str(path))
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(f"{source} has no split {split!r}; it has {', '.join(sorted(table))}")
+            table = table[split]
+        return table
+    if path.exists():
+        files = [str(path)] if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"{source} is a folder without parquet files and was not written by save_to_disk")
-        table = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    elif path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
-        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
-    else:
-        try:
-            table = datasets.load_dataset(source)
-        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{source} is neither a file or folder here nor a dataset that the Hub gives out ({error})"
-            ) from error
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(sorted(table))}")
-        table = table[split]
-    return table
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source} is neither a file or folder here nor a dataset that the Hub gives out ({error})"
+        ) from error
 
 
 def _holds_images(table: Any, name: str) -> bool:

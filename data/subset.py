@@ -1,0 +1,334 @@
+"""A share of an instruction mix as a file, with the list of images it needs and a report on what was left out."""
+
+import hashlib
+import io
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from data.drops import BadSample, DropLog
+from data.images import BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
+from data.instructions import EXPECTED, Conversation, UnknownFormat, parser_for
+from data.json_rows import JsonRowError, iterate_json_rows
+from data.strata import Ranking, source_of
+from data.tables import iterate_table
+
+# Called with what is being done, how far it is, and how far it goes where that is known.
+Progress = Callable[[str, int, int | None], None]
+Problems = dict[str, tuple[ImageProblem, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class SubsetOptions:
+    """What to draw, and from what.
+
+    Attributes:
+        instructions: a JSON, JSONL or parquet file, a folder of a `datasets` table, or a dataset on the Hub.
+        output: folder for the subset, its list of images and the report.
+        image_root: folder that image paths are relative to; None: the images are not looked for.
+        fraction: share of the usable rows, above 0 and at most 1.
+        seed: another seed draws other rows.
+        keep_text_only: keep rows without an image; they give the projector no gradient.
+        missing: "keep" rows whose image is not there yet, or "drop" them.
+        verify_images: decode every image; rows with one that cannot be decoded are dropped.
+        max_bad_fraction: more malformed rows than this share are an error.
+        num_workers: processes that decode; None: one per core.
+        split: split of a `datasets` table.
+        streaming: read a dataset on the Hub once, as a stream: each row is taken with the probability `fraction`, by
+            its hash, so that the sources' shares hold on average only.
+    """
+
+    instructions: str
+    output: Path
+    image_root: Path | None = None
+    fraction: float = 0.1
+    seed: int = 0
+    keep_text_only: bool = False
+    missing: Literal["keep", "drop"] = "keep"
+    verify_images: bool = False
+    max_bad_fraction: float = 0.01
+    num_workers: int | None = None
+    split: str = "train"
+    streaming: bool = False
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Rows of the instructions, twice: all of them, then the chosen ones."""
+
+    options: SubsetOptions
+    starts: "array[int]" = field(default_factory=lambda: array("Q"))
+    sizes: "array[int]" = field(default_factory=lambda: array("Q"))
+
+    @property
+    def is_json(self) -> bool:
+        path = Path(self.options.instructions)
+        return path.is_file() and path.suffix != ".parquet"
+
+    def all(self) -> Iterator[Any]:
+        if not self.is_json:
+            yield from iterate_table(self.options.instructions, self.options.split, self.options.streaming)
+            return
+        try:
+            for row in iterate_json_rows(self.options.instructions):
+                self.starts.append(row.start)
+                self.sizes.append(row.size)
+                yield row.value
+        except JsonRowError as error:
+            raise UnknownFormat(f"{self.options.instructions}: {error}. {EXPECTED}.") from error
+
+    def chosen(self, numbers: Sequence[int]) -> Iterator[Any]:
+        if not self.is_json:
+            wanted = set(numbers)
+            rows = iterate_table(self.options.instructions, self.options.split)
+            yield from (row for number, row in enumerate(rows) if number in wanted)
+            return
+        with open(self.options.instructions, "rb") as file:
+            for number in numbers:
+                file.seek(self.starts[number])
+                yield json.loads(file.read(self.sizes[number]))
+
+
+def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]:
+    """Draw a subset and write `subset.json`, `images.txt`, `missing_images.txt`, `dropped.jsonl` and `report.json`.
+
+    The images of a table are written to `images/` in the output folder, which is the image root then.
+
+    Returns:
+        The report: rows, sources, drops by reason, answer lengths, images.
+
+    Raises:
+        UnknownFormat: the rows fit no known format.
+        TooManyBadSamples: more rows are malformed than `max_bad_fraction` allows.
+        ValueError: a fraction outside (0, 1], or no row is left.
+        FileExistsError: the output folder holds a subset already.
+    """
+    if not 0 < options.fraction <= 1:
+        raise ValueError(f"fraction is {options.fraction}; above 0 and at most 1")
+    if (options.output / "subset.json").exists():
+        raise FileExistsError(f"{options.output} holds a subset already; give another folder, or remove it")
+    drops = DropLog("skip", options.max_bad_fraction)
+    options.output.mkdir(parents=True, exist_ok=True)
+    reader = _Reader(options)
+    if options.streaming:
+        ranking, picked = _pick_from_stream(reader, drops, progress)
+    else:
+        ranking, picked = _pick(reader, drops, progress)
+    selected = Counter(source_of(conversation) for conversation, _ in picked)
+    root = options.image_root
+    if not reader.is_json and options.image_root is None:
+        root = options.output / "images"
+    problems = _image_problems(picked, root, options, progress)
+    missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
+    kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
+    if not kept:
+        raise ValueError(f"no row is left for the subset. {drops.summary()}.")
+    images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
+    missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
+    digest = _write_rows(options.output / "subset.json", [row for _, row in kept])
+    _write_lines(options.output / "images.txt", images)
+    _write_lines(options.output / "missing_images.txt", missing)
+    drops.write(options.output / "dropped.jsonl")
+    written = Counter(source_of(conversation) for conversation, _ in kept)
+    rows = ranking.counts()
+    report = {
+        "instructions": options.instructions,
+        "fraction": options.fraction,
+        "seed": options.seed,
+        "image_root": None if root is None else str(root),
+        "rows": len(ranking.ranks) + sum(drops.counts.get(reason, 0) for reason in _BEFORE_THE_DRAW),
+        "usable": len(ranking.ranks),
+        "selected": sum(selected.values()),
+        "written": len(kept),
+        "dropped": drops.counts,
+        "sources": {
+            name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)
+        },
+        "answer_characters": answer_histogram([conversation for conversation, _ in kept]),
+        "images": len(images),
+        "missing_images": len(missing),
+        "images_verified": options.verify_images,
+        "sha256": digest,
+    }
+    (options.output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return report
+
+
+_BEFORE_THE_DRAW = ("malformed_row", "placeholder_count", "text_only", "no_answer", "outside_image_root")
+Picked = list[tuple[Conversation, dict[str, Any]]]
+
+
+def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:
+    """Number, conversation and row of every row that could be chosen; the others are dropped."""
+    parse: Callable[[Any, int, str], Conversation] | None = None
+    source = reader.options.instructions
+    number = -1
+    for number, row in enumerate(reader.all()):
+        if number % 4096 == 0:
+            progress("reading", number, None)
+        parse = parse or parser_for(row, source)
+        try:
+            conversation = parse(row, number, source)
+            if not any(text for role, text in conversation.turns if role == "assistant"):
+                raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from", source)
+            if not conversation.images and not reader.options.keep_text_only:
+                raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
+            for path in conversation.images:
+                if isinstance(path, str):
+                    resolve_image_path(path, reader.options.image_root or "/")
+        except BadImage as error:
+            drops.add(BadSample(error.problem, conversation.id, str(error), source))
+        except BadSample as error:
+            drops.add(error)
+            drops.check(number + 1)
+        else:
+            yield number, conversation, row
+    if number < 0:
+        raise ValueError(f"{source} holds no rows. {EXPECTED}.")
+    progress("reading", number + 1, number + 1)
+    drops.check(number + 1, minimum=1)
+
+
+def _pick(reader: _Reader, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
+    ranking = Ranking()
+    for number, conversation, _ in _usable(reader, drops, progress):
+        ranking.add(conversation, number, reader.options.seed)
+    numbers = ranking.select(reader.options.fraction)
+    picked: Picked = []
+    parse: Callable[[Any, int, str], Conversation] | None = None
+    for done, (number, row) in enumerate(zip(numbers, reader.chosen(numbers), strict=True)):
+        parse = parse or parser_for(row, reader.options.instructions)
+        _take(picked, parse(row, number, reader.options.instructions), row, number, reader.options, drops)
+        if done % 1024 == 0:
+            progress("fetching the chosen rows", done, len(numbers))
+    progress("fetching the chosen rows", len(numbers), len(numbers))
+    return ranking, picked
+
+
+def _pick_from_stream(reader: _Reader, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
+    ranking = Ranking()
+    picked: Picked = []
+    limit = int(reader.options.fraction * 2**64)
+    for number, conversation, row in _usable(reader, drops, progress):
+        ranking.add(conversation, number, reader.options.seed)
+        if ranking.ranks[-1] < limit:
+            _take(picked, conversation, row, number, reader.options, drops)
+    return ranking, picked
+
+
+def _take(
+    picked: Picked, conversation: Conversation, row: Any, number: int, options: SubsetOptions, drops: DropLog
+) -> None:
+    """Put a chosen row on the list. Embedded images become files, and their row one that names them."""
+    if all(isinstance(image, str) for image in conversation.images):
+        picked.append((conversation, row))
+        return
+    folder = options.output / "images"
+    folder.mkdir(exist_ok=True)
+    paths: list[str] = []
+    try:
+        for place, image in enumerate(conversation.images):
+            if isinstance(image, str):
+                raise BadImage("missing_image", image, "stands beside embedded images in the same row")
+            content = image if isinstance(image, bytes) else image.read()
+            paths.append(f"{number:08d}-{place}.{_suffix(content)}")
+            (folder / paths[-1]).write_bytes(content)
+    except BadImage as error:
+        drops.add(BadSample(error.problem, conversation.id, str(error), options.instructions))
+        return
+    renamed = Conversation(conversation.id, tuple(paths), conversation.turns)
+    picked.append((renamed, as_llava_row(renamed)))
+
+
+def _suffix(content: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "bin").lower())
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage("unreadable_image", "embedded image", str(error)) from error
+
+
+def as_llava_row(conversation: Conversation) -> dict[str, Any]:
+    """A conversation, its images being paths, as a row of LLaVA's JSON."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    row: dict[str, Any] = {"id": conversation.id}
+    if conversation.images:
+        row["image"] = conversation.images[0] if len(conversation.images) == 1 else list(conversation.images)
+    row["conversations"] = [{"from": names[role], "value": text} for role, text in conversation.turns]
+    return row
+
+
+def _image_problems(picked: Picked, root: Path | None, options: SubsetOptions, progress: Progress) -> Problems:
+    """What is wrong with the images of the chosen rows, by path."""
+    paths = sorted({path for conversation, _ in picked for path in conversation.images if isinstance(path, str)})
+    if root is None:
+        if options.verify_images:
+            raise ValueError("verify_images needs image_root, the folder that image paths are relative to")
+        return {}
+    if not options.verify_images:
+        return check_images(paths, root)
+    problems: Problems = {}
+    chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+    with ProcessPoolExecutor(options.num_workers) as pool:
+        for done, found in enumerate(pool.map(check_images, chunks, repeat(root), repeat(True))):
+            problems.update(found)
+            progress("decoding images", min(64 * (done + 1), len(paths)), len(paths))
+    return problems
+
+
+def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Problems:
+    """Images that are missing, no files, empty, or (with `decode`) that cannot be decoded, and why."""
+    problems: Problems = {}
+    for path in paths:
+        try:
+            if decode:
+                open_image(path, root)
+            else:
+                check_image_file(resolve_image_path(path, root))
+        except BadImage as error:
+            problems[path] = (error.problem, error.detail)
+    return problems
+
+
+def _drop_for_images(conversation: Conversation, problems: Problems, options: SubsetOptions, drops: DropLog) -> bool:
+    for path in conversation.images:
+        problem, detail = problems.get(path, (None, "")) if isinstance(path, str) else (None, "")
+        if problem is not None and not (problem == "missing_image" and options.missing == "keep"):
+            drops.add(BadSample(problem, conversation.id, f"{path!s}: {detail}", options.instructions))
+            return True
+    return False
+
+
+def answer_histogram(conversations: Sequence[Conversation]) -> dict[str, int]:
+    """Answers by their length in characters, in steps of a factor of two."""
+    bins: Counter[int] = Counter()
+    for conversation in conversations:
+        for role, text in conversation.turns:
+            if role == "assistant":
+                bins[len(text).bit_length()] += 1
+    steps = range(max(bins, default=-1) + 1)
+    names = {0: "0", 1: "1"}
+    return {names.get(step, f"{2 ** (step - 1)}-{2**step - 1}"): bins[step] for step in steps}
+
+
+def _write_rows(file: Path, rows: Sequence[Any]) -> str:
+    """A JSON array with one row a line; returns its SHA-256."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    content = f"[\n{lines}\n]\n".encode()
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_lines(file: Path, lines: Sequence[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

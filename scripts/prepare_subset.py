@@ -1,0 +1,128 @@
+"""Draw a share of an instruction mix: in proportion to its sources, the same on every machine.
+
+    python scripts/prepare_subset.py llava_v1_5_mix665k.json --image-root DIR --fraction 0.1 --seed 0 -o OUT
+
+Writes to OUT: subset.json, images.txt (what to fetch), missing_images.txt (what is not in DIR yet), dropped.jsonl
+(every row left out, and why) and report.json.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data.drops import BadSample, TooManyBadSamples
+from data.subset import SubsetOptions, prepare_subset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 when the subset was written, 1 with a message when not."""
+    options = parse(argv)
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    try:
+        with Progress(*columns, console=console) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(what: str, done: int, total: int | None) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            report = prepare_subset(options, show)
+    except (BadSample, TooManyBadSamples, OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_report(report, options, Console())
+    return 0
+
+
+def parse(argv: list[str] | None) -> SubsetOptions:
+    """The options on the command line."""
+    parser = ArgumentParser(prog="prepare_subset.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "instructions",
+        type=str,
+        help="a .json, .jsonl or .parquet file, a folder of a datasets table, or the name of a dataset on the Hub",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to write to; it may not hold a subset"
+    )
+    parser.add_argument(
+        "--image-root", type=Path, help="folder that image paths are relative to; without it images are not looked for"
+    )
+    parser.add_argument("--fraction", type=float, default=0.1, help="share of the usable rows")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other rows")
+    parser.add_argument(
+        "--keep-text-only", action="store_true", help="keep rows without an image (they do not train the projector)"
+    )
+    parser.add_argument(
+        "--drop-missing", action="store_true", help="drop chosen rows whose image is not there; default: list them"
+    )
+    parser.add_argument(
+        "--verify-images", action="store_true", help="decode every image, and drop the rows of those that cannot be"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, help="stop when more than this share of the rows is malformed"
+    )
+    parser.add_argument("--num-workers", type=int, help="processes that decode images; default: one per core")
+    parser.add_argument("--split", type=str, default="train", help="split of a datasets table")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read a Hub dataset once, as a stream (shares hold on average)"
+    )
+    given = parser.parse_args(argv)
+    return SubsetOptions(
+        instructions=given.instructions,
+        output=given.output,
+        image_root=given.image_root,
+        fraction=given.fraction,
+        seed=given.seed,
+        keep_text_only=given.keep_text_only,
+        missing="drop" if given.drop_missing else "keep",
+        verify_images=given.verify_images,
+        max_bad_fraction=given.max_bad_fraction,
+        num_workers=given.num_workers,
+        split=given.split,
+        streaming=given.streaming,
+    )
+
+
+def print_report(report: dict[str, Any], options: SubsetOptions, console: Console) -> None:
+    """The report for people, and what to do next."""
+    table = Table("source", "rows", "selected", "written", title=f"{report['written']} of {report['rows']} rows")
+    for name, counts in report["sources"].items():
+        table.add_row(name, *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
+    console.print(table)
+    for reason, count in report["dropped"].items():
+        console.print(f"dropped, {reason}: {count:,}")
+    lengths = ", ".join(f"{length}: {count:,}" for length, count in report["answer_characters"].items())
+    console.print(f"answers by characters: {lengths}")
+    console.print(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
+    if report["image_root"] is None:
+        console.print("images were not looked for: give --image-root")
+    elif report["missing_images"]:
+        console.print(
+            f"[bold]{report['missing_images']:,} of them are missing[/bold] in {report['image_root']}: "
+            f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop-missing."
+        )
+    root = report["image_root"] or "IMAGE_ROOT"
+    console.print("next:", style="bold")
+    console.print(
+        f"  accelerate launch train/tune_projector.py --data.instructions {options.output / 'subset.json'} "
+        f"--data.image_root {root}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
