@@ -64,8 +64,8 @@ class ReducedModelMixin:
         validate(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.multi_modal_projector = DtypeProjector(config)
-        if config.shortv is not None:
-            freeze_visual_tokens(self.language_model, config.shortv["layers"])
+        self._frozen_layers = [] if config.shortv is None else list(config.shortv["layers"])
+        freeze_visual_tokens(self.language_model, self._frozen_layers)
         if config.fastv is not None:
             prune_in_decoder(self.language_model, config.fastv["layer"])
         self.post_init()
@@ -156,7 +156,7 @@ class ReducedModelMixin:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
             if input_ids is not None and not has_image:
-                self._refuse_missing_images(input_ids)
+                self._refuse_missing_images(input_ids, kwargs.get("past_key_values"))
             if in_decoder:
                 visual = None
                 if has_image:
@@ -190,13 +190,18 @@ class ReducedModelMixin:
             f"the inputs with the processor saved beside this model or with from_pretrained(…, visionzip={visionzip})"
         )
 
-    def _refuse_missing_images(self, input_ids: Tensor) -> None:
-        # One new token may be a placeholder that the model itself wrote; in a prompt it is an image that was left out.
+    def _refuse_missing_images(self, input_ids: Tensor, past_key_values: Any) -> None:
         if input_ids.shape[1] == 1:
             return
+        allowed = 0
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            # After the prompt, a few may be what the model itself wrote or assisted decoding guessed; an image is not.
+            visionzip, tower = self.config.visionzip, self.config.vision_config
+            patches = (tower.image_size // tower.patch_size) ** 2
+            allowed = (patches if visionzip is None else visionzip["dominant"] + visionzip["contextual"]) - 1
         placeholders = (input_ids == self.config.image_token_id).sum()
         torch_compilable_check(
-            placeholders == 0,
+            placeholders <= allowed,
             lambda: (
                 f"the prompts hold {int(placeholders)} image placeholders and there are 0 visual tokens: "
                 "pass the pixel_values of their images"
@@ -210,6 +215,11 @@ class ReducedModelMixin:
                 f"{key}: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
                 f"load the language model with attn_implementation one of {list(SUPPORTED_ATTENTION)}"
             )
+        if key == "shortv" and sorted(self.config.shortv["layers"]) != sorted(self._frozen_layers):
+            raise ValueError(
+                f"shortv: config.shortv now says layers {self.config.shortv['layers']}, but this model was loaded "
+                f"with {self._frozen_layers} frozen: load it again with from_pretrained(…, shortv=…)"
+            )
         if kwargs.get("output_attentions", text.output_attentions):
             raise ValueError(
                 "shortv: output_attentions is not available, visual tokens have no attention in frozen layers: "
@@ -217,11 +227,24 @@ class ReducedModelMixin:
             )
 
 
-class StrictLoadingMixin:
-    """`from_pretrained` that refuses a checkpoint which does not fill the model exactly.
+class ReducedForGenerationMixin:
+    """What the reduced models with a head have in common; goes before the transformers class.
 
-    A projector-only checkpoint is laid over the release that its config names (base_release.py).
+    `from_pretrained` refuses a checkpoint that does not fill the model exactly, and lays a projector-only one over the
+    release that its config names (base_release.py).
     """
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`."""
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +310,9 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
         return list(self.multi_modal_projector(tokens))
 
 
-class ReducedLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGeneration):
+class ReducedLlavaForConditionalGeneration(  # type: ignore[misc]
+    ReducedForGenerationMixin, LlavaForConditionalGeneration
+):
     """LlavaForConditionalGeneration with `config.visionzip` and `config.shortv`; with both None, exactly that.
 
     Its forward takes what transformers' takes; ValueError where placeholders and visual tokens do not match.

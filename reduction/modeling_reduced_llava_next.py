@@ -13,7 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.utils import can_return_tuple
 
 from .configuration_reduced_llava import ReducedLlavaNextConfig
-from .modeling_reduced_llava import ReducedModelMixin, StrictLoadingMixin, register_key_mapping
+from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin, register_key_mapping
 
 
 class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
@@ -97,7 +97,9 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         return torch.cat([tokens[0], patches[order], cls_tokens, contextual])
 
 
-class ReducedLlavaNextForConditionalGeneration(StrictLoadingMixin, LlavaNextForConditionalGeneration):
+class ReducedLlavaNextForConditionalGeneration(  # type: ignore[misc]
+    ReducedForGenerationMixin, LlavaNextForConditionalGeneration
+):
     """LlavaNextForConditionalGeneration with `config.visionzip` and `config.shortv`; with both None, exactly that.
 
     Its forward takes what transformers' takes; ValueError where placeholders and visual tokens do not match.

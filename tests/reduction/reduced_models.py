@@ -25,7 +25,7 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
     "shortv": {"visionzip": None, "shortv": SHORTV},
     "both": {"visionzip": VISIONZIP, "shortv": SHORTV},
 }
-TOWERS = {
+TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip_vision_model", "initializer_range": 0.5, "hidden_act": "quick_gelu"},
     "siglip": {"model_type": "siglip_vision_model"},
 }

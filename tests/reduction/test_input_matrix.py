@@ -144,12 +144,13 @@ def test_a_cache_continued_over_turns_equals_one_pass(reduction, side):
 
 @reductions
 def test_generate_cuts_prompts_into_chunks_anywhere(reduction):
-    """transformers encodes the images first, so that a cut may fall inside one."""
+    """transformers encodes the images first, so that a cut may fall inside one, and where another row has text."""
     model = build(reduction=reduction)
-    row = make_row(model, "ttIttIt")
-    expected = model.generate(**row, max_new_tokens=6, do_sample=False)
-    for size in (1, 2, 3, 5, 7, 11):
-        assert torch.equal(model.generate(**row, max_new_tokens=6, do_sample=False, prefill_chunk_size=size), expected)
+    batch = make_batch([make_row(model, layout, seed) for seed, layout in enumerate(("ttIttIt", "IttttIt"))], "left")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    for size in (1, 3, 7):
+        assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=size), expected)
 
 
 def steps(model, inputs, **kwargs):
@@ -200,8 +201,9 @@ def test_sampling_repeats_with_its_seed(reduction):
 
 
 @reductions
-def test_a_static_cache_generates_the_same(reduction):
-    model = build(reduction=reduction)
+@pytest.mark.parametrize("decoder", ["llama", "mistral-window", "qwen2-window"])
+def test_a_static_cache_generates_the_same(reduction, decoder):
+    model = build(decoder, reduction=reduction)
     row = make_row(model, "ttIt")
     expected = model.generate(**row, max_new_tokens=6, do_sample=False)
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
@@ -234,6 +236,39 @@ def test_embeddings_instead_of_ids_give_the_same_logits(reduction):
     assert torch.equal(
         logits(model, {**common, "inputs_embeds": merged, "mm_token_type_ids": visual.long()}), expected
     )
+
+
+@reductions
+def test_generate_from_embeddings_and_assisted_by_the_prompt(reduction):
+    model = build(reduction=reduction)
+    row = make_row(model, "ttIttIt")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    new = model.generate(**row, **options)[:, row["input_ids"].shape[1] :]
+    assert torch.equal(model.generate(**row, **options, prompt_lookup_num_tokens=3)[:, -12:], new)
+    visual = row["input_ids"] == IMAGE_TOKEN
+    with torch.no_grad():
+        features = torch.cat(model.get_image_features(row["pixel_values"]).pooler_output)
+        merged = model.get_input_embeddings()(row["input_ids"]).masked_scatter(visual.unsqueeze(-1), features)
+    inputs = {"inputs_embeds": merged, "attention_mask": row["attention_mask"], "mm_token_type_ids": visual.long()}
+    assert torch.equal(model.generate(**inputs, **options), new)
+
+
+@reductions
+def test_adapters_on_the_projections_are_used_in_frozen_layers_too(reduction):
+    from peft import LoraConfig, get_peft_model
+
+    outputs = []
+    for plain in (False, True):
+        model = build(reduction=reduction, plain=plain)
+        if plain and REDUCTIONS[reduction]["shortv"]:
+            freeze_naively(model, SHORTV["layers"])
+        torch.manual_seed(0)
+        targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|up_proj)"
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+        layouts = ("ttIt", "ttt") if REDUCTIONS[reduction]["visionzip"] is None else ("ttt", "tt")
+        batch = make_batch([make_row(model.get_base_model(), layout) for layout in layouts], "left")
+        outputs.append(torch.cat(rows_of(logits(model, batch), batch)))
+    close(*outputs)
 
 
 @reductions

@@ -144,8 +144,12 @@ def test_placeholders_without_images(reduction):
     row.pop("pixel_values")
     with pytest.raises(ValueError, match=r"there are 0 visual tokens: pass the pixel_values of their images"):
         model(**row)
-    # One placeholder alone is a token that the model wrote.
+    # One alone is a token that the model wrote, a few after the prompt may be guesses; an image is neither.
     model(input_ids=torch.tensor([[IMAGE_TOKEN]]))
+    cache = model(input_ids=torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    model(input_ids=torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="pass the pixel_values"):
+        model(input_ids=row["input_ids"], past_key_values=cache)
 
 
 def test_a_chunk_cut_inside_an_image_by_hand():
@@ -171,6 +175,19 @@ def test_attention_that_cannot_leave_queries_out():
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"attention 'flash_attention_2' .* one of \['eager', 'sdpa'\]"):
         model(**make_row(model, "tIt"))
+
+
+def test_a_layer_list_changed_after_loading():
+    model = build(reduction="shortv")
+    row, plain = make_row(model, "tIt"), build(reduction="none")
+    model.config.shortv = {"layers": [1]}
+    with pytest.raises(ValueError, match=r"loaded with \[0, 2, 3\] frozen: load it again"):
+        model(**row)
+    model.config.shortv = None  # nothing is frozen then, as it says
+    assert torch.equal(model(**row).logits, plain(**row).logits)
+    plain.config.shortv = SHORTV
+    with pytest.raises(ValueError, match=r"loaded with \[\] frozen: load it again"):
+        plain(**row)
 
 
 def test_attention_maps_of_frozen_layers():
