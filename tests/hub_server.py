@@ -94,8 +94,21 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Out of reach from now on."""
         self._server.shutdown()
         self._server.server_close()
+
+    def clear(self) -> None:
+        """Forgets everything, as a new Hub at the same address."""
+        with self.lock:
+            self.repositories.clear()
+            self.objects.clear()
+            self.requests.clear()
+            self.faults.clear()
+            self.on_upload = None
 
     def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
         """Variables (huggingface_hub's own) that point a process's client here, with its cache under `home`."""

@@ -104,6 +104,10 @@ def _base(run: RunRecord) -> dict[str, Any]:
     return run.lineage[-1] if run.lineage else {"name": Path(str(run.config["model"])).name, "revision": None}
 
 
+def _on_hub(base: Mapping[str, Any]) -> bool:
+    return "/" in base["name"]  # of a folder, the lineage keeps the last part alone
+
+
 def _metadata(run: RunRecord, repo_id: str) -> str:
     tuned = _row(run, "tuned")
     results = []
@@ -129,8 +133,8 @@ def _metadata(run: RunRecord, repo_id: str) -> str:
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava", "visual-token-reduction", "visionzip", "shortv", "shortzip"],
-        base_model=base["name"] if base["revision"] else None,
-        base_model_relation="finetune" if base["revision"] else None,
+        base_model=base["name"] if _on_hub(base) else None,
+        base_model_relation="finetune" if _on_hub(base) else None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
@@ -166,7 +170,7 @@ def _frozen(run: RunRecord) -> str:
 
 def _introduction(run: RunRecord) -> str:
     base = _base(run)
-    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if base["revision"] else f"`{base['name']}`"
+    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else f"`{base['name']}`"
     return (
         f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}. "
         "Only the multimodal projector was tuned; vision tower and language model are the release's own. The visual "
@@ -177,7 +181,7 @@ def _introduction(run: RunRecord) -> str:
 
 def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
     if shape == "llava":
-        base = run.config.get("hub_base") or _base(run)["name"]
+        base = _base(run)["name"]
         return (
             "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
             f"VisionZip's patch is applied there):\n\n```bash\nhf download {repo_id} --local-dir "

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -23,8 +23,8 @@ from train.adapters import ADAPTER_FOLDER
 from train.config import TuneConfig
 from train.hub import retrying
 from train.model_card import PICTURE, RunRecord, read_run, three_lines, write_card
-from train.reduced_checkpoint import LINEAGE_FILE, SHAPES, Shape, describe_base, write_reduced_checkpoint
-from train.release import Release, load_processor, open_release, read_release_projector
+from train.reduced_checkpoint import SHAPES, Shape, describe_base, write_reduced_checkpoint
+from train.release import Release, load_processor, open_release, release_projector
 from train.run_folder import PICTURES
 
 _OURS = {".gitattributes"}  # what the Hub itself puts into a new repository
@@ -128,6 +128,7 @@ def prepare(
     check_repo_id(repo_id, shape)
     record = read_run(run)
     final = open_release(str(run))
+    commit: str | None = None
     with tempfile.TemporaryDirectory(prefix="shortzip-publish-") as scratch:
         folder = final.source
         if shape != "full":
@@ -138,16 +139,15 @@ def prepare(
             write_reduced_checkpoint(
                 folder,
                 release,
-                read_release_projector(final.folder),
+                release_projector(final),
                 load_processor(final),
                 visionzip=record.reductions["visionzip"],
                 shortv=record.reductions["shortv"],
                 shape=shape,
                 base=base,
                 base_revision=commit,
+                vision_tower=record.config.get("vision_tower"),
             )
-            if shape == "llava" and (final.folder / LINEAGE_FILE).is_file():
-                (folder / LINEAGE_FILE).write_bytes((final.folder / LINEAGE_FILE).read_bytes())
         files = {
             path.relative_to(folder).as_posix(): path
             for path in sorted(folder.rglob("*"))
@@ -156,6 +156,9 @@ def prepare(
         pictures = sorted((run / PICTURES).glob("*.png"))
         if pictures:
             files[PICTURE] = pictures[0]
+        if base is not None and record.lineage:
+            last = {**record.lineage[-1], "name": base, "revision": commit}
+            record = replace(record, lineage=[*record.lineage[:-1], last])
         size = sum(path.stat().st_size for path in files.values())
         card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=bool(pictures))
         yield Publication(repo_id, shape, files, card)

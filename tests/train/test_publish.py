@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,40 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import Forks, Result
 from hub_server import READER, WRITER, Hub
+from originals import copy_of_release
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 
 from train.model_card import command_of, licence_of, write_card
 from train.publish import PublishError, check_repo_id
-from train.release import load_release
+from train.release import load_release, read_release_projector
 
 PUBLISH = str(ROOT / "scripts" / "publish.py")
+TUNE = str(ROOT / "train" / "tune_projector.py")
+Publish = Callable[..., Result]
 BASE = "maker/tiny-llava"
 LICENCE = "---\nlicense: llama2\n---\nA tiny LLaVA.\n"
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[Hub]:
     with Hub() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def forks(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes whose huggingface_hub talks to the loopback Hub."""
+    with Forks(environment(served, tmp_path_factory.mktemp("home"), None)) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(served: Hub) -> Hub:
+    served.clear()
+    return served
 
 
 @dataclass
@@ -55,14 +72,17 @@ def finished(
         root / "recipe.yaml", release, tiny_instructions, data={"eval_instructions": str(tiny_held_out)}, max_steps=3
     )
     folder = run_here(recipe, root / "my-run")
-    (folder / "pictures").mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
     return Finished(folder, release)
 
 
-def publish(hub: Hub, home: Path, *arguments: str, token: str | None = WRITER) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, PUBLISH, *arguments]
-    return subprocess.run(command, env=environment(hub, home, token), capture_output=True, text=True, check=False)
+@pytest.fixture
+def publish(forks: Forks, hub: Hub) -> Callable[..., Result]:
+    """Runs scripts/publish.py with the given arguments and token."""
+
+    def run(*arguments: str, token: str | None = WRITER) -> Result:
+        return forks.run(PUBLISH, *arguments, HF_TOKEN=token)
+
+    return run
 
 
 def environment(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
@@ -70,7 +90,7 @@ def environment(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, s
     return {**kept, "OMP_NUM_THREADS": "1", **hub.environment(home, token)}
 
 
-def nowhere(secret: str, run: subprocess.CompletedProcess[str], hub: Hub, *folders: Path) -> None:
+def nowhere(secret: str, run: Result, hub: Hub, *folders: Path) -> None:
     """The token stands in no output, no published file, no file of the run."""
     assert secret not in run.stdout + run.stderr
     for repository in hub.repositories.values():
@@ -106,9 +126,8 @@ def logits_from_hub(hub: Hub, name: str, home: Path, work: Path) -> torch.Tensor
     Image.new("RGB", (40, 30), (200, 40, 90)).save(work / "image.png")
     arguments = [str(work / "README.md"), str(work / "image.png"), PROMPT, str(work / "logits.pt")]
     command = [sys.executable, "-P", "-c", LOAD, *arguments]
-    run = subprocess.run(
-        command, cwd=work, env=environment(hub, home, None), capture_output=True, text=True, check=False
-    )
+    variables = environment(hub, home, None)
+    run = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return torch.load(work / "logits.pt", weights_only=True)
 
@@ -120,10 +139,10 @@ def logits_here(folder: Path) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def test_projector_shape_from_push_to_loading(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_projector_shape_from_push_to_loading(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     """The whole push; what others load from the Hub has the run's own logits, over the release it names there."""
     commit = hub.add(BASE, finished.release)
-    run = publish(hub, tmp_path, str(finished.folder), "--repo-id", "user/tuned", "--base", BASE)
+    run = publish(str(finished.folder), "--repo-id", "user/tuned", "--base", BASE)
     assert run.returncode == 0, run.stderr
     assert f"{hub.url}/user/tuned/tree/v1" in run.stdout
     assert 'AutoModelForImageTextToText.from_pretrained("user/tuned", trust_remote_code=True)' in run.stdout
@@ -134,6 +153,8 @@ def test_projector_shape_from_push_to_loading(hub: Hub, finished: Finished, tmp_
     assert not any(name.startswith("model") and name.endswith(".safetensors") for name in files)
     base = json.loads(files["config.json"])["base_release"]
     assert (base["name"], base["revision"]) == (BASE, commit)
+    assert f"base_model: {BASE}" in files["README.md"].decode()
+    assert json.loads(files["lineage.json"])[-1]["name"] == BASE
     nowhere(WRITER, run, hub, finished.folder, tmp_path)
     assert torch.equal(
         logits_from_hub(hub, "user/tuned", tmp_path / "home", tmp_path / "w"), logits_here(finished.folder)
@@ -143,15 +164,15 @@ def test_projector_shape_from_push_to_loading(hub: Hub, finished: Finished, tmp_
 
 
 def test_full_shape_private_and_another_round_from_the_hub(
-    hub: Hub, finished: Finished, tiny_instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, publish: Publish, forks: Forks, finished: Finished, tiny_instructions: Path, tmp_path: Path
 ) -> None:
     arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full", "--tag", "first"]
-    run = publish(hub, tmp_path, *arguments, "--private")
+    run = publish(*arguments, "--private")
     assert run.returncode == 0, run.stderr
     assert hub.repositories["user/tuned"].private
     assert list(hub.repositories["user/tuned"].tags) == ["first"]
     assert "model.safetensors" in hub.files("user/tuned")
-    refused = publish(hub, tmp_path / "other", str(finished.folder), "--repo-id", "user/tuned", token=None)
+    refused = publish(str(finished.folder), "--repo-id", "user/tuned", token=None)
     assert "error:" in refused.stderr
 
     # Another round: the published checkpoint is a release, with another budget; its card tells the lineage.
@@ -159,13 +180,10 @@ def test_full_shape_private_and_another_round_from_the_hub(
         tmp_path / "round2.yaml", Path("user/tuned"), tiny_instructions, max_steps=2, revision="first",
         visionzip={"dominant": 3, "contextual": 1}, push_to_hub=True, hub_model_id="user/again",
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(recipe)]
     second = tmp_path / "round2"
-    run = subprocess.run(
-        [*command, "--output_dir", str(second)],
-        env={**environment(hub, tmp_path / "home"), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    run = forks.run(
+        TUNE, "--config", str(recipe), "--output_dir", str(second), HF_TOKEN=WRITER, ACCELERATE_USE_CPU="true"
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{hub.url}/user/again/tree/v1" in run.stdout
     nowhere(WRITER, run, hub, second)
@@ -178,15 +196,38 @@ def test_full_shape_private_and_another_round_from_the_hub(
     assert "base_model: user/tuned" in card
 
 
-def test_llava_shape(hub: Hub, finished: Finished, tmp_path: Path) -> None:
-    arguments = [str(finished.folder), "--shape", "llava", "--base", "liuhaotian/llava-v1.5-7b", "--repo-id"]
-    refused = publish(hub, tmp_path, *arguments, "user/tuned")
-    assert "let the name contain 'llava'" in refused.stderr
-    refused = publish(hub, tmp_path, *arguments, "user/tuned-llava")
-    assert "the name of its vision tower is not known: give it as vision_tower" in refused.stderr
+def test_from_llavas_own_release_to_the_hub_in_both_layouts(
+    hub: Hub, publish: Publish, forks: Forks, tiny_instructions: Path, tmp_path: Path
+) -> None:
+    """A release in LLaVA's own layout, tuned and published: as a full checkpoint, and back in LLaVA's layout."""
+    release = copy_of_release(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", release, tiny_instructions, max_steps=2)
+    folder = tmp_path / "run"
+    arguments = ["--config", str(recipe), "--output_dir", str(folder)]
+    run = forks.run(TUNE, *arguments, ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr
+    run = publish(str(folder), "--repo-id", "user/tuned", "--shape", "full")
+    assert run.returncode == 0, run.stderr
+    wanted = logits_here(folder)
+    assert torch.equal(logits_from_hub(hub, "user/tuned", tmp_path / "home", tmp_path / "w"), wanted)
+
+    arguments = [str(folder), "--shape", "llava", "--repo-id"]
+    assert "let the name contain 'llava'" in publish(*arguments, "user/tuned").stderr
+    assert "is not on the Hub: choose --shape full" in publish(*arguments, "user/tuned-llava").stderr
+    run = publish(*arguments, "user/tuned-llava", "--base", "maker/llava-v1.5-tiny")
+    assert run.returncode == 0, run.stderr
+    files = hub.files("user/tuned-llava")
+    assert {"mm_projector.bin", "config.json", "README.md"} <= files.keys()
+    assert json.loads(files["config.json"])["_name_or_path"] == "maker/llava-v1.5-tiny"
+    assert "--model-base maker/llava-v1.5-tiny" in files["README.md"].decode()
+    found = read_release_projector(folder / "final")
+    downloaded = tmp_path / "mm_projector.bin"
+    downloaded.write_bytes(files["mm_projector.bin"])
+    theirs = torch.load(downloaded, weights_only=True)
+    assert torch.equal(theirs["model.mm_projector.2.bias"], found["linear_2.bias"])
 
 
-def test_busy_failing_and_cut_off(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_busy_failing_and_cut_off(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     """429 with Retry-After, 5xx and cut connections at every kind of request; the push ends whole."""
     hub.fail("GET", "whoami", 503)
     hub.fail("POST", "repos/create", 429, Retry_After="1")
@@ -197,7 +238,7 @@ def test_busy_failing_and_cut_off(hub: Hub, finished: Finished, tmp_path: Path) 
     hub.fail("POST", "/commit/", "cut")
     hub.fail("POST", "/commit/", "lost")
     hub.fail("POST", "/tag/", 504)
-    run = publish(hub, tmp_path, str(finished.folder), "--repo-id", "user/tuned", "--shape", "full")
+    run = publish(str(finished.folder), "--repo-id", "user/tuned", "--shape", "full")
     assert run.returncode == 0, run.stderr
     assert all(fault.times == 0 for fault in hub.faults), [fault for fault in hub.faults if fault.times]
     repository = hub.repositories["user/tuned"]
@@ -209,27 +250,23 @@ def test_busy_failing_and_cut_off(hub: Hub, finished: Finished, tmp_path: Path) 
     nowhere(WRITER, run, hub, tmp_path)
 
 
-def test_killed_in_the_middle_and_run_again(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_killed_in_the_middle_and_run_again(hub: Hub, publish: Publish, forks: Forks, finished: Finished) -> None:
     uploading = threading.Event()
     hub.on_upload = lambda oid, received: uploading.set() if received > 1 << 16 else None
-    hub.fail("PUT", "/objects/", "cut", times=0)
     arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full"]
-    process = subprocess.Popen(
-        [sys.executable, PUBLISH, *arguments], env=environment(hub, tmp_path), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    killed = forks.start(PUBLISH, *arguments, HF_TOKEN=WRITER)
     assert uploading.wait(120)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait().returncode == -signal.SIGKILL
     hub.on_upload = None
     assert set(hub.files("user/tuned")) == {".gitattributes"}, "half a push was visible"
-    run = publish(hub, tmp_path, *arguments)
+    run = publish(*arguments)
     assert run.returncode == 0, run.stderr
     commits = len(hub.repositories["user/tuned"].commits)
     # Killed after its commit, before its tag: nothing is sent twice, and the tag comes.
     hub.repositories["user/tuned"].tags.clear()
     uploads = sum(method == "PUT" for method, _ in hub.requests)
-    run = publish(hub, tmp_path, *arguments)
+    run = publish(*arguments)
     assert run.returncode == 0, run.stderr
     assert len(hub.repositories["user/tuned"].commits) == commits
     assert sum(method == "PUT" for method, _ in hub.requests) == uploads
@@ -246,9 +283,9 @@ def test_killed_in_the_middle_and_run_again(hub: Hub, finished: Finished, tmp_pa
     ],
 )
 def test_tokens_without_rights(
-    hub: Hub, finished: Finished, tmp_path: Path, token: str | None, name: str, said: str
+    hub: Hub, publish: Publish, finished: Finished, tmp_path: Path, token: str | None, name: str, said: str
 ) -> None:
-    run = publish(hub, tmp_path, str(finished.folder), "--repo-id", name, "--shape", "full", token=token)
+    run = publish(str(finished.folder), "--repo-id", name, "--shape", "full", token=token)
     assert run.returncode == 1
     assert said in run.stderr
     assert "Traceback" not in run.stderr
@@ -257,20 +294,20 @@ def test_tokens_without_rights(
         nowhere(token, run, hub, tmp_path)
 
 
-def test_a_name_that_exists(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_a_name_that_exists(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     hub.add("user/tuned", finished.release)
     before = hub.files("user/tuned")
     arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full"]
-    run = publish(hub, tmp_path, *arguments)
+    run = publish(*arguments)
     assert run.returncode == 1
     assert "user/tuned exists and holds other files (README.md, " in run.stderr
     assert "give another --repo-id, or --update" in run.stderr
     assert hub.files("user/tuned") == before
     old = hub.repositories["user/tuned"].head
     hub.repositories["user/tuned"].tags["v7"] = old
-    run = publish(hub, tmp_path, *arguments, "--update", "--private")
+    run = publish(*arguments, "--update", "--private")
     assert "exists and is public, but --private is given" in run.stderr
-    run = publish(hub, tmp_path, *arguments, "--update")
+    run = publish(*arguments, "--update")
     assert run.returncode == 0, run.stderr
     repository = hub.repositories["user/tuned"]
     assert repository.tags == {"v7": old, "v8": repository.head}
@@ -278,10 +315,9 @@ def test_a_name_that_exists(hub: Hub, finished: Finished, tmp_path: Path) -> Non
     assert hub.files("user/tuned", "v7") == before
 
 
-def test_dry_run_shows_all_and_touches_nothing(hub: Hub, finished: Finished, tmp_path: Path) -> None:
-    run = publish(
-        hub, tmp_path, str(finished.folder), "--repo-id", "user/tuned", "--shape", "full", "--dry-run", token=None
-    )
+def test_dry_run_shows_all_and_touches_nothing(hub: Hub, publish: Publish, finished: Finished) -> None:
+    arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full", "--dry-run"]
+    run = publish(*arguments, token=None)
     assert run.returncode == 0, run.stderr
     assert not hub.requests
     for name in ("README.md", "model.safetensors", "config.json", "modeling_reduced_llava.py", "kept_tokens.png"):
@@ -290,12 +326,14 @@ def test_dry_run_shows_all_and_touches_nothing(hub: Hub, finished: Finished, tmp
     assert "## Licence" in run.stdout
 
 
-def test_the_base_must_be_the_release_that_was_tuned(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_the_base_must_be_the_release_that_was_tuned(
+    hub: Hub, publish: Publish, finished: Finished, tmp_path: Path
+) -> None:
     arguments = [str(finished.folder), "--repo-id", "user/tuned"]
-    run = publish(hub, tmp_path, *arguments)
+    run = publish(*arguments)
     assert "shape projector names the release that it belongs to, and" in run.stderr
     assert "is not on the Hub: choose --shape full, or name the same release on the Hub with --base" in run.stderr
-    run = publish(hub, tmp_path, *arguments, "--base", "maker/nothing")
+    run = publish(*arguments, "--base", "maker/nothing")
     assert "--base maker/nothing: no such repository" in run.stderr
     other = tmp_path / "other"
     shutil.copytree(finished.release, other)
@@ -303,52 +341,43 @@ def test_the_base_must_be_the_release_that_was_tuned(hub: Hub, finished: Finishe
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     hub.add(BASE, other)
-    run = publish(hub, tmp_path, *arguments, "--base", BASE)
+    run = publish(*arguments, "--base", BASE)
     assert "--base maker/tiny-llava is another release than" in run.stderr
     assert "model.safetensors has other content there" in run.stderr
     assert "user/tuned" not in hub.repositories
 
 
-def test_a_token_in_a_file_is_never_published(hub: Hub, finished: Finished, tmp_path: Path) -> None:
+def test_a_token_in_a_file_is_never_published(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
     (folder / "final" / "chat_template.jinja").write_text(f"{{# {WRITER} #}}")
-    run = publish(hub, tmp_path, str(folder), "--repo-id", "user/tuned", "--shape", "full")
+    run = publish(str(folder), "--repo-id", "user/tuned", "--shape", "full")
     assert "chat_template.jinja holds a token of the Hub: take it out, and revoke that token" in run.stderr
     assert WRITER not in run.stdout + run.stderr
     assert not hub.repositories
 
 
-def test_a_run_whose_hub_is_out_of_reach_ends_well(
-    tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+def test_a_run_whose_hub_refuses_ends_well(
+    hub: Hub, forks: Forks, tiny_release: Path, tiny_instructions: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(
         tmp_path / "recipe.yaml", tiny_release, tiny_instructions, max_steps=1, push_to_hub=True,
         hub_model_id="user/tuned", hub_shape="full",
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(recipe)]
-    with Hub() as hub:
-        variables = {**environment(hub, tmp_path), "ACCELERATE_USE_CPU": "true"}
-        hub.fail("GET", "whoami", 401, times=9)
-        run = subprocess.run(
-            [*command, "--output_dir", str(tmp_path / "run")],
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("hf auth login") == 1
-        assert f"python scripts/publish.py {tmp_path / 'run'} --repo-id user/tuned --shape full" in run.stdout
-        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
-        # The base is a folder: a projector-only push could not work, and is refused before the first step.
-        run = subprocess.run(
-            [*command, "--hub_shape", "projector", "--output_dir", str(tmp_path / "run2")],
-            env=variables, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert run.returncode != 0
-        assert "choose --shape full" in run.stderr + run.stdout
-        assert not (tmp_path / "run2" / "final").exists()
+    arguments = [TUNE, "--config", str(recipe), "--output_dir"]
+    hub.fail("GET", "whoami", 401, times=9)
+    folder = tmp_path / "run"
+    run = forks.run(*arguments, str(folder), HF_TOKEN=WRITER, ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("hf auth login") == 1
+    assert f"python scripts/publish.py {folder} --repo-id user/tuned --shape full" in run.stdout
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    # The base is a folder: a projector-only push could not work, and is refused before the first step.
+    other = tmp_path / "other"
+    run = forks.run(*arguments, str(other), "--hub_shape", "projector", HF_TOKEN=WRITER, ACCELERATE_USE_CPU="true")
+    assert run.returncode != 0
+    assert "choose --shape full" in run.stderr + run.stdout
+    assert not list(other.glob("step-*"))
 
 
 # ---- the card
@@ -408,7 +437,7 @@ def test_the_cards_command_repeats_the_run(finished: Finished, tmp_path: Path) -
     relative = {**config, "model": "m", "data": {**config["data"], "instructions": "i", "eval_instructions": "e"}}
     options = shlex.split(command_of(relative).replace("\\\n", ""))[3:]
     empty = tmp_path / "empty.yaml"
-    empty.write_text("")
+    empty.write_text("model: m")
     found = load_config(["--config", str(empty), *options])
     kept = tmp_path / "kept.yaml"
     kept.write_text(yaml.safe_dump(relative))
@@ -442,10 +471,10 @@ def test_names_that_no_repository_bears(repo_id: str, said: str) -> None:
         check_repo_id(repo_id, "full")
 
 
-def test_a_folder_that_is_no_run(hub: Hub, finished: Finished, tmp_path: Path) -> None:
-    run = publish(hub, tmp_path, str(finished.release), "--repo-id", "user/tuned")
+def test_a_folder_that_is_no_run(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
+    run = publish(str(finished.release), "--repo-id", "user/tuned")
     assert "is no run's folder (no config.yaml): name the output_dir of a run" in run.stderr
     folder = tmp_path / "unfinished"
     shutil.copytree(finished.folder, folder, ignore=shutil.ignore_patterns("final"))
-    run = publish(hub, tmp_path, str(folder), "--repo-id", "user/tuned")
+    run = publish(str(folder), "--repo-id", "user/tuned")
     assert "has not finished (no final/): continue it with --resume_from_checkpoint latest" in run.stderr

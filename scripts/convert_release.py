@@ -1,0 +1,87 @@
+"""Converts a release: from LLaVA's own layout to transformers', and a projector back.
+
+    python scripts/convert_release.py liuhaotian/llava-v1.5-7b -o llava-1.5-7b
+    python scripts/convert_release.py vicuna-7b-v1.5 --mm-projector llava-v1.5-7b-pretrain -o llava-pretrained
+    python scripts/convert_release.py checkpoints/RUN --to llava --base liuhaotian/llava-v1.5-7b -o llava-v1.5-7b-tuned
+
+To transformers: shard by shard, every tensor bit for bit (memory: about one shard). To llava: mm_projector.bin and the
+config.json that LLaVA's own code loads with --model-base BASE; the folder's name must contain "llava".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from train.convert import convert_to_transformers, merged_config
+from train.hub import fetch
+from train.original_release import is_original, read_json
+from train.reduced_checkpoint import write_reduced_checkpoint
+from train.release import find_projector_file, load_processor, open_release, release_projector, resolve_tower
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub id: a release, a reduced checkpoint or a run's folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--to", choices=("transformers", "llava"), default="transformers", help="the layout to write")
+    parser.add_argument("--revision", help="branch, tag or commit, for a Hub id")
+    parser.add_argument("--mm-projector", metavar="FILE", help="a projector to use instead (mm_projector.bin)")
+    parser.add_argument("--vision-tower", metavar="NAME", help="the tower, where the config does not find it")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast everything to it (default: as the release has it)")
+    parser.add_argument("--base", help="with --to llava: the original release that LLaVA's code loads it over")
+    given = parser.parse_args(argv)
+    try:
+        if given.to == "transformers":
+            to_transformers(given)
+        else:
+            to_llava(given)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def to_transformers(given: argparse.Namespace) -> None:
+    source, _ = fetch(given.model, given.revision)
+    projector = find_projector_file(given.mm_projector) if given.mm_projector else None
+    config = read_json(source / "config.json")
+    if not is_original(config) and projector is None:
+        raise ValueError(
+            f"{given.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to convert"
+        )
+    tower = resolve_tower(merged_config(source, projector), source, given.vision_tower)
+    dtype = DTYPES[given.dtype] if given.dtype else None
+    convert_to_transformers(source, given.output, tower=tower, projector=projector, dtype=dtype)
+    print(f"written: {given.output} (use it as --model)")
+
+
+def to_llava(given: argparse.Namespace) -> None:
+    if given.dtype is not None:
+        raise ValueError("--dtype is for --to transformers: a projector is written in float32")
+    release = open_release(
+        given.model, given.revision, mm_projector=given.mm_projector, vision_tower=given.vision_tower
+    )
+    saved = release.saved_reductions
+    write_reduced_checkpoint(
+        given.output,
+        release,
+        release_projector(release),
+        load_processor(release),
+        visionzip=saved["visionzip"],
+        shortv=saved["shortv"],
+        shape="llava",
+        base=given.base,
+        vision_tower=given.vision_tower,
+    )
+    print(
+        f"python -m llava.serve.cli --model-path {given.output} --model-base {given.base or 'BASE'} --image-file IMAGE"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
