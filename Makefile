@@ -22,7 +22,11 @@ demo: $(READY)  ## tune demo-llava's projector on 11 % of its visual tokens, sho
 test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## the tests that take minutes each
+$(VENV)/.app: $(READY) configs/app-requirements.txt
+	$(BIN)/pip install --quiet --no-deps --requirement configs/app-requirements.txt
+	touch $@
+
+test-slow: $(VENV)/.app  ## the tests that take minutes each (the page's needs Debian's chromium and chromium-driver)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)  ## ruff (lint, format) and mypy

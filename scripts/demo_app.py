@@ -1,0 +1,320 @@
+"""A page to look and try: kept patches and merged groups over an image, and the answers of all tokens, reduced, tuned.
+
+    pip install 'shortzip[app]'
+    python scripts/demo_app.py                                   # demo-llava, and checkpoints/demo where it was tuned
+    python scripts/demo_app.py --model llava-hf/llava-1.5-7b-hf --tuned checkpoints/llava-1.5-7b-64 --images photos/
+
+Choose or upload an image, set budget and frozen layers, ask, ask on. The weights are in memory once: the three models
+share them. Listens on 127.0.0.1 unless --host says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.dataset import Collator
+from data.drops import BadSample
+from data.images import BadImage, open_image
+from data.instructions import PLACEHOLDER
+from data.supervision import Supervision
+from reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from reduction.pictures import draw_images, map_tokens
+from train.config import ConfigError, DataConfig, parse_config
+from train.prompts import batch_prompts, encode_prompt
+from train.release import load_release, open_release
+from train.run_folder import LAYERS
+from train.samples import demo_folder, draw_demo_scenes
+
+ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
+LOCAL = "127.0.0.1"
+FIRST_QUESTION = "What is in the image?"
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Settings of scripts/demo_app.py."""
+
+    model: str = "checkpoints/demo-llava"
+    """A release: folder or Hub id."""
+    tuned: str | None = None
+    """A run's folder or reduced checkpoint tuned from it; null: checkpoints/demo where it is finished, else none."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    images: str | None = None
+    """Folder of images to choose from; null: the demo's held-out scenes."""
+    ranking: list[int] | None = None
+    """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to listen on."""
+
+
+class Models:
+    """One release's weights, and the models that share them: all tokens, reduced, and with a tuned projector."""
+
+    def __init__(self, config: AppConfig) -> None:
+        """Loads. Raises what `load_release` raises."""
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        release = open_release(config.model, config.revision)
+        self.base, self.processor = load_release(release, visionzip=None, shortv=None, fastv=None, dtype=dtype)
+        self.base.to(device)
+        self.max_new_tokens = config.max_new_tokens
+        vision: Any = self.base.config.vision_config
+        self.cls = int(TOWER_HAS_CLS[vision.model_type])
+        self.patches = (vision.image_size // vision.patch_size) ** 2
+        self.depth = int(self.base.config.text_config.num_hidden_layers)
+        self.tuned_projector: dict[str, torch.Tensor] | None = None
+        self.saved: dict[str, Any] = {"visionzip": None, "shortv": None}
+        tuned = config.tuned
+        if (
+            tuned is None
+            and config.model == AppConfig.model
+            and (Path("checkpoints/demo/final/config.json")).is_file()
+        ):
+            tuned = "checkpoints/demo"
+        if tuned is not None:
+            found = open_release(tuned)
+            other, _ = load_release(found, dtype=dtype)
+            self.tuned_projector = other.model.multi_modal_projector.to(device).state_dict()
+            self.saved = found.saved_reductions
+        self.ranking = self._ranking(config, tuned)
+
+    def _ranking(self, config: AppConfig, tuned: str | None) -> list[int]:
+        ranking = config.ranking
+        if ranking is None and tuned is not None and (Path(tuned) / LAYERS).is_file():
+            ranking = json.loads((Path(tuned) / LAYERS).read_text(encoding="utf-8"))["ranking"]
+        if ranking is None:
+            first = list((self.saved["shortv"] or {"layers": []})["layers"])
+            ranking = [*first, *(layer for layer in reversed(range(self.depth)) if layer not in first)]
+        if sorted(ranking) != list(range(self.depth)):
+            raise ValueError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
+        return ranking
+
+    @property
+    def kinds(self) -> list[str]:
+        """The models there are."""
+        return [ALL, REDUCED, TUNED] if self.tuned_projector is not None else [ALL, REDUCED]
+
+    @property
+    def defaults(self) -> tuple[int, int, int]:
+        """Dominant, contextual and number of frozen layers to begin with."""
+        visionzip = self.saved["visionzip"] or {
+            "dominant": max(2, round(0.094 * self.patches)),
+            "contextual": max(1, round(0.017 * self.patches)),
+        }
+        layers = (self.saved["shortv"] or {"layers": []})["layers"]
+        return int(visionzip["dominant"]), int(visionzip["contextual"]), len(layers)
+
+    def build(self, kind: str, dominant: int, contextual: int, frozen: int) -> tuple[Any, Supervision]:
+        """The model of a kind and how it is prompted. Raises ValueError for a budget or layers that cannot be."""
+        visionzip = None if kind == ALL else {"dominant": dominant, "contextual": contextual}
+        processor = copy.copy(self.processor)
+        processor.visionzip = visionzip
+        if kind == ALL:
+            return self.base, Supervision(processor, max_length=None)
+        config = copy.deepcopy(self.base.config)
+        config.visionzip = visionzip
+        config.shortv = {"layers": sorted(self.ranking[:frozen])} if frozen else None
+        with torch.device("meta"):
+            model = type(self.base)(config)
+        model.load_state_dict(self.base.state_dict(), assign=True)
+        for name, module in self.base.named_modules():  # what no checkpoint holds: positions, rotary frequencies
+            model.get_submodule(name)._buffers.update(module._buffers)
+        if kind == TUNED and self.tuned_projector is not None:
+            model.model.multi_modal_projector.load_state_dict(self.tuned_projector, assign=True)
+        model.generation_config = self.base.generation_config
+        return model.eval(), Supervision(processor, max_length=None)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        kind: str,
+        turns: Sequence[tuple[str, str]],
+        image: Image.Image,
+        dominant: int,
+        contextual: int,
+        frozen: int,
+    ) -> tuple[str, str]:
+        """(answer, what it took) to `turns`, which end with a question; the first shows the image."""
+        model, supervision = self.build(kind, dominant, contextual, frozen)
+        inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        said = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=supervision.tokenizer.eos_token_id,
+            pad_token_id=Collator.of(supervision).pad_token_id,
+        )
+        whole = time.perf_counter() - start
+        length = inputs["input_ids"].shape[1]
+        visual = int((inputs["input_ids"] == self.base.config.image_token_id).sum())
+        took = f"{visual} visual tokens, prefill {1000 * first:.0f} ms, answer {1000 * whole:.0f} ms"
+        text: Any = supervision.tokenizer.decode(said[0, length:], skip_special_tokens=True)
+        return str(text).strip(), took
+
+    def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:
+        """The kept patches and merged groups over `image`, as a PNG. Raises ValueError for an impossible budget."""
+        model, supervision = self.build(REDUCED, dominant, contextual, 0)
+        views = map_tokens(model, supervision.processor, image)
+        draw_images([view[0] for view in views], path)
+
+
+def choices(config: AppConfig) -> list[Path]:
+    """The images to choose from: up to 12 of the folder, or of the demo's held-out scenes, drawn if needed."""
+    if config.images is None:
+        data = DataConfig("", eval_instructions="demo")
+        draw_demo_scenes(data)
+        folder = demo_folder(data.demo_scenes, held_out=True) / "images"
+    else:
+        folder = Path(config.images)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"images: {folder} is no folder")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:12]
+
+
+def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
+    """The Gradio page; pictures are written to `scratch`. ImportError without Gradio names the extra."""
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError("the page needs Gradio: pip install 'shortzip[app]'") from error
+
+    names = {path.name: str(path) for path in gallery}
+    dominant, contextual, frozen = models.defaults
+
+    def look(path: str | None, keep: int, merge: int) -> tuple[Any, str]:
+        """The picture for the image at `path`, or what is wrong with it."""
+        if path is None:
+            return None, "Choose or upload an image."
+        try:
+            picture = scratch / f"{time.time_ns()}.png"
+            models.draw(open_image(path), int(keep), int(merge), picture)
+        except (BadImage, ValueError) as error:
+            return None, f"⚠️ {Path(path).name}: {error.detail if isinstance(error, BadImage) else error}"
+        total = int(keep) + int(merge)
+        return str(picture), f"{total} of {models.patches} visual tokens ({total / models.patches:.0%})"
+
+    def upload(path: str | None, keep: int, merge: int) -> tuple[Any, ...]:
+        """A file that was uploaded becomes the image, if it is one; the conversation begins anew."""
+        picture, status = look(path, keep, merge)
+        return (path if picture else None, picture, status, *forget())
+
+    def choose(name: str, keep: int, merge: int) -> tuple[Any, ...]:
+        return upload(names[name], keep, merge)
+
+    def forget() -> list[list[Any]]:
+        return [[] for _ in models.kinds]
+
+    def ask(
+        path: str | None, question: str, keep: int, merge: int, freeze: int, *said: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Each model's answer to the question after its own earlier ones, as they come."""
+        talks = [list(talk) for talk in said]
+        if path is None:
+            yield (*talks, question, "⚠️ Choose or upload an image first.")
+            return
+        if not question.strip():
+            yield (*talks, question, "⚠️ Write a question.")
+            return
+        question = question.replace(PLACEHOLDER, "").strip()
+        try:
+            image = open_image(path)
+            for place, kind in enumerate(models.kinds):
+                turns = [(turn["role"], _text(turn)) for turn in talks[place]]
+                turns.append(("user", question))
+                turns[0] = ("user", f"{PLACEHOLDER}\n{turns[0][1]}")
+                answer, took = models.answer(kind, turns, image, int(keep), int(merge), int(freeze))
+                talks[place] += [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer or "(nothing)", "metadata": {"title": took}},
+                ]
+                yield (*talks, "", f"{kind}: {took}")
+            yield (*talks, "", "")
+        except (BadImage, BadSample, ValueError) as error:
+            yield (*talks, question, f"⚠️ {error}")
+
+    with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
+        gr.Markdown("# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector.")
+        image = gr.State(str(gallery[0]) if gallery else None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                chosen = gr.Dropdown(list(names), value=next(iter(names), None), label="image", elem_id="choose")
+                file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
+                keep = gr.Slider(
+                    models.cls or 1,
+                    models.patches + models.cls,
+                    dominant,
+                    step=1,
+                    label="dominant",
+                    elem_id="dominant",
+                )
+                merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
+                freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
+            with gr.Column(scale=3):
+                picture = gr.Image(label="kept patches and merged groups", interactive=False, elem_id="picture")
+                status = gr.Markdown(elem_id="status")
+        with gr.Row():
+            talks = [gr.Chatbot(label=kind, height=280, elem_id=kind.replace(" ", "-")) for kind in models.kinds]
+        with gr.Row():
+            question = gr.Textbox(FIRST_QUESTION, label="question", scale=5, elem_id="question")
+            send = gr.Button("Ask", variant="primary", elem_id="ask")
+            clear = gr.Button("New conversation", elem_id="clear")
+        progress = gr.Markdown(elem_id="progress")
+
+        shown = [image, picture, status, *talks]
+        page.load(look, [image, keep, merge], [picture, status])
+        chosen.change(choose, [chosen, keep, merge], shown)
+        file.upload(upload, [file, keep, merge], shown)
+        for slider in (keep, merge):
+            slider.release(look, [image, keep, merge], [picture, status])
+        asked = [image, question, keep, merge, freeze, *talks]
+        send.click(ask, asked, [*talks, question, progress])
+        question.submit(ask, asked, [*talks, question, progress])
+        clear.click(forget, None, talks)
+    return page
+
+
+def _text(turn: dict[str, Any]) -> str:
+    """A chat message's text: Gradio hands back content as a list of parts."""
+    content = turn["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
+        models, gallery = Models(config), choices(config)
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as scratch:
+        page = build_page(models, gallery, Path(scratch))
+        if config.host != LOCAL:
+            print(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
+        allowed = [scratch, *sorted({str(path.parent.resolve()) for path in gallery})]
+        page.queue(default_concurrency_limit=1)
+        page.launch(server_name=config.host, server_port=config.port, share=False, allowed_paths=allowed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
