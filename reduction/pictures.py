@@ -40,18 +40,18 @@ class TokenMap:
         pixels: [H, W, 3] uint8, what the vision tower was given.
         grid: patches from top to bottom and from left to right.
         attention: [P] float32, share of the attention (of CLS, or of all patches where the tower has no CLS) that each
-            patch receives; sums to at most 1 per tile.
+            patch receives, at most 1 per tile in all; None for baselines, which choose by something else.
         kept: [P] bool, dominant patches.
-        groups: [P] int64, the contextual token that a patch was merged into, -1 for none; each tile has its own.
+        groups: [P] int64, the token that a patch was merged into, -1 for none; each tile has its own.
         targets: [C] int64, the patches that the contextual tokens grew from.
         visual_tokens: how many the language model gets for all this.
         cls_tokens: how many of them are CLS tokens, which have no place in the image.
-        name: of the budget, "54+10".
+        name: of the budget, "54+10", and of a baseline's method.
     """
 
     pixels: NDArray[np.uint8]
     grid: tuple[int, int]
-    attention: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
     kept: NDArray[np.bool_]
     groups: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -61,7 +61,7 @@ class TokenMap:
 
 
 @contextmanager
-def under_budget(model: Any, budget: dict[str, int]) -> Iterator[None]:
+def under_budget(model: Any, budget: dict[str, Any]) -> Iterator[None]:
     """Within it, `model` (a reduced LLaVA) works under another budget. Raises ValueError for one it cannot take."""
     saved = model.config.visionzip
     model.config.visionzip = budget
@@ -74,7 +74,7 @@ def under_budget(model: Any, budget: dict[str, int]) -> Iterator[None]:
 
 @torch.no_grad()
 def map_tokens(
-    model: Any, processor: Any, image: Image.Image, budgets: Sequence[dict[str, int]] | None = None
+    model: Any, processor: Any, image: Image.Image, budgets: Sequence[dict[str, Any]] | None = None
 ) -> list[list[TokenMap]]:
     """What VisionZip does to `image`: per view (LLaVA-NeXT: base tile, then the mosaic) one map per budget.
 
@@ -120,18 +120,19 @@ def _as_seen(tiles: torch.Tensor, image_processor: Any) -> NDArray[np.uint8]:
 
 
 def _one_map(
-    model: Any, found: Any, pixels: NDArray[np.uint8], tiles: slice, shape: tuple[int, int], budget: dict[str, int]
+    model: Any, found: Any, pixels: NDArray[np.uint8], tiles: slice, shape: tuple[int, int], budget: dict[str, Any]
 ) -> TokenMap:
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
-    has_cls = TOWER_HAS_CLS[vision.model_type]
-    # With CLS the scores are sums over heads of a softmax, without it means: as shares, both add up to at most one.
-    attention = found.attention[tiles] / (vision.num_attention_heads if has_cls else 1)
-    count, contextual = len(attention), found.targets.shape[1]
+    method = budget.get("method", "visionzip")
+    has_cls = TOWER_HAS_CLS[vision.model_type] and method == "visionzip"
     kept = torch.zeros_like(found.groups[tiles], dtype=torch.bool).scatter(1, found.kept[tiles], True)
-    own = torch.arange(count)[:, None].to(found.groups.device) * contextual
-    groups = torch.where(found.groups[tiles] < 0, -1, found.groups[tiles] + own)
     is_target = torch.zeros_like(kept).scatter(1, found.targets[tiles], True)
+    count, number = len(kept), int(found.groups.max()) + 1
+    own = torch.arange(count, device=kept.device)[:, None] * number
+    groups = torch.where(found.groups[tiles] < 0, -1, found.groups[tiles] + own)
+    # With CLS the scores are sums over heads of a softmax, without it means: as shares, both add up to at most one.
+    heads = vision.num_attention_heads if has_cls else 1
 
     def mosaic(values: torch.Tensor) -> NDArray[Any]:
         rows, columns = shape
@@ -144,13 +145,13 @@ def _one_map(
     return TokenMap(
         pixels=stitched,
         grid=(shape[0] * side, shape[1] * side),
-        attention=mosaic(attention.float()),
+        attention=None if found.attention is None else mosaic(found.attention[tiles].float() / heads),
         kept=mosaic(kept),
         groups=mosaic(groups),
         targets=mosaic(is_target).nonzero()[0],
-        visual_tokens=count * (budget["dominant"] + contextual),
+        visual_tokens=count * (budget["dominant"] + budget["contextual"]),
         cls_tokens=count if has_cls else 0,
-        name=f"{budget['dominant']}+{budget['contextual']}",
+        name=f"{budget['dominant']}+{budget['contextual']}" + ("" if method == "visionzip" else f" ({method})"),
     )
 
 
@@ -281,6 +282,10 @@ def _show_image(axes: Any, item: TokenMap, title: str) -> None:
 
 def _show_attention(sheet: _Sheet, axes: Any, item: TokenMap) -> None:
     axes.imshow(item.pixels.mean(axis=2), extent=_extent(item), cmap="gray", vmin=0, vmax=255)
+    if item.attention is None:
+        sheet.bar(axes.row).set_axis_off()
+        _caption(axes, "attention plays no part")
+        return
     heat = 100 * item.attention.reshape(item.grid)
     # A few patches take most of the attention: on a linear scale the rest would be one colour.
     norm = PowerNorm(0.5, vmin=0, vmax=float(heat.max()))
@@ -302,7 +307,7 @@ def _show_kept(axes: Any, item: TokenMap) -> None:
 
 def _show_groups(axes: Any, item: TokenMap) -> None:
     groups, kept = item.groups.reshape(item.grid), item.kept.reshape(item.grid)
-    number = len(item.targets)
+    number = int(groups.max()) + 1
     colors = _colors(number)
     tint = _blow_up(colors[np.maximum(groups, 0)] if number else np.zeros((*item.grid, 3)), item.pixels)
     shown = _dim(item.pixels, groups < 0)
@@ -314,7 +319,7 @@ def _show_groups(axes: Any, item: TokenMap) -> None:
     axes.scatter(columns + 0.5, rows + 0.5, s=(0.8 * points) ** 2, facecolors=colors[groups[rows, columns]],
                  edgecolors="white", linewidths=1.5, zorder=3)  # fmt: skip
     dropped = int((~kept & (groups < 0)).sum())
-    if dropped:
+    if dropped and not number:
         _caption(axes, f"dropped: {dropped} patches")
     else:
         _caption(axes, f"merged: {int((groups >= 0).sum())} patches into {number} tokens")

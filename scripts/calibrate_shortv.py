@@ -1,0 +1,186 @@
+"""Measures the layer contribution (LC) of every LLM layer and picks the layers to freeze.
+
+    python scripts/calibrate_shortv.py --model checkpoints/demo-llava --budget 14+2 --freeze 60%
+
+Works with any release, reduced checkpoint or run's folder, and any instruction file; each conversation is read up to
+the first answer after an image. LC is measured on what the budget leaves, for visual and for text tokens; with
+--compare_full true also on all visual tokens. It writes layers.json (LC of every layer, mean and spread, ranking,
+model, data, seed, time) and a bar chart beside it. An interrupted run goes on where it stopped when it is started
+again with the same settings: what is measured is kept in layers.json.partial until it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from data.drops import BadSample, TooManyBadSamples
+from data.images import BadImage
+from reduction.layer_contribution import DIRECTIONS, pick_layers
+from reduction.parsing import parse_budget
+from train.calibration import ALL_TOKENS, CalibrateConfig, Partial, measure, refuse_other_settings
+from train.checkpoint import write_atomically
+from train.config import parse_config
+from train.release import Reduction
+
+INK = "#222222"
+
+
+def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
+    """The settings that a measurement depends on."""
+    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full",
+             "text_tokens", "dtype", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
+
+
+def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
+    """Measures, or takes a finished file of the same settings; writes layers.json and the chart; returns the former.
+
+    Raises ValueError for settings that do not go together or another run's files, and what loading the model and the
+    data raises.
+    """
+    matters = settings_that_matter(settings)
+    partial_path = settings.output.with_name(settings.output.name + ".partial")
+    result = json.loads(settings.output.read_text()) if settings.output.is_file() and not settings.overwrite else None
+    if result is not None:
+        refuse_other_settings(result.get("settings", {}), matters, settings.output)
+        print(f"{settings.output} holds these measurements already; layers are picked from it")
+    else:
+        partial = Partial(partial_path, matters, settings.overwrite)
+        own: Reduction = "saved" if settings.budget is None else None
+        first = measure(
+            settings, parse_budget(settings.budget) if settings.budget not in (None, "none") else own, partial
+        )
+        measured = [first]
+        if settings.compare_full:
+            if first.budget is None:
+                raise ValueError("compare_full compares a budget with all visual tokens, and the model has none.")
+            measured.append(measure(settings, None, partial))
+        result = {
+            "settings": matters,
+            "model": settings.model,
+            "instructions": settings.instructions,
+            "samples": len(first.visual),
+            "seed": settings.seed,
+            "num_layers": first.visual.shape[2],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(sum(item.seconds for item in measured), 3),
+            "measurements": [item.summary() for item in measured],
+        }
+    ranking = result["measurements"][0]["visual"][settings.direction]["ranking"]
+    layers = sorted(pick_layers(ranking, settings.freeze)) if settings.freeze is not None else None
+    result |= {"direction": settings.direction, "ranking": ranking, "freeze": settings.freeze, "layers": layers}
+    write_atomically(settings.output, json.dumps(result, indent=1) + "\n")
+    draw_contributions(result, settings.output.with_suffix(".png"))
+    partial_path.unlink(missing_ok=True)
+    return result
+
+
+def report(result: dict[str, Any], output: Path) -> str:
+    """What the command prints."""
+    direction = result["direction"]
+    lines = [
+        f"LC of {result['num_layers']} layers on {result['samples']} conversations of {result['instructions']} "
+        f"(seed {result['seed']}), {result['seconds']:.1f} s; "
+        f"{'KL(full || frozen)' if direction == DIRECTIONS[0] else 'KL(frozen || full)'}",
+    ]
+    for item in result["measurements"]:
+        budget = item["budget"]
+        name = f"budget {budget['dominant']}+{budget['contextual']}" if budget else ALL_TOKENS
+        lines += ["", f"{name}: {item['visual_tokens_per_prompt']:g} visual tokens per prompt"]
+        lines.append(f"  {'layer':>5}  {'visual tokens':>21}  {'text tokens':>21}")
+        frozen = result["layers"] if item is result["measurements"][0] and result["layers"] is not None else []
+        for layer in item["visual"][direction]["ranking"]:
+            cells = [
+                f"{item[kind][direction]['mean'][layer]:9.3g} ± {item[kind][direction]['std'][layer]:<9.3g}"
+                if kind in item
+                else f"{'-':>21}"
+                for kind in ("visual", "text")
+            ]
+            lines.append(f"  {layer:>5}  {cells[0]}  {cells[1]}{'  frozen' if layer in frozen else ''}")
+        if item["dropped"]:
+            lines.append(f"  left out: {', '.join(f'{count} {reason}' for reason, count in item['dropped'].items())}")
+    if result["layers"] is not None:
+        lines += ["", f"shortv: {{layers: {result['layers']}}}"]
+    else:
+        lines += ["", "To pick layers: the same command with --freeze 60% (or a number of layers)."]
+    lines.append(f"written: {output} and {output.with_suffix('.png')}")
+    return "\n".join(lines)
+
+
+def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
+    """A bar chart of the layer contributions in a layers.json: one bar per layer and budget, text tokens below.
+
+    `result` has `direction`, `layers` (the frozen ones, or None), `num_layers` and `measurements`, each with `budget`
+    and, per kind of token and direction, `mean` and `std`. Logarithmic axes.
+    """
+    measurements, direction, depth = result["measurements"], result["direction"], result["num_layers"]
+    kinds = [kind for kind in ("visual", "text") if kind in measurements[0]]
+    figure = Figure(figsize=(max(6.5, 0.32 * depth + 2), 2.9 * len(kinds) + 0.9), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    frozen = set(result["layers"] or [])
+    panels = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
+    width = 0.8 / len(measurements)
+    for axes, kind in zip(panels, kinds, strict=True):
+        for number, item in enumerate(measurements):
+            mean = np.array(item[kind][direction]["mean"])
+            error = np.array(item[kind][direction]["std"]) / max(1, item["samples"]) ** 0.5
+            places = np.arange(depth) + (number - (len(measurements) - 1) / 2) * width
+            colors = [
+                _bar_color(number, is_frozen=kind == "visual" and number == 0 and layer in frozen)
+                for layer in range(depth)
+            ]
+            axes.bar(places, mean, width, color=colors, yerr=error, ecolor=INK, error_kw={"elinewidth": 0.8})
+            for place in places[mean == 0]:
+                axes.annotate(
+                    "0", (place, 0.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=INK
+                )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel(f"LC of {kind} tokens\n(nats, log scale)", fontsize=9)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axes.set_axisbelow(True)
+        for spine in ("top", "right"):
+            axes.spines[spine].set_visible(False)
+        axes.tick_params(labelsize=8)
+    panels[-1].set_xticks(range(depth))
+    panels[-1].set_xlabel("LLM layer", fontsize=9)
+    handles = [Patch(color=_bar_color(number), label=_budget_name(item["budget"])) for number, item in
+               enumerate(measurements)]  # fmt: skip
+    if frozen:
+        handles.append(Patch(color=_bar_color(0, is_frozen=True), label=f"frozen: {len(frozen)} of {depth} layers"))
+    panels[0].legend(handles=handles, fontsize=8.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
+    figure.suptitle("How much the answer changes when a layer leaves tokens as they are", fontsize=11, color=INK)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _bar_color(number: int, is_frozen: bool = False) -> str:
+    return "#8ec1ee" if is_frozen else ("#1f5f9f", "#b8a07a")[number]
+
+
+def _budget_name(budget: dict[str, Any] | None) -> str:
+    if budget is None:
+        return ALL_TOKENS
+    return f"budget {budget['dominant']}+{budget['contextual']}"
+
+
+if __name__ == "__main__":
+    try:
+        config = parse_config(CalibrateConfig, sys.argv[1:], default=None, program="calibrate_shortv.py")
+        print(report(calibrate(config), config.output))
+    except (ValueError, FileNotFoundError, BadSample, BadImage, TooManyBadSamples) as error:
+        sys.exit(f"calibrate_shortv.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ncalibrate_shortv.py: interrupted; the same command goes on from here")

@@ -1,0 +1,135 @@
+"""`python scripts/estimate_cost.py`: its figures are the papers', and it needs no weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reduced_configs import tiny_config
+
+from reduction import flops
+from scripts.estimate_cost import EstimateConfig, estimate, known_release, main, read_config, report
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_papers_figures_for_known_releases():
+    expected = {
+        "llava-1.5-7b": ("19", 8.504, 4.694),
+        "llava-1.5-13b": ("24", 16.576, 9.074),
+        "llava-next-7b": ("60%", 42.675, 21.560),
+        "llava-next-13b": ("60%", 81.806, 41.037),
+    }
+    for model, (freeze, plain, frozen) in expected.items():
+        _, rows = estimate(EstimateConfig(model=model, freeze=freeze))
+        assert [row.name.split()[0] for row in rows] == ["none", "VisionZip", "ShortV", "both"]
+        assert round(rows[0].prefill_flops / 1e12, 3) == plain
+        assert round(rows[2].prefill_flops / 1e12, 3) == frozen
+        assert rows[3].prefill_flops < min(rows[1].prefill_flops, rows[2].prefill_flops)
+
+
+def test_rows_of_llava_1_5_7b():
+    config, (none, visionzip, shortv, both) = estimate(EstimateConfig(budget="54+10", freeze="19"))
+    assert round(flops.parameter_counts(config).total / 1e9, 2) == 7.06
+    assert [row.visual_tokens for row in (none, visionzip, shortv, both)] == [576, 64, 576, 64]
+    assert [row.frozen_layers for row in (none, visionzip, shortv, both)] == [0, 0, 19, 19]
+    assert none.kv_cache_bytes == shortv.kv_cache_bytes == 640 * 2**19
+    assert visionzip.kv_cache_bytes == both.kv_cache_bytes == 128 * 2**19
+    assert none.training_flops > shortv.training_flops > visionzip.training_flops > both.training_flops
+    for row in (none, visionzip, shortv, both):
+        assert row.training_bytes == sum(row.memory.values())
+
+
+def test_largest_micro_batch_is_the_largest_that_fits():
+    settings = EstimateConfig(memory="24GiB")
+    config, rows = estimate(settings)
+    for row in rows:
+
+        def memory(samples: int, row=row) -> int:
+            step = flops.TrainingStep(
+                text_tokens=512, visual_tokens=row.visual_tokens, frozen_layers=row.frozen_layers,
+                micro_batch_size=samples,
+            )  # fmt: skip
+            return flops.training_step_memory(config, step).total
+
+        assert memory(row.largest_micro_batch) <= 24 * 2**30 < memory(row.largest_micro_batch + 1)
+    small = EstimateConfig(memory="8GiB")
+    _, rows = estimate(small)
+    assert {row.largest_micro_batch for row in rows} == {0}
+    last = report(config, rows, small).splitlines()[-4].split()
+    assert last[0] == "both"
+    assert last[-2:] == ["NO", "none"]
+    _, rows = estimate(EstimateConfig(memory="8GiB", weights="4bit"))
+    assert min(row.largest_micro_batch for row in rows) > 0
+
+
+def test_next_counts_tiles_and_groups_of_heads():
+    _, rows = estimate(EstimateConfig(model="llava-next-mistral-7b", budget="28+5"))
+    assert [row.visual_tokens for row in rows] == [2880, 165, 2880, 165]
+    assert rows[0].prefill_flops_grouped < rows[0].prefill_flops
+    assert rows[0].kv_cache_bytes == (2880 + 64) * 32 * 2 * 1024 * 2
+    _, rows = estimate(EstimateConfig(model="llava-next-7b", budget="54+10", tiles=3))
+    assert [row.visual_tokens for row in rows[:2]] == [3 * 576, 3 * 64]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_folder_with_a_config_and_nothing_else(family, tmp_path):
+    config = tiny_config(family)
+    config.to_json_file(tmp_path / "config.json")
+    _, rows = estimate(EstimateConfig(model=str(tmp_path), budget="4+2", freeze="1"))
+    tiles = 5 if family == "llava_next" else 1
+    assert [row.visual_tokens for row in rows] == [16 * tiles, 6 * tiles, 16 * tiles, 6 * tiles]
+    assert rows[0].prefill_flops == flops.llm_prefill_flops(config.text_config, 64, 16 * tiles)
+
+
+def test_reduced_checkpoint_brings_its_own_reductions(tmp_path):
+    config = tiny_config("llava", visionzip={"dominant": 3, "contextual": 2}, shortv={"layers": [0, 2]})
+    config.to_json_file(tmp_path / "config.json")
+    _, rows = estimate(EstimateConfig(model=str(tmp_path)))
+    assert (rows[3].visual_tokens, rows[3].frozen_layers) == (5, 2)
+    _, rows = estimate(EstimateConfig(model=str(tmp_path), budget="4+2", freeze="[1]"))
+    assert (rows[3].visual_tokens, rows[3].frozen_layers) == (6, 1)
+
+
+def test_writes_json(tmp_path, capsys):
+    main(EstimateConfig(output=tmp_path / "new" / "cost.json"))
+    printed = capsys.readouterr().out
+    assert "8.504" in printed
+    values = json.loads((tmp_path / "new" / "cost.json").read_text())
+    assert [row["visual_tokens"] for row in values["rows"]] == [576, 64, 576, 64]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": "570+10"}, "at most 577"),
+        ({"budget": "64"}, r"54\+10"),
+        ({"freeze": "33"}, "has 32 layers"),
+        ({"freeze": "0,32"}, "from 0 to 31"),
+        ({"memory": "a lot"}, "24GiB"),
+        ({"per_device_train_batch_size": 0}, "micro_batch_size=0"),
+        ({"tiles": 0}, "tiles=0"),
+        ({"text_tokens": -1}, "text_tokens=-1"),
+    ],
+)
+def test_refusals(values, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(EstimateConfig(**values))
+
+
+def test_models_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        read_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llava_llama'"):
+        read_config(str(tmp_path))
+    assert known_release("llava-2") is None
+
+
+def test_as_a_command():
+    command = [sys.executable, str(ROOT / "scripts" / "estimate_cost.py")]
+    ended = subprocess.run([*command, "--buget", "54+10"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "budget" in ended.stderr
+    assert "Traceback" not in ended.stderr
