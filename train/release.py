@@ -197,7 +197,7 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             "vision tower"
             if "vision_tower." in name
             else "projector"
-            if "multi_modal_projector." in name or "image_newline" in name
+            if "multi_modal_projector." in name
             else "language model"
         )
         parts[part][name] = spec
