@@ -119,7 +119,6 @@ _KINDS: dict[str, tuple[Callable[[Scene, np.random.Generator], QA], float]] = {
     "description": (_ask_description, 0.06),
 }
 KINDS = tuple(_KINDS)
-_SHARES = np.array([share for _, share in _KINDS.values()])
 _FOLLOW_UPS = (
     ("Where is it?", "place"),
     ("What size is it?", "size"),
@@ -128,11 +127,15 @@ _FOLLOW_UPS = (
 )
 
 
-def ask(scene: Scene, rng: np.random.Generator, turns: int = 1) -> list[tuple[str, str, str]]:
-    """A conversation of `turns` questions about `scene`.
+def ask(
+    scene: Scene, rng: np.random.Generator, turns: int = 1, kinds: Sequence[str] = KINDS
+) -> list[tuple[str, str, str]]:
+    """A conversation of `turns` questions about `scene`, of the given kinds (and follow-ups).
 
     Returns `(kind, question, answer)` per turn; the kind of a follow-up about the same object is `"follow_up"`.
     """
+    shares = np.array([_KINDS[kind][1] for kind in kinds])
+    shares /= shares.sum()
     conversation: list[tuple[str, str, str]] = []
     topic: SceneObject | None = None
     while len(conversation) < turns:
@@ -147,7 +150,7 @@ def ask(scene: Scene, rng: np.random.Generator, turns: int = 1) -> list[tuple[st
             question, answer = _pick(rng, open_ends)
             conversation.append(("follow_up", question, answer))
             continue
-        kind = KINDS[int(rng.choice(len(KINDS), p=_SHARES))]
+        kind = kinds[int(rng.choice(len(kinds), p=shares))]
         question, answer, item = _KINDS[kind][0](scene, rng)
         if question not in asked:
             conversation.append((kind, question, answer))

@@ -91,12 +91,17 @@ def make(config: DemoModelConfig) -> None:
             torch.save((tower.state_dict(), entries), kept)
     del labels
 
+    if config.continue_from:
+        model.load_state_dict(torch.load(config.continue_from / "partial.pt", weights_only=True))
+        for line in (config.continue_from / "log.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            note({"earlier": entry.get("earlier", entry)})
     writer = Writer(tokenizer)
     features = tower_features(tower, pictures[: config.lm_steps * config.lm_batch])
     note({"stage": "features", "shape": list(features.shape)})
     for entry in train_language_model(model, writer, features, config):
         note(entry)
-        if entry["step"] and int(str(entry["step"])) % 500 == 0:
+        if entry["step"] and int(str(entry["step"])) % 150 == 0:
             note({"stage": "held-out", **measure(model, writer, held_out[:100], HELD_OUT_SEED)})
             torch.save(model.state_dict(), config.output_dir / "partial.pt")
     (config.output_dir / "partial.pt").unlink(missing_ok=True)

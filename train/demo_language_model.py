@@ -15,6 +15,8 @@ from train.demo_model import GRID, SYSTEM, DemoModelConfig, Optimizer
 from train.demo_tower import normalise, tower_layers
 
 IGNORED = -100
+# Kinds that name an object by two words at once. Looking up two at once is learned last, so training practises it.
+TWO_WORDS = ("place", "size", "existence")
 Turns = list[tuple[str, str, str]]  # (kind, question, answer) of one conversation
 
 
@@ -96,10 +98,13 @@ def answer_logits(
     return model.lm_head(hidden[where[:, 0], where[:, 1]]).float(), targets, where
 
 
-def questions_for(seed: int, index: int, draw: int, conversations: int) -> list[Turns]:
+def questions_for(seed: int, index: int, draw: int, conversations: int, practice: int = 0) -> list[Turns]:
+    """Conversations about one scene, `practice` of them single questions that name an object by colour and shape."""
     rng = np.random.default_rng((seed, index, 4, draw))
     scene = sample_scene(seed, index)
-    return [ask(scene, rng, int(turns)) for turns in rng.choice([1, 2, 3], size=conversations, p=[0.7, 0.2, 0.1])]
+    turns = rng.choice([1, 2, 3], size=conversations - practice, p=[0.7, 0.2, 0.1])
+    drills = [ask(scene, rng, kinds=TWO_WORDS) for _ in range(practice)]
+    return drills + [ask(scene, rng, int(count)) for count in turns]
 
 
 def train_language_model(
@@ -117,7 +122,9 @@ def train_language_model(
         if len(order) < config.lm_batch:
             order, draw = torch.randperm(len(features), generator=generator).tolist(), draw + 1
         rows, order = order[: config.lm_batch], order[config.lm_batch :]
-        batch = writer.batch([questions_for(config.seed, row, draw, config.conversations) for row in rows])
+        batch = writer.batch(
+            [questions_for(config.seed, row, draw, config.conversations, config.practice) for row in rows]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets, _ = answer_logits(model, features[rows], batch)
         loss = F.cross_entropy(logits, targets)

@@ -54,6 +54,10 @@ class DemoModelConfig:
     """Scenes per step of stage 2."""
     conversations: int = 12
     """Conversations per scene and step in stage 2."""
+    practice: int = 0
+    """How many of these are single questions that name an object by colour and shape."""
+    continue_from: Path | None = None
+    """Start stage 2 from these weights (a state dict kept in another run's `partial.pt`) and keep that run's log."""
     learning_rate: float = 2e-3
     """Peak learning rate of both stages (Muon scaled to AdamW's, and AdamW for embeddings and vectors)."""
     processes: int = 2
