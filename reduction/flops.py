@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig
 
 # What a CUDA process holds beside tensors: context, cuBLAS and cuDNN workspaces, the allocator's rounding.
 CUDA_OVERHEAD_BYTES = 1 << 30
+# Logits computed at a time in a training step (supervised_states leaves them to train/objective.py), on a CUDA device.
+LOGITS_AT_ONCE = 1 << 25
 # NF4 with double quantisation: 4 bits per weight, 8 per block of 64 and 32 per 256 blocks.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
@@ -267,7 +269,7 @@ class TrainingMemory:
     projector: int  # fp32 weights, gradients and Adam's two moments
     activations: int  # kept for the backward pass
     working: int  # the layer at work: its recomputed activations and gradients, or the tower's if they are more
-    logits: int  # logits of the supervised positions, their fp32 copy and gradients
+    logits: int  # a chunk of the supervised positions' logits, its fp32 copy and gradient, and all states' gradients
     overhead: int  # CUDA context and workspaces
 
     @property
@@ -291,8 +293,24 @@ def training_step_flops(config: PreTrainedConfig, step: TrainingStep) -> int:
     return step.global_batch_size * per_sample
 
 
+def needed_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: int, bytes_per_value: int) -> int:
+    """Bytes that one untrained LLM layer keeps in :func:`reduction.supervised_states.supervised_states`.
+
+    ``queries`` of its ``keys`` tokens are updated. Kept are each norm's input as it came with one number per token,
+    keys and values, queries, attention's output and log-sum, and the two wide inputs of the FFN's product. Visual
+    tokens that are frozen in one layer after another are kept once; counted here is the first time.
+    """
+    q_width, kv_width = _attention_widths(text_config)
+    h, m, b = text_config.hidden_size, text_config.intermediate_size, bytes_per_value
+    per_key = h * b + 4 + 2 * kv_width * b
+    per_query = h * b + 4 + 2 * q_width * b + 4 * text_config.num_attention_heads + 2 * m * b
+    return keys * per_key + queries * per_query
+
+
 def layer_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: int, bytes_per_value: int) -> int:
-    """Bytes that one untrained LLM layer keeps for the backward pass: ``queries`` of its ``keys`` tokens are updated.
+    """Bytes that one untrained LLM layer of transformers keeps for the backward pass.
+
+    ``queries`` of its ``keys`` tokens are updated.
 
     Linear layers without weight gradients keep nothing. What is left: the input of each norm in fp32 with its inverse
     root mean square, keys and values, queries, attention's output and log-sum, and three FFN-wide tensors.
@@ -308,7 +326,7 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
     """Bytes on one device at the peak of a training step with ``step.micro_batch_size`` samples at a time.
 
     The model is on one device in full, attention is SDPA. It is an estimate: activations follow
-    :func:`layer_activation_bytes`, the rest is counted from the tensors that exist at once.
+    :func:`needed_activation_bytes`, the rest is counted from the tensors that exist at once.
     """
     text, t, v, b, rows = (
         config.text_config,
@@ -321,8 +339,8 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
     layer_bytes = NF4_BYTES if step.weights == "4bit" else b
     weights = int(counts.llm_layers * layer_bytes) + (counts.vision_tower + counts.embeddings) * b
 
-    plain = rows * layer_activation_bytes(text, t + v, t + v, b)
-    frozen = rows * layer_activation_bytes(text, t, t + v, b)
+    plain = rows * needed_activation_bytes(text, t + v, t + v, b)
+    frozen = rows * needed_activation_bytes(text, t, t + v, b)
     plain_layers = text.num_hidden_layers - step.frozen_layers
     hidden = rows * (t + v) * text.hidden_size * b
     projector_kept = rows * v * (_projector_input(config) + 2 * text.hidden_size) * 4
@@ -345,7 +363,7 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
         projector=16 * counts.projector,
         activations=kept + projector_kept,
         working=max(recomputed + gradients + dequantised, tower),
-        logits=rows * t * text.vocab_size * (2 * b + 8),
+        logits=min(rows * t * text.vocab_size, LOGITS_AT_ONCE) * (2 * b + 4) + rows * t * text.hidden_size * 2 * b,
         overhead=CUDA_OVERHEAD_BYTES,
     )
 

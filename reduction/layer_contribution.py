@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .parsing import parse_freeze
 from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active
+from .supervised_states import window_of
 
 Direction = Literal["full_to_frozen", "frozen_to_full"]
 DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")
@@ -359,7 +360,7 @@ class _Places:
     def mask(self, layer: int) -> Tensor | None:
         """[1, 1, n, before + n]: causal, within the layer's window; bool, for eager attention additive; None where
         SDPA's own causal mask is the same."""
-        window = _window(self._config, layer)
+        window = window_of(self._config, layer)
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
@@ -378,15 +379,6 @@ class _Places:
         if not eager:
             return seen
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """How many tokens back a layer sees, or None for all of them."""
-    values = config.to_dict()
-    kinds = values.get("layer_types")
-    if kinds is not None and kinds[layer] != "sliding_attention":
-        return None
-    return values.get("sliding_window")
 
 
 def _begin_alike(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:

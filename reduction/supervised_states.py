@@ -80,12 +80,11 @@ class Places:
     Packed order: the visual tokens of all rows, row after row, then the text tokens of all rows.
 
     Attributes:
-        length: L, positions in a row.
         shared: number of tokens p at the beginning of every row that are not computed but taken from a FixedText.
         text: [T] token ids of the text tokens.
         positions: [N] each packed token's position in its row.
         slots: [N] its place in padded rows [B, K], the row's visual tokens first.
-        rows: [B, K] the positions of `slots`; `length`, beyond every real one, where a slot is empty.
+        rows: [B, K] the positions of `slots`; L, beyond every real one, where a slot is empty.
         text_slots: [T] each text token's place in padded rows [B, A].
         text_rows: [B, A] the positions of `text_slots`.
         ends: [S] packed indices of the supervised positions, in the order of the targets.
@@ -94,7 +93,6 @@ class Places:
         targets: [S] the token that follows each of them.
     """
 
-    length: int
     shared: int
     text: Tensor
     positions: Tensor
@@ -181,7 +179,6 @@ def place_tokens(
     packed[text] = len(visual_slots) + torch.arange(len(text_slots))
     end_slots, end_rows = arrange(predicts, predicts.cumsum(1) - 1, int(predicts.sum(1).max()))
     return Places(
-        length=length,
         shared=shared,
         text=input_ids[text],
         positions=positions,
@@ -201,7 +198,7 @@ def compute_fixed_text(decoder: Any, ids: Tensor) -> FixedText:
     """Keys and values of a text [p] int64 (p ≥ 1) that stands at the beginning of rows."""
     embeds = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device))
     positions = torch.arange(len(ids), device=embeds.device)
-    walk = _Walk(decoder, embeds, positions, positions, positions[None], len(ids))
+    walk = _Walk(decoder, embeds, positions, positions, positions[None])
     every, states = walk.queries(positions, positions[None]), embeds
     collected: list[KeysValues] = []
     for number, layer in enumerate(decoder.layers):
@@ -228,7 +225,7 @@ def supervised_states(
     count = places.visual_count
     states = (text[:0] if visual is None else visual.to(text.dtype), text)
     before = fixed.first(places.shared) if fixed is not None and places.shared else None
-    walk = _Walk(decoder, text, places.positions, places.slots, places.rows, places.length, before, count)
+    walk = _Walk(decoder, text, places.positions, places.slots, places.rows, before, count)
     every = walk.queries(places.slots, places.rows)
     of_text = walk.queries(places.text_slots, places.text_rows, slice(count, None))
     ends = walk.queries(places.end_slots, places.end_rows, places.ends)
@@ -267,14 +264,13 @@ class _Walk:
         positions: Tensor,
         slots: Tensor,
         rows: Tensor,
-        length: int,
         before: list[KeysValues] | None = None,
         visual_count: int = 0,
     ) -> None:
         self.config, self.dtype = decoder.config, embeds.dtype
         cos, sin = decoder.rotary_emb(embeds, positions[None])
         self.cos, self.sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        self.before, self.length, self.visual_count = before, length, visual_count
+        self.before, self.visual_count = before, visual_count
         self.shared = 0 if before is None else len(before[0][0])
         beginning = torch.arange(self.shared, device=rows.device).expand(len(rows), -1)
         self.key_positions = torch.cat([beginning, rows], dim=1)
@@ -326,7 +322,7 @@ class _Walk:
         rows = packed.new_zeros(*self.key_positions.shape, *packed.shape[1:])
         if before is not None:
             rows[:, : self.shared] = before.to(rows)
-        return rows.flatten(0, 1).detach().index_copy_(0, self.key_slots, packed).view_as(rows)
+        return _Put.apply(packed, self.key_slots, rows)
 
     def update(
         self, layer: Any, states: Tensor, normed: Tensor, queries: _Queries, keys: Tensor, values: Tensor
@@ -336,11 +332,11 @@ class _Walk:
         asked = attention.q_proj(normed).view(len(states), -1, attention.head_dim)
         asked = _rotate(asked, queries.cos, queries.sin)
         batch, width = queries.rows.shape
-        padded = asked.new_zeros(batch * width, *asked.shape[1:]).index_copy_(0, queries.slots, asked)
+        padded = _Put.apply(asked, queries.slots, asked.new_zeros(batch, width, *asked.shape[1:]))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
-            padded.view(batch, width, *asked.shape[1:]).transpose(1, 2),
+            padded.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
             self.mask(queries, attention.layer_idx),
@@ -351,18 +347,18 @@ class _Walk:
         return states + self.feed_forward(layer.mlp, self.normed(layer.post_attention_layernorm, states))
 
     def mask(self, queries: _Queries, layer: int) -> Tensor:
-        """[B, 1, Q, shared + K]: bool, True where a query sees a key; additive for eager attention."""
+        """[B, 1, Q, shared + K] to be added to the scores: SDPA would make as much of a bool mask in every layer.
+
+        Finite, for an empty slot may see nothing: a softmax over nothing is NaN, and 0 * NaN reaches gradients.
+        """
         window = window_of(self.config, layer)
         if window not in queries.masks:
             at, keys = queries.rows[:, None, :, None], self.key_positions[:, None, None, :]
-            seen = keys <= at
+            hidden = keys > at
             if window is not None:
-                # Empty slots see everything: a softmax over nothing is NaN, and 0 * NaN would reach the gradients.
-                seen = seen & ((keys > at - window) | (at == self.length))
-            if self.config._attn_implementation == "eager":
-                lowest = torch.finfo(self.dtype).min
-                seen = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, lowest)
-            queries.masks[window] = seen
+                hidden = hidden | (keys <= at - window)
+            mask = torch.zeros_like(hidden, dtype=self.dtype)
+            queries.masks[window] = mask.masked_fill_(hidden, torch.finfo(self.dtype).min)
         return queries.masks[window]
 
     def normed(self, norm: Any, states: Tensor) -> Tensor:
@@ -375,6 +371,22 @@ class _Walk:
         if self.config.hidden_act in ("silu", "swish"):
             return mlp.down_proj(_GatedSilu.apply(gate, up))
         return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+class _Put(torch.autograd.Function):
+    """Packed [N, …] written to distinct places [N] of rows [B, K, …], which are overwritten; keeps the places only."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.mark_dirty(rows)
+        rows.flatten(0, 1).index_copy_(0, index, packed)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.flatten(0, 1).index_select(0, index), None, None
 
 
 class _Take(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from reduction.flops import LOGITS_AT_ONCE
 from reduction.supervised_states import (
     IGNORE_INDEX,
     FixedText,
@@ -202,7 +203,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor) -> Tensor:
         weight = lm_head.weight
-        values = 1 << 25 if states.is_cuda else 1 << 22
+        values = LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8
         total = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, len(states), max(1, values // len(weight))):

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, build, make_batch, make_row
+from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, VISIONZIP, build, make_batch, make_row
 from torch import Tensor, nn
 
+from reduction.flops import needed_activation_bytes
 from reduction.shortv import freeze_visual_tokens
 from reduction.supervised_states import (
     can_walk,
@@ -122,14 +123,9 @@ def test_gradient_checkpointing_changes_nothing(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0], [3], [0, 1, 2, 3], [1, 2]])
-def test_any_frozen_layers(layers: list[int]) -> None:
-    model = projector_only(reduction="visionzip")
-    weights = model.state_dict()
-    freeze_visual_tokens(model.model.language_model, layers)
-    model.load_state_dict(weights)
-    model.config.shortv = {"layers": layers}
-    model.eval().requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
+def test_any_frozen_layers(layers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REDUCTIONS, "chosen", {"visionzip": VISIONZIP, "shortv": {"layers": layers}})
+    model = projector_only(reduction="chosen")
     batch = batch_of(model, "one image")
     assert_equal_to_plain(model, batch, make_labels(batch), shared=True)
 
@@ -205,6 +201,39 @@ def test_decoders_that_cannot_be_walked() -> None:
     model = projector_only()
     model.model.language_model.layers[2] = nn.Identity()
     assert not can_walk(model.model.language_model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_keeps_what_the_memory_estimate_counts(frozen: bool) -> None:
+    def kept(layers: int) -> int:
+        model = projector_only(decoder="llama-mha", reduction="visionzip")
+        del model.model.language_model.layers[layers:]
+        if frozen:
+            freeze_visual_tokens(model.model.language_model, list(range(layers)))
+        model.requires_grad_(False)
+        batch = make_batch([make_row(model, "tItttttttt", 1)], "right")
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[0, -4:] = 5
+        places = place_tokens(batch["input_ids"], batch["attention_mask"], labels, IMAGE_TOKEN)
+        visual = torch.randn(6, 32, requires_grad=True)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        sizes: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own and tensor.is_floating_point():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            states = supervised_states(model.model.language_model, visual, places)
+            assert states.requires_grad
+            return sum(storage.nbytes() for storage in sizes.values())
+
+    text = projector_only(decoder="llama-mha").config.text_config
+    expected = needed_activation_bytes(text, 8 if frozen else 14, 14, 4)
+    if frozen:
+        expected -= 6 * 32 * 4  # the visual tokens' hidden states, kept by the layer before
+    assert kept(4) - kept(3) == expected
 
 
 def test_less_is_kept_for_the_backward_pass() -> None:
