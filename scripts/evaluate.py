@@ -117,8 +117,8 @@ def candidates_for(config: EvaluateConfig) -> list[Candidate]:
             visionzip = config.visionzip.as_key() if config.visionzip else None
             fastv = asdict(config.fastv) if config.fastv else None
             shortv = {"layers": config.shortv.layers} if config.shortv else None
-            reductions = {"visionzip": visionzip, "shortv": shortv, "fastv": fastv}
-            rows.append(replace(release, name=several + "reduced, untuned", **reductions))
+            name = several + "reduced, untuned"
+            rows.append(replace(release, name=name, visionzip=visionzip, shortv=shortv, fastv=fastv))
     return rows
 
 
