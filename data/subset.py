@@ -170,7 +170,7 @@ Picked = list[tuple[Conversation, dict[str, Any]]]
 def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:
     """Number, conversation and row of every row that could be chosen; the others are dropped."""
     parse: Callable[[Any, int, str], Conversation] | None = None
-    source = reader.options.instructions
+    source, root = reader.options.instructions, reader.options.image_root
     number = -1
     for number, row in enumerate(reader.all()):
         if number % 4096 == 0:
@@ -183,8 +183,9 @@ def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tup
             if not conversation.images and not reader.options.keep_text_only:
                 raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
             for path in conversation.images:
-                if isinstance(path, str):
-                    resolve_image_path(path, reader.options.image_root or "/")
+                # Without an image root, nobody can say what lies outside of it, but `..` shows.
+                if isinstance(path, str) and (root is not None or not os.path.isabs(path)):
+                    resolve_image_path(path, root or "image root")
         except BadImage as error:
             drops.add(BadSample(error.problem, conversation.id, str(error), source))
         except BadSample as error:

@@ -56,7 +56,7 @@ def padding(
     lengths = np.asarray([min(max_length, estimated_length(row, visual_tokens)) for row in images])
     quantiles = ", ".join(f"{share}%: {np.quantile(lengths, share / 100):.0f}" for share in (5, 25, 50, 75, 95, 99))
     CONSOLE.print(f"{len(lengths)} rows of the generated mix; tokens: mean {lengths.mean():.0f}, {quantiles}")
-    table = Table("micro-batch", "random order", "length groups", "ours: rows", "ours: tokens", "micro-batches a step")
+    table = Table("rows", "random", "length groups", "ours, rows", "ours, tokens", "micro-batches")
     order = permutation(len(lengths), 0, 0)
     for size in micro_batch_sizes or [4, 8, 16, 32]:
         by_rows = BatchPlan(lengths.tolist(), global_batch_size, micro_batch_size=size)
@@ -70,7 +70,7 @@ def padding(
         ]
         counts = [np.mean([len(batch.micro_batches[0]) for batch in plan.batches()]) for plan in (by_rows, by_tokens)]
         cells = [f"{share:.1%}" for share in shares]
-        cells[3] += f" ({budget} tokens)"
+        cells[3] += f" ({budget})"
         table.add_row(str(size), *cells, f"{counts[0]:.1f} / {counts[1]:.1f}")
     CONSOLE.print(table)
     CONSOLE.print(
