@@ -13,6 +13,7 @@ Random weights, lengths drawn like the instruction mix's (scripts/benchmark_shap
     zip                 the same without gradient checkpointing
     shortzip            VisionZip and ShortV through train/objective.py, as the loop runs it
     shortzip, cached    the same with the features of data.cache_features in place of pixels
+    shortzip, all       VisionZip and ShortV, every token through every layer, logits at supervised positions only
 
 The limit, on paper. A sample with t text tokens (p of them before the image, s supervised), v visual tokens, in a
 language model of L layers, width h, FFN m, vocabulary V, F of the layers frozen; a layer costs 2(4h + 3m)h per token
@@ -50,7 +51,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,14 +72,42 @@ from rich.table import Table
 from torch import Tensor
 
 from data.batching import BatchPlan
-from reduction.flops import llm_prefill_flops, vision_tower_flops
+from reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
 from reduction.parsing import parse_bytes
 from reduction.shortv import active_rows
 from train.config import parse_config
 from train.objective import SupervisedLoss
-from train.step_cost import matmul_speed, needed_flops, plain_flops, synchronise
+from train.step_cost import RowShape, matmul_speed, needed_flops, plain_flops, synchronise
 
-NOTES = """"""
+NOTES = """What a step leaves out or does differently. Expected: share of the FLOPs that are left (shapes cpu /
+llava-1.5-7b, lengths of the mix), which is what the step would cost more without it.
+
+kept
+  text before the image computed once for a run       5 % / 17 %
+  frozen layers: text's queries and FFN only          5 % / 15 %
+  last layer and logits at supervised positions       7 % /  5 %
+  no backward pass for rows without an image          8 % / 18 %   6.1 % of the rows, but the longest ones
+  the tower's blocks after the selected one           3 % /  0.3 %
+  packed tokens: no padding outside attention         the share that the benchmark prints; grouping by length is in
+                                                      data/batching.py, which the plain side is given too
+  features of data.cache_features                     69 % / 7 % of the step is the tower
+  a norm and a gated FFN that keep their inputs only  no FLOPs: 4h + 2m of 12h + 6m bytes per token and layer (bf16)
+  rows filled without autograd's index_copy_          no FLOPs: it kept rotated queries, keys and values twice
+  one additive mask for all layers                    SDPA made one of a bool mask in every layer, and kept it
+  loss and gradient of the logits in one pass         no FLOPs: logits live for 2^25 values at a time
+
+not done, on paper
+  keys and values of a run of frozen layers at once   no FLOPs; a second copy of 2h^2 weights per layer (1.3 GB at 7B)
+                                                      to make products larger that are large enough
+  the selected block's second FFN matrix on merged    1.3 % of the tower, and the rounding of VisionZip's tokens moves
+    tokens only (the mean goes through a matrix)
+  layer 0's query, key and value gradients of text    0.4 % / 0.2 %
+  attention of rows without their padding             attention is 4 % of a layer at these lengths
+
+not measured: flash and varlen attention, Liger's kernels, torch.compile (a GPU decides on them).
+"""
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -103,7 +132,11 @@ class BenchmarkConfig:
     images_only: bool = False
     """Leave out text-only conversations."""
     rounds: int = 3
-    """Rounds after the first, which is not counted; the median counts."""
+    """Rounds, of which the median counts."""
+    warm_up: int = 1
+    """Rounds before them that are not counted."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """wall time; or the process's CPU time, for one thread (OMP_NUM_THREADS=1) on a machine that others use too."""
     new_tokens: int = 16
     """Tokens generated per prompt."""
     memory_limit: str | None = None
@@ -133,20 +166,21 @@ class Timing:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, samples: int
+    sides: Mapping[str, Callable[[], Any]], settings: BenchmarkConfig, device: torch.device, samples: int
 ) -> dict[str, Timing]:
-    """Times every side once per round, in turn, after a first round that is not counted."""
+    """Times every side once per round, in turn."""
+    clock = CLOCKS[settings.clock]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
-    for turn in range(rounds + 1):
+    for turn in range(settings.warm_up + settings.rounds):
         for name, run in sides.items():
             reset_peak_memory(device)
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronise(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
+            if turn >= settings.warm_up:
+                seconds[name].append(clock() - started)
             peaks[name] = max(peaks[name], peak_memory(device))
     return {
         name: Timing(name, statistics.median(found), found, peaks[name], samples / statistics.median(found))
@@ -207,7 +241,8 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
             model(**batch, num_items_in_batch=supervised, use_cache=False).loss.backward()
         model.zero_grad()
 
-    def needed_step(batches: list[dict[str, Tensor]]) -> None:
+    def needed_step(batches: list[dict[str, Tensor]], plain: bool = False) -> None:
+        loss_module.plain = plain
         for batch in batches:
             (loss_module(batch) / supervised).backward()
         models.both.zero_grad()
@@ -219,9 +254,10 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         "zip": partial(plain_step, models.visionzip, reduced_batches, False),
         "shortzip": partial(needed_step, reduced_batches),
         "shortzip, cached": partial(needed_step, cached_batches),
+        "shortzip, all": partial(needed_step, reduced_batches, plain=True),
     }
     chosen = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
-    timings = alternate(chosen, settings.rounds, device, len(conversations))
+    timings = alternate(chosen, settings, device, len(conversations))
 
     def total(count: Callable[[Conversation], int]) -> int:
         return sum(map(count, conversations))
@@ -229,6 +265,12 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
     all_rows = lambda c: c.shape(every, shape.tiles)  # noqa: E731
     few_rows = lambda c: c.shape(budget, shape.tiles)  # noqa: E731
     needed = partial(needed_flops, config, shared=BEFORE, frozen_layers=shape.frozen)
+
+    def every_token(row: RowShape) -> int:
+        queries = row.text + (0 if config.text_config.num_hidden_layers - 1 in shape.frozen else row.visual)
+        unread = 2 * lm_head_flops(config.text_config, queries - row.supervised)
+        return needed(replace(row, supervised=queries), shared=0) - unread
+
     computed = {
         "plain, recomputed": total(lambda c: plain_flops(config, all_rows(c), checkpointing=True)),
         "plain": total(lambda c: plain_flops(config, all_rows(c), checkpointing=False)),
@@ -236,8 +278,9 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         "zip": total(lambda c: plain_flops(config, few_rows(c), checkpointing=False, whole_tower=False)),
         "shortzip": total(lambda c: needed(few_rows(c))),
         "shortzip, cached": total(lambda c: needed(few_rows(c), tower=False)),
+        "shortzip, all": total(lambda c: every_token(few_rows(c))),
     }
-    peak = matmul_speed(device, models.both.dtype)
+    peak = matmul_speed(device, models.both.dtype, clock=CLOCKS[settings.clock])
     for name, timing in timings.items():
         batches = plain_batches if name.startswith("plain") else reduced_batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -250,8 +293,8 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
             "highest": computed[other] / computed[name],
         }
         for name in ("shortzip", "shortzip, cached")
-        for other in list(sides)[:4]
-        if name in timings and other in timings
+        for other in sides
+        if {name, other} <= set(timings) and other not in ("shortzip", "shortzip, cached")
     }
     padding = {
         side: 1 - sum(int(b["attention_mask"].sum()) for b in bs) / sum(b["attention_mask"].numel() for b in bs)
@@ -300,7 +343,7 @@ def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, dev
         "zip, with tower": partial(whole, models.visionzip, budget),
         "shortzip, with tower": partial(whole, models.both, budget),
     }
-    timings = alternate(sides, settings.rounds, device, 1)
+    timings = alternate(sides, settings, device, 1)
     text = config.text_config
     tower = vision_tower_flops(config, shape.tiles)
     for name, timing in timings.items():
@@ -342,7 +385,7 @@ def measure_generation(
             "zip": partial(models.visionzip.generate, **batches[1], **limit, pad_token_id=0),
             "shortzip": partial(models.both.generate, **batches[1], **limit, pad_token_id=0),
         }
-        timings = alternate(sides, settings.rounds, device, size)
+        timings = alternate(sides, settings, device, size)
         ratios = {
             f"shortzip against {other}": {"measured": timings[other].seconds / timings["shortzip"].seconds}
             for other in ("plain", "zip")
@@ -360,7 +403,7 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
         "plain tower": partial(models.plain.model.vision_tower, pixels, output_hidden_states=True),
         "tower and VisionZip": partial(models.visionzip.model.get_visual_tokens, pixels),
     }
-    timings = alternate(sides, settings.rounds, device, count)
+    timings = alternate(sides, settings, device, count)
     measured = timings["plain tower"].seconds / timings["tower and VisionZip"].seconds
     return {
         "timings": _as_dicts(timings),
