@@ -30,6 +30,7 @@ from train.lmms_plugin import write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
+SHORTV = ROOT / "configs" / "eval" / "shortv-llava-1.5-7b.yaml"
 
 # VisionZip (arXiv 2412.04467), Table 1, LLaVA-1.5-7B, the benchmarks in the order of PAPERS.
 FULL = [61.9, 64.7, 1862, 85.9, 69.5, 78.5, 58.2, 36.3, 58.6, 31.1, 66.8]
@@ -41,6 +42,15 @@ TABLE = {
     ("108+20", TUNED): [58.9, 62.6, 1823, 83.7, 68.3, 76.6, 57.0, 37.3, 55.8, 32.9, 64.8],
     ("54+10", TUNED): [57.0, 61.5, 1756, 80.9, 68.8, 74.2, 56.0, 35.6, 53.4, 30.2, 63.6],
 }
+
+
+# ShortV (arXiv 2504.00502), Table 1, LLaVA-1.5-7B with 19 frozen layers, in the order of SHORTV.
+FROZEN = [1503.1, 64.8, 36.2, 33.3, 66.2, 60.9, 71.3]
+
+
+@pytest.fixture(scope="module")
+def shortv() -> PapersConfig:
+    return parse_config(PapersConfig, ["--config", str(SHORTV)], default=None, program="test")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,16 @@ def test_percentages_are_the_papers(papers: PapersConfig) -> None:
         assert percent_of_full(dict(zip(names, scores, strict=True)), full) == pytest.approx(published[row], abs=0.06)
 
 
-def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig) -> None:
+def test_shortvs_percentage_is_the_papers(shortv: PapersConfig) -> None:
+    full = {task.name: task.full for task in shortv.tasks if task.full is not None}
+    (published,) = shortv.published
+    found = percent_of_full(dict(zip(full, FROZEN, strict=True)), full)
+    assert found == pytest.approx(published.percent, abs=0.06)
+    assert rows_of(shortv)[1].layers == published.layers
+    assert published.layers.count("+") + 1 == 19
+
+
+def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: PapersConfig) -> None:
     import lmms_eval
     import yaml
 
@@ -71,10 +90,11 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig) -> None:
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
     package = Path(lmms_eval.__file__).parent / "tasks"
+    tasks = [*papers.tasks, *shortv.tasks]
     known: dict[str, set[str]] = {}
     for file in [*package.rglob("*.yaml"), *(ROOT / "configs" / "eval" / "tasks").glob("*.yaml")]:
         text = file.read_text(encoding="utf-8")
-        if not any(f"{task.task}" in text for task in papers.tasks):
+        if not any(task.task in text for task in tasks):
             continue
         content = yaml.load(text, Loader)
         include = content.get("include") if isinstance(content, dict) else None
@@ -82,7 +102,7 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig) -> None:
             content = {**yaml.load((file.parent / include).read_text(encoding="utf-8"), Loader), **content}
         if isinstance(content, dict) and isinstance(content.get("task"), str):
             known[content["task"]] = {entry["metric"] for entry in content.get("metric_list", [])}
-    for task in papers.tasks:
+    for task in tasks:
         assert {metric.removesuffix(",none") for metric in task.metrics} <= known[task.task], task.task
 
 
