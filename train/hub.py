@@ -58,7 +58,8 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         names = [sibling.rfilename for sibling in info.siblings or []]
         safe = any(file.startswith("model") and file.endswith(".safetensors") for file in names)
         patterns = [*_SMALL_FILES, _WEIGHTS[0] if safe else _WEIGHTS[1]]
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns)), info.sha
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return found, found.name
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
     except GatedRepoError as error:

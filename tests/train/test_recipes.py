@@ -1,0 +1,146 @@
+"""Every recipe in configs/ runs, with its own keys, on a toy release of its family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import ROOT, run_here
+from tiny import build_tokenizer
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
+from train.config import ConfigError, load_config
+from train.release import open_release
+
+SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit
+RECIPES = sorted(path.name for path in (ROOT / "configs").glob("llava*.yaml"))
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_toy(folder: Path, recipe: str) -> Path:
+    """A random release of the recipe's family, as many layers deep as the real one, and a few numbers wide."""
+    tokenizer = build_tokenizer()
+    layers = 40 if "13b" in recipe else 24 if "qwen" in recipe else 32
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH,
+    }  # fmt: skip
+    common = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
+    arguments: dict[str, Any] = {"tokenizer": tokenizer, "patch_size": PATCH}
+    size = {"height": SIDE, "width": SIDE}
+    clip = {"size": {"shortest_edge": SIDE}, "crop_size": size}
+    torch.manual_seed(0)
+    model: Any
+    processor: Any
+    if "next" in recipe:
+        pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+        model = LlavaNextForConditionalGeneration(
+            LlavaNextConfig(
+                vision_config=CLIPVisionConfig(**vision),
+                text_config=LlamaConfig(**text),
+                image_grid_pinpoints=pinpoints,
+                **common,
+            )
+        )
+        images: Any = LlavaNextImageProcessorPil(**clip, image_grid_pinpoints=pinpoints)
+        strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor = LlavaNextProcessor(images, **arguments, **strategy)
+    elif "qwen" in recipe:
+        config = LlavaConfig(
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False), text_config=Qwen2Config(**text),
+            vision_feature_layer=-1, vision_feature_select_strategy="full", **common,
+        )  # fmt: skip
+        model = LlavaForConditionalGeneration(config)
+        strategy = {"vision_feature_select_strategy": "full", "chat_template": CHATML}
+        processor = LlavaProcessor(SiglipImageProcessorPil(size=size), **arguments, **strategy)
+    else:
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **common)
+        model = LlavaForConditionalGeneration(config)
+        strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor = LlavaProcessor(LlavaImageProcessorPil(**clip), **arguments, **strategy)
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_the_recipes_that_must_be_there() -> None:
+    assert RECIPES == [
+        "llava-1.5-13b-3090-4bit.yaml",
+        "llava-1.5-7b-3090.yaml",
+        "llava-1.5-7b.yaml",
+        "llava-interleave-qwen-0.5b.yaml",
+        "llava-next-7b.yaml",
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_begins_with_its_command_and_its_needs(recipe: str) -> None:
+    text = (ROOT / "configs" / recipe).read_text(encoding="utf-8")
+    header = text.split("\nmodel:")[0]
+    assert f"--config configs/{recipe}" in header
+    launch = header.split("--config_file ")[1].split()[0]
+    assert (ROOT / launch).is_file()
+    assert {"# Needs ", "# Time  "} <= {line[:8] for line in header.splitlines()}
+    assert all(len(line) <= 119 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_at_toy_size(
+    recipe: str, tiny_instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps with the recipe's own keys; only the release, the data and the length are replaced."""
+    path = ROOT / "configs" / recipe
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if keys.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes", reason="pip install 'shortzip[4bit]'")
+    release = write_toy(tmp_path / "toy", recipe)
+    folder = run_here(
+        path, tmp_path / "run", "--model", str(release), "--data.instructions", str(tiny_instructions),
+        "--data.image_root", str(tiny_instructions.parent), "--data.num_workers", "0", "--data.fraction", "1",
+        "--max_steps", "2", "--num_train_epochs", "null", "--global_batch_size", "8",
+        *(["--shortv.calibration_samples", "4"] if "freeze" in keys["shortv"] else []),
+    )  # fmt: skip
+    final = open_release(str(folder))
+    assert final.saved_reductions["visionzip"] == keys["visionzip"]
+    layers = final.saved_reductions["shortv"]["layers"]
+    assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == 14
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    kept = set(keys) - {"model", "data", "num_train_epochs", "global_batch_size", "output_dir", "shortv"}
+    keys["learning_rate"] = float(keys["learning_rate"])  # YAML takes 2e-5 for a text
+    assert {key: resolved[key] for key in kept} == {key: keys[key] for key in kept}
+
+
+def test_four_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed: pip install 'shortzip\[4bit\]'"):
+        load_config(["--config", str(ROOT / "configs" / "llava-1.5-13b-3090-4bit.yaml")])
