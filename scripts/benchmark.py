@@ -105,13 +105,13 @@ not done, on paper
   attention of rows without their padding             attention is 4 % of a layer at these lengths
 
 measured, one CPU thread, CPU time of a machine that others used (--clock cpu), all of "kept" together
-  demo, 16 samples, median of 3                       1.31 times as fast as the same reductions with every token through
-                                                      every layer ("shortzip, all"), where FLOPs promise 1.19
-  cpu, 2 samples, one round                           3.7, 3.2, 2.0 and 1.9 times as fast as the four other sides, where
+  demo, 16 samples, median of 3                       1.31 times as fast as the same reductions with every token
+                                                      through every layer ("shortzip, all"); FLOPs promise 1.19
+  cpu, 2 samples, one round                           3.7, 3.2, 2.0 and 1.9 times as fast as the four other sides;
                                                       FLOPs promise 3.0, 2.4, 1.4 and 1.2; 3.0 GiB against 4.8 to 7.1
   cpu, tower and VisionZip, one image                 1.09 times as fast as the whole tower; FLOPs promise 1.04
-What limits the step now: the tower, two thirds of the time in shape cpu (4.8 of 15.3 s with cached features); at 7B the
-plain layers' matrices.
+What limits the step now: the tower, two thirds of the time in shape cpu (4.8 of 15.3 s with cached features); at 7B
+the plain layers' matrices.
 
 not measured one by one, and not at all: flash and varlen attention, Liger's kernels, torch.compile.
 """
