@@ -98,8 +98,7 @@ def forward_active(
     states = before + attention.o_proj(attended.reshape(batch, rows.positions.shape[1], -1))
     states = states + layer.mlp(layer.post_attention_layernorm(states))
     states = torch.where(rows.is_active.unsqueeze(-1), states, before)
-    # Parts of the layer may be kept in a finer dtype than its input, as the plain layer lets them.
-    return hidden_states.to(states.dtype).scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
+    return hidden_states.scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
 
 
 class FrozenVisualTokens:
