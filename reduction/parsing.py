@@ -39,6 +39,6 @@ def parse_freeze(text: str, num_layers: int) -> int | list[int]:
         return layers
     else:
         raise ValueError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
-    if number > num_layers:
+    if number > num_layers or (share is not None and float(share[1]) > 100):  # 101 % of 8 layers rounds to 8
         raise ValueError(f"freeze {text!r}: the language model has {num_layers} layers.")
     return number
