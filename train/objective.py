@@ -25,6 +25,7 @@ from reduction.supervised_states import (
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
+FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
 
 
@@ -59,7 +60,7 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.plain = plain
-        self._fixed: FixedText | None = None
+        self._fixed: dict[bytes, FixedText] = {}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """float32 scalar. `batch`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes for
@@ -129,29 +130,38 @@ class SupervisedLoss(nn.Module):
             if not bool(rows.any()):
                 continue
             group = (ids[rows], mask[rows], labels[rows])
-            shared = self._share_beginning(*group, may_replace=has_image)
-            places = place_tokens(*group, image_token, shared).to(device)
+            fixed = self._fixed_beginning(*group, keep=has_image)
+            places = place_tokens(*group, image_token, len(fixed.ids) if fixed else 0).to(device)
             # Rows without an image give the projector no gradient: their loss is only reported.
             with nullcontext() if has_image else torch.no_grad():
                 states = supervised_states(
                     decoder,
                     features if has_image else None,
                     places,
-                    self._fixed,
+                    fixed,
                     decoder.layers[0].gradient_checkpointing,
                 )
                 part = summed_cross_entropy(self.model.lm_head, states, places.targets)
             loss = loss + part
         return loss
 
-    def _share_beginning(self, ids: Tensor, mask: Tensor, labels: Tensor, *, may_replace: bool) -> int:
-        """How many tokens of `_fixed` the rows [B, L] begin with; their own beginning becomes `_fixed` if longer."""
-        own = shared_beginning(ids, needed_tokens(mask, labels), labels, self.model.config.image_token_id)
-        known = self._fixed.ids[:own] if self._fixed is not None else ids[0, :0]
-        alike = int((known == ids[0, : len(known)]).to(torch.uint8).cumprod(0).sum())
-        if alike < own and may_replace:
-            self._fixed, alike = compute_fixed_text(self.model.model.language_model, ids[0, :own]), own
-        return alike
+    def _fixed_beginning(self, ids: Tensor, mask: Tensor, labels: Tensor, *, keep: bool) -> FixedText | None:
+        """The text that all the rows [B, L] begin with; `keep` it for the next rows that begin with the very same.
+
+        A longer or shorter one that is known already is of no use: its rounding would make a micro-batch's result
+        depend on those before it, and a resumed run would differ from one that was never interrupted.
+        """
+        length = shared_beginning(ids, needed_tokens(mask, labels), labels, self.model.config.image_token_id)
+        beginning = ids[0, :length]
+        key = beginning.numpy().tobytes()
+        fixed = self._fixed.get(key)
+        if fixed is None and length:
+            fixed = compute_fixed_text(self.model.model.language_model, beginning)
+            if keep:
+                while len(self._fixed) >= FIXED_TEXTS:
+                    del self._fixed[next(iter(self._fixed))]
+                self._fixed[key] = fixed
+        return fixed
 
     def _no_token(self) -> Tensor:
         weight: Any = self.model.model.multi_modal_projector.linear_1.weight

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from data.dataset import Collator, ConversationDataset
-from data.instructions import read_instructions
+from data.instructions import Conversation, read_instructions
 from data.supervision import Supervision
 from train.objective import (
     SupervisedLoss,
@@ -72,6 +72,28 @@ def test_any_cut_of_a_global_batch_gives_the_same_gradient(
     whole = gradient(module, dataset, [range(8)])
     assert whole.norm() > 0.1
     torch.testing.assert_close(gradient(module, dataset, cut), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+
+
+def test_a_micro_batch_s_result_does_not_depend_on_those_before_it(
+    tiny_release: Path, tiny_instructions: Path
+) -> None:
+    """Bit for bit, or a resumed run would differ from one that was never interrupted. Rows that share a longer
+    beginning (their image comes later), or none, come first."""
+    fresh, dataset = loaded(tiny_release, tiny_instructions)
+    seasoned, _ = loaded(tiny_release, tiny_instructions)
+    turns = [("user", "the colour"), ("assistant", "no"), ("user", "<image>\nis it bright?"), ("assistant", "yes")]
+    late = Conversation("late", dataset.conversations[0].images, tuple(turns))
+    collate = Collator.of(dataset.supervision)
+    for rows in ([dataset.load(late)], [dataset[4]], [dataset[4], dataset[9]]):
+        seasoned(collate(rows).inputs).backward()
+    for rows in ([0, 1, 2], [4], [3]):
+        results = []
+        for module in (fresh, seasoned):
+            module.zero_grad()
+            loss = module(collate([dataset[index] for index in rows]).inputs)
+            loss.backward()
+            results.append([loss, *(p.grad for p in projector_parameters(module.model).values())])
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(

@@ -57,17 +57,26 @@ def test_resuming_needs_a_run(config: TuneConfig) -> None:
 
 
 def test_metrics_after_the_resumed_step_are_dropped_with_a_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
     metrics = Metrics(tmp_path, None)
     for step in (1, 2, 3):
         metrics.write("train", step, loss=0.5 * step)
+        assert [line["step"] for line in read_metrics(path)] == list(range(1, step + 1)), "not visible while running"
     metrics.close()
-    with metrics.path.open("a") as file:
+    with path.open("a") as file:
         file.write('{"kind": "train", "st')
-    assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     resumed = Metrics(tmp_path, 2)
     resumed.write("train", 3, loss=9.0)
-    lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_metrics_are_of_the_main_process_and_finite(tmp_path: Path) -> None:
+    Metrics(None, None).write("train", 1, loss=1.0)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="JSON"):
+        Metrics(tmp_path, None).write("train", 1, loss=float("nan"))
 
 
 def test_the_status_says_why(tmp_path: Path) -> None:
