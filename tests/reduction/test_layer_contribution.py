@@ -106,7 +106,8 @@ LAYOUTS = ["tttIttt", "tttIt", "Itt", "ttItIt", "ttI"]
 def test_naive_loop(decoder, attention):
     model = build(decoder, reduction="none", attention=attention)
     plain = build(decoder, attention=attention, plain=True)
-    samples = [sample_of(make_row(model, layout, seed=seed)) for seed, layout in enumerate(LAYOUTS)]
+    # One seed: the first two begin with the same text, and go through the model in the other order.
+    samples = [sample_of(make_row(model, layout, seed=0)) for layout in LAYOUTS]
     found = measure_layer_contributions(model, samples, text_tokens=True, samples_per_batch=3)
     for index, sample in enumerate(samples):
         assert_equal_lc(found.visual[index], naive_lc(plain, sample))

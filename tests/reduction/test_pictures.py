@@ -100,6 +100,16 @@ def test_one_tile_beside_the_base_tile():
     assert [view[0].grid for view in views] == [(4, 4), (4, 4)]
 
 
+@pytest.mark.parametrize(("method", "kept", "merged"), [("random", 6, 0), ("grid", 6, 0), ("pool", 0, 16)])
+def test_baselines_have_no_attention_and_no_cls(method, kept, merged, photograph, tmp_path):
+    budget = {"dominant": 6, "contextual": 0, "method": method}
+    ((item,),) = map_tokens(build(reduction="visionzip"), PROCESSOR, photograph, [budget])
+    assert item.attention is None
+    assert (item.visual_tokens, item.cls_tokens, item.name) == (6, 0, f"6+0 ({method})")
+    assert (int(item.kept.sum()), int((item.groups >= 0).sum())) == (kept, merged)
+    draw_images([item], tmp_path / f"{method}.png")
+
+
 def test_files_are_pictures(photograph, tmp_path):
     model = build(reduction="visionzip")
     budgets = [BUDGET, {"dominant": 5, "contextual": 0}, {"dominant": 1, "contextual": 2}]
