@@ -88,8 +88,9 @@ def main(argv: list[str]) -> None:
         names.append(argv.pop(0))
     settings = parse_config(ShowConfig, argv, default=None, program="show_tokens.py IMAGE ...")
     settings.images = [*names, *settings.images]
-    torch.set_grad_enabled(False)
-    for path in show(settings):
+    with torch.no_grad():
+        written = show(settings)
+    for path in written:
         print(f"written: {path}")
 
 
