@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from data.drops import BadSample, Drop, DropLog
-from data.images import BadImage, ImageSource, image_name, image_size, open_image
+from data.drops import IMAGE_REASONS, BadSample, Drop, DropLog
+from data.images import BadImage, ImageSource, check_image_file, image_name, image_size, open_image, resolve_image_path
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
+
+_CACHE_FORMAT = 2
 
 
 class FeatureSource(Protocol):
@@ -76,8 +79,8 @@ class MicroBatch:
 class ConversationDataset(Dataset[Sample | Drop]):
     """Conversations that can be trained on, with their lengths known.
 
-    Every row is tokenized once when the dataset is built; rows without supervised tokens and rows that are too long
-    are dropped and counted then. Images are opened when a row is asked for.
+    Every row is tokenized once when the dataset is built; rows without supervised tokens, rows that are too long and
+    rows whose image files are not there are dropped and counted then. Images are opened when a row is asked for.
 
     Args:
         conversations: what to train on.
@@ -86,6 +89,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         drops: where rows that cannot be used go; None: the first bad one raises.
         cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits;
             None: nowhere.
+        progress: called with the rows tokenized so far and with their number; not called for rows from the cache.
 
     Attributes:
         conversations: the rows that are left.
@@ -107,24 +111,26 @@ class ConversationDataset(Dataset[Sample | Drop]):
         *,
         drops: DropLog | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.supervision = supervision
         self.image_root = image_root
         self.features: FeatureSource | None = None
         self.drops = DropLog() if drops is None else drops
         cache = None if cache_dir is None else Path(cache_dir) / f"lengths-{_key(conversations, supervision)}.json"
-        counted = _read_cache(cache) or self._count(conversations)
-        if cache is not None:
+        counted = _read_cache(cache) or self._count(conversations, progress or (lambda done, total: None))
+        # An image that is missing today may be there tomorrow.
+        if cache is not None and not any(drop["reason"] in IMAGE_REASONS for drop in counted["drops"]):
             _write_cache(cache, counted)
         self.drops.extend(Drop(**drop) for drop in counted["drops"])
+        present = self._present(conversations, counted)
         self.drops.check(len(conversations), minimum=1)
-        kept = counted["kept"]
-        if not kept:
+        if not present:
             raise ValueError(f"no row is left to train on. {self.drops.summary()}.")
-        self.conversations = [conversations[number] for number in kept]
-        self.lengths = np.asarray(counted["lengths"], dtype=np.int64)
-        self.supervised = np.asarray(counted["supervised"], dtype=np.int64)
-        self.cut: dict[str, int] = counted["cut"]
+        self.conversations = [conversations[counted["kept"][place]] for place in present]
+        self.lengths = np.asarray(counted["lengths"], dtype=np.int64)[present]
+        self.supervised = np.asarray(counted["supervised"], dtype=np.int64)[present]
+        self.cut = dict(Counter(counted["cut"][place] for place in present if counted["cut"][place]))
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -188,26 +194,57 @@ class ConversationDataset(Dataset[Sample | Drop]):
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
         return Sample(conversation.id, encoded, [], sizes[: encoded.images], found)
 
-    def _count(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
-        counted: dict[str, Any] = {"kept": [], "lengths": [], "supervised": [], "cut": {}, "drops": []}
+    def _count(
+        self, conversations: Sequence[Conversation], progress: Callable[[int, int], None]
+    ) -> dict[str, list[Any]]:
+        """Per row that can be used: its number, tokens, supervised tokens, images left, and what it was cut by."""
+        counted: dict[str, list[Any]] = {
+            key: [] for key in ("kept", "lengths", "supervised", "images", "cut", "drops")
+        }
         for number, conversation in enumerate(conversations):
+            if number % 500 == 0:
+                progress(number, len(conversations))
             try:
-                try:
-                    sizes = None
-                    if self.supervision.needs_image_sizes:
-                        sizes = [image_size(source, self.image_root) for source in conversation.images]
-                    encoded = self.supervision.encode(conversation, sizes)
-                except BadImage as error:
-                    raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+                encoded = self.supervision.encode(conversation, self._image_sizes(conversation))
             except BadSample as error:
                 counted["drops"].append(asdict(Drop.of(error)))
                 continue
-            counted["kept"].append(number)
-            counted["lengths"].append(len(encoded.input_ids))
-            counted["supervised"].append(encoded.supervised)
-            if encoded.cut:
-                counted["cut"][encoded.cut] = counted["cut"].get(encoded.cut, 0) + 1
+            values = (number, len(encoded.input_ids), encoded.supervised, encoded.images, encoded.cut)
+            for key, value in zip(counted, values, strict=False):
+                counted[key].append(value)
+        progress(len(conversations), len(conversations))
         return counted
+
+    def _image_sizes(self, conversation: Conversation) -> list[tuple[int, int]] | None:
+        if not self.supervision.needs_image_sizes:
+            return None
+        try:
+            return [image_size(source, self.image_root) for source in conversation.images]
+        except BadImage as error:
+            raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+
+    def _present(self, conversations: Sequence[Conversation], counted: dict[str, list[Any]]) -> list[int]:
+        """The counted rows whose image files are there: one that is missing is better found now than in an hour."""
+        present: list[int] = []
+        errors: list[BadSample] = []
+        for place, number in enumerate(counted["kept"]):
+            conversation = conversations[number]
+            try:
+                for source in conversation.images[: counted["images"][place]]:
+                    if isinstance(source, str):
+                        check_image_file(resolve_image_path(source, self.image_root))
+            except BadImage as error:
+                errors.append(BadSample(error.problem, conversation.id, str(error), error.file))
+            else:
+                present.append(place)
+        for missing in errors:
+            if len(errors) > 1 and self.drops.on_bad_sample == "raise":
+                missing.detail += (
+                    f" (and the images of {len(errors) - 1} more of {len(conversations)} rows are not there either: "
+                    "scripts/prepare_subset.py lists them, on_bad_sample: skip leaves them out)"
+                )
+            self.drops.add(missing)
+        return present
 
 
 class Collator:
@@ -271,7 +308,13 @@ def _key(conversations: Sequence[Conversation], supervision: Supervision) -> str
     """What the lengths depend on, hashed."""
     tokenizer = supervision.tokenizer
     sizes = () if supervision.needs_image_sizes else (supervision.placeholders((0, 0)),)
-    settings = [supervision.template, supervision.max_length, sizes, tokenizer.backend_tokenizer.to_str()]
+    settings = [
+        _CACHE_FORMAT,
+        supervision.template,
+        supervision.max_length,
+        sizes,
+        tokenizer.backend_tokenizer.to_str(),
+    ]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
     for conversation in conversations:
         names = [image_name(source) for source in conversation.images]

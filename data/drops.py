@@ -11,9 +11,8 @@ from typing import Literal
 OnBadSample = Literal["raise", "skip"]
 
 # What is wrong with the data (a bad sample), against what the settings leave out (a drop that is nobody's fault).
-BAD_REASONS = frozenset(
-    {"malformed_row", "placeholder_count", "missing_image", "unreadable_image", "outside_image_root", "template"}
-)
+IMAGE_REASONS = frozenset({"missing_image", "unreadable_image", "outside_image_root"})
+BAD_REASONS = IMAGE_REASONS | {"malformed_row", "placeholder_count", "template"}
 DROP_REASONS = frozenset({"no_answer", "too_long", "text_only"})
 
 

@@ -173,8 +173,13 @@ def _opened(source: ImageSource, image_root: str | os.PathLike[str] | None, max_
         content = resolve_image_path(source, image_root)
         check_image_file(content)
         name = str(content)
+    elif isinstance(source, bytes):
+        content = source
     else:
-        content = source if isinstance(source, bytes) else source.read()
+        try:
+            content = source.read()
+        except OSError as error:
+            raise BadImage("missing_image", name, str(error)) from error
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             width, height = image.size

@@ -32,13 +32,15 @@ class TableImage:
         """The encoded image.
 
         Raises:
-            OSError: the cell has no bytes, and the file it names cannot be read.
+            OSError: the cell has no bytes but a path, which the table's author may have had a file at.
         """
         cell = self.column[self.row].column(0)[0].as_py()
         held = cell if self.place is None else cell[self.place]
         if isinstance(held, bytes):
             return held
-        return held["bytes"] if held["bytes"] else Path(held["path"]).read_bytes()
+        if not held["bytes"]:
+            raise OSError(f"the table holds no bytes, only the path {held['path']!r}: embed the images into it")
+        return held["bytes"]
 
 
 def iterate_table(source: str, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.images import EmbeddedImage, open_image
+from data.images import BadImage, EmbeddedImage, open_image
 from data.instructions import UnknownFormat, read_instructions
 from data.tables import iterate_table
 
@@ -83,6 +83,22 @@ def test_columns_of_plain_bytes(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"image": [encoded("red")["bytes"]], "conversations": [turns]})
     (conversation,) = read_instructions(store(table, tmp_path, "parquet"))
     assert open_image(conversation.images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_an_image_that_is_only_a_path_is_not_followed(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": "/etc/hostname"}], "conversations": [turns]},
+        features=datasets.Features(
+            {
+                "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+                "conversations": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
+            }
+        ),
+    )
+    (conversation,) = read_instructions(store(table, tmp_path, "parquet"))
+    with pytest.raises(BadImage, match="only the path '/etc/hostname'"):
+        open_image(conversation.images[0])
 
 
 def test_a_stream_gives_images_that_are_not_decoded(tmp_path: Path) -> None:
