@@ -226,7 +226,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
     def _present(self, conversations: Sequence[Conversation], counted: dict[str, list[Any]]) -> list[int]:
         """The counted rows whose image files are there: one that is missing is better found now than in an hour."""
         present: list[int] = []
-        errors: list[BadSample] = []
+        missing: list[BadSample] = []
         for place, number in enumerate(counted["kept"]):
             conversation = conversations[number]
             try:
@@ -234,16 +234,16 @@ class ConversationDataset(Dataset[Sample | Drop]):
                     if isinstance(source, str):
                         check_image_file(resolve_image_path(source, self.image_root))
             except BadImage as error:
-                errors.append(BadSample(error.problem, conversation.id, str(error), error.file))
+                missing.append(BadSample(error.problem, conversation.id, str(error), error.file))
             else:
                 present.append(place)
-        for missing in errors:
-            if len(errors) > 1 and self.drops.on_bad_sample == "raise":
-                missing.detail += (
-                    f" (and the images of {len(errors) - 1} more of {len(conversations)} rows are not there either: "
+        for bad in missing:
+            if len(missing) > 1 and self.drops.on_bad_sample == "raise":
+                bad.detail += (
+                    f" (and the images of {len(missing) - 1} more of {len(conversations)} rows are not there either: "
                     "scripts/prepare_subset.py lists them, on_bad_sample: skip leaves them out)"
                 )
-            self.drops.add(missing)
+            self.drops.add(bad)
         return present
 
 

@@ -117,7 +117,6 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     if (options.output / "subset.json").exists():
         raise FileExistsError(f"{options.output} holds a subset already; give another folder, or remove it")
     drops = DropLog("skip", options.max_bad_fraction)
-    options.output.mkdir(parents=True, exist_ok=True)
     reader = _Reader(options)
     if options.streaming:
         ranking, picked = _pick_from_stream(reader, drops, progress)
@@ -134,6 +133,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
         raise ValueError(f"no row is left for the subset. {drops.summary()}.")
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
+    options.output.mkdir(parents=True, exist_ok=True)
     digest = _write_rows(options.output / "subset.json", [row for _, row in kept])
     _write_lines(options.output / "images.txt", images)
     _write_lines(options.output / "missing_images.txt", missing)
@@ -234,7 +234,7 @@ def _take(
         picked.append((conversation, row))
         return
     folder = options.output / "images"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     try:
         for place, image in enumerate(conversation.images):

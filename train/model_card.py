@@ -292,9 +292,10 @@ def command_of(config: Mapping[str, Any]) -> str:
     for name, value in _flat(config):
         if name.split(".")[0] in _NOT_IN_COMMAND or (name in defaults and defaults[name] == value):
             continue
-        if isinstance(value, str) and Path(value).is_absolute():
-            value = Path(value).name
-        text = yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
+        if isinstance(value, str):
+            text = Path(value).name if Path(value).is_absolute() else value
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
         options.append(f"  --{name} {shlex.quote(text)}")
     return " \\\n".join(["accelerate launch train/tune_projector.py", *options])
 

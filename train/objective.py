@@ -239,6 +239,10 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
     """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            layer.training = True  # in eval mode bitsandbytes repacks it, on some CPUs, for kernels without a backward
     # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
     for parameter in model.parameters():
         if parameter.is_floating_point():

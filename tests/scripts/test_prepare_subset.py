@@ -1,9 +1,13 @@
 """`python scripts/prepare_subset.py` as a user runs it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +38,36 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
     assert len(missing) == report["missing_images"] > 0
     assert f"{len(missing)} of them are missing" in ended.stdout
     assert "tune_projector.py --data.instructions" in ended.stdout
-    again = run(tmp_path / "mix.json", "-o", out)
-    assert again.returncode == 1
-    assert "holds a subset already" in again.stderr
-    assert "Traceback" not in again.stderr
 
 
-def test_a_file_that_is_not_there_is_an_error_without_a_traceback(tmp_path: Path) -> None:
-    ended = run(tmp_path / "mix.json", "-o", tmp_path / "out")
-    assert ended.returncode == 1
-    assert "mix.json" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def script() -> Any:
+    """The script as a module: starting a process for each wrong command would only take longer."""
+    spec = importlib.util.spec_from_file_location("prepare_subset", ROOT / "scripts" / "prepare_subset.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_cannot_be_done_is_an_error_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script().main([str(tmp_path / "mix.json"), "-o", str(tmp_path / "out")]) == 1
+    assert "mix.json" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "subset.json").write_text("kept")
+    assert script().main([str(tmp_path / "mix.json"), "-o", str(tmp_path / "out")]) == 1
+    assert "holds a subset already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "subset.json").read_text() == "kept"
+
+
+def test_every_option_reaches_the_subset() -> None:
+    given = "x.json -o OUT --image-root R --fraction 0.3 --seed 7 --keep-text-only --drop-missing --verify-images"
+    more = "--max-bad-fraction 0.2 --num-workers 3 --split s --streaming"
+    options = script().parse(f"{given} {more}".split())
+    assert (options.instructions, str(options.output), str(options.image_root)) == ("x.json", "OUT", "R")
+    assert (options.fraction, options.seed, options.max_bad_fraction, options.num_workers) == (0.3, 7, 0.2, 3)
+    assert (options.keep_text_only, options.missing, options.verify_images) == (True, "drop", True)
+    assert (options.split, options.streaming) == ("s", True)
+    assert script().parse(["x.json", "-o", "OUT"]).missing == "keep"

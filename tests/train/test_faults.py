@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -112,13 +113,13 @@ def test_unreadable_images_can_be_skipped_counted_and_listed(
 ) -> None:
     rows = json.loads(tiny_instructions.read_text())
     pictured = [row for row in rows if "image" in row]
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
-    pictured[3]["image"] = str(broken)
+    shutil.copytree(tiny_instructions.parent / "images", tmp_path / "images")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    pictured[3]["image"] = "broken.png"
     pictured[3]["conversations"][0]["value"] = "<image>what?"
     instructions = tmp_path / "instructions.json"
     instructions.write_text(json.dumps(rows))
-    data = {"image_root": str(tiny_instructions.parent), "on_bad_sample": "skip", "max_bad_fraction": 0.2}
+    data = {"image_root": str(tmp_path), "on_bad_sample": "skip", "max_bad_fraction": 0.2}
     keys = {"max_steps": None, "num_train_epochs": 1, "global_batch_size": 8}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, instructions, data=data, **keys)
     folder = run_here(recipe, tmp_path / "run")

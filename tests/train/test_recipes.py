@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from runs import ROOT, run_here
 from tiny import build_tokenizer
 from transformers import (
@@ -26,7 +27,8 @@ from transformers import (
 )
 
 from train.config import ConfigError, load_config
-from train.release import open_release
+from train.objective import SupervisedLoss, train_only_projector
+from train.release import load_release, open_release
 
 SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("llava*.yaml"))
@@ -42,8 +44,9 @@ def write_toy(folder: Path, recipe: str) -> Path:
     """A random release of the recipe's family, as many layers deep as the real one, and a few numbers wide."""
     tokenizer = build_tokenizer()
     layers = 40 if "13b" in recipe else 24 if "qwen" in recipe else 32
+    width = 64 if "4bit" in recipe else 32  # NF4 goes by blocks of 64
     text: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers,
+        "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers,
         "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
@@ -144,3 +147,26 @@ def test_four_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(ConfigError, match=r"bitsandbytes is not installed: pip install 'shortzip\[4bit\]'"):
         load_config(["--config", str(ROOT / "configs" / "llava-1.5-13b-3090-4bit.yaml")])
+
+
+def test_gradients_through_four_bit_layers(tmp_path: Path) -> None:
+    """The projector's gradient is that of the same model with its 4-bit weights written out."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'shortzip[4bit]'")
+    release = write_toy(tmp_path / "toy", "llava-1.5-13b-3090-4bit.yaml")
+    visionzip, shortv = {"dominant": 6, "contextual": 2}, {"layers": [3, 5]}
+    arguments: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv}
+    quantised, processor = load_release(str(release), load_in_4bit=True, **arguments)
+    plain, _ = load_release(str(release), **arguments)
+    for (_, layer), (_, other) in zip(quantised.named_modules(), plain.named_modules(), strict=True):
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            values = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            other.weight.data = values.to(other.weight.dtype)
+    inputs = processor(images=Image.new("RGB", (50, 40), (200, 40, 90)), text="<image>\nhello", return_tensors="pt")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == plain.config.image_token_id, -100)
+    gradients = []
+    for model in (quantised, plain):
+        train_only_projector(model, torch.float32, gradient_checkpointing=False)
+        SupervisedLoss(model)(inputs).backward()
+        gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=1e-2 * float(gradients[1].abs().max()))
