@@ -21,7 +21,7 @@ DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
 # Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
 # recognised by their content, wherever they are.
 FREE_KEYS = (
-    "model", "revision", "mm_projector", "vision_tower", "data", "per_device_train_batch_size",
+    "model", "revision", "mm_projector", "vision_tower", "data", "per_device_train_batch_size", "cpu_threads",
     "max_tokens_per_micro_batch", "gradient_checkpointing", "max_nonfinite_steps", "output_dir", "run_name",
     "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
     "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures", "push_to_hub",
@@ -226,6 +226,8 @@ class TuneConfig:
     """Recompute LLM layers in the backward pass: less memory, about a third more time."""
     seed: int = 0
     """Seed of the order of the samples and of the subset."""
+    cpu_threads: int | None = None
+    """Threads that torch computes with on a CPU; null leaves it to the launcher (accelerate's takes one)."""
 
     output_dir: str = "checkpoints/run"
     """The run's folder."""
@@ -258,6 +260,7 @@ class TuneConfig:
     """Held-out images drawn with their kept patches and merged groups at the end; 0 draws none."""
 
     push_to_hub: bool = False
+    """Publish the reduced checkpoint when the run ends."""
     """Publish the reduced checkpoint when the run has finished, as scripts/publish.py does."""
     hub_model_id: str | None = None
     """With push_to_hub: the repository, user/name."""
@@ -271,7 +274,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         _at_least(
             self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1,
-            max_tokens_per_micro_batch=1, max_nonfinite_steps=1,
+            max_tokens_per_micro_batch=1, max_nonfinite_steps=1, cpu_threads=1,
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
             learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0, lora_r=1, lora_alpha=0,
         )  # fmt: skip

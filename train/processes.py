@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -31,6 +32,8 @@ def start_accelerator(config: TuneConfig) -> Accelerator:
     Raises `ConfigError` if the launcher started more processes than found each other, or fewer samples than processes
     make a global batch.
     """
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
     accelerator = Accelerator(
         mixed_precision="no",  # dtypes are set in the model: autocast would undo the projector's float32
         log_with=list(config.report_to) or None,

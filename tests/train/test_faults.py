@@ -139,6 +139,21 @@ def test_processes_that_did_not_find_each_other_are_refused(tmp_path: Path, monk
         start_accelerator(config)
 
 
+def test_a_run_computes_with_the_threads_it_was_given(tmp_path: Path) -> None:
+    settings = {"model": "m", "data": DataConfig(instructions="i"), "output_dir": str(tmp_path)}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            start_accelerator(TuneConfig(**settings, cpu_threads=threads))
+            assert torch.get_num_threads() == threads
+        start_accelerator(TuneConfig(**settings))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ConfigError, match="cpu_threads is 0: at least 1"):
+        TuneConfig(**settings, cpu_threads=0)
+
+
 def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start_there(recipe, folder, "--max_steps", "100000", "--save_steps", "100000", processes=2)
