@@ -2,9 +2,16 @@
 
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 from tiny import write_instructions, write_release
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for line in matrix.lines([report for report in reports if report.when == "call"]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)
