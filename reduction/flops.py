@@ -233,7 +233,9 @@ class TrainingStep:
 
     ``text_tokens`` are those of one sample; all are counted as supervised, which bounds the logits from above.
     ``visual_tokens`` are one sample's after VisionZip, ``tiles`` the images or tiles that the tower reads for it.
-    ``weights`` is "bfloat16", "float32" or "4bit" (NF4 decoder layers, everything else bfloat16).
+    ``weights`` is "bfloat16", "float32" or "4bit" (NF4 decoder layers, everything else bfloat16). ``every_token``:
+    transformers' modules take every token through every layer, as they do where
+    :func:`reduction.supervised_states.can_walk` says no. ``cached_features``: the tower is not on the device.
     """
 
     text_tokens: int
@@ -244,6 +246,8 @@ class TrainingStep:
     micro_batch_size: int = 16
     gradient_checkpointing: bool = True
     weights: str = "bfloat16"
+    every_token: bool = False
+    cached_features: bool = False
 
     def __post_init__(self) -> None:
         _refuse_negative(text_tokens=self.text_tokens, visual_tokens=self.visual_tokens)
@@ -268,7 +272,9 @@ class TrainingMemory:
     weights: int  # tower, LLM and embeddings as stored
     projector: int  # fp32 weights, gradients and Adam's two moments
     activations: int  # kept for the backward pass
-    working: int  # the layer at work: its recomputed activations and gradients, or the tower's if they are more
+    working: (
+        int  # the layer at work: its recomputed activations and gradients; and what the tower took before, if more
+    )
     logits: int  # a chunk of the supervised positions' logits, its fp32 copy and gradient, and all states' gradients
     overhead: int  # CUDA context and workspaces
 
@@ -322,11 +328,20 @@ def layer_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: in
     return keys * per_key + queries * per_query
 
 
+def tower_activation_bytes(config: PreTrainedConfig, images: int, bytes_per_value: int) -> int:
+    """Bytes that the tower holds at once for ``images`` images or tiles: their pixels, and one block at work."""
+    vision = config.vision_config
+    side, special = visual_grid(config)
+    block = (side * side + special) * (6 * vision.hidden_size + 2 * vision.intermediate_size) * bytes_per_value
+    return images * (block + 3 * vision.image_size**2 * (4 + bytes_per_value))
+
+
 def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> TrainingMemory:
     """Bytes on one device at the peak of a training step with ``step.micro_batch_size`` samples at a time.
 
     The model is on one device in full, attention is SDPA. It is an estimate: activations follow
-    :func:`needed_activation_bytes`, the rest is counted from the tensors that exist at once.
+    :func:`needed_activation_bytes` (with ``every_token`` :func:`layer_activation_bytes`), the rest is counted from the
+    tensors that exist at once. The tower's are freed before the language model's exist.
     """
     text, t, v, b, rows = (
         config.text_config,
@@ -337,10 +352,11 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
     )
     counts = parameter_counts(config)
     layer_bytes = NF4_BYTES if step.weights == "4bit" else b
-    weights = int(counts.llm_layers * layer_bytes) + (counts.vision_tower + counts.embeddings) * b
+    tower_weights = 0 if step.cached_features else counts.vision_tower
+    weights = int(counts.llm_layers * layer_bytes) + (tower_weights + counts.embeddings) * b
 
-    plain = rows * needed_activation_bytes(text, t + v, t + v, b)
-    frozen = rows * needed_activation_bytes(text, t, t + v, b)
+    layer = layer_activation_bytes if step.every_token else needed_activation_bytes
+    plain, frozen = rows * layer(text, t + v, t + v, b), rows * layer(text, t, t + v, b)
     plain_layers = text.num_hidden_layers - step.frozen_layers
     hidden = rows * (t + v) * text.hidden_size * b
     projector_kept = rows * v * (_projector_input(config) + 2 * text.hidden_size) * 4
@@ -353,17 +369,22 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
     # Backward through an FFN holds the gradients of its three wide tensors and of the hidden states around it.
     updated = t + v if plain_layers else t
     gradients = rows * updated * 3 * text.intermediate_size * b + 4 * hidden
+    masks = 3 * rows * (t + v) ** 2 * b  # one for every kind of query
     dequantised = text.hidden_size * text.intermediate_size * 2 if step.weights == "4bit" else 0
+    working = recomputed + gradients + masks + dequantised
 
-    vision = config.vision_config
-    side, special = visual_grid(config)
-    tower = rows * step.tiles * (side * side + special) * (6 * vision.hidden_size + 2 * vision.intermediate_size) * b
+    if step.every_token:  # and the whole softmax
+        logits = rows * t * text.vocab_size * (2 * b + 8)
+    else:
+        logits = min(rows * t * text.vocab_size, LOGITS_AT_ONCE) * (2 * b + 4)
+    logits += rows * t * text.hidden_size * 2 * b
+    tower = 0 if step.cached_features else tower_activation_bytes(config, rows * step.tiles, b)
     return TrainingMemory(
         weights=weights,
         projector=16 * counts.projector,
         activations=kept + projector_kept,
-        working=max(recomputed + gradients + dequantised, tower),
-        logits=min(rows * t * text.vocab_size, LOGITS_AT_ONCE) * (2 * b + 4) + rows * t * text.hidden_size * 2 * b,
+        working=max(working, tower - kept - projector_kept - logits),
+        logits=logits,
         overhead=CUDA_OVERHEAD_BYTES,
     )
 

@@ -189,7 +189,7 @@ def _row(
 
 
 def _largest_micro_batch(config: PreTrainedConfig, step: flops.TrainingStep, card_bytes: int) -> int:
-    """The most samples, up to the global batch, whose training step fits into ``card_bytes``."""
+    """The most samples, up to the global batch, whose training step fits into ``card_bytes``; 0: none."""
     low, high = 0, step.global_batch_size
     while low < high:
         middle = (low + high + 1) // 2

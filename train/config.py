@@ -16,16 +16,18 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from reduction.parsing import parse_bytes
+
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
 # Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
 # recognised by their content, wherever they are.
 FREE_KEYS = (
     "model", "revision", "mm_projector", "vision_tower", "data", "per_device_train_batch_size", "cpu_threads",
-    "max_tokens_per_micro_batch", "gradient_checkpointing", "max_nonfinite_steps", "output_dir", "run_name",
-    "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
-    "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
+    "max_tokens_per_micro_batch", "max_memory", "gradient_checkpointing", "max_nonfinite_steps", "output_dir",
+    "run_name", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
+    "report_to", "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
 
@@ -212,18 +214,22 @@ class TuneConfig:
     """Optimizer steps, instead of num_train_epochs."""
     global_batch_size: int = 128
     """Conversations per optimizer step, over all processes and micro-batches."""
-    per_device_train_batch_size: int | None = 8
-    """Conversations per micro-batch and process at most: what memory allows. Does not change what is learned."""
+    per_device_train_batch_size: int | None = None
+    """Conversations per micro-batch and process at most. Does not change what is learned. null, and
+    max_tokens_per_micro_batch null too: what the memory is estimated to hold (on a CPU without max_memory: 8)."""
     max_tokens_per_micro_batch: int | None = None
     """Tokens per micro-batch at most, padding included; beside or instead of per_device_train_batch_size."""
+    max_memory: str | None = None
+    """Memory of each device that a step may fill (22GiB), for the limits that are null; null: 90 % of a GPU's."""
     max_grad_norm: float = 1.0
     """The gradient's norm is clipped to this; 0 turns clipping off."""
     max_nonfinite_steps: int = 3
     """Steps in a row with NaN or Inf in loss or gradient (each is skipped) after which the run stops."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Dtype of everything but the projector (always fp32): bf16, or no for fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute LLM layers in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Recompute LLM layers in the backward pass: less memory, up to half as much time again. null: only where the
+    memory is estimated to ask for it."""
     seed: int = 0
     """Seed of the order of the samples and of the subset."""
     cpu_threads: int | None = None
@@ -278,8 +284,11 @@ class TuneConfig:
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
             learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0, lora_r=1, lora_alpha=0,
         )  # fmt: skip
-        if self.per_device_train_batch_size is None and self.max_tokens_per_micro_batch is None:
-            raise ConfigError("micro-batches need a limit: per_device_train_batch_size or max_tokens_per_micro_batch")
+        if self.max_memory is not None:
+            try:
+                parse_bytes(self.max_memory)
+            except ValueError as error:
+                raise ConfigError(f"max_memory: {error}") from error
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio is {self.warmup_ratio}: a share from 0 up to, but not including, 1")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:

@@ -249,11 +249,14 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
             parameter.data = parameter.data.to(compute_dtype)
     model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in model.model.language_model.layers:
-            layer.training = (
-                True  # transformers checkpoints layers in training mode; what is in them stays in eval mode
-            )
+        recompute_layers(model)
+
+
+def recompute_layers(model: Llava) -> None:
+    """Has the language model's layers computed again in the backward pass, instead of keeping what is in them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.language_model.layers:
+        layer.training = True  # transformers checkpoints layers in training mode; what is in them stays in eval mode
 
 
 def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:

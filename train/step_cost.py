@@ -1,4 +1,4 @@
-"""What a training step must compute, what it could be held against, and whether it fits: FLOPs, peak, micro-batch.
+"""What a training step must compute, what it could be held against, and what is done when memory runs out.
 
 FLOPs count a multiply-add as two and attention as if it were not causal, as in reduction/flops.py. Two counts of the
 same row stand side by side: :func:`plain_flops` is what transformers' LLaVA computes, :func:`needed_flops` what the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ from torch import nn
 from data.batching import BatchPlan
 from data.dataset import ConversationDataset
 from reduction.flops import (
-    TrainingStep,
     llm_layer_flops_grouped,
     lm_head_flops,
     projector_flops,
     tower_blocks_run,
-    training_step_memory,
     vision_tower_flops,
 )
 
@@ -112,16 +110,6 @@ def matmul_speed(
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def largest_micro_batch(config: Any, step: TrainingStep, memory: int) -> int:
-    """The most rows, up to the global batch, whose training step is estimated to fit into `memory` bytes; 0: none."""
-    low, high = 0, step.global_batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = training_step_memory(config, replace(step, micro_batch_size=middle)).total <= memory
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
 
 
 class StepFlops:

@@ -42,11 +42,13 @@ from train.config import ConfigError, TuneConfig, load_config
 from train.evaluation import held_out_loss
 from train.feature_cache import store_features
 from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
+from train.micro_batch import plan_micro_batches
 from train.objective import (
     SupervisedLoss,
     count_supervised,
     describe_components,
     projector_parameters,
+    recompute_layers,
     train_only_projector,
 )
 from train.processes import StopRequest, StopRequested, failures_recorded, on_main_process, start_accelerator
@@ -75,6 +77,8 @@ class RunState:
     """Sum of the losses since the last line of metrics.jsonl."""
     interval_tokens: int = 0
     """Number of those losses: supervised tokens."""
+    micro_batch: dict[str, Any] = field(default_factory=dict)
+    """How large micro-batches are at most (train/micro_batch.py): a continued run is cut the same way."""
     nonfinite_steps: int = 0
     """Steps skipped because of NaN or Inf."""
     nonfinite_streak: list[dict[str, Any]] = field(default_factory=list)
@@ -142,7 +146,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,
     )
-    train_only_projector(model, dtype, config.gradient_checkpointing)
+    train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
@@ -156,14 +160,18 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     state.evaluation_due &= held_out is not None
     if config.data.cache_features is not None:
         store_features(config, model, processor, dataset, held_out, accelerator, report, stop)
+    limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)
+    if limits.gradient_checkpointing:
+        recompute_layers(model)
+    state.micro_batch = asdict(limits)
     plan = BatchPlan(
         dataset.lengths.tolist(),
         config.global_batch_size,
         seed=config.seed,
         num_epochs=None if config.max_steps is not None else config.num_train_epochs or 1,
         num_processes=accelerator.num_processes,
-        micro_batch_size=config.per_device_train_batch_size,
-        max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        micro_batch_size=limits.rows,
+        max_tokens_per_micro_batch=limits.tokens,
     )
     total_steps = config.max_steps or plan.total_steps
     assert total_steps is not None
@@ -171,6 +179,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     report.say(
         f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
     )
+    report.say(limits_said)
     settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
     if checkpoint:
         check_same_run(checkpoint.state["settings"], settings, folder)
@@ -256,6 +265,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
                 loss_sum += loss.detach()
         except torch.OutOfMemoryError as error:
             plan, out_of_memory = half_the_micro_batch(plan, error, again=halved), True
+            state.micro_batch |= {"rows": plan.micro_batch_size, "tokens": plan.max_tokens}
         if out_of_memory:  # and past the handler, whose exception holds on to what filled the memory
             out_of_memory, halved = False, True
             optimizer.zero_grad()

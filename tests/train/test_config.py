@@ -110,7 +110,7 @@ def test_a_wrong_type_names_the_key_and_the_value(recipe: Path, arguments: list[
         (["--report_to", "[tensorboard,tensorboard]"], "twice"),
         (["--shortv.layers", "[1]", "--shortv.freeze", "3"], "set the other one to null"),
         (["--shortv.freeze", "0.6"], r"shortv.freeze is '0.6': .*a share \(60%\)"),
-        (["--per_device_train_batch_size", "null"], "max_tokens_per_micro_batch"),
+        (["--max_memory", "lots"], "max_memory: memory 'lots': write it as 24GiB"),
         (["--shortv.freeze", "60%", "--shortv.calibration_samples", "0"], "calibration_samples is 0"),
         (["--data.fraction", "0"], "data.fraction is 0"),
         (["--data.max_bad_fraction", "2"], "max_bad_fraction is 2"),
