@@ -61,13 +61,15 @@ def run_here(recipe: Path, output: Path, *arguments: str) -> Path:
     return output
 
 
-def start_there(recipe: Path, output: Path, *arguments: str, processes: int | None = None) -> subprocess.Popen[str]:
+def start_there(
+    recipe: Path, output: Path, *arguments: str, processes: int | None = None, script: str | Path = SCRIPT
+) -> subprocess.Popen[str]:
     """A run in a process of its own, or under torchrun in several that really know of each other."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
-        [*launcher, SCRIPT, "--config", str(recipe), "--output_dir", str(output), *arguments],
+        [*launcher, str(script), "--config", str(recipe), "--output_dir", str(output), *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
