@@ -162,7 +162,9 @@ def held_out_loss(
     total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     with torch.no_grad():
         for batch in batches:
-            if stop.signal is not None:
+            # Agreed on, not each for itself: engines that shard weights need all processes in every forward pass.
+            asked = torch.tensor(int(stop.signal is not None), device=accelerator.device)
+            if int(accelerator.reduce(asked)):
                 total[2] = 1
                 break
             moved = batch.to(accelerator.device)

@@ -77,29 +77,32 @@ class SupervisedLoss(nn.Module):
         return self._needed_loss(batch)
 
     def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Every token through every layer; every process calls the same modules in the same order."""
+        """Every token through every layer.
+
+        Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
+        engines that gather sharded weights when a module is called would wait for one that does not for ever.
+        """
         inner: Any = self.model.model
-        if "visual_tokens" in batch:
-            visual = batch["input_ids"] == self.model.config.image_token_id
-            embeds = inner.get_input_embeddings()(batch["input_ids"])
-            features: Any = visual_features(self.model, batch)
-            outputs = inner(
-                inputs_embeds=embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds)),
-                attention_mask=batch["attention_mask"],
-                mm_token_type_ids=visual.long(),
-                use_cache=False,
-                **fastv_query(self.model, batch["labels"]),
-            )
-        else:
-            inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-            outputs = inner(**inputs, use_cache=False, **fastv_query(self.model, batch["labels"]))
+        visual = batch["input_ids"] == self.model.config.image_token_id
+        features = visual_features(self.model, batch)
+        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
+        nothing = self._no_features(visual.device) if features is None else None
+        embeds = inner.get_input_embeddings()(batch["input_ids"])
+        if features is not None:
+            embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
+        elif nothing is not None:
+            embeds = embeds + 0 * nothing.sum().to(embeds)
+        outputs = inner(
+            inputs_embeds=embeds,
+            attention_mask=batch["attention_mask"],
+            mm_token_type_ids=visual.long(),
+            use_cache=False,
+            **fastv_query(self.model, batch["labels"]),
+        )
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
-        loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        if "pixel_values" not in batch and "visual_tokens" not in batch:
-            loss = loss + 0 * self._no_features().float().sum()
-        return loss
+        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
     def _needed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         decoder: Any = self.model.model.language_model
@@ -112,16 +115,10 @@ class SupervisedLoss(nn.Module):
 
         features = visual_features(self.model, batch)
         loss = torch.zeros((), device=device)
+        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
         if features is None:
-            if bool(visual.any()):
-                raise ValueError(f"the prompts hold {int(visual.sum())} placeholders and there are 0 visual tokens")
-            connected = self.model.model.multi_modal_projector(self._no_token())
+            connected = self.model.model.multi_modal_projector(self._no_token(device))
         else:
-            if len(features) != int(visual.sum()):
-                raise ValueError(
-                    f"the prompts hold {int(visual.sum())} placeholders, the images give {len(features)} visual "
-                    "tokens: build the inputs with the processor that belongs to this model"
-                )
             used = (needed & sees_image[:, None])[visual]
             connected, features = features, features if bool(used.all()) else features[used.to(device)]
         if not bool(sees_image.any()):
@@ -163,24 +160,37 @@ class SupervisedLoss(nn.Module):
                 self._fixed[key] = fixed
         return fixed
 
-    def _no_token(self) -> Tensor:
-        weight: Any = self.model.model.multi_modal_projector.linear_1.weight
-        return torch.zeros(1, weight.shape[1], device=weight.device)
+    def _no_token(self, device: torch.device) -> Tensor:
+        """[1, input of the projector]: read from the config, for a sharded weight has no shape."""
+        config: Any = self.model.config
+        layers = config.vision_feature_layer
+        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        return torch.zeros(1, width, device=device)
 
-    def _no_features(self) -> Tensor:
+    def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
         config: Any = self.model.config
         if isinstance(self.model.model.vision_tower, nn.Identity):
-            return self.model.model.multi_modal_projector(self._no_token())
+            return self.model.model.multi_modal_projector(self._no_token(device))
         side = config.vision_config.image_size
-        zero = torch.zeros((), device=self.model.device, dtype=self.model.dtype)
+        zero = torch.zeros((), device=device, dtype=self.model.dtype)
         if isinstance(self.model, LlavaNextForConditionalGeneration):
             tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
-            sizes = torch.tensor([[side, side]], device=self.model.device)
+            sizes = torch.tensor([[side, side]], device=device)
             features = self.model.model.get_image_features(zero.expand(1, tiles, 3, side, side), sizes)
         else:
             features = self.model.model.get_image_features(zero.expand(1, 3, side, side))
         return torch.cat(list(features.pooler_output))
+
+
+def _refuse_mismatch(placeholders: int, features: int) -> None:
+    if placeholders != features and not features:
+        raise ValueError(f"the prompts hold {placeholders} placeholders and there are 0 visual tokens")
+    if placeholders != features:
+        raise ValueError(
+            f"the prompts hold {placeholders} placeholders, the images give {features} visual tokens: build the "
+            "inputs with the processor that belongs to this model"
+        )
 
 
 def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -19,8 +19,10 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.config import ConfigError, TuneConfig
+from train.engine import check_engine, deepspeed_wanted
 from train.run_folder import read_status, write_status
 
 Result = TypeVar("Result")
@@ -29,22 +31,30 @@ Result = TypeVar("Result")
 def start_accelerator(config: TuneConfig) -> Accelerator:
     """Joins the processes that the launcher started.
 
-    Raises `ConfigError` if the launcher started more processes than found each other, or fewer samples than processes
-    make a global batch.
+    Raises `ConfigError` if the launcher started more processes than found each other, if fewer samples than processes
+    make a global batch, or for settings that the launcher's engine cannot do.
     """
+    check_engine(config)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    with_deepspeed = deepspeed_wanted()
+    # Without a GPU Accelerate names no backend for DeepSpeed, and every process would believe to be alone.
+    backend = {"backend": "gloo"} if with_deepspeed and not torch.cuda.is_available() else {}
     accelerator = Accelerator(
-        mixed_precision="no",  # dtypes are set in the model: autocast would undo the projector's float32
+        # DeepSpeed casts weights by it. Elsewhere the model's are cast: autocast would undo the projector's float32.
+        mixed_precision=config.mixed_precision if with_deepspeed else "no",
         log_with=list(config.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "tensorboard")
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),  # constants, and held-out batches may be uneven
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # writing a large model keeps the others waiting
+            # Writing a large model keeps the others waiting.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1), **backend),
         ],
     )
+    if with_deepspeed:
+        unset_hf_deepspeed_config()  # with it transformers would spread weights while it loads them, also to evaluate
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(

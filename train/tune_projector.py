@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,16 @@ from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
     check_same_run,
-    optimizer_tensors,
     random_states,
-    restore_optimizer,
     restore_random_states,
     save_checkpoint,
     versions,
     write_atomically,
 )
 from train.config import ConfigError, TuneConfig, load_config
+from train.engine import start_engine
 from train.evaluation import held_out_loss
-from train.feature_cache import store_features
+from train.feature_cache import known_tower, store_features
 from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from train.micro_batch import plan_micro_batches
 from train.objective import (
@@ -137,6 +135,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     fastv = asdict(config.fastv) if config.fastv else None
     layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
     shortv = None if layers is None else {"layers": layers}
+    tower = known_tower(config, release, dtype)
     model, processor = load_release(
         release,
         visionzip=visionzip,
@@ -145,6 +144,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         dtype=dtype,
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,
+        with_tower=tower is None,
     )
     train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
     adapter = None
@@ -159,7 +159,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
     if config.data.cache_features is not None:
-        store_features(config, model, processor, dataset, held_out, accelerator, report, stop)
+        store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
     limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)
     if limits.gradient_checkpointing:
         recompute_layers(model)
@@ -192,22 +192,21 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     if checkpoint:
         for name, parameter in parameters.items():
             parameter.data.copy_(checkpoint.projector[name])
-        restore_optimizer(adamw, parameters, checkpoint.optimizer)
         schedule.load_state_dict(checkpoint.state["schedule"])
         for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         if accelerator.process_index < len(checkpoint.rng):
             restore_random_states(checkpoint.rng[accelerator.process_index])
-    # The schedule stays outside: prepared, it would take one step per process.
-    loss_module, optimizer = accelerator.prepare(SupervisedLoss(model), adamw)
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    engine = start_engine(accelerator, SupervisedLoss(model), adamw, parameters, config.max_grad_norm)
+    if checkpoint:
+        engine.restore_moments(checkpoint.optimizer)
     metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None)
     trackers = Trackers(accelerator, config, folder, report.say)
 
     def save() -> None:
         saved = Checkpoint(
-            projector=dict(parameters),
-            optimizer=optimizer_tensors(adamw, names),
+            projector=engine.projector(),
+            optimizer=engine.moments(),
             rng=gather_object([random_states()]),
             state={
                 "step": state.step,
@@ -232,7 +231,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
             micro_batch_size=config.eval_batch_size,
         )
         batches = loader_of(held_out, cut, accelerator, config)
-        loss = held_out_loss(accelerator.unwrap_model(loss_module), batches, accelerator, stop)
+        loss = held_out_loss(engine.unwrapped, batches, accelerator, stop)
         if loss is not None:
             state.evaluation_due = False
             metrics.write("eval", state.step, loss=loss)
@@ -241,7 +240,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
 
     # ---- the loop: one turn is one global batch
     micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
-    trained, stopping, out_of_memory, halved = list(parameters.values()), False, False, False
+    stopping = out_of_memory = halved = False
     flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
     if state.evaluation_due:
         evaluate()
@@ -252,39 +251,35 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         waited = time.perf_counter() - started
 
         # The loss is the mean over the global batch's supervised tokens; their number is known before any gradient.
-        # The engine averages gradients over the processes, hence the factor that undoes it.
+        # Engines average gradients over the processes, hence the factor that undoes it.
         local = torch.tensor(sum(count_supervised(micro.inputs["labels"]) for micro in mine), device=device)
         supervised = max(1, int(accelerator.reduce(local)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         try:
             for number, micro in enumerate(mine):
-                is_last = number == len(mine) - 1
-                with nullcontext() if is_last else accelerator.no_sync(loss_module):
-                    loss = loss_module(micro.to(device).inputs)
-                    accelerator.backward(loss * (accelerator.num_processes / supervised))
-                loss_sum += loss.detach()
+                scale, is_last = accelerator.num_processes / supervised, number == len(mine) - 1
+                loss_sum += engine.backward(micro.to(device).inputs, scale, last=is_last)
         except torch.OutOfMemoryError as error:
-            plan, out_of_memory = half_the_micro_batch(plan, error, again=halved), True
+            plan, out_of_memory = half_the_micro_batch(plan, error, again=halved or not engine.can_repeat), True
             state.micro_batch |= {"rows": plan.micro_batch_size, "tokens": plan.max_tokens}
         if out_of_memory:  # and past the handler, whose exception holds on to what filled the memory
             out_of_memory, halved = False, True
-            optimizer.zero_grad()
+            engine.discard()
             torch.cuda.empty_cache()
             report.say(f"out of memory at step {state.step + 1}: it is repeated, {limits_in_words(plan)} from here on")
             micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
             continue
-        norm = float(accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
         drops = [asdict(drop) for micro in mine for drop in micro.dropped]
         local = torch.tensor([loss_sum, stop.signal is not None, len(drops)], dtype=torch.float64, device=device)
         total_loss, stops, dropped = accelerator.reduce(local).tolist()
 
-        # Every process has the same loss and gradient by now, and so decides the same.
+        # Every process has the same loss by now, and will have the same gradient: it decides as the others do.
         learning_rate = schedule.get_last_lr()[0]
         state.step += 1
         state.samples_seen = batch.next_position
+        norm = engine.update(finite=math.isfinite(total_loss))
         finite = math.isfinite(total_loss) and math.isfinite(norm)
         if finite:
-            optimizer.step()
             state.nonfinite_streak = []
             state.interval_loss += total_loss
             state.interval_tokens += supervised
@@ -293,7 +288,6 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
             ids = [dataset.conversations[sample].id for sample in batch.samples]
             state.nonfinite_streak.append({"step": state.step, "loss": str(total_loss), "norm": str(norm), "ids": ids})
             report.say(f"step {state.step}: loss {total_loss}, gradient norm {norm}: the update is skipped")
-        optimizer.zero_grad()
         schedule.step()
         if dropped:
             state.dropped += gather_object(drops)
@@ -350,9 +344,10 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     # ---- the reduced checkpoint
     if accelerator.is_main_process and dataset.drops.drops:
         dataset.drops.write(folder / DROPPED)
+    tuned = adapter or engine.projector()
     on_main_process(
         accelerator,
-        lambda: write_final(folder, release, adapter or parameters, processor, visionzip, shortv, fastv, report.say),
+        lambda: write_final(folder, release, tuned, processor, visionzip, shortv, fastv, report.say),
     )
     accelerator.free_memory()
 
