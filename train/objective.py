@@ -254,10 +254,11 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
         if weight is not None and not weight.is_floating_point():
             layer.training = True  # in eval mode bitsandbytes repacks it, on some CPUs, for kernels without a backward
     # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
+    projector = model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    trained = set(projector.parameters())
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter not in trained:
             parameter.data = parameter.data.to(compute_dtype)
-    model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
     if gradient_checkpointing:
         recompute_layers(model)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,12 @@ def run_here(recipe: Path, output: Path, *arguments: str) -> Path:
 
 
 def start_there(
-    recipe: Path, output: Path, *arguments: str, processes: int | None = None, script: str | Path = SCRIPT
+    recipe: Path,
+    output: Path,
+    *arguments: str,
+    processes: int | None = None,
+    script: str | Path = SCRIPT,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """A run in a process of its own, or under torchrun in several that really know of each other."""
     launcher = [sys.executable]
@@ -70,7 +75,7 @@ def start_there(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*launcher, str(script), "--config", str(recipe), "--output_dir", str(output), *arguments],
-        env=environment(),
+        env={**environment(), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

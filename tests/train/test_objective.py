@@ -105,6 +105,14 @@ def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(
     assert torch.equal(only_text, torch.zeros_like(only_text))
 
 
+def test_the_projector_is_not_rounded_on_its_way_to_training_in_bf16(tiny_release: Path) -> None:
+    exact = projector_parameters(load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN)[0])
+    model, _ = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN, dtype=torch.bfloat16)
+    train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
+    for name, parameter in projector_parameters(model).items():
+        assert torch.equal(parameter, exact[name])
+
+
 def test_only_the_projector_is_trained_and_nothing_upstream_has_a_graph(tiny_release: Path) -> None:
     model, _ = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN, dtype=torch.bfloat16)
     model.train()
