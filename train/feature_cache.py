@@ -27,8 +27,10 @@ from data.dataset import ConversationDataset
 from data.images import BadImage, ImageSource, image_bytes, open_image
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested
+from train.release import Release
 from train.report import Reporter
 from train.tensor_files import read_safetensors_specs
+from train.towers import load_tower, read_digest, tower_digest, tower_record
 
 FORMAT = 1  # of shards, and of what data/images.py makes of a file: to be raised when either changes
 SHARD_IMAGES = 256
@@ -41,8 +43,8 @@ def image_key(source: ImageSource, image_root: str | os.PathLike[str] | None) ->
     return hashlib.sha256(image_bytes(source, image_root)).hexdigest()
 
 
-def features_identity(model: Any, processor: Any) -> dict[str, Any]:
-    """Everything but the image that its visual tokens depend on.
+def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
+    """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known.
 
     Raises ValueError if the model keeps every visual token.
     """
@@ -52,14 +54,10 @@ def features_identity(model: Any, processor: Any) -> dict[str, Any]:
             "features can be cached for a reduced budget only: all visual tokens of an image take nine times its "
             "file's size. Set visionzip, or data.cache_features to null"
         )
-    tower = hashlib.sha256()
-    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
-        tower.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        tower.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     images = processor.image_processor
     return {
         "format": FORMAT,
-        "tower": tower.hexdigest(),
+        "tower": tower or tower_digest(model.model.vision_tower),
         "layer": config.vision_feature_layer,
         "visionzip": dict(config.visionzip),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
@@ -205,11 +203,12 @@ def fill_cache(
     num_workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
+    prepare: Callable[[], None] = lambda: None,
 ) -> int:
     """Stores the visual tokens of every image of the datasets that has none yet; gives how many were computed.
 
-    Each process takes its share of the images, and goes on when all are done or one was asked to stop. The model's
-    tower must be on the accelerator's device.
+    Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
+    called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
     cache.remove_stale()
     sources = _sources(datasets)
@@ -222,6 +221,7 @@ def fill_cache(
         progress(number * batch_size, len(share))
         found = {key: pixels for key, pixels in filter(None, batch) if key not in waiting}
         if found:
+            prepare()
             computed += len(found)
             waiting.update(dict(zip(found, _visual_tokens(model, list(found.values())), strict=True)))
         if len(waiting) >= SHARD_IMAGES or (waiting and time.monotonic() - written > SHARD_SECONDS):
@@ -246,8 +246,17 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, T
     return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
 
 
+def known_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> str | None:
+    """The digest of the release's tower, if features are cached and an earlier run left it."""
+    if config.data.cache_features is None:
+        return None
+    return read_digest(tower_record(config.data.cache_features, release.folder, dtype))
+
+
 def store_features(
     config: TuneConfig,
+    release: Release,
+    tower: str | None,
     model: Any,
     processor: Any,
     training: ConversationDataset,
@@ -258,13 +267,32 @@ def store_features(
 ) -> None:
     """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.
 
-    The model is left without its tower. Raises `StopRequested` on every process if one was asked to stop.
+    `tower`: what `known_tower` gave; then the model has come without its tower, which is loaded only if an image has
+    no features yet. The model is left without it. Raises `StopRequested` on every process if one was asked to stop,
+    and ValueError if the tower is not the one that was known.
     """
     assert config.data.cache_features is not None
     datasets = [dataset for dataset in (training, held_out) if dataset is not None]
-    identity = features_identity(model, processor)
+    identity = features_identity(model, processor, tower)
     cache = FeatureCache(config.data.cache_features, identity)
-    model.model.vision_tower.to(accelerator.device)
+    dtype = model.get_input_embeddings().weight.dtype
+    record = tower_record(config.data.cache_features, release.folder, dtype)
+    if tower is None and record is not None:
+        text = json.dumps({"tower": identity["tower"], "release": str(release.folder)}, indent=1) + "\n"
+        _write_beside(record, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def tower_on_device() -> None:
+        if isinstance(model.model.vision_tower, nn.Identity):
+            model.model.vision_tower = load_tower(release.folder, model.config, dtype)
+            if tower_digest(model.model.vision_tower) != tower:
+                if record is not None:
+                    record.unlink(missing_ok=True)
+                raise ValueError(
+                    f"{release.folder}: the tower has changed, though its files have the same size and time. The "
+                    "features of the one before are left alone: start the run again"
+                )
+        model.model.vision_tower.to(accelerator.device)
+
     computed = fill_cache(
         cache,
         model,
@@ -274,6 +302,7 @@ def store_features(
         num_workers=config.data.num_workers,
         progress=lambda done, total: report.progress("features", done, total),
         stopped=lambda: stop.signal is not None,
+        prepare=tower_on_device,
     )
     report.end_progress()
     stops = torch.tensor(int(stop.signal is not None), device=accelerator.device)

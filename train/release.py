@@ -41,6 +41,7 @@ from train.original_release import (
     split_after_images,
 )
 from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
+from train.towers import TOWERLESS
 
 logger = logging.getLogger(__name__)
 
@@ -291,13 +292,15 @@ def load_release(
     vision_tower: str | None = None,
     load_in_4bit: bool = False,
     chat_template: str = "auto",
+    with_tower: bool = True,
 ) -> tuple[Any, Any]:
     """The reduced model of any release, with its processor.
 
     `visionzip` ({"dominant", "contextual"}), `shortv` ({"layers"}) and, to compare with, `fastv` ({"layer", "keep"}):
     None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases.
     `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
-    model's layers in NF4 (ImportError without bitsandbytes). See `open_release` for the other arguments and for what
+    model's layers in NF4 (ImportError without bitsandbytes). `with_tower` False: for cached features, without reading
+    the tower's weights. See `open_release` for the other arguments and for what
     is refused.
 
     The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
@@ -312,7 +315,7 @@ def load_release(
     for key, value in reductions.items():
         reductions[key] = release.saved_reductions[key] if value == "saved" else dict(value) if value else None
     _, model_class, processor_class = model_classes(config["model_type"])
-    loaded = model_class.from_pretrained(
+    loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,

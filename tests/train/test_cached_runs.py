@@ -1,0 +1,156 @@
+"""Whole runs with cached features: the same training, and from the second on nothing of the tower is loaded."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import write_instructions, write_release
+from transformers import CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from train import towers
+from train.release import load_release, open_release
+from train.run_folder import read_metrics
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    return write_release(tmp_path / "release")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, release: Path, tiny_instructions: Path, tiny_held_out: Path) -> Path:
+    data = {"eval_instructions": str(tiny_held_out), "cache_features": str(tmp_path / "features")}
+    keys = {"max_steps": 4, "eval_steps": 2, "final_evaluation": False, "learning_rate": 0.001}
+    return write_recipe(tmp_path / "recipe.yaml", release, tiny_instructions, data=data, **keys)
+
+
+UNCACHED = ("--data.cache_features", "null", "--eval_steps", "null")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def ruin_the_tower(release: Path) -> None:
+    """Its weights become NaN in the file, whose size and times stay: whoever reads them shows it."""
+    path = release / "model.safetensors"
+    times = path.stat()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "vision_tower" in name and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    save_file(tensors, path, metadata)
+    assert path.stat().st_size == times.st_size
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every forward pass of a block of a tower."""
+    calls: list[int] = []
+    forward = CLIPEncoderLayer.forward
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(CLIPEncoderLayer, "forward", counted)
+    return calls
+
+
+def test_a_run_with_cached_features_is_the_uncached_run(recipe: Path, tmp_path: Path, blocks_run: list[int]) -> None:
+    expected = run_here(recipe, tmp_path / "uncached", "--data.cache_features", "null")
+    assert blocks_run
+    cached = run_here(recipe, tmp_path / "cached")
+    assert losses(cached) == pytest.approx(losses(expected), rel=1e-5)
+    found = checkpoint_tensors(cached, 4)
+    for name, tensor in checkpoint_tensors(expected, 4).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5 * tensor.abs().max().item())
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (expected, cached)]
+    assert weights[0].keys() == weights[1].keys(), "the reduced checkpoint has its tower"
+    for name in weights[0]:
+        if "vision_tower" in name:
+            assert torch.equal(weights[0][name], weights[1][name])
+
+
+def test_a_second_run_and_a_sweep_read_neither_the_tower_s_weights_nor_run_it(
+    recipe: Path, release: Path, tmp_path: Path, blocks_run: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_here(recipe, tmp_path / "first")
+    assert "0 images computed" not in capsys.readouterr().out
+    ruin_the_tower(release)
+    blocks_run.clear()
+    again = run_here(recipe, tmp_path / "again")
+    assert "features: 0 images computed" in capsys.readouterr().out
+    torch.testing.assert_close(checkpoint_tensors(again, 4), checkpoint_tensors(first, 4), rtol=0, atol=0)
+    assert losses(again) == losses(first)
+    faster = run_here(recipe, tmp_path / "faster", "--learning_rate", "0.01")
+    other_layers = run_here(recipe, tmp_path / "layers", "--shortv.layers", "[2]")
+    assert len({losses(folder)[-1] for folder in (first, faster, other_layers)}) == 3
+    assert all(torch.isfinite(torch.tensor(losses(folder))).all() for folder in (faster, other_layers))
+    assert not blocks_run
+    with pytest.raises(ValueError, match="the tower has changed"):  # another budget needs the tower
+        run_here(recipe, tmp_path / "budget", "--visionzip.dominant", "6")
+    assert losses(run_here(recipe, tmp_path / "uncached", *UNCACHED, "--max_nonfinite_steps", "9"))[0] is None
+
+
+def test_images_that_are_new_have_the_tower_loaded_alone(
+    recipe: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(recipe, tmp_path / "first")
+    capsys.readouterr()
+    more = write_instructions(tmp_path / "more", 12, seed=5)
+    expected = run_here(
+        recipe, tmp_path / "expected", "--data.instructions", str(more), "--data.cache_features", "null"
+    )
+    capsys.readouterr()
+    found = run_here(recipe, tmp_path / "found", "--data.instructions", str(more))
+    assert "images computed" in (said := capsys.readouterr().out)
+    assert "features: 0 images" not in said
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    whole, _ = load_release(str(release), dtype=torch.bfloat16)
+    alone = towers.load_tower(open_release(str(release)).folder, whole.config, torch.bfloat16)
+    assert isinstance(alone, CLIPVisionModel)
+    assert towers.tower_digest(alone) == towers.tower_digest(whole.model.vision_tower)
+
+
+def test_changed_weights_are_another_tower(recipe: Path, release: Path, tmp_path: Path) -> None:
+    run_here(recipe, tmp_path / "first")
+    write_release(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "model.safetensors", release / "model.safetensors")
+    run_here(recipe, tmp_path / "second")
+    folders = [path for path in (tmp_path / "features").iterdir() if path.is_dir()]
+    assert len({json.loads((path / "identity.json").read_text())["tower"] for path in folders}) == 2
+
+
+def test_two_processes_fill_the_cache_and_a_kill_in_between_does_no_harm(
+    recipe: Path, tmp_path: Path, blocks_run: list[int]
+) -> None:
+    expected = run_here(recipe, tmp_path / "expected")
+    features = tmp_path / "features"
+    shutil.rmtree(features)
+    killed = start_there(recipe, tmp_path / "killed", processes=2)
+    wait_until(lambda: any(features.glob("*/*.safetensors")), killed)
+    workers = [int(pid) for pid in Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()]
+    for pid in (*workers, killed.pid):
+        os.kill(pid, signal.SIGKILL)
+    output_of(killed, 60)
+    process = start_there(recipe, tmp_path / "both", processes=2)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    blocks_run.clear()
+    alone = run_here(recipe, tmp_path / "alone")
+    assert not blocks_run
+    for folder in (alone, tmp_path / "both"):
+        assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
