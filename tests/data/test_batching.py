@@ -100,6 +100,32 @@ def test_the_sampler_of_each_process_gives_its_micro_batches_from_a_position_on(
         MicroBatchSampler(whole, 2)
 
 
+@pytest.mark.parametrize(("before", "after"), [((2, 4), (1, 4)), ((1, 4), (2, 4)), ((2, 4), (2, 3)), ((3, 5), (2, 7))])
+@pytest.mark.parametrize("position", [16, 80, 96])  # within the first epoch, and at and after its end
+def test_a_run_that_goes_on_with_other_processes_and_cuts_leaves_out_no_sample_and_takes_none_twice(
+    before: tuple[int, int], after: tuple[int, int], position: int
+) -> None:
+    """By listing what the samplers of all processes give: two epochs, each sample once in each."""
+
+    def seen(cut: tuple[int, int], start: int) -> list[list[int]]:
+        processes, rows = cut
+        cut_plan = plan(num_processes=processes, micro_batch_size=rows)
+        samplers = [iter(MicroBatchSampler(cut_plan, process, start)) for process in range(processes)]
+        steps = []
+        for batch in cut_plan.batches(start):
+            counts = [len(micro_batches) for micro_batches in batch.micro_batches]
+            taken = [next(sampler) for sampler, count in zip(samplers, counts, strict=True) for _ in range(count)]
+            steps.append([sample for micro_batch in taken for sample in micro_batch])
+        assert all(next(sampler, None) is None for sampler in samplers)
+        return steps
+
+    first = [step for number, step in enumerate(seen(before, 0)) if number < position // 16]
+    ids = [sample for step in first + seen(after, position) for sample in step]
+    assert sorted(ids) == sorted([*range(len(LENGTHS))] * 2)
+    expected = [sorted(batch.samples) for batch in plan().batches()]
+    assert [sorted(step) for step in first + seen(after, position)] == expected
+
+
 def test_a_run_without_end() -> None:
     endless = plan(num_epochs=None)
     assert endless.total_steps is None
