@@ -57,6 +57,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from benchmark_memory import peak_tensor_bytes
+from benchmark_savings import sides_without
 from benchmark_shapes import (
     BEFORE,
     SHAPES,
@@ -113,7 +115,8 @@ measured, one CPU thread, CPU time of a machine that others used (--clock cpu), 
 What limits the step now: the tower, two thirds of the time in shape cpu (4.8 of 15.3 s with cached features); at 7B
 the plain layers' matrices.
 
-not measured one by one, and not at all: flash and varlen attention, Liger's kernels, torch.compile.
+One by one: --parts '["savings"]' (scripts/benchmark_savings.py), which takes the step without each of them.
+not measured: flash and varlen attention, Liger's kernels, torch.compile.
 """
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -126,8 +129,8 @@ class BenchmarkConfig:
     shape: Literal["demo", "cpu", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "next-cpu"] = "cpu"
     """Sizes of the model: a release's, `cpu` (CLIP-L/14-336 and a 16-layer, 1024-wide Llama), or `next-cpu`
     (LLaVA-NeXT-7B's tokens and depth at a quarter of its width)."""
-    parts: list[Literal["step", "prefill", "generation", "tower"]] = field(default_factory=lambda: ["step"])
-    """What to measure."""
+    parts: list[Literal["step", "savings", "prefill", "generation", "tower"]] = field(default_factory=lambda: ["step"])
+    """What to measure; savings: ShortZip's step without each of its savings in turn (scripts/benchmark_savings.py)."""
     sides: list[str] = field(default_factory=list)
     """Only these sides of the step; empty means all."""
     device: str = "cpu"
@@ -146,6 +149,8 @@ class BenchmarkConfig:
     """Rounds before them that are not counted."""
     clock: Literal["wall", "cpu"] = "wall"
     """wall time; or the process's CPU time, for one thread (OMP_NUM_THREADS=1) on a machine that others use too."""
+    tensor_memory: bool = True
+    """Also run each side once with its tensors counted, for the bytes that it holds at its peak."""
     new_tokens: int = 16
     """Tokens generated per prompt."""
     memory_limit: str | None = None
@@ -165,8 +170,10 @@ class Timing:
     """Median of the rounds."""
     all_seconds: list[float]
     peak_memory: int
-    """Bytes: the device's peak on CUDA; on the CPU the process's, weights included."""
+    """Bytes: the device's peak on CUDA; on the CPU the process's, with weights, Python and libraries in it."""
     samples_per_second: float
+    tensor_memory: int = 0
+    """Bytes of tensors at the peak, beside those that were there before (weights, inputs); 0: not measured."""
     tokens_per_second: float = 0.0
     flops: float = 0.0
     """What this side has to compute, recomputation and padding left out."""
@@ -191,10 +198,14 @@ def alternate(
             if turn >= settings.warm_up:
                 seconds[name].append(clock() - started)
             peaks[name] = max(peaks[name], peak_memory(device))
-    return {
+    timings = {
         name: Timing(name, statistics.median(found), found, peaks[name], samples / statistics.median(found))
         for name, found in seconds.items()
     }
+    if settings.tensor_memory:
+        for name, run in sides.items():
+            timings[name].tensor_memory = peak_tensor_bytes(run, device)
+    return timings
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -310,6 +321,34 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         for side, bs in (("plain", plain_batches), ("reduced", reduced_batches))
     }
     return {"matmul_flops": peak, "padding": padding, "timings": _as_dicts(timings), "ratios": ratios}
+
+
+def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+    """ShortZip's step, and the step without each of its savings."""
+    config = models.both.config
+    conversations = draw_conversations(settings.global_batch_size, images_only=settings.images_only)
+    budget = (shape.dominant + shape.contextual) * shape.tiles
+    lengths = [row.text + row.visual for row in (c.shape(budget, shape.tiles) for c in conversations)]
+    plan = BatchPlan(lengths, len(lengths), micro_batch_size=settings.micro_batch_size)
+    rows = [[conversations[i] for i in chosen] for chosen in plan.global_batch(0).micro_batches[0]]
+    batches = [make_batch(found, budget, shape.tiles, config, device, seed) for seed, found in enumerate(rows)]
+    supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    sides, flops = sides_without(models.both, shape, batches, rows, supervised)
+    chosen_sides = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
+    timings = alternate(chosen_sides, settings, device, len(conversations))
+    peak = matmul_speed(device, models.both.dtype, clock=CLOCKS[settings.clock])
+    for name, timing in timings.items():
+        timing.flops = flops[name]
+        timing.mfu = timing.flops / timing.seconds / peak
+    ratios = {
+        f"shortzip against {name}": {
+            "measured": timing.seconds / timings["shortzip"].seconds,
+            "highest": flops[name] / flops["shortzip"],
+        }
+        for name, timing in timings.items()
+        if name != "shortzip" and "shortzip" in timings
+    }
+    return {"matmul_flops": peak, "timings": _as_dicts(timings), "ratios": ratios}
 
 
 def recompute_layers(model: Any, checkpointing: bool) -> None:
@@ -432,13 +471,14 @@ def show(results: dict[str, Any], title: str, console: Console) -> None:
                 show(part, f"{title}, {name}", console)
         return
     table = Table(title=title)
-    for heading in ("", "seconds", "samples/s", "tokens/s", "peak MiB", "TFLOPs", "MFU"):
+    for heading in ("", "seconds", "samples/s", "tokens/s", "peak MiB", "tensors MiB", "TFLOPs", "MFU"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, timing in results["timings"].items():
         table.add_row(
             name, f"{timing['seconds']:.3f}", f"{timing['samples_per_second']:.3f}",
             f"{timing['tokens_per_second']:,.0f}" if timing["tokens_per_second"] else "",
             f"{timing['peak_memory'] / 2**20:,.0f}",
+            f"{timing['tensor_memory'] / 2**20:,.1f}" if timing["tensor_memory"] else "",
             f"{timing['flops'] / 1e12:.3f}" if timing["flops"] else "",
             f"{timing['mfu']:.0%}" if timing["mfu"] else "",
         )  # fmt: skip
@@ -464,9 +504,15 @@ def main(settings: BenchmarkConfig) -> None:
     shape = SHAPES[settings.shape]
     models = build_models(shape, device, getattr(torch, name))
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140  # a log file has no edge
     measures = {
-        "step": measure_step, "prefill": measure_prefill, "generation": measure_generation, "tower": measure_tower
-    }  # fmt: skip
+        "step": measure_step,
+        "savings": measure_savings,
+        "prefill": measure_prefill,
+        "generation": measure_generation,
+        "tower": measure_tower,
+    }
     results: dict[str, Any] = {"settings": {**asdict(settings), "output": str(settings.output), "dtype": name}}
     for part in settings.parts:
         results[part] = measures[part](models, shape, settings, device)
