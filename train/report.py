@@ -92,12 +92,16 @@ class Speed:
         }
         return {**rates, "mfu": self._flops / self._seconds / self._peak} if self._peak else rates
 
+    def seconds_left(self, steps_left: int) -> float | None:
+        """The time that so many more steps take; None until a step counts."""
+        return steps_left * self._seconds / (self.steps - LEFT_OUT) if self._seconds else None
+
     def text(self, steps_left: int) -> str:
         """Speed and the time that so many more steps take, in words; empty until a step counts."""
         if not self._seconds:
             return ""
         rates = self.averages()
-        seconds = round(steps_left * self._seconds / (self.steps - LEFT_OUT))
+        seconds = round(self.seconds_left(steps_left) or 0)
         left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
         mfu = f"MFU {rates['mfu']:.0%} " if "mfu" in rates else ""
         return (

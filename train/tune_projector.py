@@ -314,6 +314,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
                 "nonfinite_steps": state.nonfinite_steps,
                 "seconds": seconds,
                 "peak_memory": peak_memory(device),
+                "seconds_left": speed.seconds_left(total_steps - state.step),
                 **speed.averages(),
             }
             metrics.write("train", state.step, **values)

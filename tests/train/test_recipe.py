@@ -24,6 +24,7 @@ from runs import (
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from reduction import ReducedLlavaForConditionalGeneration
+from train.report import LEFT_OUT
 from train.run_folder import read_metrics, read_status
 
 
@@ -59,7 +60,13 @@ def test_what_a_run_leaves_behind(uninterrupted: Path, learned_release: Path) ->
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert sum(line["loss"] for line in lines[-3:]) < sum(line["loss"] for line in lines[:3])
     assert lines[-1]["samples_seen"] == 60
-    assert lines[-1]["samples_per_second"] > 0
+    rates_of_speed = {"samples_per_second", "tokens_per_second", "mfu", "data_wait"}
+    for number, line in enumerate(lines, 1):
+        assert line["peak_memory"] > 0
+        assert (rates_of_speed <= line.keys()) is (number > LEFT_OUT), "the first steps are left out"
+        assert (line["seconds_left"] is not None) is (number > LEFT_OUT)
+    assert all(lines[-1][rate] > 0 for rate in rates_of_speed)
+    assert lines[-1]["seconds_left"] == 0 < lines[-2]["seconds_left"]
     rates = [line["learning_rate"] for line in lines]
     assert rates[0] == 0
     assert rates[1] == max(rates) == 0.01
