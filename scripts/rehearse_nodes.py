@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train" / "tune_projector.py")
-STEPS, SECONDS, PORT = 6, 900, 29511
+STEPS, SECONDS, PORT = 6, 600, 29511
 NAMES, ADDRESSES, CABLE = ("shortzip-a", "shortzip-b"), ("10.77.0.1", "10.77.0.2"), "cable"
 
 
@@ -67,6 +67,8 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
         "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "rehearsal",
         "--local_addr", ADDRESSES[machine],
+        # Both "machines" have one name, by which torchrun otherwise tells whether it is the host.
+        "--rdzv_conf", f"is_host={str(machine == 0).lower()}",
     ]  # fmt: skip
     found = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
     sharded = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -114,7 +116,11 @@ def main(argv: list[str]) -> int:
                         text=True,
                     )
                 )
-            said = [process.communicate(timeout=SECONDS)[0] for process in processes]
+            try:
+                said = [process.communicate(timeout=SECONDS)[0] for process in processes]
+            finally:
+                for process in processes:
+                    process.terminate()
             if any(process.returncode for process in processes):
                 print(f"FAILED: {name}\n" + "\n".join(said))
                 failed += 1
