@@ -134,6 +134,7 @@ def test_changed_weights_are_another_tower(recipe: Path, release: Path, tmp_path
     assert len({json.loads((path / "identity.json").read_text())["tower"] for path in folders}) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_fill_the_cache_and_a_kill_in_between_does_no_harm(
     recipe: Path, tmp_path: Path, blocks_run: list[int]
 ) -> None:
