@@ -15,8 +15,8 @@ from train.demo_model import GRID, SYSTEM, DemoModelConfig, Optimizer
 from train.demo_tower import normalise, tower_layers
 
 IGNORED = -100
-# Looking up an object by two words at once, and counting some objects of many, are learned last: training practises.
-PRACTISED = ("place", "size", "existence", "count_shape", "count_color")
+# Kinds that name an object by two words at once. Looking up two at once is learned last, so training practises it.
+TWO_WORDS = ("place", "size", "existence")
 Turns = list[tuple[str, str, str]]  # (kind, question, answer) of one conversation
 
 
@@ -99,21 +99,12 @@ def answer_logits(
 
 
 def questions_for(seed: int, index: int, draw: int, conversations: int, practice: int = 0) -> list[Turns]:
-    """Conversations about one scene, `practice` of them single questions of the kinds that are learned last."""
+    """Conversations about one scene, `practice` of them single questions that name an object by colour and shape."""
     rng = np.random.default_rng((seed, index, 4, draw))
     scene = sample_scene(seed, index)
     turns = rng.choice([1, 2, 3], size=conversations - practice, p=[0.7, 0.2, 0.1])
-    drills = [ask(scene, rng, kinds=PRACTISED) for _ in range(practice)]
+    drills = [ask(scene, rng, kinds=TWO_WORDS) for _ in range(practice)]
     return drills + [ask(scene, rng, int(count)) for count in turns]
-
-
-def shuffled(features: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Features `[scenes, tokens, width]`, those of a random `share` of the scenes in random order of their tokens."""
-    scenes, tokens, _ = features.shape
-    order = torch.arange(tokens).repeat(scenes, 1)
-    chosen = torch.rand(scenes, generator=generator) < share
-    order[chosen] = torch.rand(int(chosen.sum()), tokens, generator=generator).argsort(1)
-    return features.gather(1, order.unsqueeze(-1).expand_as(features))
 
 
 def train_language_model(
@@ -134,9 +125,8 @@ def train_language_model(
         batch = writer.batch(
             [questions_for(config.seed, row, draw, config.conversations, config.practice) for row in rows]
         )
-        shown = shuffled(features[rows], config.shuffle, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets, _ = answer_logits(model, shown, batch)
+            logits, targets, _ = answer_logits(model, features[rows], batch)
         loss = F.cross_entropy(logits, targets)
         loss.backward()
         norm = optimizer.step(step / config.lm_steps)

@@ -48,17 +48,14 @@ class DemoModelConfig:
     """Steps of stage 1."""
     tower_batch: int = 64
     """Scenes per step of stage 1."""
-    lm_steps: int = 4500
+    lm_steps: int = 2200
     """Steps of stage 2."""
     lm_batch: int = 12
     """Scenes per step of stage 2."""
     conversations: int = 12
     """Conversations per scene and step in stage 2."""
-    practice: int = 8
-    """How many of these are single questions of the kinds that are learned last: practice."""
-    shuffle: float = 0.5
-    """Share of stage 2's scenes whose visual tokens, all of them, come in random order: the language model then reads
-    places from the features, as one pretrained on text does, not only from where in the prompt a token stands."""
+    practice: int = 0
+    """How many of these are single questions that name an object by colour and shape."""
     continue_from: Path | None = None
     """Start stage 2 from these weights (a state dict kept in another run's `partial.pt`) and keep that run's log."""
     learning_rate: float = 2e-3
