@@ -12,11 +12,12 @@ Two stages, as LLaVA itself has a vision tower that was trained before it:
    conversations share one picture: they stand one after another behind it, and a block mask with restarted positions
    keeps them from seeing each other, so each is supervised exactly as if it stood alone.
 
-Tried after the shipped weights (93.6 % of 4 214 held-out questions exact), continuing from them for 1 100 steps each,
-and left: practice on counts as well (95.5 %, but the demo's reduction then costs 26 points, and tuning wins back 13 % of
-them instead of 30 %); the same with half of the scenes' visual tokens in random order (96.4 %; the reduction costs 20,
-and tuning wins back next to nothing). A model that finds places by where in the prompt a token stands loses more to the
-reduction, and a projector can repair that; counts are lost with the patches that are not kept.
+Tried after the shipped weights (93.6 % of 4 214 held-out questions exact), continuing from them for 1 100 steps
+each, and left: practice on counts as well (95.5 %, but the demo's reduction then costs 26 points, and tuning wins
+back 13 % of them instead of 30 %); the same with half of the scenes' visual tokens in random order (96.4 %; the
+reduction costs 20, and tuning wins back next to nothing). A model that finds places by where in the prompt a token
+stands loses more to the reduction, and a projector can repair that; counts are lost with the patches that are not
+kept.
 
 The model is never trained on reduced visual tokens. `log.jsonl` beside the weights keeps command, seed, time and
 accuracy. Same seed, same machine, same number of threads: same weights.
