@@ -64,7 +64,12 @@ class Trackers:
             )
             options["wandb"]["mode"] = "offline"
             self._accelerator.trackers.clear()
-            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+            try:
+                self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+            except Exception as offline:  # W&B's service may still hold the run that it could not start
+                self._say(f"W&B cannot record offline either ({offline}): metrics.jsonl has everything")
+                self._accelerator.trackers.clear()
+                self._active = False
 
     def log(self, step: int, **values: float) -> None:
         """Adds the values at a step. The first failure is shown, later ones are not."""

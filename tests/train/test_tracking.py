@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from runs import run_here, write_recipe
 
+from train.config import DataConfig, TuneConfig
 from train.run_folder import read_metrics
+from train.tracking import Trackers
 
 
 def wandb_history(file: Path) -> list[dict[str, Any]]:
@@ -109,3 +112,24 @@ def test_a_tracker_that_fails_in_mid_run_is_reported_once(
     )
     assert capsys.readouterr().out.count("A tracker failed (No space left on device)") == 1
     assert len(read_metrics(folder / "metrics.jsonl")) == 3
+
+
+def test_wandb_that_cannot_record_offline_either_costs_nothing_but_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine W&B's service was seen to say that the run it had given up was still in use."""
+    from wandb.errors import CommError
+
+    errors = iter([CommError("unreachable"), RuntimeError("run ID is in use")])
+
+    def fail(*_: object, **__: object) -> None:
+        raise next(errors)
+
+    accelerator = Accelerator()
+    monkeypatch.setattr(accelerator, "init_trackers", fail)
+    said: list[str] = []
+    config = TuneConfig(model="m", data=DataConfig(instructions="i"), report_to=["wandb"], output_dir=str(tmp_path))
+    trackers = Trackers(accelerator, config, tmp_path, said.append)
+    trackers.log(1, loss=1.0)
+    trackers.finish()
+    assert ["unreachable" in said[0], "in use" in said[1], len(said)] == [True, True, 2]
