@@ -25,6 +25,7 @@ from data.tables import iterate_table
 # Called with what is being done, how far it is, and how far it goes where that is known.
 Progress = Callable[[str, int, int | None], None]
 Problems = dict[str, tuple[ImageProblem, str]]
+SUBSET, REPORT = "subset.json", "report.json"  # what stands in the output folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     """
     if not 0 < options.fraction <= 1:
         raise ValueError(f"fraction is {options.fraction}; above 0 and at most 1")
-    if (options.output / "subset.json").exists():
+    if (options.output / SUBSET).exists():
         raise FileExistsError(f"{options.output} holds a subset already; give another folder, or remove it")
     drops = DropLog("skip", options.max_bad_fraction)
     reader = _Reader(options)
@@ -134,7 +135,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
     options.output.mkdir(parents=True, exist_ok=True)
-    digest = _write_rows(options.output / "subset.json", [row for _, row in kept])
+    digest = _write_rows(options.output / SUBSET, [row for _, row in kept])
     _write_lines(options.output / "images.txt", images)
     _write_lines(options.output / "missing_images.txt", missing)
     drops.write(options.output / "dropped.jsonl")
@@ -159,7 +160,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
         "images_verified": options.verify_images,
         "sha256": digest,
     }
-    (options.output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (options.output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return report
 
 

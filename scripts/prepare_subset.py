@@ -119,7 +119,7 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     console.print("next:", style="bold")
     console.print(
         f"  accelerate launch train/tune_projector.py --data.instructions {options.output / 'subset.json'} "
-        f"--data.image_root {root}",
+        f"--data.image_root {root} --data.fraction 1.0",
         soft_wrap=True,
     )
 

@@ -18,6 +18,7 @@ from data.drops import Drop, DropLog
 from data.instructions import read_instructions
 from data.scene_questions import write_scenes
 from data.strata import draw
+from data.subset import REPORT, SUBSET
 from data.supervision import Supervision
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
@@ -41,9 +42,21 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
         root = config.image_root or _folder_of(config.instructions)
         conversations = read_instructions(config.instructions, drops=drops)
         if config.fraction < 1:
+            _refuse_a_part_of_a_subset(config)
             conversations = draw(conversations, config.fraction, seed)
     supervision = Supervision(processor, max_length=config.max_length)
     return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+
+
+def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
+    report = Path(config.instructions).parent / REPORT
+    if Path(config.instructions).name == SUBSET and report.is_file():
+        taken = json.loads(report.read_text(encoding="utf-8"))["fraction"]
+        if taken < 1:
+            raise ValueError(
+                f"{config.instructions} is a subset already, {taken:g} of its source ({report}), and data.fraction "
+                f"{config.fraction:g} would train on a part of that: set data.fraction to 1.0"
+            )
 
 
 def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:

@@ -38,6 +38,7 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
     assert len(missing) == report["missing_images"] > 0
     assert f"{len(missing)} of them are missing" in ended.stdout
     assert "tune_projector.py --data.instructions" in ended.stdout
+    assert "--data.fraction 1.0" in ended.stdout
 
 
 def script() -> Any:

@@ -1,12 +1,14 @@
 """What a run starts from: the drawn scenes, the calibration prompts, the layers LC chooses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from data.subset import SubsetOptions, prepare_subset
 from reduction.layer_contribution import measure_layer_contributions
 from train.config import ConfigError, DataConfig, DemoScenesConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.release import load_release, open_release
@@ -43,6 +45,19 @@ def test_a_fraction_of_other_instructions_is_drawn_with_the_seed(tiny_release: P
     assert len(ids(0)) == 10
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
+
+
+def test_a_part_of_a_subset_is_refused(tiny_release: Path, tiny_instructions: Path, tmp_path: Path) -> None:
+    """prepare_subset has taken its tenth, and a recipe would take a tenth of that."""
+    _, processor = load_release(str(tiny_release))
+    root = tiny_instructions.parent
+    options = SubsetOptions(str(tiny_instructions), tmp_path / "subset", root, fraction=0.5)
+    written = prepare_subset(options, lambda *_: None)["written"]
+    subset = str(tmp_path / "subset" / "subset.json")
+    whole = DataConfig(instructions=subset, image_root=str(root), fraction=1.0)
+    assert len(training_set(whole, processor, seed=0)) == written > 0
+    with pytest.raises(ValueError, match=r"is a subset already, 0.5 of its source .* set data.fraction to 1.0"):
+        training_set(replace(whole, fraction=0.1), processor, seed=0)
 
 
 def test_calibration_prompts_end_before_the_first_answer(tiny_release: Path, tiny_instructions: Path) -> None:
