@@ -20,7 +20,7 @@ demo: $(READY)  ## tune demo-llava's projector on 11 % of its visual tokens, sho
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/tune_projector.py
 
 test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 $(VENV)/.app: $(READY) configs/app-requirements.txt
 	$(BIN)/pip install --quiet --no-deps --requirement configs/app-requirements.txt
