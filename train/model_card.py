@@ -180,14 +180,12 @@ def _introduction(run: RunRecord) -> str:
 
 
 def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
+    lines = loading_lines(repo_id, shape, run)
     if shape == "llava":
-        base = _base(run)["name"]
         return (
             "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
-            f"VisionZip's patch is applied there):\n\n```bash\nhf download {repo_id} --local-dir "
-            f"{repo_id.split('/')[-1]}\npython -m llava.serve.cli --model-path {repo_id.split('/')[-1]} "
-            f"--model-base {base} --image-file IMAGE\n```\n\nShortZip loads it as it is, reductions included: "
-            f"`load_release('{repo_id}')`."
+            f"VisionZip's patch is applied there):\n\n```bash\n{lines}\n```\n\nShortZip loads it as it is, reductions "
+            f"included: `load_release('{repo_id}')`."
         )
     fetched = (
         ""
@@ -195,11 +193,17 @@ def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
         else f"\n\nThis repository holds the projector; the release it belongs to ({_base(run)['name']}, pinned to a "
         "commit and to its files' digests) is fetched when it is loaded."
     )
-    return f"## Use\n\n```python\n{three_lines(repo_id)}\n```{fetched}"
+    return f"## Use\n\n```python\n{lines}\n```{fetched}"
 
 
-def three_lines(repo_id: str) -> str:
-    """The three lines of transformers that load a published reduced checkpoint."""
+def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
+    """What loads a published reduced checkpoint: three lines of transformers, or LLaVA's own commands."""
+    if shape == "llava":
+        folder = repo_id.split("/")[-1]
+        return (
+            f"hf download {repo_id} --local-dir {folder}\n"
+            f"python -m llava.serve.cli --model-path {folder} --model-base {_base(run)['name']} --image-file IMAGE"
+        )
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
         f'processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)\n'

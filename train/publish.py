@@ -22,7 +22,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from train.adapters import ADAPTER_FOLDER
 from train.config import TuneConfig
 from train.hub import retrying
-from train.model_card import PICTURE, RunRecord, read_run, three_lines, write_card
+from train.model_card import PICTURE, RunRecord, loading_lines, read_run, write_card
 from train.reduced_checkpoint import SHAPES, Shape, describe_base, write_reduced_checkpoint
 from train.release import Release, load_processor, open_release, release_projector
 from train.run_folder import PICTURES
@@ -43,6 +43,8 @@ class Publication:
     files: dict[str, Path]
     """Path in the repository → file on this machine; without the card."""
     card: str
+    loading: str
+    """The lines that load it: three of transformers, or the commands of LLaVA's own code."""
 
     @property
     def size(self) -> int:
@@ -58,10 +60,11 @@ class Published:
     url: str
     commit: str
     tag: str
+    loading: str
 
     def describe(self) -> str:
-        """The address and the three lines that load it."""
-        return f"{self.url}/tree/{self.tag}  (commit {self.commit})\n{three_lines(self.repo_id)}"
+        """The address and what loads it."""
+        return f"{self.url}/tree/{self.tag}  (commit {self.commit})\n{self.loading}"
 
 
 def check_publishable(config: TuneConfig, release: Release) -> None:
@@ -161,7 +164,7 @@ def prepare(
             record = replace(record, lineage=[*record.lineage[:-1], last])
         size = sum(path.stat().st_size for path in files.values())
         card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=bool(pictures))
-        yield Publication(repo_id, shape, files, card)
+        yield Publication(repo_id, shape, files, card, loading_lines(repo_id, shape, record))
 
 
 def _release_of(record: RunRecord) -> Release:
@@ -181,6 +184,9 @@ def _same_on_hub(release: Release, base: str, say: Callable[[str], None]) -> str
         info = retrying(lambda: HfApi().model_info(base, files_metadata=True), say, f"looking at {base}")
     except RepositoryNotFoundError as error:
         raise PublishError(f"--base {base}: no such repository, or none that this token may see") from error
+    except (HfHubHTTPError, httpx.TransportError) as error:
+        reason = f"answered {error.response.status_code}" if isinstance(error, HfHubHTTPError) else "cannot be reached"
+        raise PublishError(f"--base {base}: the Hub {reason}: try again later, or choose --shape full") from error
     there = {sibling.rfilename: sibling for sibling in info.siblings or []}
     for wanted in describe_base(release)["files"]:
         name = wanted["file"]
@@ -246,7 +252,7 @@ def push(
         _make_visible_as_asked(api, repo_id, private, say)
         commit = retrying(lambda: _commit(api, publication, say), say, f"uploading to {repo_id}")
         name = retrying(lambda: _tag(api, repo_id, commit, tag), say, f"tagging {repo_id}")
-    return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, name)
+    return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, name, publication.loading)
 
 
 def _make_visible_as_asked(api: HfApi, repo_id: str, private: bool, say: Callable[[str], None]) -> None:

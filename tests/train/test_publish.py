@@ -216,6 +216,8 @@ def test_from_llavas_own_release_to_the_hub_in_both_layouts(
     assert "is not on the Hub: choose --shape full" in publish(*arguments, "user/tuned-llava").stderr
     run = publish(*arguments, "user/tuned-llava", "--base", "maker/llava-v1.5-tiny")
     assert run.returncode == 0, run.stderr
+    assert "llava.serve.cli --model-path tuned-llava --model-base maker/llava-v1.5-tiny" in run.stdout
+    assert "AutoProcessor" not in run.stdout  # three lines of transformers do not load this layout
     files = hub.files("user/tuned-llava")
     assert {"mm_projector.bin", "config.json", "README.md"} <= files.keys()
     assert json.loads(files["config.json"])["_name_or_path"] == "maker/llava-v1.5-tiny"
@@ -335,6 +337,9 @@ def test_the_base_must_be_the_release_that_was_tuned(
     assert "is not on the Hub: choose --shape full, or name the same release on the Hub with --base" in run.stderr
     run = publish(*arguments, "--base", "maker/nothing")
     assert "--base maker/nothing: no such repository" in run.stderr
+    hub.fail("GET", "models/maker/nothing", 403)
+    run = publish(*arguments, "--base", "maker/nothing")
+    assert "error: --base maker/nothing: the Hub answered 403: try again later" in run.stderr
     other = tmp_path / "other"
     shutil.copytree(finished.release, other)
     weights = bytearray((other / "model.safetensors").read_bytes())
