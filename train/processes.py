@@ -117,6 +117,7 @@ def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch raises when a data worker dies, here too
         with suppress(OSError, ValueError):  # the disk may be what failed, and the error itself is on its way up
             if read_status(folder)["state"] == "running":
                 reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"

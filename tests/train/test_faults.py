@@ -5,19 +5,21 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
 from torch import Tensor
 
 from data.drops import BadSample, TooManyBadSamples
 from train.checkpoint import CheckpointError
-from train.config import ConfigError, DataConfig, TuneConfig
+from train.config import ConfigError, DataConfig, TuneConfig, load_config
 from train.objective import SupervisedLoss
-from train.processes import start_accelerator
-from train.run_folder import RunFolderError, read_metrics, read_status
+from train.processes import failures_recorded, start_accelerator
+from train.run_folder import RunFolderError, prepare_folder, read_metrics, read_status, write_status
 from train.tune_projector import NonFiniteLoss
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
@@ -152,6 +154,33 @@ def test_a_run_computes_with_the_threads_it_was_given(tmp_path: Path) -> None:
         torch.set_num_threads(before)
     with pytest.raises(ConfigError, match="cpu_threads is 0: at least 1"):
         TuneConfig(**settings, cpu_threads=0)
+
+
+def test_the_reason_is_written_though_workers_go_on_dying(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises from its SIGCHLD handler, wherever the main thread is."""
+
+    def raise_as_torch_does(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    def read_while_a_worker_dies(folder: Path) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return read_status(folder)
+
+    prepare_folder(replace(load_config(["--config", str(recipe)]), output_dir=str(tmp_path / "run")))
+    write_status(tmp_path / "run", "running", 3)
+    monkeypatch.setattr("train.processes.read_status", read_while_a_worker_dies)
+    before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    try:
+        with (
+            pytest.raises(RuntimeError, match="worker 1"),
+            failures_recorded(tmp_path / "run", Accelerator(mixed_precision="no")),
+        ):
+            raise RuntimeError("worker 1 is dead")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "worker 1 is dead" in read_status(tmp_path / "run")["reason"]
 
 
 def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
