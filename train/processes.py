@@ -7,7 +7,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -122,4 +124,30 @@ def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             if read_status(folder)["state"] == "running":
                 reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"
                 write_status(folder, "failed", reason=reason)
+        kill_workers()  # one that hangs does not follow the SIGTERM that Python sends before it waits for its end
         raise
+
+
+def kill_workers() -> None:
+    """Ends this process's data workers."""
+    for worker in active_children():
+        worker.kill()
+
+
+def watched(batches: Iterator[Result], seconds: float) -> Iterator[Result]:
+    """`batches`; when one takes longer than `seconds` (and a moment), the data workers are killed, which is an error.
+
+    A DataLoader's own timeout covers the wait for a worker's message. A worker that hangs after it, before it has
+    handed over the tensors' memory, is waited for without end.
+    """
+    while True:
+        watchdog = Timer(seconds + 5, kill_workers)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            watchdog.cancel()
+        yield batch

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,14 @@ from train.objective import (
     recompute_layers,
     train_only_projector,
 )
-from train.processes import StopRequest, StopRequested, failures_recorded, on_main_process, start_accelerator
+from train.processes import (
+    StopRequest,
+    StopRequested,
+    failures_recorded,
+    on_main_process,
+    start_accelerator,
+    watched,
+)
 from train.publish import check_publishable
 from train.release import load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory
@@ -239,7 +246,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
             report.say(f"step {state.step}: held-out loss {loss:.4f}")
 
     # ---- the loop: one turn is one global batch
-    micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
+    micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
     stopping = out_of_memory = halved = False
     flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
     if state.evaluation_due:
@@ -267,7 +274,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
             engine.discard()
             torch.cuda.empty_cache()
             report.say(f"out of memory at step {state.step + 1}: it is repeated, {limits_in_words(plan)} from here on")
-            micro_batches = iter(loader_of(dataset, plan, accelerator, config, state.samples_seen))
+            micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
             continue
         drops = [asdict(drop) for micro in mine for drop in micro.dropped]
         local = torch.tensor([loss_sum, stop.signal is not None, len(drops)], dtype=torch.float64, device=device)
@@ -355,16 +362,18 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
 
 def loader_of(
     dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int = 0
-) -> DataLoader[MicroBatch]:
+) -> Iterator[MicroBatch]:
     """This process's micro-batches of the plan from a position on."""
-    return DataLoader(
+    workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
         batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
         collate_fn=Collator.of(dataset.supervision),
-        num_workers=config.data.num_workers,
-        timeout=config.data.worker_timeout if config.data.num_workers else 0,
+        num_workers=workers,
+        timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
     )
+    return watched(iter(loader), patience) if patience else iter(loader)
 
 
 if __name__ == "__main__":

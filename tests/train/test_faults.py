@@ -183,6 +183,20 @@ def test_the_reason_is_written_though_workers_go_on_dying(
     assert "worker 1 is dead" in read_status(tmp_path / "run")["reason"]
 
 
+def test_a_data_worker_that_hangs_ends_the_run_with_the_reason(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    workers = ("--data.num_workers", "1", "--data.worker_timeout", "2")
+    process = start_there(recipe, folder, "--max_steps", "100000", "--save_steps", "100000", *workers)
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    main_pid = read_status(folder)["pid"]
+    for child in Path(f"/proc/{main_pid}/task/{main_pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGSTOP)
+    output = output_of(process, 60)
+    assert process.returncode != 0
+    assert read_status(folder)["state"] == "failed", output
+
+
 def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start_there(recipe, folder, "--max_steps", "100000", "--save_steps", "100000", processes=2)
