@@ -28,6 +28,15 @@ Problems = dict[str, tuple[ImageProblem, str]]
 SUBSET, REPORT = "subset.json", "report.json"  # what stands in the output folder
 
 
+def subset_report(instructions: str | Path) -> dict[str, Any] | None:
+    """The report of `prepare_subset` if `instructions` is what it wrote, else None."""
+    path = Path(instructions)
+    report = path.parent / REPORT
+    if path.name != SUBSET or not report.is_file():
+        return None
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True, slots=True)
 class SubsetOptions:
     """What to draw, and from what.

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from data.subset import subset_report
 from train.config import DEMO, DataConfig, TuneConfig
 from train.hub import fetch
 from train.original_release import read_json
@@ -281,6 +282,12 @@ def _recipe(run: RunRecord) -> str:
     tuning = run.config.get("tuning", "full")
     tuned = "all weights of the projector" if tuning == "full" else f"{tuning} on the projector, merged"
     share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
+    subset = subset_report(str(data["instructions"]))
+    if subset is not None:
+        source = Path(subset["instructions"]).name
+        share = (
+            f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} (prepare_subset, seed {subset['seed']})"
+        )
     return (
         f"## How it was made\n\n- base: {_base(run)['name']}"
         + (f" at {_base(run)['revision']}" if _base(run)["revision"] else "")

@@ -18,7 +18,7 @@ from data.drops import Drop, DropLog
 from data.instructions import read_instructions
 from data.scene_questions import write_scenes
 from data.strata import draw
-from data.subset import REPORT, SUBSET
+from data.subset import subset_report
 from data.supervision import Supervision
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
@@ -49,14 +49,12 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
 
 
 def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
-    report = Path(config.instructions).parent / REPORT
-    if Path(config.instructions).name == SUBSET and report.is_file():
-        taken = json.loads(report.read_text(encoding="utf-8"))["fraction"]
-        if taken < 1:
-            raise ValueError(
-                f"{config.instructions} is a subset already, {taken:g} of its source ({report}), and data.fraction "
-                f"{config.fraction:g} would train on a part of that: set data.fraction to 1.0"
-            )
+    report = subset_report(config.instructions)
+    if report is not None and report["fraction"] < 1:
+        raise ValueError(
+            f"{config.instructions} is a subset already, {report['fraction']:g} of {report['instructions']}, and "
+            f"data.fraction {config.fraction:g} would train on a part of that: set data.fraction to 1.0"
+        )
 
 
 def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:

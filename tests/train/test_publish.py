@@ -22,6 +22,7 @@ from originals import copy_of_release
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 
+from data.subset import SubsetOptions, prepare_subset
 from train.model_card import command_of, licence_of, write_card
 from train.publish import PublishError, check_repo_id
 from train.release import load_release, read_release_projector
@@ -449,6 +450,15 @@ def test_the_cards_command_repeats_the_run(finished: Finished, tmp_path: Path) -
     wanted = load_config(["--config", str(kept)])
     assert found.shaping_settings() == wanted.shaping_settings()
     assert found.data == wanted.data
+
+
+def test_the_card_names_the_source_of_a_subset(finished: Finished, tiny_instructions: Path, tmp_path: Path) -> None:
+    options = SubsetOptions(str(tiny_instructions), tmp_path, tiny_instructions.parent, fraction=0.5, seed=3)
+    rows = prepare_subset(options, lambda *_: None)["written"]
+    config = yaml.safe_load((finished.folder / "config.yaml").read_text())
+    config["data"] = {**config["data"], "instructions": str(tmp_path / "subset.json"), "fraction": 1.0}
+    _, body = card_of(finished, config=config)
+    assert f"- data: {rows} rows, 50% of instructions.json (prepare_subset, seed 3)" in body
 
 
 def test_a_card_without_evaluation_or_licence_says_so(finished: Finished) -> None:
