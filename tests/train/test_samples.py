@@ -56,9 +56,7 @@ def test_a_part_of_a_subset_is_refused(tiny_release: Path, tiny_instructions: Pa
     subset = str(tmp_path / "subset" / "subset.json")
     whole = DataConfig(instructions=subset, image_root=str(root), fraction=1.0)
     assert len(training_set(whole, processor, seed=0)) == written > 0
-    with pytest.raises(
-        ValueError, match=r"is a subset already, 0.5 of .*: set data.fraction to 1.0"
-    ):
+    with pytest.raises(ValueError, match=r"is a subset already, 0.5 of .*: set data.fraction to 1.0"):
         training_set(replace(whole, fraction=0.1), processor, seed=0)
 
 
