@@ -110,9 +110,9 @@ measured on two cores that nothing else used, all of "kept" together, against pl
   demo, 16 samples, one thread, median of 5           2.97, 2.44 and 1.65 times as fast; FLOPs promise 3.11, 2.27,
                                                       1.49; tensors' peak 64 MiB against 93, 230 and 161
   cpu, 4 samples, two threads, 2 rounds               4.27, 4.26 and 1.32 times as fast; FLOPs promise 3.10, 2.42,
-                                                      1.17 (plain is held up by memory: 48 % of the matrix product's speed)
+                                                      1.17 (plain reaches 48 % of the matrix product's speed)
   tower and VisionZip, demo                           1.17 times as fast as the whole tower; FLOPs promise 1.04
-What limits the step now: the tower, two thirds of the time in shape cpu (4.8 of 15.3 s with cached features); at 7B
+What limits the step now: the tower, most of the time in shape cpu (12.1 s a step, 3.4 s with cached features); at 7B
 the plain layers' matrices.
 
 One by one: --parts '["savings"]' (scripts/benchmark_savings.py), which takes the step without each of them.
