@@ -1,5 +1,7 @@
 """Fixtures that several packages' tests share."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import matrix
@@ -17,6 +19,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # bit-for-bit comparisons, and room for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_left_as_they_were() -> Iterator[None]:
+    """A handler that outlives its test is inherited by the processes of later ones, which then hang now and then."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    after = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ def _draw(task: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_scenes(seed: int, count: int, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
     tasks = [(seed, first, min(first + 500, count)) for first in range(0, count, 500)]
-    with Pool(processes) as pool:
-        parts = pool.map(_draw, tasks)
+    with ProcessPoolExecutor(processes) as pool:
+        parts = list(pool.map(_draw, tasks))
     return (
         torch.from_numpy(np.concatenate([pictures for pictures, _ in parts])),
         torch.from_numpy(np.concatenate([labels for _, labels in parts])),

@@ -28,6 +28,7 @@ from train.engine import check_engine, deepspeed_wanted
 from train.run_folder import read_status, write_status
 
 Result = TypeVar("Result")
+PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting
 
 
 def start_accelerator(config: TuneConfig) -> Accelerator:
@@ -51,8 +52,7 @@ def start_accelerator(config: TuneConfig) -> Accelerator:
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),  # constants, and held-out batches may be uneven
-            # Writing a large model keeps the others waiting.
-            InitProcessGroupKwargs(timeout=timedelta(hours=1), **backend),
+            InitProcessGroupKwargs(timeout=PATIENCE, **backend),
         ],
     )
     if with_deepspeed:
@@ -93,12 +93,23 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> R
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the step at hand is finished and saved. A second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT, so that the step at hand is finished and saved. A second SIGINT interrupts at once.
+
+    As a context manager it listens from entry to exit, and leaves the handlers as it found them: processes forked
+    later would inherit a SIGTERM that ends nothing, which hangs whoever waits for them (multiprocessing.Pool does).
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
