@@ -194,16 +194,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
     """Raises `CheckpointError` naming each setting that shapes the result and differs from the checkpoint's."""
-    differing = [
+    differing = differing_settings(saved, settings)
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings: {differing}. "
+            "Give the same ones, or start another run in another output_dir"
+        )
+
+
+def differing_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Each setting that differs, with both values; empty where none does."""
+    return "; ".join(
         f"{key} was {saved.get(key)!r} and is {settings.get(key)!r}"
         for key in sorted({*saved, *settings})
         if saved.get(key) != settings.get(key)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path} belongs to a run with other settings: {'; '.join(differing)}. "
-            "Give the same ones, or start another run in another output_dir"
-        )
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from train.checkpoint import CheckpointError, optimizer_tensors, restore_optimizer
 from train.config import ConfigError, TuneConfig
 from train.objective import SupervisedLoss
+from train.step_cost import synchronise
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,6 +38,24 @@ def deepspeed_wanted() -> bool:
 def fsdp2_wanted() -> bool:
     """Whether the launcher asks for FSDP2. (On a CPU Accelerate itself does not listen.)"""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def weights_share(accelerator: Accelerator) -> float | None:
+    """What a device holds of the LLM's weights under an engine that spreads them: 1 / processes, or 0 where they wait
+    in the host's memory; None where it holds the whole model."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"]
+        if int(zero["stage"]) < 3:
+            return None
+        offloaded = (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme")
+        return 0.0 if offloaded else 1 / accelerator.num_processes
+    return 1 / accelerator.num_processes if _shards() else None
+
+
+def _shards() -> bool:
+    """Whether this is one of the processes of FSDP2."""
+    return fsdp2_wanted() and torch.distributed.is_initialized()
 
 
 def check_engine(config: TuneConfig) -> None:
@@ -294,6 +313,7 @@ class ZeroEngine(WholeEngine):
                 utils.safe_set_local_grad(parameter, torch.full_like(utils.safe_get_local_grad(parameter), math.nan))
             else:
                 utils.safe_set_full_grad(parameter, torch.full(parameter.shape, math.nan, device=parameter.device))
+        synchronise(self.accelerator.device)  # DeepSpeed looks for what is not finite on a stream of its own
 
 
 def start_engine(
@@ -307,6 +327,6 @@ def start_engine(
     engine: type[WholeEngine] = WholeEngine
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = ZeroEngine
-    elif fsdp2_wanted() and torch.distributed.is_initialized():
+    elif _shards():
         engine = ShardedEngine
     return engine(accelerator, module, adamw, parameters, max_grad_norm)

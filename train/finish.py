@@ -18,7 +18,7 @@ from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
 from train.publish import PublishError, publish_run
 from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import Release, load_release, open_release
+from train.release import Release, dtype_of, load_viewer, open_release
 from train.report import Reporter, draw_loss_curve
 from train.run_folder import ANSWERS, CONFIG, CONTROL, CURVE, FINAL, METRICS, PICTURES, RESULTS
 from train.samples import held_out_set
@@ -115,7 +115,7 @@ def compare_and_draw(
             candidates_of(config, folder, saved),
             config.data,
             accelerator,
-            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+            dtype=dtype_of(config.mixed_precision),
             load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
@@ -135,12 +135,11 @@ def compare_and_draw(
         if config.pictures and config.visionzip is not None:
             on_main_process(accelerator, lambda: draw_held_out(config, folder))
     report.heading("what next")
-    report.say(f"the run       {folder}: {METRICS}, {CURVE}, {ANSWERS}/, {PICTURES}/")
+    written = [name for name in (METRICS, CURVE, RESULTS, ANSWERS, PICTURES) if (folder / name).exists()]
+    report.say(f"the run       {folder}: {', '.join(written)}")
     report.say(f"evaluate      python scripts/evaluate.py --model {folder} --data.instructions FILE.json")
-    report.say(f"your own data accelerate launch train/tune_projector.py --model {config.model} \\")
-    report.say(
-        "                  --data.instructions FILE.json --data.image_root IMAGES --output_dir checkpoints/NAME"
-    )
+    report.say("a real LLaVA  accelerate launch train/tune_projector.py --config configs/llava-1.5-7b-3090.yaml \\")
+    report.say("                  --data.instructions FILE.json --data.image_root IMAGES")
     report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
 
 
@@ -151,7 +150,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
         map_tokens,
     )  # matplotlib takes as long to import as a small model to load
 
-    model, processor = load_release(str(folder / FINAL))
+    model, processor = load_viewer(open_release(str(folder / FINAL)))
     dataset = held_out_set(config.data, processor)
     pictured = [conversation for conversation in dataset.conversations if conversation.images][: config.pictures]
     images = [open_image(conversation.images[0], dataset.image_root) for conversation in pictured]

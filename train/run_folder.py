@@ -27,7 +27,8 @@ from train.checkpoint import (
     sweep,
     write_atomically,
 )
-from train.config import TuneConfig, dump_config
+from train.command_line import dump_config
+from train.config import TuneConfig
 
 Condition = Literal["running", "finished", "stopped", "failed"]
 
@@ -48,7 +49,7 @@ def prepare_folder(config: TuneConfig) -> Path:
     """Makes `output_dir` ready and writes config.yaml; on the main process only.
 
     Raises `RunFolderError` if the folder holds another run (or anything else) and the config neither resumes nor
-    overwrites it.
+    overwrites it; one that failed before its first step is no hindrance.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -62,7 +63,7 @@ def prepare_folder(config: TuneConfig) -> Path:
     elif folder.is_dir() and any(folder.iterdir()):
         if not (folder / CONFIG).is_file():
             raise RunFolderError(f"output_dir {folder} is not empty and holds no run: choose another folder")
-        if not config.overwrite_output_dir:
+        if not config.overwrite_output_dir and not _failed_to_start(folder):
             raise RunFolderError(
                 f"output_dir {folder} holds another run: choose another output_dir, continue that run with "
                 "--resume_from_checkpoint latest, or delete it with --overwrite_output_dir true"
@@ -72,6 +73,16 @@ def prepare_folder(config: TuneConfig) -> Path:
     sweep(folder)
     write_atomically(folder / CONFIG, dump_config(config))
     return folder
+
+
+def _failed_to_start(folder: Path) -> bool:
+    """Whether a run's folder holds nothing but the word of a failure before the first step."""
+    metrics = folder / METRICS
+    has_measured = metrics.is_file() and metrics.stat().st_size > 0
+    if not (folder / STATUS).is_file() or list_checkpoints(folder) or has_measured:
+        return False
+    status = read_status(folder)
+    return status["state"] == "failed" and status["step"] == 0
 
 
 def _delete_run(folder: Path) -> None:

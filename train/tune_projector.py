@@ -20,14 +20,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from data.batching import BatchPlan, MicroBatchSampler
 from data.dataset import Collator, ConversationDataset, MicroBatch
-from data.drops import Drop
+from data.drops import BadSample, Drop, TooManyBadSamples
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
+    CheckpointError,
     check_same_run,
     random_states,
     restore_random_states,
@@ -35,7 +35,8 @@ from train.checkpoint import (
     versions,
     write_atomically,
 )
-from train.config import ConfigError, TuneConfig, load_config
+from train.command_line import load_config
+from train.config import ConfigError, TuneConfig
 from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
@@ -58,16 +59,28 @@ from train.processes import (
     watched,
 )
 from train.publish import check_publishable
-from train.release import load_release, open_release
-from train.report import Reporter, Speed, component_table, peak_memory
-from train.run_folder import DROPPED, NONFINITE, Metrics, checkpoint_to_continue, prepare_folder, write_status
-from train.samples import choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
+from train.release import dtype_of, load_release, open_release
+from train.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
+from train.run_folder import (
+    DROPPED,
+    NONFINITE,
+    Metrics,
+    RunFolderError,
+    checkpoint_to_continue,
+    prepare_folder,
+    write_status,
+)
+from train.samples import check_instructions, choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
 from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
 from train.tracking import Trackers
 
 
 class NonFiniteLoss(RuntimeError):
     """Too many steps in a row with NaN or Inf."""
+
+
+# What the user can mend: said in one line, since the stack tells nothing more.
+MENDABLE = (BadSample, TooManyBadSamples, FileNotFoundError, RunFolderError, CheckpointError, NonFiniteLoss)
 
 
 @dataclass
@@ -98,9 +111,9 @@ def main(argv: Sequence[str]) -> None:
         accelerator = start_accelerator(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    report, stop = Reporter(accelerator.is_main_process), StopRequest()
+    report = Reporter(accelerator.is_main_process)
     folder = on_main_process(accelerator, lambda: prepare_folder(config))
-    with failures_recorded(folder, accelerator):
+    with StopRequest() as stop, failures_recorded(folder, accelerator):
         try:
             tune(config, folder, accelerator, report, stop)
             if config.control:
@@ -112,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
         except StopRequested as request:
             if accelerator.is_main_process:
                 write_status(folder, "stopped", reason=str(request))
-            sys.exit(f"stopped by {request}; continue with --resume_from_checkpoint latest")
+            sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
         if accelerator.is_main_process:
             write_status(folder, "finished")
     accelerator.end_training()
@@ -132,8 +145,9 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         write_status(folder, "running", state.step)
 
     # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
+    check_instructions(config.data)
     on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    dtype = dtype_of(config.mixed_precision)
     release = open_release(
         config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
     )
@@ -193,6 +207,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         dataset.drops.extend(Drop(**drop) for drop in state.dropped)
 
     # ---- optimizer and schedule, as they were
+    from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
+
     adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
@@ -251,6 +267,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
     if state.evaluation_due:
         evaluate()
+    reset_peak_memory(device)
     while state.step < total_steps and not stopping:
         started = time.perf_counter()
         batch = plan.global_batch(state.samples_seen)
@@ -377,4 +394,7 @@ def loader_of(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except MENDABLE as error:
+        sys.exit(f"error: {type(error).__name__}: {error}")

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +42,9 @@ def write_recipe(path: Path, release: Path, instructions: Path, **keys: Any) -> 
     return path
 
 
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """The loop installs its own handlers, which must not outlive it in the tests' process."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 def run_here(recipe: Path, output: Path, *arguments: str) -> Path:
     """A run in this process; returns its folder."""
-    with signals_kept():
-        main(["--config", str(recipe), "--output_dir", str(output), *arguments])
+    main(["--config", str(recipe), "--output_dir", str(output), *arguments])
     return output
 
 

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train import command_line as command_line_module
 from train import config as config_module
-from train.config import ConfigError, TuneConfig, check_keys, dump_config, known_keys, load_config
+from train.command_line import check_keys, dump_config, known_keys, load_config
+from train.config import ConfigError, TuneConfig
 
 YAML = """
 model: some/release
@@ -44,7 +46,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(recipe: Path) ->
 
 
 def test_without_a_config_the_demo_is_read(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "DEFAULT_CONFIG", recipe)
+    monkeypatch.setattr(command_line_module, "DEFAULT_CONFIG", recipe)
     assert load_config(["--seed", "3"]).model == "some/release"
 
 
@@ -169,3 +171,7 @@ def test_one_wrong_letter_never_passes_and_the_key_meant_is_named(key: str, posi
         return
     with pytest.raises(ConfigError, match="did you mean"):
         check_keys([typo], KEYS, "here")
+
+
+def test_the_demo_can_be_continued() -> None:
+    assert load_config(["--resume_from_checkpoint", "latest"]).resume_from_checkpoint == "latest"

@@ -213,3 +213,20 @@ def test_a_launch_file_begins_with_its_command_and_names_files_that_are_there(pa
         assert json.loads((ROOT / settings["deepspeed_config"]["deepspeed_config_file"]).read_text())[
             "zero_optimization"
         ]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3_offload", marks=pytest.mark.slow)])
+def test_micro_batches_are_sized_for_the_engine(
+    zero: Mapping[str, dict[str, str]], recipe: Path, tmp_path: Path, engine: str
+) -> None:
+    """Engines that spread weights take every token through every layer: of the same memory, fewer fit at a time."""
+    settings = ("--per_device_train_batch_size", "null", "--max_steps", "1", "--max_memory", "1026MiB")
+    settings += ("--gradient_checkpointing", "false", "--eval_steps", "null", "--save_steps", "1")
+
+    def tokens(folder: Path) -> int:
+        state = json.loads((folder / "step-000001" / "state.json").read_text())
+        return state["run"]["micro_batch"]["tokens"]
+
+    run_under({}, recipe, tmp_path / "whole", *settings)
+    run_under(zero[engine], recipe, tmp_path / "spread", *settings)
+    assert 0 < tokens(tmp_path / "spread") < tokens(tmp_path / "whole")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from data.drops import BadSample, TooManyBadSamples
 from train.checkpoint import CheckpointError
-from train.config import ConfigError, DataConfig, TuneConfig, load_config
+from train.command_line import load_config
+from train.config import ConfigError, DataConfig, TuneConfig
 from train.objective import SupervisedLoss
 from train.processes import failures_recorded, start_accelerator
 from train.run_folder import RunFolderError, prepare_folder, read_metrics, read_status, write_status
@@ -87,6 +88,17 @@ def test_continuing_with_other_settings_or_data_is_refused(recipe: Path, tmp_pat
         run_here(recipe, folder, *resume, "--seed", "1", "--learning_rate", "0.02")
     with pytest.raises(CheckpointError, match="content of the samples was"):
         run_here(recipe, folder, *resume, "--data.instructions", str(tiny_held_out))
+
+
+def test_what_the_user_can_mend_is_said_in_one_line_before_anything_is_fetched(recipe: Path, tmp_path: Path) -> None:
+    process = start_there(
+        recipe, tmp_path / "run", "--model", str(tmp_path / "no-release"), "--data.instructions", "nowhere.json"
+    )
+    output = output_of(process)
+    assert process.returncode == 1
+    assert "error: FileNotFoundError: nowhere.json is neither a file, nor a folder" in output
+    assert "Traceback" not in output
+    assert read_status(tmp_path / "run")["state"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -26,23 +26,27 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from train.config import ConfigError, load_config
+from train.command_line import load_config
+from train.config import ConfigError
 from train.objective import SupervisedLoss, train_only_projector
 from train.release import load_release, open_release
 
 SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("llava*.yaml"))
+# As llava-hf's: with a space behind each role, and marks that leave out the end token.
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}{% elif m['role'] == 'assistant' %}{% generation %}"
+    "{{ '\n' + c['text'] }}{% endgeneration %}{% else %}{{ '\n' + c['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def write_toy(folder: Path, recipe: str) -> Path:
     """A random release of the recipe's family, as many layers deep as the real one, and a few numbers wide."""
     tokenizer = build_tokenizer()
+    if "qwen" in recipe:
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     layers = 40 if "13b" in recipe else 24 if "qwen" in recipe else 32
     width = 64 if "4bit" in recipe else 32  # NF4 goes by blocks of 64
     text: dict[str, Any] = {

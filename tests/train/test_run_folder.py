@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config import DataConfig, TuneConfig, load_config
+from train.command_line import load_config
+from train.config import DataConfig, TuneConfig
 from train.run_folder import Metrics, RunFolderError, prepare_folder, read_metrics, write_status
 
 
@@ -27,6 +28,18 @@ def test_another_run_is_not_touched(config: TuneConfig) -> None:
         prepare_folder(replace(config, seed=5))
     assert (folder / "metrics.jsonl").read_text() == "precious"
     assert load_config(["--config", str(folder / "config.yaml")]).seed == 0
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_hindrance(config: TuneConfig) -> None:
+    folder = prepare_folder(config)
+    write_status(folder, "failed", 0, "no such release")
+    (folder / "metrics.jsonl").touch()
+    assert load_config(["--config", str(prepare_folder(replace(config, seed=5)) / "config.yaml")]).seed == 5
+    for state, step, metrics in (("running", 0, ""), ("stopped", 0, ""), ("failed", 3, ""), ("failed", 0, "{}\n")):
+        write_status(folder, state, step)  # type: ignore[arg-type]  # one of the Literal's
+        (folder / "metrics.jsonl").write_text(metrics)
+        with pytest.raises(RunFolderError, match="holds another run"):
+            prepare_folder(config)
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(config: TuneConfig) -> None:
