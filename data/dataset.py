@@ -66,8 +66,15 @@ class MicroBatch:
     dropped: list[Drop] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on a device."""
-        moved = {key: tensor.to(device, non_blocking=True) for key, tensor in self.inputs.items()}
+        """The same with pixels and features on a device.
+
+        Integers stay: the loss lays out its work from them on the CPU, and to read them back from a device is to wait
+        until it has done everything before.
+        """
+        moved = {
+            key: tensor.to(device, non_blocking=True) if tensor.is_floating_point() else tensor
+            for key, tensor in self.inputs.items()
+        }
         return MicroBatch(moved, self.sample_ids, self.dropped)
 
     def pin_memory(self) -> "MicroBatch":
@@ -205,7 +212,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if number % 500 == 0:
                 progress(number, len(conversations))
             try:
-                encoded = self.supervision.encode(conversation, self._image_sizes(conversation))
+                encoded = encode_unread(conversation, self.supervision, self.image_root)
             except BadSample as error:
                 counted["drops"].append(asdict(Drop.of(error)))
                 continue
@@ -214,14 +221,6 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 counted[key].append(value)
         progress(len(conversations), len(conversations))
         return counted
-
-    def _image_sizes(self, conversation: Conversation) -> list[tuple[int, int]] | None:
-        if not self.supervision.needs_image_sizes:
-            return None
-        try:
-            return [image_size(source, self.image_root) for source in conversation.images]
-        except BadImage as error:
-            raise BadSample(error.problem, conversation.id, str(error), error.file) from error
 
     def _present(self, conversations: Sequence[Conversation], counted: dict[str, list[Any]]) -> list[int]:
         """The counted rows whose image files are there: one that is missing is better found now than in an hour."""
@@ -302,6 +301,22 @@ def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
     if pixels[0].dim() == 4 and any(image.shape[0] != most for image in pixels):
         pixels = [torch.cat([image, image.new_zeros(most - len(image), *image.shape[1:])]) for image in pixels]
     return torch.stack(pixels).to(torch.float32)
+
+
+def encode_unread(
+    conversation: Conversation, supervision: Supervision, image_root: str | os.PathLike[str] | None
+) -> Encoded:
+    """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter.
+
+    Raises BadSample for a bad row or image.
+    """
+    if not supervision.needs_image_sizes:
+        return supervision.encode(conversation)
+    try:
+        sizes = [image_size(source, image_root) for source in conversation.images]
+    except BadImage as error:
+        raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+    return supervision.encode(conversation, sizes)
 
 
 def _key(conversations: Sequence[Conversation], supervision: Supervision) -> str:

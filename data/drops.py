@@ -33,7 +33,7 @@ class BadSample(ValueError):
         self.reason, self.sample_id, self.detail, self.file = reason, sample_id, detail, file
 
     def __str__(self) -> str:
-        where = f" in {self.file}" if self.file else ""
+        where = f" in {self.file}" if self.file and not self.detail.startswith(self.file) else ""
         return f"row {self.sample_id!r}{where}: {self.detail}"
 
 

@@ -23,7 +23,15 @@ from data.instructions import Conversation
 Processor = LlavaProcessor | LlavaNextProcessor
 
 IGNORE_INDEX = -100
-TEMPLATES = ("vicuna_v1", "plain")
+TEMPLATES = ("vicuna_v1", "chatml", "mistral_instruct", "plain")
+# How a question about an image and its answer look in templates that releases come with. In llava-hf's, Mistral's end
+# token is misspelt, and ChatML has spaces that no LLaVA was trained with.
+_FAMILIES = {
+    "vicuna_v1": r"USER: {image}\s+Q\s+ASSISTANT: A",
+    "chatml": r"(<\|im_start\|>system\s.*?<\|im_end\|>\s*)?<\|im_start\|>user\s+{image}\s*Q<\|im_end\|>\s*"
+    r"<\|im_start\|>assistant\s+A(<\|im_end\|>)?",
+    "mistral_instruct": r"\[INST\]\s*{image}\s*Q\s*\[/INST\]\s*A\s*(<\\s>|</s>)?",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +78,16 @@ def choose_template(processor: Processor, name: str = "auto") -> str:
     """The chat template to train with; set it as `processor.chat_template`, so that it is published too.
 
     "auto" takes `vicuna_v1` where the release has no template, or has transformers' rendering of the Vicuna prompt
-    for LLaVA-1.5, which leaves out the system sentence that the release was trained with. Every other release keeps
-    its own.
+    for LLaVA-1.5, which leaves out the system sentence that the release was trained with. Other releases keep their
+    own, if it has the answer's end token learned and the answer begin where a prompt for generation ends; if not,
+    `chatml` or `mistral_instruct` takes its place where it is one of these.
 
     Args:
         processor: the release's.
         name: "auto", "release" (its own, as it is), one of `TEMPLATES`, or the path of a jinja file.
 
     Raises:
-        ValueError: "release", and it has none.
+        ValueError: "release", and it has none; "auto", and its own would not have the end token learned.
         FileNotFoundError: no such template.
     """
     own = _own_template(processor)
@@ -91,12 +100,26 @@ def choose_template(processor: Processor, name: str = "auto") -> str:
     if not own:
         return load_template("vicuna_v1")
     probe = Conversation("probe", ("x",), (("user", "<image>\nQ"), ("assistant", "A")))
-    rendered = render_jinja_template([probe.messages()], chat_template=own, **processor.tokenizer.special_tokens_map)[
-        0
-    ][0]
-    bare = rendered.removeprefix(processor.tokenizer.bos_token or "").strip()
-    is_vicuna = re.fullmatch(rf"USER: {re.escape(processor.image_token)}\s+Q\s+ASSISTANT: A", bare) is not None
-    return load_template("vicuna_v1") if is_vicuna else own
+    eos = processor.tokenizer.eos_token
+    supervision = Supervision(processor, own, max_length=None)
+    text, spans = supervision.render(probe)
+    prompt, _ = supervision._jinja(probe, probe.messages()[:1], prompt=True)
+    learns_end = bool(spans) and text[slice(*spans[-1])].rstrip().endswith(eos)
+    bare, image = text.removeprefix(processor.tokenizer.bos_token or "").strip(), re.escape(processor.image_token)
+    family = next((name for name, look in _FAMILIES.items() if re.fullmatch(look.format(image=image), bare)), None)
+    if family == "vicuna_v1":
+        return load_template(family)
+    if learns_end and text.startswith(prompt) and spans[-1][0] == len(prompt):
+        return own
+    if family == "mistral_instruct" or (family == "chatml" and eos == "<|im_end|>"):
+        return load_template(family)
+    if not learns_end:
+        raise ValueError(
+            f"the release's chat template renders {text!r}: the answer does not end with the end token {eos!r}, and "
+            "the model would not learn to stop. Give chat_template: the path of a jinja file that says so, or "
+            "'release' to take it as it is"
+        )
+    return own
 
 
 def _own_template(processor: Processor) -> str | None:
@@ -160,6 +183,9 @@ class Supervision:
         answers = [number for number, (role, _) in enumerate(conversation.turns) if role == "assistant"]
         if self._has_marks:
             text, spans = self._jinja(conversation, messages, marks=True)
+            # Marks around the answer alone: its end token is to be learned too.
+            eos = self.tokenizer.eos_token
+            spans = [(start, end + len(eos) if text.startswith(eos, end) else end) for start, end in spans]
             if len(spans) == len(answers):
                 # Templates that mark an empty answer too would have the model learn to say nothing.
                 spans = [span for span, number in zip(spans, answers, strict=True) if conversation.turns[number][1]]

@@ -73,6 +73,15 @@ def iterate_table(source: str, split: str, streaming: bool = False) -> Iterator[
             number += 1
 
 
+def check_source(source: str) -> None:
+    """Raises FileNotFoundError for what is neither a file, nor a folder, nor could be the name of a Hub dataset."""
+    is_hub_name = (
+        source.count("/") == 1 and not source.startswith((".", "/")) and Path(source).suffix not in (".json", ".jsonl")
+    )
+    if not Path(source).exists() and not is_hub_name:
+        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
+
+
 def open_table(source: str, split: str, streaming: bool = False) -> Any:
     """The `datasets.Dataset`, memory-mapped; as a stream, the `datasets.IterableDataset`.
 
@@ -81,12 +90,8 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
         FileNotFoundError: there is no such file, folder or dataset.
         ValueError: no such split, or a stream of what `save_to_disk` wrote.
     """
+    check_source(source)
     path = Path(source)
-    is_hub_name = (
-        source.count("/") == 1 and not source.startswith((".", "/")) and path.suffix not in (".json", ".jsonl")
-    )
-    if not path.exists() and not is_hub_name:
-        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
     try:
         import datasets
     except ImportError as error:

@@ -247,11 +247,86 @@ def test_the_template_follows_from_the_release(processor: LlavaProcessor) -> Non
     own.chat_template = LLAVA_HF
     assert choose_template(own) == vicuna
     assert choose_template(own, "release") == LLAVA_HF
+    own.tokenizer.eos_token = "<|im_end|>"
     own.chat_template = CHATML
     assert choose_template(own) == CHATML
     assert choose_template(own, "vicuna_v1") == vicuna
+    own.tokenizer.eos_token = "</s>"
     own.chat_template = vicuna
     assert choose_template(own) == vicuna
+
+
+# What llava-hf's ChatML and Mistral releases come with: spaces that no model was trained with and marks that leave out
+# the end token, and an end token that is misspelt.
+SPACED_CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISSPELT_MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}{% for content in "
+    "message['content'] %}{{ '<image>' if content['type'] == 'image' else '\n' + content['text'] }}{% endfor %}"
+    "{{ ' [/INST]' }}{% else %}{{ ' ' + message['content'][0]['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "eos", "family", "text", "answers"),
+    [
+        (
+            SPACED_CHATML, "<|im_end|>", "chatml",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ<|im_end|>\n"
+            "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nR<|im_end|>\n"
+            "<|im_start|>assistant\nB<|im_end|>\n",
+            ["A<|im_end|>", "B<|im_end|>"],
+        ),
+        (
+            MISSPELT_MISTRAL, "</s>", "mistral_instruct",
+            "[INST] <image>\nQ [/INST] A</s>[INST] R [/INST] B</s>",
+            [" A</s>", " B</s>"],
+        ),
+    ],
+)  # fmt: skip
+def test_templates_that_teach_no_end_give_way_to_what_llava_was_trained_with(
+    own: str, eos: str, family: str, text: str, answers: list[str]
+) -> None:
+    release = llava_processor()
+    release.tokenizer.add_special_tokens({"eos_token": eos})
+    release.chat_template = own
+    chosen = choose_template(release)
+    assert chosen == load_template(family)
+    turns = (("user", "Q\n<image>"), ("assistant", "A"), ("user", "R"), ("assistant", "B"))
+    supervision, conversation = Supervision(release, chosen), Conversation("x", ("x.jpg",), turns)
+    rendered, spans = supervision.render(conversation)
+    assert rendered == text
+    assert [rendered[start:end] for start, end in spans] == answers
+    encoded = supervision.encode(conversation)
+    assert [encoded.labels[end - 1] for _, end in encoded.answers] == [release.tokenizer.eos_token_id] * 2
+    asked = Conversation("x", ("x.jpg",), turns[:1])
+    assert supervision.prompt(asked) == encoded.input_ids[: encoded.answers[0][0]]
+    assert choose_template(release, "release") == own
+
+
+def test_a_template_that_teaches_no_end_and_is_nothing_known_is_refused() -> None:
+    release = llava_processor()
+    release.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"user:<image>Qassistant:A.*not end with the end token '</s>'.*'release'"):
+        choose_template(release)
+
+
+def test_marks_around_the_answer_alone_are_widened_to_its_end_token() -> None:
+    release = llava_processor()
+    release.tokenizer.eos_token = "<|im_end|>"
+    text, spans = Supervision(release, SPACED_CHATML).render(
+        Conversation("x", ("x.jpg",), (("user", "<image>\nQ"), ("assistant", "A")))
+    )
+    assert [text[start:end] for start, end in spans] == ["\nA<|im_end|>"]
 
 
 def test_templates_that_are_not_there_are_named(processor: LlavaProcessor) -> None:
