@@ -121,7 +121,8 @@ class FastVLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """[B, L] float32: what `fastv.query` pays to each position of this pass, mean over heads; 0 to later ones."""
         length = normed.shape[1]
-        query = torch.full_like(normed[:, 0, 0], length - 1).long() if fastv.query is None else fastv.query
+        last = torch.full((normed.shape[0],), length - 1, device=normed.device)
+        query = last if fastv.query is None else fastv.query
         queries, keys, _ = self._project(normed)
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
         keys = repeat_kv(keys, queries.shape[1] // keys.shape[1])

@@ -1,4 +1,4 @@
-"""What a LLaVA costs with and without its reductions: FLOPs, KV cache, memory of a training step.
+"""What a LLaVA costs with and without its reductions: FLOPs, KV cache, parameters.
 
 Everything here needs a transformers LLaVA or LLaVA-NeXT config (``text_config``, ``vision_config``), never weights.
 Two ways of counting the language model's prefill stand side by side:
@@ -15,17 +15,9 @@ softmax and the LM head, as the papers do. :func:`visionzip_formula` keeps Visio
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
-
-# What a CUDA process holds beside tensors: context, cuBLAS and cuDNN workspaces, the allocator's rounding.
-CUDA_OVERHEAD_BYTES = 1 << 30
-# Logits computed at a time in a training step (supervised_states leaves them to train/objective.py), on a CUDA device.
-LOGITS_AT_ONCE = 1 << 25
-# NF4 with double quantisation: 4 bits per weight, 8 per block of 64 and 32 per 256 blocks.
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
 
@@ -61,7 +53,7 @@ def llm_prefill_flops(
     indices. Raises ValueError for negative counts and for more or other frozen layers than there are.
     """
     frozen = _number_frozen(frozen_layers, text_config.num_hidden_layers)
-    _refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
+    refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
     h, m = text_config.hidden_size, text_config.intermediate_size
     plain_cost = shortv_layer_flops(text_tokens, visual_tokens, h, m, frozen=False)
     frozen_cost = shortv_layer_flops(text_tokens, visual_tokens, h, m, frozen=True)
@@ -77,7 +69,7 @@ def llm_layer_flops_grouped(text_config: PreTrainedConfig, queries: int, keys: i
     ``queries`` tokens pass through W_Q, attention, W_O and the FFN, ``keys`` tokens through W_K and W_V, and each
     query is compared with ``attended`` keys (more than ``keys`` when a cache holds the rest).
     """
-    q_width, kv_width = _attention_widths(text_config)
+    q_width, kv_width = attention_widths(text_config)
     h, m = text_config.hidden_size, text_config.intermediate_size
     matrices = 2 * queries * (2 * q_width + 3 * m) * h + 2 * keys * 2 * kv_width * h
     return matrices, 4 * queries * attended * q_width
@@ -87,7 +79,7 @@ def llm_prefill_flops_grouped(
     text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, frozen_layers: int | Collection[int] = 0
 ) -> int:
     """As :func:`llm_prefill_flops`, counting the key and value heads that the config really has."""
-    return sum(_llm_flops(text_config, text_tokens, visual_tokens, frozen_layers))
+    return sum(llm_flops(text_config, text_tokens, visual_tokens, frozen_layers))
 
 
 def llm_prefill_flops_fastv(
@@ -108,8 +100,8 @@ def lm_head_flops(text_config: PreTrainedConfig, positions: int) -> int:
 
 def kv_cache_bytes(text_config: PreTrainedConfig, tokens: int, bytes_per_value: int = 2) -> int:
     """Bytes of the KV cache for ``tokens`` tokens. A frozen layer keeps keys and values, so ShortV changes nothing."""
-    _refuse_negative(tokens=tokens)
-    _, kv_width = _attention_widths(text_config)
+    refuse_negative(tokens=tokens)
+    _, kv_width = attention_widths(text_config)
     return 2 * text_config.num_hidden_layers * tokens * kv_width * bytes_per_value
 
 
@@ -139,7 +131,7 @@ def vision_tower_flops(config: PreTrainedConfig, tiles: int = 1) -> int:
 
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
     """FLOPs of the two-layer projector for ``visual_tokens`` tokens."""
-    width_in, h = _projector_input(config), config.text_config.hidden_size
+    width_in, h = projector_input(config), config.text_config.hidden_size
     return 2 * visual_tokens * (width_in * h + h * h)
 
 
@@ -187,7 +179,7 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
     """
     text = config.text_config
     h, m = text.hidden_size, text.intermediate_size
-    q_width, kv_width = _attention_widths(text)
+    q_width, kv_width = attention_widths(text)
     if text.model_type not in ("llama", "mistral", "qwen2"):
         raise ValueError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
     layer = 2 * q_width * h + 2 * kv_width * h + 3 * m * h + 2 * h
@@ -199,7 +191,7 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
         layer += 2 * m + h
     embeddings = text.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
 
-    width_in = _projector_input(config)
+    width_in = projector_input(config)
     bias = 2 * h if config.multimodal_projector_bias else 0
     projector = width_in * h + h * h + bias + (h if config.model_type.endswith("llava_next") else 0)
     return ParameterCounts(_tower_parameters(config), projector, text.num_hidden_layers * layer, embeddings)
@@ -224,180 +216,15 @@ def _tower_parameters(config: PreTrainedConfig) -> int:
     )
 
 
-# -------------------------------------------------------------------------------------------------- a training step
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """One optimiser step that tunes the projector.
-
-    ``text_tokens`` are those of one sample; all are counted as supervised, which bounds the logits from above.
-    ``visual_tokens`` are one sample's after VisionZip, ``tiles`` the images or tiles that the tower reads for it.
-    ``weights`` is "bfloat16", "float32" or "4bit" (NF4 decoder layers, everything else bfloat16). ``every_token``:
-    transformers' modules take every token through every layer, as they do where
-    :func:`reduction.supervised_states.can_walk` says no. ``cached_features``: the tower is not on the device.
-    """
-
-    text_tokens: int
-    visual_tokens: int
-    tiles: int = 1
-    frozen_layers: int = 0
-    global_batch_size: int = 128
-    micro_batch_size: int = 16
-    gradient_checkpointing: bool = True
-    weights: str = "bfloat16"
-    every_token: bool = False
-    cached_features: bool = False
-
-    def __post_init__(self) -> None:
-        _refuse_negative(text_tokens=self.text_tokens, visual_tokens=self.visual_tokens)
-        if self.weights not in ("bfloat16", "float32", "4bit"):
-            raise ValueError(f"weights={self.weights!r}: choose bfloat16, float32 or 4bit.")
-        if self.micro_batch_size < 1 or self.global_batch_size < 1:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}: "
-                "both must be at least 1."
-            )
-
-    @property
-    def bytes_per_value(self) -> int:
-        """Bytes of one activation value."""
-        return 4 if self.weights == "float32" else 2
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes on one device at the peak of a training step, by part."""
-
-    weights: int  # tower, LLM and embeddings as stored
-    projector: int  # fp32 weights, gradients and Adam's two moments
-    activations: int  # kept for the backward pass
-    working: (
-        int  # the layer at work: its recomputed activations and gradients; and what the tower took before, if more
-    )
-    logits: int  # a chunk of the supervised positions' logits, its fp32 copy and gradient, and all states' gradients
-    overhead: int  # CUDA context and workspaces
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def training_step_flops(config: PreTrainedConfig, step: TrainingStep) -> int:
-    """FLOPs of one optimiser step over ``step.global_batch_size`` samples: tower, projector, LLM and LM head.
-
-    An untrained LLM's backward pass costs its matrices once (input gradients only) and its attention twice; gradient
-    checkpointing costs the layers' forward once more. The projector costs its forward, its weight gradients and the
-    input gradient of its second layer. The tower has no backward pass.
-    """
-    text, t, v = config.text_config, step.text_tokens, step.visual_tokens
-    matrices, attention = _llm_flops(text, t, v, step.frozen_layers)
-    forwards = 2 if step.gradient_checkpointing else 1
-    llm = (forwards + 1) * matrices + (forwards + 2) * attention
-    projector = 2 * projector_flops(config, v) + 2 * v * text.hidden_size**2
-    per_sample = vision_tower_flops(config, step.tiles) + projector + llm + 2 * lm_head_flops(text, t)
-    return step.global_batch_size * per_sample
-
-
-def needed_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: int, bytes_per_value: int) -> int:
-    """Bytes that one untrained LLM layer keeps in :func:`reduction.supervised_states.supervised_states`.
-
-    ``queries`` of its ``keys`` tokens are updated. Kept are each norm's input as it came with one number per token,
-    keys and values, queries, attention's output and log-sum, and the two wide inputs of the FFN's product. Visual
-    tokens that are frozen in one layer after another are kept once; counted here is the first time.
-    """
-    q_width, kv_width = _attention_widths(text_config)
-    h, m, b = text_config.hidden_size, text_config.intermediate_size, bytes_per_value
-    per_key = h * b + 4 + 2 * kv_width * b
-    per_query = h * b + 4 + 2 * q_width * b + 4 * text_config.num_attention_heads + 2 * m * b
-    return keys * per_key + queries * per_query
-
-
-def layer_activation_bytes(text_config: PreTrainedConfig, queries: int, keys: int, bytes_per_value: int) -> int:
-    """Bytes that one untrained LLM layer of transformers keeps for the backward pass.
-
-    ``queries`` of its ``keys`` tokens are updated.
-
-    Linear layers without weight gradients keep nothing. What is left: the input of each norm in fp32 with its inverse
-    root mean square, keys and values, queries, attention's output and log-sum, and three FFN-wide tensors.
-    """
-    q_width, kv_width = _attention_widths(text_config)
-    h, m, b = text_config.hidden_size, text_config.intermediate_size, bytes_per_value
-    per_key = 4 * h + 4 + 2 * kv_width * b
-    per_query = 4 * h + 4 + 2 * q_width * b + 4 * text_config.num_attention_heads + 3 * m * b
-    return keys * per_key + queries * per_query
-
-
-def tower_activation_bytes(config: PreTrainedConfig, images: int, bytes_per_value: int) -> int:
-    """Bytes that the tower holds at once for ``images`` images or tiles: their pixels, and one block at work."""
-    vision = config.vision_config
-    side, special = visual_grid(config)
-    block = (side * side + special) * (6 * vision.hidden_size + 2 * vision.intermediate_size) * bytes_per_value
-    return images * (block + 3 * vision.image_size**2 * (4 + bytes_per_value))
-
-
-def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> TrainingMemory:
-    """Bytes on one device at the peak of a training step with ``step.micro_batch_size`` samples at a time.
-
-    The model is on one device in full, attention is SDPA. It is an estimate: activations follow
-    :func:`needed_activation_bytes` (with ``every_token`` :func:`layer_activation_bytes`), the rest is counted from the
-    tensors that exist at once. The tower's are freed before the language model's exist.
-    """
-    text, t, v, b, rows = (
-        config.text_config,
-        step.text_tokens,
-        step.visual_tokens,
-        step.bytes_per_value,
-        step.micro_batch_size,
-    )
-    counts = parameter_counts(config)
-    layer_bytes = NF4_BYTES if step.weights == "4bit" else b
-    tower_weights = 0 if step.cached_features else counts.vision_tower
-    weights = int(counts.llm_layers * layer_bytes) + (tower_weights + counts.embeddings) * b
-
-    layer = layer_activation_bytes if step.every_token else needed_activation_bytes
-    plain, frozen = rows * layer(text, t + v, t + v, b), rows * layer(text, t, t + v, b)
-    plain_layers = text.num_hidden_layers - step.frozen_layers
-    hidden = rows * (t + v) * text.hidden_size * b
-    projector_kept = rows * v * (_projector_input(config) + 2 * text.hidden_size) * 4
-    if step.gradient_checkpointing:
-        kept = text.num_hidden_layers * hidden
-        recomputed = plain if plain_layers else frozen
-    else:
-        kept = plain_layers * plain + step.frozen_layers * frozen
-        recomputed = 0
-    # Backward through an FFN holds the gradients of its three wide tensors and of the hidden states around it.
-    updated = t + v if plain_layers else t
-    gradients = rows * updated * 3 * text.intermediate_size * b + 4 * hidden
-    masks = 3 * rows * (t + v) ** 2 * b  # one for every kind of query
-    dequantised = text.hidden_size * text.intermediate_size * 2 if step.weights == "4bit" else 0
-    working = recomputed + gradients + masks + dequantised
-
-    if step.every_token:  # and the whole softmax
-        logits = rows * t * text.vocab_size * (2 * b + 8)
-    else:
-        logits = min(rows * t * text.vocab_size, LOGITS_AT_ONCE) * (2 * b + 4)
-    logits += rows * t * text.hidden_size * 2 * b
-    tower = 0 if step.cached_features else tower_activation_bytes(config, rows * step.tiles, b)
-    return TrainingMemory(
-        weights=weights,
-        projector=16 * counts.projector,
-        activations=kept + projector_kept,
-        working=max(working, tower - kept - projector_kept - logits),
-        logits=logits,
-        overhead=CUDA_OVERHEAD_BYTES,
-    )
-
-
 # ------------------------------------------------------------------------------------------------------ internals
 
 
-def _llm_flops(
+def llm_flops(
     text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, frozen_layers: int | Collection[int]
 ) -> tuple[int, int]:
     """(FLOPs of the matrices, FLOPs of attention) of one prefill through all layers."""
     frozen = _number_frozen(frozen_layers, text_config.num_hidden_layers)
-    _refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
+    refuse_negative(text_tokens=text_tokens, visual_tokens=visual_tokens)
     tokens = text_tokens + visual_tokens
     plain_matrices, plain_attention = llm_layer_flops_grouped(text_config, tokens, tokens, tokens)
     frozen_matrices, frozen_attention = llm_layer_flops_grouped(text_config, text_tokens, tokens, tokens)
@@ -405,7 +232,7 @@ def _llm_flops(
     return plain * plain_matrices + frozen * frozen_matrices, plain * plain_attention + frozen * frozen_attention
 
 
-def _attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
+def attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
     """(width of all query heads, width of all key heads)."""
     heads = text_config.num_attention_heads
     # Not every family's config has head_dim, and Mistral's may hold None.
@@ -413,7 +240,7 @@ def _attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
     return heads * head_dim, (text_config.num_key_value_heads or heads) * head_dim
 
 
-def _projector_input(config: PreTrainedConfig) -> int:
+def projector_input(config: PreTrainedConfig) -> int:
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
@@ -431,7 +258,7 @@ def _number_frozen(frozen_layers: int | Collection[int], num_layers: int) -> int
     return frozen_layers
 
 
-def _refuse_negative(**counts: int) -> None:
+def refuse_negative(**counts: int) -> None:
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{name}={count}: must not be negative.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .parsing import parse_freeze
 from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active
-from .supervised_states import window_of
+from .supervised_states import windows_of
 
 Direction = Literal["full_to_frozen", "frozen_to_full"]
 DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")
@@ -70,7 +70,7 @@ def embed_prompt(model: Any, sample: CalibrationSample) -> Prompt:
     embeds = inner.get_input_embeddings()(sample.input_ids.to(model.device)[None])[0]
     visual = (sample.input_ids == model.config.image_token_id).to(embeds.device)
     sizes = {} if sample.image_sizes is None else {"image_sizes": sample.image_sizes}
-    pixels = sample.pixel_values.to(model.device, model.dtype)
+    pixels = sample.pixel_values.to(model.device)
     features = torch.cat(list(inner.get_image_features(pixel_values=pixels, **sizes).pooler_output)).to(embeds)
     if len(features) != int(visual.sum()):
         raise ValueError(
@@ -354,13 +354,14 @@ class _Places:
         length = embeds.shape[1]
         self.position_ids = torch.arange(before, before + length, device=embeds.device)[None]
         self.position_embeddings = decoder.rotary_emb(embeds, self.position_ids)
-        self._config, self._dtype = decoder.config, embeds.dtype
+        self._windows, self._dtype = windows_of(decoder), embeds.dtype
+        self._eager = decoder.config._attn_implementation == "eager"
         self._masks: dict[int | None, Tensor | None] = {}
 
     def mask(self, layer: int) -> Tensor | None:
         """[1, 1, n, before + n]: causal, within the layer's window; bool, for eager attention additive; None where
         SDPA's own causal mask is the same."""
-        window = window_of(self._config, layer)
+        window = self._windows[layer]
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
@@ -369,14 +370,13 @@ class _Places:
         queries = self.position_ids[0][:, None]
         keys = torch.arange(int(queries[-1]) + 1, device=queries.device)
         starts_at_zero, fits = int(queries[0]) == 0, window is None or len(keys) <= window
-        eager = self._config._attn_implementation == "eager"
-        if starts_at_zero and fits and not eager:
+        if starts_at_zero and fits and not self._eager:
             return None
         seen = keys <= queries
         if window is not None:
             seen = seen & (keys > queries - window)
         seen = seen[None, None]
-        if not eager:
+        if not self._eager:
             return seen
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
 

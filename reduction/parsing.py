@@ -1,8 +1,10 @@
-"""What users write for budgets, frozen layers and memory, read the same way by every command."""
+"""What users write for budgets, frozen layers, FastV and memory, read the same way by every command."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 
 def parse_budget(text: str) -> dict[str, int]:
@@ -11,6 +13,31 @@ def parse_budget(text: str) -> dict[str, int]:
     if match is None:
         raise ValueError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
     return {"dominant": int(match[1]), "contextual": int(match[2])}
+
+
+def format_budget(visionzip: Mapping[str, Any]) -> str:
+    """``{"dominant": 54, "contextual": 10}`` -> ``"54+10"``."""
+    return f"{visionzip['dominant']}+{visionzip['contextual']}"
+
+
+def parse_layers(text: str) -> list[int]:
+    """``"31+29+30"`` -> ``[31, 29, 30]``, ``"none"`` -> ``[]``. Raises ValueError for anything else."""
+    if text == "none":
+        return []
+    if re.fullmatch(r"\s*\d+(\s*\+\s*\d+)*\s*", text) is None:
+        raise ValueError(f"layers is {text!r}: write indices like 31+29+30, or none")
+    return [int(part) for part in text.split("+")]
+
+
+def parse_fastv(text: str) -> dict[str, Any] | None:
+    """``"2+0.5"`` -> ``{"layer": 2, "keep": 0.5}``, ``"none"`` -> None. Raises ValueError for anything else."""
+    if text == "none":
+        return None
+    layer, _, keep = text.partition("+")
+    try:
+        return {"layer": int(layer), "keep": float(keep)}
+    except ValueError as error:
+        raise ValueError(f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none") from error
 
 
 def parse_bytes(text: str) -> int:

@@ -26,6 +26,7 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from .configuration_reduced_llava import TOWER_HAS_CLS, validate
+from .parsing import format_budget
 
 INK = "#222222"
 
@@ -103,7 +104,7 @@ def map_tokens(
     maps: list[list[TokenMap]] = [[] for _ in views]
     for budget in budgets:
         with under_budget(model, budget):
-            found = model.model.get_visual_tokens(tiles.to(model.device, model.dtype))
+            found = model.model.get_visual_tokens(tiles.to(model.device))
         for view, (tiles_of_view, shape) in enumerate(views):
             maps[view].append(_one_map(model, found, pixels, tiles_of_view, shape, budget))
     return maps
@@ -151,7 +152,7 @@ def _one_map(
         targets=mosaic(is_target).nonzero()[0],
         visual_tokens=count * (budget["dominant"] + budget["contextual"]),
         cls_tokens=count if has_cls else 0,
-        name=f"{budget['dominant']}+{budget['contextual']}" + ("" if method == "visionzip" else f" ({method})"),
+        name=format_budget(budget) + ("" if method == "visionzip" else f" ({method})"),
     )
 
 

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from .lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
 from .shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens
 
 IGNORE_INDEX = -100
@@ -238,7 +239,9 @@ def supervised_states(
         else:
             run = partial(walk.plain_layer, layer, number, every)
         backward = torch.is_grad_enabled() and any(part.requires_grad for part in states)
-        states = checkpoint(run, *states, use_reentrant=False) if checkpointing and backward else run(*states)
+        again = checkpointing and backward
+        # Without dropout nothing is drawn, and no random state need be kept.
+        states = checkpoint(run, *states, use_reentrant=False, preserve_rng_state=False) if again else run(*states)
     return walk.normed(decoder.norm, states[1])
 
 
@@ -267,7 +270,7 @@ class _Walk:
         before: list[KeysValues] | None = None,
         visual_count: int = 0,
     ) -> None:
-        self.config, self.dtype = decoder.config, embeds.dtype
+        self.config, self.dtype, self.windows = decoder.config, embeds.dtype, windows_of(decoder)
         cos, sin = decoder.rotary_emb(embeds, positions[None])
         self.cos, self.sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
         self.before, self.visual_count = before, visual_count
@@ -303,7 +306,7 @@ class _Walk:
         states = torch.cat([visual, text])
         normed = self.normed(layer.input_layernorm, states)
         index: Any = ends.index
-        before, asking = _Take.apply(states, index), _Take.apply(normed, index)
+        before, asking = Take.apply(states, index), Take.apply(normed, index)
         after = self.update(layer, before, asking, ends, *self.keys_values(layer, normed, number))
         if frozen:  # a visual token that predicts the next one leaves a frozen layer as it came
             after = torch.where((index < self.visual_count).unsqueeze(1), before, after)
@@ -322,7 +325,7 @@ class _Walk:
         rows = packed.new_zeros(*self.key_positions.shape, *packed.shape[1:])
         if before is not None:
             rows[:, : self.shared] = before.to(rows)
-        return _Put.apply(packed, self.key_slots, rows)
+        return Put.apply(packed, self.key_slots, rows)
 
     def update(
         self, layer: Any, states: Tensor, normed: Tensor, queries: _Queries, keys: Tensor, values: Tensor
@@ -332,7 +335,7 @@ class _Walk:
         asked = attention.q_proj(normed).view(len(states), -1, attention.head_dim)
         asked = _rotate(asked, queries.cos, queries.sin)
         batch, width = queries.rows.shape
-        padded = _Put.apply(asked, queries.slots, asked.new_zeros(batch, width, *asked.shape[1:]))
+        padded = Put.apply(asked, queries.slots, asked.new_zeros(batch, width, *asked.shape[1:]))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
@@ -343,7 +346,7 @@ class _Walk:
             dropout=0.0,
             scaling=attention.scaling,
         )
-        states = states + attention.o_proj(_Take.apply(attended.reshape(batch * width, -1), queries.slots))
+        states = states + attention.o_proj(Take.apply(attended.reshape(batch * width, -1), queries.slots))
         return states + self.feed_forward(layer.mlp, self.normed(layer.post_attention_layernorm, states))
 
     def mask(self, queries: _Queries, layer: int) -> Tensor:
@@ -351,7 +354,7 @@ class _Walk:
 
         Finite, for an empty slot may see nothing: a softmax over nothing is NaN, and 0 * NaN reaches gradients.
         """
-        window = window_of(self.config, layer)
+        window = self.windows[layer]
         if window not in queries.masks:
             at, keys = queries.rows[:, None, :, None], self.key_positions[:, None, None, :]
             hidden = keys > at
@@ -364,88 +367,21 @@ class _Walk:
     def normed(self, norm: Any, states: Tensor) -> Tensor:
         if type(norm) not in RMS_NORMS or norm.weight.requires_grad or not states.requires_grad:
             return norm(states)
-        return _RmsNorm.apply(states, norm.weight, norm.variance_epsilon)
+        return LeanRmsNorm.apply(states, norm.weight, norm.variance_epsilon)
 
     def feed_forward(self, mlp: Any, states: Tensor) -> Tensor:
         gate, up = mlp.gate_proj(states), mlp.up_proj(states)
         if self.config.hidden_act in ("silu", "swish"):
-            return mlp.down_proj(_GatedSilu.apply(gate, up))
+            return mlp.down_proj(GatedSilu.apply(gate, up))
         return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
-class _Put(torch.autograd.Function):
-    """Packed [N, …] written to distinct places [N] of rows [B, K, …], which are overwritten; keeps the places only."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.mark_dirty(rows)
-        rows.flatten(0, 1).index_copy_(0, index, packed)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return gradient.flatten(0, 1).index_select(0, index), None, None
-
-
-class _Take(torch.autograd.Function):
-    """states [N, …] at distinct index [M]; the gradient is written, not added, to its places."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.count = len(states)
-        return states.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, index, gradient), None
-
-
-class _RmsNorm(torch.autograd.Function):
-    """transformers' RMSNorm of an untrained weight, keeping its input as it came and one number per token."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = states.float() if states.dtype.itemsize < 4 else states
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(states, weight, scale)
-        return weight * (wide * scale).to(states.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        states, weight, scale = ctx.saved_tensors
-        wide = (weight * gradient).to(scale.dtype)
-        normed = states.to(scale.dtype) * scale
-        wide = (wide - normed * (wide * normed).mean(-1, keepdim=True)) * scale
-        return wide.to(states.dtype), None, None
-
-
-class _GatedSilu(torch.autograd.Function):
-    """silu(gate) * up, keeping the two and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        activated = nn.functional.silu(gate)
-        by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return by_gate, activated.mul_(gradient)
-
-
-def window_of(config: Any, layer: int) -> int | None:
-    """How many tokens back a layer sees, or None for all of them."""
-    values = config.to_dict()
-    kinds = values.get("layer_types")
-    if kinds is not None and kinds[layer] != "sliding_attention":
-        return None
-    return values.get("sliding_window")
+def windows_of(decoder: Any) -> list[int | None]:
+    """How many tokens back each layer sees, or None for all of them."""
+    values, depth = decoder.config.to_dict(), len(decoder.layers)
+    window = values.get("sliding_window")
+    kinds = values.get("layer_types") or ["sliding_attention"] * depth
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

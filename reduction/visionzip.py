@@ -108,9 +108,10 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
     is_kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, kept, True)
     rest = is_kept.sort(dim=-1, stable=True).indices[:, :left]
     step = max(1, left // count)
-    places = torch.arange(left, device=hidden.device)
-    is_target = (places % step == 0) & (places < step * count)
-    targets, others = rest[:, is_target], rest[:, ~is_target]
+    # By slices, for the numbers alone say which are targets: a mask on a GPU would have to be read back first.
+    strided = rest[:, : step * count].unflatten(1, (count, step))
+    targets = strided[:, :, 0]
+    others = torch.cat([strided[:, :, 1:].flatten(1), rest[:, step * count :]], dim=1)
 
     unit = torch.nn.functional.normalize(at_least_float32(metric), dim=-1)
     similarity = _take(unit, others) @ _take(unit, targets).transpose(-1, -2)

@@ -103,6 +103,16 @@ def test_a_padded_batch_is_its_rows(tiny_release: Path) -> None:
                 torch.testing.assert_close(logits[mask.bool()][-1], model(**row).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_position_is_exact_in_bfloat16(tiny_release: Path) -> None:
+    """Of 260 positions bfloat16 knows 258 and 260: neither is the last, and one is none."""
+    model, inputs = load(tiny_release, dtype=torch.bfloat16), prompt(100, 160 - PATCHES, seed=5)
+    del inputs["attention_mask"]
+    query = torch.tensor([inputs["input_ids"].shape[1] - 1])
+    assert query == 259
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**inputs, fastv_query=query).logits)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_remembers_what_was_pruned(tiny_release: Path, beams: int) -> None:
     model = load(tiny_release)

@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from reduction import flops
+from reduction import flops, training_cost
 
 SIZES_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -122,15 +122,17 @@ def test_training_step_flops_against_pytorch():
     with FlopCounterMode(display=False) as counter:
         hidden = model.model(input_ids=ids, pixel_values=torch.randn(1, 3, 56, 56), use_cache=False).last_hidden_state
         model.lm_head(hidden[:, 16:]).float().logsumexp(-1).mean().backward()
-    step = flops.TrainingStep(
+    step = training_cost.TrainingStep(
         text_tokens=21, visual_tokens=16, global_batch_size=1, micro_batch_size=1, gradient_checkpointing=False
     )
     config.vision_feature_layer = -1  # plain LLaVA runs the whole tower
-    expected = flops.training_step_flops(config, step)
+    expected = training_cost.training_step_flops(config, step)
     assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
     # One more forward through the layers, and nothing else, with gradient checkpointing.
-    with_checkpointing = flops.TrainingStep(text_tokens=21, visual_tokens=16, global_batch_size=1, micro_batch_size=1)
-    difference = flops.training_step_flops(config, with_checkpointing) - expected
+    with_checkpointing = training_cost.TrainingStep(
+        text_tokens=21, visual_tokens=16, global_batch_size=1, micro_batch_size=1
+    )
+    difference = training_cost.training_step_flops(config, with_checkpointing) - expected
     assert difference == flops.llm_prefill_flops_grouped(config.text_config, 21, 16)
 
 
@@ -192,7 +194,7 @@ def test_layer_activations_are_what_autograd_keeps(dtype):
             return sum(storage.nbytes() for storage in storages.values())
 
     text = LlamaConfig(vocab_size=50, num_key_value_heads=2, **SMALL)
-    expected = 2 * flops.layer_activation_bytes(text, 50, 50, torch.finfo(dtype).bits // 8)
+    expected = 2 * training_cost.layer_activation_bytes(text, 50, 50, torch.finfo(dtype).bits // 8)
     assert kept_bytes(3) - kept_bytes(2) == expected
 
 
@@ -200,8 +202,8 @@ def test_memory_of_a_training_step_moves_as_it_must():
     config = LlavaConfig(text_config=LlamaConfig(**SIZES_7B), vision_config=CLIPVisionConfig())
 
     def memory(**changes):
-        return flops.training_step_memory(
-            config, flops.TrainingStep(**{"text_tokens": 512, "visual_tokens": 576, **changes})
+        return training_cost.training_step_memory(
+            config, training_cost.TrainingStep(**{"text_tokens": 512, "visual_tokens": 576, **changes})
         )
 
     full = memory()
@@ -255,9 +257,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="tokens=-1"):
         flops.kv_cache_bytes(LlamaConfig(**SMALL), -1)
     with pytest.raises(ValueError, match="weights='int8'"):
-        flops.TrainingStep(text_tokens=1, visual_tokens=1, weights="int8")
+        training_cost.TrainingStep(text_tokens=1, visual_tokens=1, weights="int8")
     with pytest.raises(ValueError, match="micro_batch_size=0"):
-        flops.TrainingStep(text_tokens=1, visual_tokens=1, micro_batch_size=0)
+        training_cost.TrainingStep(text_tokens=1, visual_tokens=1, micro_batch_size=0)
     config = small_llava()
     config.text_config.model_type = "gemma"
     with pytest.raises(ValueError, match="'gemma'"):

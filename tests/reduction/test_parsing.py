@@ -2,7 +2,7 @@
 
 import pytest
 
-from reduction.parsing import parse_budget, parse_bytes, parse_freeze
+from reduction.parsing import format_budget, parse_budget, parse_bytes, parse_fastv, parse_freeze, parse_layers
 
 
 def test_budget():
@@ -14,6 +14,22 @@ def test_budget():
 def test_budget_refused(bad):
     with pytest.raises(ValueError, match=r"54\+10"):
         parse_budget(bad)
+
+
+def test_a_budget_is_written_as_it_is_read():
+    assert format_budget(parse_budget("54+10")) == "54+10"
+
+
+def test_layers():
+    assert parse_layers("31+29+30") == [31, 29, 30]
+    assert parse_layers("0") == [0]
+    assert parse_layers("none") == []
+
+
+@pytest.mark.parametrize("bad", ["1,2", "a", "1+", "", "-1"])
+def test_layers_refused(bad):
+    with pytest.raises(ValueError, match=r"write indices like 31\+29\+30, or none"):
+        parse_layers(bad)
 
 
 def test_bytes():
@@ -62,3 +78,11 @@ def test_freeze(text, layers, expected):
 def test_freeze_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_freeze(text, 8)
+
+
+def test_fastv_is_a_layer_and_a_share() -> None:
+    assert parse_fastv("2+0.5") == {"layer": 2, "keep": 0.5}
+    assert parse_fastv("none") is None
+    for bad in ("2", "0.5", "a+b", "2+", ""):
+        with pytest.raises(ValueError, match=r"like 2\+0\.5, or none"):
+            parse_fastv(bad)

@@ -7,7 +7,6 @@ import torch
 from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, VISIONZIP, build, make_batch, make_row
 from torch import Tensor, nn
 
-from reduction.flops import needed_activation_bytes
 from reduction.shortv import freeze_visual_tokens
 from reduction.supervised_states import (
     can_walk,
@@ -17,6 +16,7 @@ from reduction.supervised_states import (
     shared_beginning,
     supervised_states,
 )
+from reduction.training_cost import needed_activation_bytes
 
 LAYOUTS = {
     "one image": ["tttItttttt", "tttIttt", "tttItttt"],
