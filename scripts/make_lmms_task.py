@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.instructions import read_instructions
-from train.config import DEMO, ConfigError, DataConfig, DemoScenesConfig, parse_config
+from train.command_line import parse_config
+from train.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
 from train.lmms_plugin import write_questions, write_task
 from train.samples import demo_folder, draw_demo_scenes
+
+SHIPPED = "demo_scenes"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Questions:
     demo_scenes: DemoScenesConfig = field(default_factory=DemoScenesConfig)
     """The drawn scenes that `demo` stands for."""
 
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"data.samples is {self.samples}: at least 1 is needed, or null for all")
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -42,18 +49,15 @@ class TaskConfig:
 
     data: Questions = field(default_factory=Questions)
     """The conversations to ask."""
-    name: str = "demo_scenes"
+    name: str = SHIPPED
     """The task's name."""
     folder: str | None = None
-    """Where it is written; null: checkpoints/lmms-tasks, and for the demo beside its scenes, where the shipped
-    configs/eval/tasks/demo_scenes.yaml looks."""
+    """Where it is written; null: checkpoints/lmms-tasks, and for the task of the demo beside its scenes, where the
+    shipped configs/eval/tasks/demo_scenes.yaml looks."""
 
 
-def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py")
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+def make(config: TaskConfig) -> None:
+    """Writes the task and says how to run it. Raises ValueError or OSError for what cannot be read or written."""
     data, source, root = config.data, config.data.instructions, config.data.image_root
     if source == DEMO:
         draw_demo_scenes(DataConfig("", eval_instructions=DEMO, demo_scenes=data.demo_scenes))
@@ -61,16 +65,23 @@ def main(argv: Sequence[str]) -> None:
         source, root = str(drawn / "instructions.json"), str(drawn / "images")
     conversations = read_instructions(source)[: data.samples]
     root = root or str(Path(source).parent)
-    shipped = data.instructions == DEMO and config.folder is None
+    shipped = data.instructions == DEMO and config.folder is None and config.name == SHIPPED
     if shipped:
         folder = Path(data.demo_scenes.folder) / "lmms-eval"
-        count = write_questions(conversations, root, folder / "demo_scenes.jsonl")
-        where, tasks = Path("configs/eval/tasks"), "demo_scenes"
+        count = write_questions(conversations, root, folder / f"{SHIPPED}.jsonl")
+        where, tasks = Path("configs/eval/tasks"), SHIPPED
     else:
         where, tasks = Path(config.folder or "checkpoints/lmms-tasks"), config.name
         count = write_task(where, config.name, conversations, root)
     print(f"{count} questions. lmms-eval --model reduced_llava --model_args pretrained=… --include_path {where} \\")
     print(f"    --tasks {tasks} --batch_size 16")
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        make(parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py"))
+    except (ValueError, OSError) as error:  # a ConfigError too
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

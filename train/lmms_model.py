@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
@@ -27,7 +28,7 @@ from data.dataset import Collator
 from data.images import open_image, to_rgb
 from data.instructions import PLACEHOLDER, Conversation
 from data.supervision import Supervision
-from reduction.parsing import parse_budget
+from reduction.parsing import parse_budget, parse_fastv, parse_layers
 from train.prompts import Prompt, batch_prompts, encode_prompt
 from train.release import Reduction, load_release, open_release
 
@@ -38,19 +39,25 @@ GENERATION_KEYS = (
 )  # fmt: skip
 OTHER_KEYS = ("until", "image_aspect_ratio")
 MAX_NEW_TOKENS = 1024
+# What lmms-eval stops at where a task names nothing: it would cut longer answers after their first paragraph.
+FILLER_STOP = ["\n\n"]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One prompt, and the continuation whose loss is wanted; without one, an answer is."""
+
+    prompt: Prompt
+    continuation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One prompt and what is wanted of it: an answer by `generation`, or the loss of `continuation`."""
+    """What lmms-eval asks, its images still to be read: those of a whole benchmark would not fit into memory."""
 
-    prompt: Prompt
+    text: str
     generation: Mapping[str, Any]
-    continuation: tuple[int, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.input_ids) + len(self.continuation)
+    read: Callable[[], _Question]
 
 
 class ReducedLlava(lmms):
@@ -82,12 +89,12 @@ class ReducedLlava(lmms):
     def __init__(
         self,
         pretrained: str,
-        revision: str | None = None,
-        budget: str | None = None,
+        revision: str | int | None = None,  # lmms-eval reads what looks like a number as one
+        budget: str | int | None = None,
         method: str | None = None,
         seed: int = 0,
         layers: str | int | Sequence[int] | None = None,
-        fastv: str | None = None,
+        fastv: str | float | None = None,
         dtype: str = "auto",
         device: str | None = None,
         load_in_4bit: bool = False,
@@ -108,7 +115,7 @@ class ReducedLlava(lmms):
         self._device = torch.device(device if single else self.accelerator.device)  # type: ignore[arg-type]
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, and there is no GPU here: give --device cpu")
-        release = open_release(pretrained, revision)
+        release = open_release(pretrained, None if revision is None else str(revision))
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
             raise ValueError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
         computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
@@ -116,7 +123,7 @@ class ReducedLlava(lmms):
             release,
             visionzip=_visionzip(budget, method, seed),
             shortv=_shortv(layers),
-            fastv=_fastv(fastv),
+            fastv="saved" if fastv is None else parse_fastv(str(fastv)),
             dtype=computed,
             attn_implementation=attn_implementation,
             load_in_4bit=load_in_4bit,
@@ -141,74 +148,86 @@ class ReducedLlava(lmms):
     # ------------------------------------------------------------------------------------------ lmms-eval's requests
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """An answer for each request, stripped and cut before the first of its `until` strings."""
+        """An answer for each request, stripped and cut before the first of its `until` strings (but for lmms-eval's
+        own blank line, which it sets where a task names none)."""
         asked = []
         for context, generation, doc_to_visual, doc_id, task, split in (request.args for request in requests):
-            images = self._images(doc_to_visual, doc_id, task, split)
-            asked.append(_Request(self._prompt([("user", _with_images(context, len(images)))], images), generation))
-        return self._answer(asked)
+            read = partial(self._question, context, doc_to_visual, doc_id, task, split)
+            asked.append(_Request(context, generation, read))
+        return self._batched(asked, self._generate, "generate_until")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean loss of the continuation and its end token, would greedy decoding say just that) for each request.
 
-        The loss, not its negative: lmms-eval's own models return it, and its multiple_choice takes the smallest.
+        The loss, not its negative: lmms-eval's own models return it, and its multiple_choice takes the smallest. In a
+        GenerationResult, because lmms-eval 0.7 turns everything else into text, and then fails to read it.
         """
         asked = []
         for context, target, doc_to_visual, doc_id, task, split in (request.args for request in requests):
-            images = self._images(doc_to_visual, doc_id, task, split)
-            said = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            asked.append(self._continued(_with_images(context, len(images)), str(said).strip(), images))
-        return self._batched(asked, self._score, "loglikelihood")
+            read = partial(self._continued, target, context, doc_to_visual, doc_id, task, split)
+            asked.append(_Request(context, {}, read))
+        found = self._batched(asked, self._score, "loglikelihood")
+        return [GenerationResult(pair) for pair in found]  # annotated as text
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("reduced_llava: tasks of several rounds are not supported; LLaVA's are single-round")
 
     # --------------------------------------------------------------------------------------------------------- prompts
 
-    def _images(self, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str) -> list[Image.Image]:
-        return [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+    def _question(
+        self, context: str, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
+    ) -> _Question:
+        images = [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+        turns = [("user", _with_images(context, len(images)))]
+        return _Question(encode_prompt(self.supervision, turns, images))
 
-    def _prompt(self, turns: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> Prompt:
-        return encode_prompt(self.supervision, turns, images)
-
-    def _continued(self, question: str, answer: str, images: Sequence[Image.Image]) -> _Request:
-        prompt = self._prompt([("user", question)], images)
-        turns = (("user", question), ("assistant", answer))
-        encoded = self.supervision.encode(Conversation("", ("",) * len(images), turns), list(prompt.image_sizes))
+    def _continued(
+        self,
+        target: str | Callable[[Any], Any],
+        context: str,
+        doc_to_visual: Callable[[Any], Any],
+        doc_id: int,
+        task: str,
+        split: str,
+    ) -> _Question:
+        said = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        prompt = self._question(context, doc_to_visual, doc_id, task, split).prompt
+        sizes = list(prompt.image_sizes)
+        turns = (("user", _with_images(context, len(sizes))), ("assistant", str(said).strip()))
+        encoded = self.supervision.encode(Conversation("", ("",) * len(sizes), turns), sizes)
         start, end = encoded.answers[-1]
-        whole = Prompt(encoded.input_ids[:start], prompt.pixels, prompt.image_sizes)
-        return _Request(whole, {}, tuple(encoded.input_ids[start:end]))
+        return _Question(replace(prompt, input_ids=encoded.input_ids[:start]), tuple(encoded.input_ids[start:end]))
 
     # --------------------------------------------------------------------------------------------------------- batches
 
-    def _answer(self, asked: Sequence[_Request]) -> list[str]:
-        return self._batched(asked, self._generate, "generate_until")
-
-    def _batched(self, asked: Sequence[_Request], run: Callable[[list[_Request]], list[Any]], title: str) -> list[Any]:
+    def _batched(
+        self, asked: Sequence[_Request], run: Callable[[list[_Question], Mapping[str, Any]], list[Any]], title: str
+    ) -> list[Any]:
         """`run` on batches of requests that generate alike, long ones first; results in the order of `asked`."""
-        order = sorted(range(len(asked)), key=lambda index: (repr(asked[index].generation), -asked[index].length))
+        order = sorted(range(len(asked)), key=lambda index: (repr(asked[index].generation), -len(asked[index].text)))
         results: list[Any] = [None] * len(asked)
         with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
             while order:
-                first = asked[order[0]].generation
-                batch = [index for index in order[: self.batch_size] if asked[index].generation == first]
+                generation = asked[order[0]].generation
+                batch = [index for index in order[: self.batch_size] if asked[index].generation == generation]
                 order = order[len(batch) :]
-                for index, result in zip(batch, run([asked[index] for index in batch]), strict=True):
+                found = run([asked[index].read() for index in batch], generation)
+                for index, result in zip(batch, found, strict=True):
                     results[index] = result
                 bar.update(len(batch))
         return results
 
     @torch.inference_mode()
-    def _generate(self, batch: list[_Request]) -> list[str]:
-        wanted = dict(batch[0].generation)
+    def _generate(self, batch: list[_Question], wanted: Mapping[str, Any]) -> list[str]:
         strange = sorted(wanted.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
         if strange:
             logger.warning("generation settings that mean nothing here are left out: {}", ", ".join(strange))
         settings = {key: wanted[key] for key in GENERATION_KEYS if wanted.get(key) is not None}
-        settings["do_sample"] = settings.get("temperature", 0) > 0 and settings.get("do_sample", True)
+        temperature = settings.get("temperature")  # tasks give 0 to mean greedy decoding, which transformers refuses
+        settings["do_sample"] = temperature != 0 and settings.get("do_sample", temperature is not None)
         if not settings["do_sample"]:
             settings = {key: value for key, value in settings.items() if key not in ("temperature", "top_p", "top_k")}
-        inputs = batch_prompts(self.supervision, [request.prompt for request in batch], self.device)
+        inputs = batch_prompts(self.supervision, [question.prompt for question in batch], self.device)
         output = self.model.generate(
             **inputs,
             **{"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings},
@@ -216,17 +235,21 @@ class ReducedLlava(lmms):
             pad_token_id=Collator.of(self.supervision).pad_token_id,
         )
         until = wanted.get("until") or []
+        until = [] if until == FILLER_STOP else until
         said = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, [until] if isinstance(until, str) else until) for text in said]
 
     @torch.inference_mode()
-    def _score(self, batch: list[_Request]) -> list[tuple[float, bool]]:
+    def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
         rows = [replace(asked.prompt, input_ids=[*asked.prompt.input_ids, *asked.continuation]) for asked in batch]
         inputs = batch_prompts(self.supervision, rows, self.device)
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        # FastV chooses by the question's last token, as it does before an answer is generated.
+        last = [inputs["input_ids"].shape[1] - len(asked.continuation) - 1 for asked in batch]
+        query = torch.tensor(last, device=self.device)
+        hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state
         results = []
-        for row, request in enumerate(batch):
-            count = len(request.continuation)
+        for row, question in enumerate(batch):
+            count = len(question.continuation)
             # Padding is on the left: a row ends with its continuation, and each token is said by the one before it.
             logits = self.model.lm_head(hidden[row, -count - 1 : -1]).float()
             targets = inputs["input_ids"][row, -count:]
@@ -243,13 +266,17 @@ class ReducedLlavaChat(ReducedLlava):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """As `ReducedLlava.generate_until`."""
         asked = []
-        for _, doc_to_messages, generation, doc_id, task, split in (request.args for request in requests):
-            turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
-            asked.append(_Request(self._prompt(turns, images), generation))
-        return self._answer(asked)
+        for context, doc_to_messages, generation, doc_id, task, split in (request.args for request in requests):
+            read = partial(self._conversation, doc_to_messages, doc_id, task, split)
+            asked.append(_Request(context, generation, read))
+        return self._batched(asked, self._generate, "generate_until")
+
+    def _conversation(self, doc_to_messages: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Question:
+        turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
+        return _Question(encode_prompt(self.supervision, turns, images))
 
 
-def _visionzip(budget: str | None, method: str | None, seed: int) -> Reduction:
+def _visionzip(budget: str | int | None, method: str | None, seed: int) -> Reduction:
     if budget is None:
         if method is not None:
             raise ValueError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
@@ -263,23 +290,8 @@ def _visionzip(budget: str | None, method: str | None, seed: int) -> Reduction:
 def _shortv(layers: str | int | Sequence[int] | None) -> Reduction:
     if layers is None:
         return "saved"
-    if layers == "none":
-        return None
-    try:
-        parts = str(layers).split("+") if isinstance(layers, (str, int)) else layers
-        return {"layers": [int(part) for part in parts]}
-    except ValueError as error:
-        raise ValueError(f"layers is {layers!r}: write indices like 31+29+30, or none") from error
-
-
-def _fastv(fastv: str | None) -> Reduction:
-    if fastv is None or fastv == "none":
-        return "saved" if fastv is None else None
-    layer, _, keep = fastv.partition("+")
-    try:
-        return {"layer": int(layer), "keep": float(keep)}
-    except ValueError as error:
-        raise ValueError(f"fastv is {fastv!r}: write the layer and the share kept, like 2+0.5, or none") from error
+    found = parse_layers(str(layers)) if isinstance(layers, (str, int)) else list(layers)
+    return {"layers": found} if found else None
 
 
 def _as_image(visual: Any) -> Image.Image:
@@ -298,19 +310,25 @@ def _with_images(text: str, count: int) -> str:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[Image.Image]]:
-    """lmms-eval's chat messages as (role, text with `<image>`) and the images in their order."""
+    """lmms-eval's chat messages as (role, text with `<image>`) and the images in their order.
+
+    Images stand where their parts do, but for a message whose text has a literal `<image>` for each of them.
+    """
     turns, images = [], []
     for message in messages:
-        pieces = []
+        pieces, said = [], []
         for part in message["content"]:
             if part["type"] == "image":
                 images.append(_as_image(part["url"]))
                 pieces.append(PLACEHOLDER)
             elif part["type"] == "text":
-                pieces.append(part["text"])
+                said.append(part["text"])
+                pieces.append(part["text"].replace(PLACEHOLDER, ""))
             else:
                 raise ValueError(f"reduced_llava looks at images only; this task gives {part['type']}")
-        turns.append((str(message["role"]), "\n".join(pieces)))
+        shown = len(message["content"]) - len(said)
+        text = "\n".join(said)
+        turns.append((str(message["role"]), text if text.count(PLACEHOLDER) == shown else "\n".join(pieces)))
     return turns, images
 
 

@@ -36,7 +36,8 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
     """Writes one line per question, in the order of the conversations; returns their number.
 
     A line: id, turn (which answer, from 0), roles and texts (the turns up to the question), images (absolute paths of
-    all images in them) and expected. Raises ValueError for images that are not files.
+    all images in them) and expected. Raises ValueError for images that are embedded, and FileNotFoundError for those
+    that are not there.
     """
     lines = []
     for conversation in conversations:
@@ -52,7 +53,7 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
                 "turn": turn,
                 "roles": [role for role, _ in before],
                 "texts": [text for _, text in before],
-                "images": [str(resolve_image_path(str(image), image_root).resolve()) for image in shown],
+                "images": [str(_existing(conversation.id, str(image), image_root)) for image in shown],
                 "expected": conversation.turns[place][1].strip(),
             }
             if question["expected"]:
@@ -60,6 +61,13 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(lines))
     return len(lines)
+
+
+def _existing(name: str, image: str, image_root: str | None) -> Path:
+    path = resolve_image_path(image, image_root).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no image {path}; give the folder that holds it as data.image_root")
+    return path
 
 
 def write_task(folder: Path, name: str, conversations: Sequence[Conversation], image_root: str | None) -> int:
@@ -96,6 +104,11 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
     return [open_image(path) for path in doc["images"]]
 
 
+def middle_image(doc: dict[str, Any]) -> list[Any]:
+    """Of a SEED-Bench document the one image, or the frame in the middle of its video, as LLaVA-1.5 was measured."""
+    return [doc["image"][len(doc["image"]) // 2].convert("RGB")]
+
+
 def doc_to_text(doc: dict[str, Any]) -> str:
     """The question alone, for the protocol of a text and images; a later turn's does not show what was said before."""
     return str(doc["texts"][-1])
@@ -104,6 +117,13 @@ def doc_to_text(doc: dict[str, Any]) -> str:
 def first_turns(dataset: Any) -> Any:
     """The questions that nothing was said before: what the protocol of a text and images can ask."""
     return dataset.filter(lambda turn: turn == 0, input_columns="turn")
+
+
+def likelihood_results(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Loss of the true answer, and whether greedy decoding says it. (lmms-eval 0.7 itself unpacks the list that holds
+    the two, and fails.)"""
+    ((loss, is_greedy),) = results
+    return {"perplexity": loss, "acc": float(is_greedy)}
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
+from data.images import open_image
 from data.instructions import Conversation, read_instructions
 from train.comparison import Candidate, compare
 from train.config import DataConfig
 from train.lmms_model import ReducedLlava, ReducedLlavaChat
-from train.lmms_plugin import write_questions, write_task
+from train.lmms_plugin import middle_image, write_questions, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, LAYERS = {"dominant": 6, "contextual": 3}, [1, 2]
@@ -52,7 +54,7 @@ def run_lmms_eval(folder: Path, release: Path, *more: str, processes: int = 1) -
     """results.json of the real command line, and what it printed."""
     module = ["-m", "lmms_eval"]
     if processes > 1:
-        module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", *module]
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *module]
     command = [
         sys.executable, *module, "--model", "reduced_llava", "--model_args", f"pretrained={release},{ARGUMENTS}",
         "--include_path", str(folder), "--batch_size", "4", "--device", "cpu", "--output_path", str(folder / "out"),
@@ -63,7 +65,7 @@ def run_lmms_eval(folder: Path, release: Path, *more: str, processes: int = 1) -
         environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = sorted((folder / "out").rglob("*_results.json"))[-1]
+    results = max((folder / "out").rglob("*_results.json"), key=lambda file: file.stat().st_mtime_ns)
     return json.loads(results.read_text()), done.stdout
 
 
@@ -85,16 +87,58 @@ def test_the_command_lines_exact_match_is_evaluates(tiny_release: Path, held_out
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_processes_and_likelihoods(tiny_release: Path, held_out: Path, tmp_path: Path) -> None:
-    exact_match, said = answer(tiny_release, held_out, tmp_path / "answers")
+def test_two_processes_and_likelihoods(
+    tiny_release: Path, held_out: Path, tmp_path: Path, model: ReducedLlava
+) -> None:
+    exact_match, _ = answer(tiny_release, held_out, tmp_path / "answers")
     write_task(tmp_path, "tiny", read_instructions(held_out), str(held_out.parent))
     results, _ = run_lmms_eval(
         tmp_path, tiny_release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8", processes=2
     )
     assert results["results"]["tiny"]["exact_match,none"] == pytest.approx(exact_match, abs=1e-12)
     results, _ = run_lmms_eval(tmp_path, tiny_release, "--tasks", "tiny_likelihood", "--force_simple")
-    first = [entry["correct"] for entry in said if entry["turn"] == 0]
-    assert results["results"]["tiny_likelihood"]["acc,none"] == pytest.approx(sum(first) / len(first))
+    losses = []
+    for conversation in read_instructions(held_out):
+        turns = conversation.turns[:2]
+        images = conversation.images[: turns[0][1].count("<image>")]
+        encoded = model.supervision.encode(replace(conversation, images=images, turns=turns))
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([encoded.input_ids])}
+        if images:
+            shown = [open_image(image, held_out.parent) for image in images]
+            inputs |= model.supervision.processor.image_processor(shown, return_tensors="pt")
+        with torch.no_grad():
+            losses.append(model.model(**inputs, labels=torch.tensor([encoded.labels])).loss.item())
+    found = results["results"]["tiny_likelihood"]
+    assert found["perplexity,none"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert found["acc,none"] == 0, "a random model says no true answer with its end"
+
+
+@pytest.mark.slow
+def test_the_shipped_task_of_the_demo_answers_as_evaluate_py(tmp_path: Path) -> None:
+    def script(name: str, *arguments: str) -> None:
+        command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    script("make_lmms_task.py")
+    demo, budget = "checkpoints/demo-llava", ("--visionzip.dominant", "12", "--visionzip.contextual", "4")
+    given = ("--model", demo, *budget, "--data.instructions", "demo", "--data.samples", "20")
+    script("evaluate.py", *given, "--output", str(tmp_path))
+    answers = (tmp_path / "answers" / "reduced--untuned.jsonl").read_text().splitlines()[:30]
+    said = [json.loads(line) for line in answers]
+    command = [
+        sys.executable, "-m", "lmms_eval", "--model", "reduced_llava", "--model_args",
+        f"pretrained={demo},budget=12+4,dtype=float32", "--include_path", "configs/eval/tasks", "--device", "cpu",
+        "--tasks", "demo_scenes", "--batch_size", "8", "--limit", "30", "--output_path", str(tmp_path / "out"),
+        "--log_samples",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = sorted(samples(tmp_path, "demo_scenes"), key=lambda entry: entry["doc_id"])
+    assert [entry["filtered_resps"] for entry in theirs] == [entry["answer"] for entry in said]
+    assert [entry["exact_match"] for entry in theirs] == [entry["correct"] for entry in said]
+    assert 0 < sum(entry["correct"] for entry in said) < len(said)
 
 
 # ------------------------------------------------------------------------------------------------ without the command
@@ -153,8 +197,68 @@ def test_batches_answer_as_single_requests(
     alone = [Asked(model, [one]).ask("generate_until", max_new_tokens=6, until=["\n\n"])[0] for one in documents]
     assert together == alone
     chat = ReducedLlavaChat(str(tiny_release), budget="6+3", layers="1+2", device="cpu", batch_size=2, dtype="float32")
-    assert Asked(chat, documents[:3]).ask("generate_until", max_new_tokens=6, until=[]) == together[:3]
+    assert Asked(chat, documents).ask("generate_until", max_new_tokens=6, until=[]) == together
     assert any(together)
+
+
+def test_a_literal_placeholder_without_an_image_is_text_that_is_left_out(
+    model: ReducedLlava, tiny_release: Path, documents: list[dict[str, Any]]
+) -> None:
+    red = documents[0]["images"]
+    odd = [{"text": "what is an <image> token?", "images": []}, {"text": "<image> and <image> show?", "images": red}]
+    plain = [{"text": "what is an  token?", "images": []}, {"text": "and  show?", "images": red}]
+    chat = ReducedLlavaChat(str(tiny_release), budget="6+3", layers="1+2", device="cpu", batch_size=2, dtype="float32")
+    for asked in (model, chat):
+        said, expected = (Asked(asked, several).ask("generate_until", max_new_tokens=6) for several in (odd, plain))
+        assert said == expected
+
+
+def test_images_are_read_when_their_batch_is_due(
+    model: ReducedLlava, documents: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels of a whole benchmark do not fit into memory: VQAv2's would be 290 GB."""
+    read, ahead = [], []
+
+    class Counted(Asked):
+        @staticmethod
+        def _visual(document: dict[str, Any]) -> list[Image.Image]:
+            read.append(document)
+            return document["images"]
+
+    def answer_nothing(batch: list[Any], generation: Any) -> list[str]:
+        ahead.append(len(read))
+        return [""] * len(batch)
+
+    monkeypatch.setattr(model, "_generate", answer_nothing)
+    Counted(model, documents[:1] * 7).ask("generate_until", max_new_tokens=1)
+    assert ahead == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("generation", "samples"),
+    [
+        ({}, False),
+        ({"do_sample": True}, True),
+        ({"temperature": 0, "do_sample": True}, False),
+        ({"temperature": 1}, True),
+    ],
+)
+def test_when_answers_are_sampled(
+    model: ReducedLlava,
+    documents: list[dict[str, Any]],
+    generation: dict[str, Any],
+    samples: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+
+    def generate(**settings: Any) -> torch.Tensor:
+        given.update(settings)
+        return settings["input_ids"]
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    Asked(model, documents[:1]).ask("generate_until", **generation)
+    assert given["do_sample"] is samples
 
 
 def test_answers_end_at_until(model: ReducedLlava, documents: list[dict[str, Any]]) -> None:
@@ -165,22 +269,65 @@ def test_answers_end_at_until(model: ReducedLlava, documents: list[dict[str, Any
     ]
 
 
+def test_the_stop_that_lmms_eval_sets_by_itself_cuts_nothing(
+    model: ReducedLlava, documents: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.supervision.tokenizer, "batch_decode", lambda *_, **__: ["first\n\nsecond\nthird"])
+    asked = Asked(model, documents[:1])
+    assert asked.ask("generate_until", max_new_tokens=1, until=["\n\n"]) == ["first\n\nsecond\nthird"]
+    assert asked.ask("generate_until", max_new_tokens=1, until=["\n"]) == ["first"]
+
+
+def test_of_a_video_the_frame_in_the_middle_is_shown() -> None:
+    frames = [Image.new("RGBA", (2, 2), (number, 0, 0, 255)) for number in range(4)]
+    (shown,) = middle_image({"image": frames})
+    assert (shown.mode, shown.getpixel((0, 0))) == ("RGB", (2, 0, 0))
+
+
 def test_likelihoods_are_the_losses_of_training(model: ReducedLlava, documents: list[dict[str, Any]]) -> None:
-    found = Asked(model, documents[:3]).ask("loglikelihood")
+    found = [result.text for result in Asked(model, documents[:3]).ask("loglikelihood")]
     for (loss, is_greedy), document in zip(found, documents[:3], strict=True):
         images = document["images"]
         turns = (("user", "<image>\n" * len(images) + document["text"]), ("assistant", document["target"]))
         encoded = model.supervision.encode(Conversation("", ("",) * len(images), turns))
         inputs: dict[str, Any] = {"input_ids": torch.tensor([encoded.input_ids])}
         if images:
-            shown = images[0].convert("RGB")
-            inputs["pixel_values"] = model.supervision.processor.image_processor(shown, return_tensors="pt")[
-                "pixel_values"
-            ]
+            inputs["pixel_values"] = _pixels(model, images[0])
         with torch.no_grad():
             output = model.model(**inputs, labels=torch.tensor([encoded.labels]))
         assert loss == pytest.approx(output.loss.item(), rel=1e-4)
         assert not is_greedy
+
+
+def test_likelihoods_with_fastv_prune_as_answering_does(tiny_release: Path, documents: list[dict[str, Any]]) -> None:
+    """By the question's last token, not by the answer's, which would look at what it is about to say."""
+    pruned = ReducedLlava(str(tiny_release), fastv="1+0.1", device="cpu", batch_size=3, dtype="float32")
+    said = Asked(pruned, documents[:2]).ask("generate_until", max_new_tokens=3)
+    encode = pruned.supervision.encode
+    for document, answer in zip(documents, said, strict=False):
+        conversation = Conversation("", ("",), (("user", "<image>\n" + document["text"]), ("assistant", answer)))
+        ids = encode(conversation).input_ids
+        (start, end), pixels = encode(conversation).answers[0], _pixels(pruned, document["images"][0])
+        last = start - 1
+        with torch.no_grad():
+            states = pruned.model.model(
+                input_ids=torch.tensor([ids[:end]]), pixel_values=pixels, fastv_query=torch.tensor([last])
+            ).last_hidden_state
+            logits = pruned.model.lm_head(states[0, last : end - 1])
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:end])).item()
+        (result,) = Asked(pruned, [{**document, "target": answer}]).ask("loglikelihood")
+        assert result.text[0] == pytest.approx(expected, rel=1e-5)
+
+
+def _pixels(model: ReducedLlava, image: Image.Image) -> torch.Tensor:
+    shown = image.convert("RGB")
+    return model.supervision.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("given", ["fastv=2", "fastv=0.5", "budget=64", "revision=5"])
+def test_numbers_that_lmms_eval_reads_are_refused_as_text_is(tiny_release: Path, given: str) -> None:
+    with pytest.raises(ValueError, match=r"like 2\+0\.5|dominant\+contextual|revision .5. is for Hub ids"):
+        ReducedLlava.create_from_arg_string(f"pretrained={tiny_release},{given}", {"device": "cpu"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""scripts/make_lmms_task.py: held-out conversations as a task, and what it says to what cannot be one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.make_lmms_task import main
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.instructions", "nowhere.json"], "nowhere.json"),
+        (["--data.image_root", "nowhere"], "there is no image .*nowhere"),
+        (["--data.samples", "-3"], "data.samples is -3: at least 1"),
+        (["--name", "a/b"], "letters, digits"),
+    ],
+)
+def test_what_cannot_be_a_task_meets_a_message(
+    tiny_held_out: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    given = ["--data.instructions", str(tiny_held_out), "--folder", str(tmp_path / "tasks")]
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main([*given, *options])
+    assert not (tmp_path / "tasks").exists()
+
+
+def test_a_task_of_a_name_of_its_own(tiny_held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([
+        "--data.instructions", str(tiny_held_out), "--folder", str(tmp_path), "--name", "mine", "--data.samples", "2",
+    ])  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == 2
+    assert {path.name for path in tmp_path.glob("*.yaml")} == {"mine.yaml", "mine_likelihood.yaml"}
+    assert f"--include_path {tmp_path}" in capsys.readouterr().out
