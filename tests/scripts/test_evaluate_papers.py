@@ -1,32 +1,60 @@
 """The papers' tables: rows, arguments and arithmetic; and the whole of it with the real lmms-eval (slow)."""
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from data.instructions import read_instructions
+from scripts.estimate_cost import known_release
 from scripts.evaluate_papers import (
+    PATIENCE_S,
+    Checked,
+    check_lmms_eval,
+    check_rows,
+    command_of,
+    digest_of,
+    identity,
+    main,
+    model_arguments,
+    run_all,
+    score_of,
+)
+from train.command_line import parse_config
+from train.config import ConfigError
+from train.lmms_plugin import write_task
+from train.papers_table import (
+    ALL,
     NONE,
     TRAINING_FREE,
     TUNED,
     PapersConfig,
+    Published,
     Row,
     Task,
     Tuned,
-    command_of,
-    identity,
-    main,
-    model_arguments,
-    percent_of_full,
+    average_of,
+    llm_flops,
+    papers_average,
     rows_of,
-    run_all,
-    score_of,
+    show,
+    table_rows,
 )
-from train.config import ConfigError, parse_config
-from train.lmms_plugin import write_task
+from train.processes import StopRequest, StopRequested
+from train.reduced_checkpoint import write_reduced_checkpoint
+from train.release import Release, load_release, open_release, release_projector
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
@@ -64,26 +92,67 @@ def test_the_shipped_config_is_the_papers_eleven(papers: PapersConfig) -> None:
 
 
 def test_percentages_are_the_papers(papers: PapersConfig) -> None:
-    names = [task.name for task in papers.tasks]
-    full = dict(zip(names, FULL, strict=True))
-    published = {(entry.budget, entry.kind): entry.percent for entry in papers.published if entry.layers == NONE}
+    full = {task.name: task.full for task in papers.tasks if task.full is not None}
+    published = {(entry.budget, entry.kind): entry for entry in papers.published if entry.layers == NONE}
     assert published.keys() == TABLE.keys()
     for row, scores in TABLE.items():
-        assert percent_of_full(dict(zip(names, scores, strict=True)), full) == pytest.approx(published[row], abs=0.06)
+        assert published[row].scores == dict(zip(full, scores, strict=True))
+        found = average_of(published[row].scores, full)
+        assert found is not None
+        assert found.percent == pytest.approx(published[row].percent, abs=0.06)
 
 
 def test_shortvs_percentage_is_the_papers(shortv: PapersConfig) -> None:
     full = {task.name: task.full for task in shortv.tasks if task.full is not None}
     (published,) = shortv.published
-    found = percent_of_full(dict(zip(full, FROZEN, strict=True)), full)
-    assert found == pytest.approx(published.percent, abs=0.06)
+    assert published.scores == dict(zip(full, FROZEN, strict=True))
+    found = average_of(published.scores, full)
+    assert found is not None
+    assert found.percent == pytest.approx(published.percent, abs=0.06)
     assert rows_of(shortv)[1].layers == published.layers
     assert published.layers.count("+") + 1 == 19
+    assert published.flops == 55
+
+
+def test_the_papers_percentage_is_over_the_tasks_that_ours_is_over(papers: PapersConfig) -> None:
+    paper = next(entry for entry in papers.published if (entry.budget, entry.kind) == ("54+10", TRAINING_FREE))
+    skipped = replace(papers, skip_judged=True)
+    full = {task.name: 50.0 for task in skipped.asked}
+    rows = {Row(TRAINING_FREE, papers.model, ALL, NONE): full, Row(TRAINING_FREE, papers.model, "54+10", NONE): full}
+    lines = table_rows(skipped, rows, dict.fromkeys(rows, 1))
+    assert lines[1]["paper_percent"] == pytest.approx(93.1, abs=0.06)
+    assert "| 100.0 (9 of 11) | 93.1 (9 of 11) |" in show(skipped, lines)
+    everything = papers_average(papers, paper, [task.name for task in papers.tasks])
+    assert everything is not None
+    assert everything.percent == 94.0
+    bare = replace(skipped, published=[replace(paper, scores={})])
+    assert "| 100.0 (9 of 11) | 94.0 (as stated, over 11) |" in show(
+        bare, table_rows(bare, rows, dict.fromkeys(rows, 1))
+    )
+    assert papers_average(papers, replace(paper, scores={"GQA": 55.1}), ["GQA", "MME"]) is None
+
+
+def test_flops_stand_beside_the_papers(shortv: PapersConfig) -> None:
+    config = known_release("llava-1.5-7b")
+    assert config is not None
+    rows = rows_of(shortv)
+    flops = {row: llm_flops(config, row, shortv.text_tokens) for row in rows}
+    lines = table_rows(shortv, {row: {} for row in rows}, flops)
+    assert [round(line["flops_percent"], 1) for line in lines] == [100, 55.2]
+    assert "55.2 % (paper: 55 %)" in show(shortv, lines)
+    tiled = known_release("llava-next-7b")
+    assert tiled is not None
+    half = [llm_flops(tiled, row, shortv.text_tokens) / 1e12 for row in rows]
+    assert half == pytest.approx([42.675, 21.560], rel=1e-3)  # TFLOPs that ShortV states
+    fewer = {row: llm_flops(config, row, shortv.text_tokens) for row in [
+        Row(TRAINING_FREE, "m", ALL, NONE), Row(TRAINING_FREE, "m", ALL, NONE, fastv="2+0.5"),
+        Row(TRAINING_FREE, "m", "54+10", NONE), Row(TRAINING_FREE, "m", "54+10", "1+2"),
+    ]}  # fmt: skip
+    assert list(fewer.values()) == sorted(fewer.values(), reverse=True)
 
 
 def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: PapersConfig) -> None:
     import lmms_eval
-    import yaml
 
     class Loader(yaml.SafeLoader):
         pass
@@ -108,8 +177,8 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: Pap
 
 def test_rows_are_budgets_by_layers_by_kind() -> None:
     config = PapersConfig(
-        "base", [Task("t", "t", ["m"])], "out", budgets=["all", "8+2"], layers=["none", "1+2"],
-        methods=["visionzip", "pool"], tuned=[Tuned("run", "8+2", "1+2"), Tuned("other", "4+0")],
+        "base", [Task("t", "t", ["m"])], "out", budgets=["all", "8+2"], layers=["none", "2+1"], device="cpu",
+        methods=["visionzip", "pool"], tuned=[Tuned("run", "8+2", "1+2"), Tuned("other", "4+0")], fastv=["2+.5"],
     )  # fmt: skip
     assert rows_of(config) == [
         Row(TRAINING_FREE, "base", "all", "none"),
@@ -119,39 +188,156 @@ def test_rows_are_budgets_by_layers_by_kind() -> None:
         Row(TRAINING_FREE, "base", "8+2", "1+2"),
         Row(TRAINING_FREE, "base", "10+0", "1+2", "pool"),
         Row(TUNED, "run", "8+2", "1+2"),
+        Row(TRAINING_FREE, "base", "all", "none", fastv="2+0.5"),
         Row(TUNED, "other", "4+0", "none"),
     ]
     arguments = [model_arguments(row, config) for row in rows_of(config)]
-    assert arguments[2] == "pretrained=base,dtype=auto,budget=10+0,layers=none,method=pool"
-    assert arguments[6] == "pretrained=run,dtype=auto"  # as it was saved
+    assert arguments[2] == "pretrained=base,dtype=float32,budget=10+0,layers=none,fastv=none,method=pool"
+    assert arguments[6] == "pretrained=run,dtype=float32"  # as it was saved
+    assert arguments[7] == "pretrained=base,dtype=float32,budget=all,layers=none,fastv=2+0.5"
     assert len(set(arguments)) == len(arguments)
 
 
+def test_every_tuned_checkpoint_of_a_budget_has_its_row() -> None:
+    runs = [Tuned(f"seed-{seed}", "8+2", "1+2") for seed in range(3)]
+    tasks = [Task("t", "t", ["m"])]
+    config = PapersConfig("base", tasks, "out", budgets=["8+2"], layers=["1+2"], tuned=runs)
+    scores = {row: {"t": 10.0 + number} for number, row in enumerate(rows_of(config))}
+    lines = table_rows(config, scores, dict.fromkeys(scores, 1))
+    assert [line["checkpoint"] for line in lines] == ["base", "base", "seed-0", "seed-1", "seed-2"]
+    shown = show(config, lines)
+    for seed in range(3):
+        assert f"| tuned: seed-{seed} | 8+2 | 2 | 100.0 % | {12 + seed}.0 |" in shown
+    with pytest.raises(ConfigError, match=r"tuned: Tuned\(model='seed-0'.* stands there 2 times"):
+        replace(config, tuned=[*runs, Tuned("seed-0", "8 + 2", "2+1")])
+
+
+def test_a_row_meets_its_published_figure_however_its_layers_are_written() -> None:
+    published = [Published(90.0, "a paper", layers="2+0+1"), Published(95.0, "it too", "8+2", "1+0", kind=TUNED)]
+    tasks, tuned = [Task("t", "t", ["m"])], [Tuned("run", "8+2", "0+1")]
+    config = PapersConfig("base", tasks, "out", layers=["1+2+0", "0+1+2"], tuned=tuned, published=published)
+    rows = rows_of(config)
+    assert [row.layers for row in rows] == ["none", "0+1+2", "0+1"]
+    lines = table_rows(config, {row: {} for row in rows}, dict.fromkeys(rows, 1))
+    assert [line["paper_percent"] for line in lines] == [None, 90, 95]
+    with pytest.raises(ConfigError, match=r"published: \('training-free', 'all', '0\+1\+2'\) stands there 2 times"):
+        replace(config, published=[*published, Published(91.0, "another", layers="0+1+2")])
+
+
 def test_what_is_kept_belongs_to_its_arguments(tiny_release: Path, tmp_path: Path) -> None:
+    config = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], "out", device="cpu")
+    task, row, release = config.tasks[0], rows_of(config)[0], open_release(str(tiny_release))
+
+    def key(config: PapersConfig = config, task: Task = task, row: Row = row, release: Release = release) -> str:
+        return identity(row, release, digest_of(task, config), config)
+
+    same = key()
+    assert same == key(replace(config, output="elsewhere", batch_size=2))
+    assert same == key(replace(config, dtype="float32"))
+    assert same == key(task=replace(task, metrics=["other"], scale=1, name="another"))
+    others = [
+        key(replace(config, limit=3)),
+        key(replace(config, dtype="bfloat16")),
+        key(replace(config, device="cuda")),
+        key(replace(config, device="cuda", dtype="float32")),
+        key(task=replace(task, gen_kwargs="max_new_tokens=4")),
+        key(task=replace(task, judge=True)),
+        key(row=Row(TUNED, str(tiny_release), "all", "none")),
+        key(row=replace(row, fastv="2+0.5")),
+        key(release=replace(release, revision="a commit")),
+        key(release=replace(release, revision="another commit")),
+    ]
+    folder = replace(release, source=tmp_path, folder=tmp_path)
+    for name in ("config.json", "model.safetensors", "mm_projector.bin"):
+        (tmp_path / name).touch()
+        others.append(key(release=replace(folder, projector=tmp_path / name if name.endswith(".bin") else None)))
+    assert len({same, *others}) == len(others) + 1
+
+
+def test_what_is_kept_belongs_to_the_local_tasks_content(local_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = Path(yaml.safe_load((local_task / "tiny.yaml").read_text())["include"])
+    (local_task / "_template_yaml").write_text(template.read_text())
+    content = (local_task / "tiny.yaml").read_text()
+    (local_task / "tiny.yaml").write_text(content.replace(str(template), "_template_yaml"))
+    config = PapersConfig("m", [Task("t", "tiny", ["m"])], "out", include_path=str(local_task))
+    seen = [digest_of(config.tasks[0], config)]
+    for name in ("tiny.yaml", "_template_yaml", "tiny.jsonl"):
+        with (local_task / name).open("a") as file:
+            file.write("\n")
+        seen.append(digest_of(config.tasks[0], config))
+    assert len(set(seen)) == 4
+    (local_task / "tiny_likelihood.yaml").write_text("task: tiny_likelihood\n")  # another task's
+    assert digest_of(config.tasks[0], config) == seen[-1]
+    monkeypatch.setenv("MODEL_VERSION", "gpt-4-0613")
+    assert digest_of(config.tasks[0], config) == seen[-1]
+    judged = replace(config.tasks[0], judge=True)
+    by_one = digest_of(judged, config)
+    monkeypatch.setenv("MODEL_VERSION", "gpt-4o")
+    assert digest_of(judged, config) != by_one
+
+
+def test_several_processes_are_torchruns(tmp_path: Path) -> None:
     task = Task("t", "t", ["m"])
-    config = PapersConfig(str(tiny_release), [task], str(tmp_path))
-    row = rows_of(config)[0]
-    same = identity(row, task, config)
-    assert same == identity(row, task, PapersConfig(str(tiny_release), [task], "elsewhere", batch_size=2))
-    assert same != identity(row, task, PapersConfig(str(tiny_release), [task], str(tmp_path), limit=3))
-    assert same != identity(Row(TUNED, str(tiny_release), "all", "none"), task, config)
-    assert "torch.distributed.run" in command_of(row, task, PapersConfig("m", [task], "o", processes=2), tmp_path)
+    config = PapersConfig("m", [task], "o", processes=2)
+    assert "torch.distributed.run" in command_of(rows_of(config)[0], task, config, tmp_path)
 
 
 def test_scores_are_sums_of_metrics() -> None:
-    results: dict[str, Any] = {"results": {"mme": {"a,none": 1500.0, "b,none": 350.0, "alias": "mme"}}}
+    results: dict[str, Any] = {"mme": {"a,none": 1500.0, "b,none": 350.0, "alias": "mme"}}
     assert score_of(results, Task("MME", "mme", ["a,none", "b,none"], scale=1)) == 1850
     with pytest.raises(ValueError, match=r"no number for c,none among a,none, alias, b,none"):
         score_of(results, Task("MME", "mme", ["c,none"]))
 
 
-def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="dominant\\+contextual"):
-        PapersConfig("m", [Task("t", "t", ["m"])], "o", budgets=["64"])
-    with pytest.raises(ConfigError, match="tasks is empty"):
-        PapersConfig("m", [], "o")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budgets": ["64"]}, "dominant\\+contextual"),
+        ({"tuned": [("run", "8+2", "1,2")]}, "layers is '1,2': write indices like 31"),
+        ({"tuned": [("run", "8+2", "none", "poll")]}, "method is 'poll'; it must be one of visionzip, random"),
+        ({"methods": ["visionzp"]}, "method is 'visionzp'; it must be one of visionzip, random, grid, pool, down"),
+        ({"fastv": ["half"]}, "fastv is 'half': write the layer and the share kept, like 2"),
+        ({"fastv": ["2+1.5"]}, "got keep: 1.5, at most 1 is needed"),
+        ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of auto, float32"),
+        ({"text_tokens": 0}, "text_tokens 0: at least 1 each"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"tasks": [Task("t", "t", ["m"]), Task("t", "u", ["m"])]}, "tasks: t stands there 2 times"),
+        ({"published": [Published(90.0, "a paper", scores={"GQ": 1.0})]}, "scores of 'GQ'; the tasks are t"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):  # noqa: PT012 - entries of the parametrisation must not raise
+        if "tuned" in settings:
+            settings = {"tuned": [Tuned(*entry) for entry in settings["tuned"]]}
+        PapersConfig(**{"model": "m", "tasks": [Task("t", "t", ["m"])], "output": "o", **settings})
     with pytest.raises(ConfigError, match="metrics is empty"):
         Task("t", "t", [])
+    with pytest.raises(ConfigError, match="kind is 'tund'; it must be training-free or tuned"):
+        Published(1.0, "a paper", kind="tund")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"budgets": ["6+3", "30+20"]},
+            r"budget: 30\+20, layers: none: visionzip: dominant 30 \+ contextual 20 = 50 exc",
+        ),
+        ({"budgets": ["6+1"], "methods": ["pool"]}, r"method: pool: .*7 tokens make no grid over 6 by 6 patches"),
+        ({"layers": ["1+2", "3+4"]}, r"layers: 3\+4: shortv: layers \[4\] do not exist: this model has layers 0 to 3"),
+        ({"layers": ["1+1"]}, r"\[1\] more than once"),
+        ({"fastv": ["4+0.5"]}, r"fastv: 4\+0.5: fastv: layer 4: this model has 4 layers"),
+        ({"tuned": [Tuned("/no/such/run", "6+3")]}, "/no/such/run does not exist: needed is a folder, or a Hub id"),
+        ({"model": "/no/such/release"}, "/no/such/release does not exist"),
+        ({"include_path": "/no/such/tasks"}, "include_path /no/such/tasks: no such folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_first_run(
+    settings: dict[str, Any], message: str, tiny_release: Path
+) -> None:
+    base = {"model": str(tiny_release), "tasks": [Task("t", "t", ["m"])], "output": "o", "device": "cpu"}
+    with pytest.raises((ConfigError, FileNotFoundError), match=message):
+        check_rows(PapersConfig(**{**base, **settings}))
 
 
 @pytest.fixture
@@ -166,8 +352,9 @@ def test_a_table_is_continued_and_printed(
 ) -> None:
     settings = {
         "model": str(tiny_release), "output": str(tmp_path / "out"), "include_path": str(local_task), "device": "cpu",
-        "budgets": ["6+3"], "tasks": [{"name": "scenes", "task": "tiny", "metrics": ["exact_match,none"],
-                                       "gen_kwargs": "max_new_tokens=4"}],
+        "budgets": ["6+3"], "fastv": ["2+0.5"], "tasks": [
+            {"name": "scenes", "task": "tiny", "metrics": ["exact_match,none"], "gen_kwargs": "max_new_tokens=4"}
+        ],
         "published": [{"budget": "6+3", "percent": 94.0, "source": "a paper"}],
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
@@ -175,29 +362,264 @@ def test_a_table_is_continued_and_printed(
     first = capsys.readouterr().out
     assert "kept" not in first
     kept = sorted((tmp_path / "out" / "results").glob("*.json"))
-    assert len(kept) == 2
+    assert len(kept) == 3
     written = kept[1].stat().st_mtime_ns
     kept[0].unlink()
     main(["--config", str(tmp_path / "config.yaml")])
     again = capsys.readouterr().out
-    assert again.count(": kept") == 1
+    assert again.count(": kept") == 2
     assert kept[1].stat().st_mtime_ns == written
     assert "94" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_failing_run_says_why_and_leaves_what_is_done(
+def kept_results(config: PapersConfig, rows: dict[Row, Checked], results: dict[str, dict[str, Any]]) -> list[Path]:
+    """Writes what lmms-eval would have found for the tasks, in every row."""
+    written = []
+    for row, checked in rows.items():
+        for task in config.tasks:
+            if task.task in results:
+                key = identity(row, checked.release, digest_of(task, config), config)
+                path = Path(config.output) / "results" / f"{task.task}-{key}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"command": [], "results": {task.task: results[task.task]}}))
+                written.append(path)
+    return written
+
+
+def test_what_fails_leaves_its_cell_empty_and_the_rest_goes_on(
     tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = [Task("done", "done", ["m"]), Task("fails", "fails", ["m"])]
+    tasks = [Task("fails", "fails", ["m"]), Task("done", "done", ["m"], scale=1)]
     config = PapersConfig(str(tiny_release), tasks, str(tmp_path), device="cpu")
-    row = rows_of(config)[0]
-    kept = tmp_path / "results" / f"done-{identity(row, tasks[0], config)}.json"
-    kept.parent.mkdir()
-    kept.write_text('{"score": 3.0}')
+    rows = check_rows(config)
+    (row,) = rows
+    (kept,) = kept_results(config, rows, {"done": {"m": 3.0}})
+    before = kept.read_text()
     failing = [sys.executable, "-c", "print('the disk is full'); raise SystemExit(3)"]
     monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: failing)
     said: list[str] = []
-    with pytest.raises(RuntimeError, match=r"ended with 3[\s\S]*the disk is full"):
-        run_all(config, said.append)
-    assert said[0].endswith("done: kept")
-    assert kept.read_text() == '{"score": 3.0}'
+    scores, failures = run_all(config, rows, said.append, StopRequest())
+    assert re.search(r"ended with 3[\s\S]*the disk is full", said[1])
+    assert said[2].endswith("done: kept")
+    assert scores == {row: {"done": 3.0}}
+    assert len(failures) == 1
+    assert kept.read_text() == before
+    assert "100.0 (1 of 2)" in show(config, table_rows(config, scores, {row: 1}))
+    options = [{"name": task.name, "task": task.task, "metrics": task.metrics} for task in tasks]
+    written = {"model": str(tiny_release), "output": str(tmp_path), "device": "cpu", "tasks": options}
+    (tmp_path / "config.yaml").write_text(json.dumps(written))
+    with pytest.raises(SystemExit, match=r"1 of the runs failed[\s\S]*fails"):
+        main(["--config", str(tmp_path / "config.yaml")])
+    assert (tmp_path / "table.md").is_file()
+
+
+def test_a_corrected_metric_or_scale_needs_no_other_run(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PapersConfig(str(tiny_release), [Task("t", "t", ["wrong"])], str(tmp_path), device="cpu")
+    rows = check_rows(config)
+    (row,) = rows
+    found = {"results": {"t": {"right": 0.5}}}
+    script = f"import pathlib, sys; pathlib.Path(sys.argv[1], 'a_results.json').write_text('{json.dumps(found)}')"
+    runs: list[Path] = []
+
+    def command(row: Row, task: Task, config: PapersConfig, folder: Path) -> list[str]:
+        runs.append(folder)
+        return [sys.executable, "-c", script, str(folder)]
+
+    monkeypatch.setattr("scripts.evaluate_papers.command_of", command)
+    scores, failures = run_all(config, rows, print, StopRequest())
+    assert scores == {row: {}}
+    assert "no number for wrong among right" in failures[0]
+    for scale in (100.0, 1.0):
+        right = replace(config, tasks=[Task("t", "t", ["right"], scale=scale)])
+        assert run_all(right, rows, print, StopRequest()) == ({row: {"t": scale / 2}}, [])
+    assert len(runs) == 1
+
+
+def test_why_lmms_eval_failed_is_said(
+    tiny_release: Path, local_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tasks = [Task("t", "absent", ["m"])]
+    config = PapersConfig(str(tiny_release), tasks, str(tmp_path), device="cpu", include_path=str(local_task))
+    rows = check_rows(config)
+    said: list[str] = []
+    run_all(config, rows, said.append, StopRequest())  # the real one
+    assert re.search(
+        r"failed: lmms-eval ended with 1 and wrote no results[\s\S]*ValueError: Tasks not found: absent", said[1]
+    )
+    quiet = "print('a.b.RetryError: why'); print('and so on\\n' * 50)"
+    monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", quiet])
+    run_all(config, rows, said.append, StopRequest())
+    assert re.search(r"ended with 0 and wrote no results[\s\S]*\na\.b\.RetryError: why\n(and so on\n)+", said[3])
+
+
+def descendants(process: psutil.Process, count: int) -> list[psutil.Process]:
+    """The process's children and theirs, once there are so many."""
+    end = time.time() + 60
+    while len(found := process.children(recursive=True)) < count:
+        assert time.time() < end
+        assert process.is_running()
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def started(tiny_release: Path, local_task: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command itself, in the middle of its first run of the real lmms-eval."""
+    settings = {
+        "model": str(tiny_release), "output": str(tmp_path / "out"), "include_path": str(local_task), "device": "cpu",
+        "tasks": [{"name": "scenes", "task": "tiny", "metrics": ["exact_match,none"]}],
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate_papers.py"), "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    yield process
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_lmms_eval_ends_with_the_command(started: subprocess.Popen[str], asked: signal.Signals) -> None:
+    below = descendants(psutil.Process(started.pid), 1)
+    assert any("lmms_eval" in child.cmdline() for child in below)
+    started.send_signal(asked)
+    _, said = started.communicate(timeout=PATIENCE_S)
+    assert started.returncode == 1
+    assert "stopped; the same command continues" in said
+    assert not [child for child in below if child.is_running()]
+
+
+class AskedOnce:
+    """In place of a StopRequest: `answer` says whether it was signalled."""
+
+    def __init__(self, answer: Callable[[], str | None]) -> None:
+        self.answer = answer
+
+    @property
+    def signal(self) -> str | None:
+        return self.answer()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_all_that_a_run_started_ends_with_it(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    config = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], str(tmp_path), device="cpu")
+    rows = check_rows(config)
+    deaf = "import subprocess, time; subprocess.Popen(['sh', '-c', 'trap \"\" TERM; sleep 600; :']); time.sleep(600)"
+    monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", deaf])
+    here = psutil.Process()
+    others = here.children(recursive=True)
+    seen: list[psutil.Process] = []
+
+    def answer() -> str:
+        if not seen:
+            seen.extend(child for child in descendants(here, len(others) + 3) if child not in others)
+        if fails:
+            raise OSError("the disk is full")
+        return "SIGTERM"
+
+    with pytest.raises(OSError if fails else StopRequested):
+        run_all(config, rows, print, AskedOnce(answer))  # type: ignore[arg-type]
+    assert len(seen) >= 3
+    assert psutil.wait_procs([child for child in seen if not is_zombie(child)], timeout=5)[1] == []
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return False
+
+
+JUDGES = ("OPENAI_API_KEY", "AZURE_API_KEY", "AZURE_ENDPOINT", "API_TYPE")
+
+
+def test_scores_that_a_judge_gives_need_one(monkeypatch: pytest.MonkeyPatch, papers: PapersConfig) -> None:
+    for given, is_judge in (
+        ({}, False),
+        ({"OPENAI_API_KEY": "a key"}, True),
+        ({"AZURE_API_KEY": "a key"}, False),
+        ({"API_TYPE": "azure", "AZURE_API_KEY": "a key"}, False),
+        ({"API_TYPE": "azure", "AZURE_API_KEY": "a key", "AZURE_ENDPOINT": "https://here"}, True),
+        ({"API_TYPE": "azure", "OPENAI_API_KEY": "a key"}, False),
+        ({"API_TYPE": "dummy", "OPENAI_API_KEY": "a key"}, False),
+        ({"API_TYPE": "somebody", "OPENAI_API_KEY": "a key"}, False),
+    ):
+        for key in JUDGES:
+            monkeypatch.delenv(key, raising=False)
+        for key, value in given.items():
+            monkeypatch.setenv(key, value)
+        if is_judge:
+            check_lmms_eval(papers)
+        else:
+            kind = given.get("API_TYPE", "openai")
+            with pytest.raises(ConfigError, match=rf"MM-Vet, LLaVA-Bench: GPT-4 judges .* \(API_TYPE is '{kind}'\)"):
+                check_lmms_eval(papers)
+    skipped = replace(papers, skip_judged=True)
+    check_lmms_eval(skipped)
+    assert [task.name for task in skipped.asked] == [task.name for task in papers.tasks if not task.judge]
+    assert len(skipped.asked) == 9
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(ConfigError, match=r"lmms-eval is not installed: pip install 'shortzip\[eval\]'"):
+        check_lmms_eval(skipped)
+
+
+def test_a_percentage_is_of_what_both_have() -> None:
+    for scores, full, percent, tasks in (
+        ({"a": 9.0}, {"a": 10.0, "b": 4.0}, 90, ("a",)),
+        ({"a": 9.0, "b": 2.0}, {"a": 10.0, "b": 0.0}, 90, ("a",)),
+        ({"a": 9.0, "b": 2.0}, {"a": 10.0}, 90, ("a",)),
+    ):
+        found = average_of(scores, full)
+        assert found is not None
+        assert (found.percent, found.tasks) == (pytest.approx(percent), tasks)
+    assert average_of({}, {"a": 10.0}) is None
+
+
+def test_a_task_that_all_tokens_lack_is_not_counted() -> None:
+    config = PapersConfig("m", [Task("a", "a", ["m"]), Task("b", "b", ["m"])], "o", budgets=["8+2"])
+    scores = dict(zip(rows_of(config), ({"b": 10.0}, {"a": 5.0, "b": 9.0}), strict=True))
+    lines = table_rows(config, scores, dict.fromkeys(scores, 1))
+    assert lines[1]["tasks"] == ["b"]
+    assert "| 5.0 | 9.0 | 90.0 (1 of 2) |" in show(config, lines)
+
+
+def tuned_checkpoint(folder: Path, tiny_release: Path, **reductions: Any) -> str:
+    release = open_release(str(tiny_release))
+    _, processor = load_release(release)
+    write_reduced_checkpoint(folder, release, release_projector(release), processor, **reductions)
+    return str(folder)
+
+
+def test_a_tuned_checkpoint_stands_in_its_own_row(tiny_release: Path, tmp_path: Path) -> None:
+    budget: dict[str, Any] = {"dominant": 6, "contextual": 3}
+    pool = {"dominant": 9, "contextual": 0, "method": "pool"}
+    plain = tuned_checkpoint(tmp_path / "plain", tiny_release, visionzip=budget, shortv={"layers": [2, 1]})
+    pooled = tuned_checkpoint(tmp_path / "pooled", tiny_release, visionzip=pool, shortv=None)
+    pruned = tuned_checkpoint(
+        tmp_path / "pruned", tiny_release, visionzip=None, shortv=None, fastv={"layer": 2, "keep": 0.5}
+    )
+    base = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], "o", device="cpu")
+    right = [Tuned(plain, "6+3", "1+2"), Tuned(pooled, "9+0", method="pool"), Tuned(pruned, "all", fastv="2+0.5")]
+    rows = check_rows(replace(base, tuned=right))
+    assert [row.title for row in rows] == [
+        "all tokens", f"tuned: {plain}", f"pool, tuned: {pooled}", f"FastV 2+0.5, tuned: {pruned}"
+    ]  # fmt: skip
+    for wrong, saved in (
+        (Tuned(plain, "6+3"), "budget: 6+3, layers: 1+2"),
+        (Tuned(plain, "6+2", "1+2"), "budget: 6+3, layers: 1+2"),
+        (Tuned(plain, "all", "1+2"), "budget: 6+3, layers: 1+2"),
+        (Tuned(plain, "6+3", "1+3"), "budget: 6+3, layers: 1+2"),
+        (Tuned(pooled, "9+0"), "budget: 9+0, layers: none, method: pool"),
+        (Tuned(pruned, "all"), "budget: all, layers: none, fastv: 2+0.5"),
+        (Tuned(str(tiny_release), "6+3"), "budget: all, layers: none"),
+    ):
+        message = f"{wrong.model} was saved with {saved}, and is given with budget"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_rows(replace(base, tuned=[wrong]))
