@@ -9,18 +9,22 @@ reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
-from train.comparison import Candidate, compare, table_of, write_results
-from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, VisionZipConfig, load_config, parse_config
+from data.drops import TooManyBadSamples
+from train.command_line import load_config, parse_config
+from train.comparison import Candidate, check_candidates, compare, table_of, write_results
+from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.finish import candidates_of
-from train.release import open_release
+from train.processes import PATIENCE
+from train.release import dtype_of, open_release
 from train.report import Reporter
 from train.run_folder import CONFIG, FINAL
 
@@ -58,8 +62,11 @@ class EvaluateConfig:
     fastv: FastVConfig | None = None
     """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
     fastv.keep: share of the visual tokens kept."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Dtype of the computation: fp32 (no) or bf16."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
+    a CPU and bf16 on a GPU."""
+    load_in_4bit: bool | None = None
+    """Whether the language model's layers are loaded in 4 bits. null: as the first run among the models did."""
     batch_size: int = 16
     """Conversations (loss) and questions (answers) per batch."""
     max_new_tokens: int = 64
@@ -97,32 +104,60 @@ def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
     return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate.py")
 
 
-def candidates_for(config: EvaluateConfig) -> list[Candidate]:
-    """The rows that the models give, in order. Raises what `open_release` raises."""
+def runs_of(config: EvaluateConfig) -> dict[str, TuneConfig]:
+    """The settings of the runs among the models, in order."""
+    files = {model: Path(model) / CONFIG for model in config.model}
+    return {model: load_config(["--config", str(file)]) for model, file in files.items() if file.is_file()}
+
+
+def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> list[Candidate]:
+    """The rows that the models give, in order.
+
+    Raises what `open_release` raises, and `ConfigError` for reductions that no model is there to be given.
+    """
     rows: list[Candidate] = []
+    reduces, given = config.visionzip or config.shortv or config.fastv, False
     for model in config.model:
         several = f"{model}: " if len(config.model) > 1 else ""
-        if (Path(model) / CONFIG).is_file():
-            run = load_config(["--config", str(Path(model) / CONFIG)])
+        if model in runs:
             saved = open_release(str(Path(model) / FINAL)).saved_reductions
-            rows += [replace(row, name=several + row.name) for row in candidates_of(run, Path(model), saved)]
+            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), saved)]
             continue
         saved = open_release(model, config.revision).saved_reductions
         if any(saved.values()):
-            rows.append(Candidate(model, model))
+            rows.append(Candidate(model, model, revision=config.revision))
             continue
         release = Candidate(several + "all tokens", model, visionzip=None, shortv=None, revision=config.revision)
         rows.append(release)
-        if config.visionzip or config.shortv or config.fastv:
+        if reduces:
+            given = True
             visionzip = config.visionzip.as_key() if config.visionzip else None
             fastv = asdict(config.fastv) if config.fastv else None
             shortv = {"layers": config.shortv.layers} if config.shortv else None
             name = several + "reduced, untuned"
             rows.append(replace(release, name=name, visionzip=visionzip, shortv=shortv, fastv=fastv))
+    if reduces and not given:
+        raise ConfigError(
+            f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "
+            "shortv and fastv mean nothing here: leave them out, or add the release as a --model"
+        )
     return rows
 
 
-def data_for(config: EvaluateConfig) -> DataConfig:
+def precision_for(
+    config: EvaluateConfig, runs: Mapping[str, TuneConfig], device: torch.device
+) -> tuple[torch.dtype, bool]:
+    """Dtype of the computation, and whether to load in 4 bits."""
+    first = next(iter(runs.values()), None)
+    automatic = "bf16" if device.type == "cuda" else "no"
+    precision = config.mixed_precision or (first.mixed_precision if first else automatic)
+    in_4bit = config.load_in_4bit
+    if in_4bit is None:
+        in_4bit = first is not None and first.load_in_4bit
+    return dtype_of(precision), in_4bit
+
+
+def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConfig:
     """The held-out conversations: those given, or those of the first run. Raises `ConfigError` without either."""
     if config.data.instructions is not None:
         return DataConfig(
@@ -132,28 +167,38 @@ def data_for(config: EvaluateConfig) -> DataConfig:
             eval_samples=config.data.samples,
             on_bad_sample=config.data.on_bad_sample,
         )
-    for model in config.model:
-        if (Path(model) / CONFIG).is_file():
-            data = load_config(["--config", str(Path(model) / CONFIG)]).data
-            if data.eval_instructions is not None:
-                return data
+    for run in runs.values():
+        if run.data.eval_instructions is not None:
+            return run.data
     raise ConfigError("data.instructions is needed: no run among the models names held-out conversations")
 
 
 def main(argv: Sequence[str]) -> None:
     try:
         config = read_arguments(argv)
-        data = data_for(config)
-    except ConfigError as error:
+        runs = runs_of(config)
+        data = data_for(config, runs)
+        candidates = candidates_for(config, runs)
+        check_candidates(candidates)
+        answer(config, data, candidates, runs)
+    except (OSError, ValueError, TooManyBadSamples) as error:  # a ConfigError too, and what is bad about the data
         sys.exit(f"error: {error}")
-    accelerator = Accelerator(mixed_precision="no")
+
+
+def answer(
+    config: EvaluateConfig, data: DataConfig, candidates: Sequence[Candidate], runs: Mapping[str, TuneConfig]
+) -> None:
+    """Evaluates the candidates, prints the table and writes it. Raises what `compare` raises."""
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    dtype, load_in_4bit = precision_for(config, runs, accelerator.device)
     report = Reporter(accelerator.is_main_process)
     output = Path(config.output)
     results = compare(
-        candidates_for(config),
+        candidates,
         data,
         accelerator,
-        dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         answers=output / "answers",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,21 +24,13 @@ from accelerate import Accelerator
 
 from reduction.parsing import parse_budget
 from train.checkpoint import write_atomically
-from train.comparison import Candidate, compare
-from train.config import (
-    ConfigError,
-    FastVConfig,
-    ShortVConfig,
-    TuneConfig,
-    VisionZipConfig,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from train.command_line import dump_config, load_config, parse_config
+from train.comparison import Candidate, check_candidates, compare, prefill_times
+from train.config import DEMO, ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.frontier_report import GRID_OF_POINTS, draw, show, summarise
-from train.release import open_release
+from train.release import dtype_of, open_release
 from train.run_folder import FINAL, STATUS, read_status
-from train.samples import choose_layers, draw_demo_scenes
+from train.samples import choose_layers, demo_folder, draw_demo_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "eval" / "frontier-demo.yaml"
@@ -68,12 +61,18 @@ class FrontierConfig:
     """Seeds of what is drawn at random, and of tuning."""
     tune: bool = False
     """Also tune each point by the recipe, once per seed."""
+    prefill_rounds: int = 3
+    """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
     samples: int | None = None
     """Only the first so many held-out conversations; null: as the recipe says."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ConfigError("seeds is empty: at least one is needed")
+        if self.prefill_rounds < 1:
+            raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
+        if not self.freeze:
+            raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
         known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
         for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
             bad = [entry for entry in value if entry not in allowed]
@@ -109,10 +108,6 @@ class Point:
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
         return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
-
-    @property
-    def reduced(self) -> bool:
-        return bool(self.visionzip or self.layers or self.fastv)
 
 
 def points_of(config: FrontierConfig, layers: Mapping[tuple[str, str, int], Sequence[int]]) -> list[Point]:
@@ -153,9 +148,24 @@ def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> Iterator[Po
 
 
 def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[str, str, int], list[int]]:
-    """The layers of every ranking, number and seed that `points_of` asks for; kept in layers.json."""
+    """The layers of every ranking, number and seed that `points_of` asks for.
+
+    They are kept in frozen-layers.json beside what they were measured with, and measured again when that has changed.
+    """
     path = Path(config.output) / "frozen-layers.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known_settings = recipe.shortv or ShortVConfig(freeze=1)
+    measured_with = json.loads(
+        json.dumps(
+            {
+                **{key: getattr(recipe, key) for key in ("model", "revision", "mm_projector", "vision_tower")},
+                "visionzip": recipe.visionzip and asdict(recipe.visionzip),
+                "data": asdict(recipe.data),
+                "calibration_samples": known_settings.calibration_samples,
+            }
+        )
+    )
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = kept["layers"] if kept.get("measured_with") == measured_with else {}
     accelerator = Accelerator()
     release = open_release(
         recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
@@ -170,7 +180,6 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[s
         if key not in known:
             known[key] = []
             if freeze not in ("0", "0%"):
-                known_settings = recipe.shortv or ShortVConfig(freeze=1)
                 shortv = ShortVConfig(
                     freeze=freeze,
                     ranking=ranking,  # type: ignore[arg-type]  # one of the Literal's, as the config checks
@@ -179,20 +188,18 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[s
                 folder = Path(config.output) / "layers"
                 folder.mkdir(parents=True, exist_ok=True)
                 asked = replace(recipe, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder))
-                known[key] = choose_layers(asked, release, torch.float32, accelerator) or []
+                known[key] = choose_layers(asked, release, dtype_of(recipe.mixed_precision), accelerator) or []
+            write_atomically(path, json.dumps({"measured_with": measured_with, "layers": known}, indent=1) + "\n")
         found[ranking, freeze, seed] = known[key]
-    write_atomically(path, json.dumps(known, indent=1) + "\n")
     return found
 
 
 def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path:
-    """The run's folder of a tuned point; tuned now unless it is finished.
+    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe.
 
     Raises RuntimeError, with the end of its output, when the run fails.
     """
     folder = Path(config.output) / "runs" / point.name
-    if (folder / STATUS).is_file() and read_status(folder)["state"] == "finished":
-        return folder
     run = replace(
         recipe,
         visionzip=VisionZipConfig(**point.visionzip) if point.visionzip else None,
@@ -201,7 +208,7 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
         seed=point.seed or 0,
         output_dir=str(folder),
         run_name=None,
-        overwrite_output_dir=True,
+        overwrite_output_dir=False,
         resume_from_checkpoint=None,
         final_evaluation=False,
         control=False,
@@ -212,10 +219,14 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
         push_to_hub=False,
         hub_model_id=None,
     )
-    given = Path(config.output) / "recipes" / f"{point.name}.yaml"
+    given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
+    is_begun = given.is_file() and given.read_text(encoding="utf-8") == text and (folder / STATUS).is_file()
+    if is_begun and read_status(folder)["state"] == "finished":
+        return folder
     given.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(given, dump_config(run))
-    command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(given)]
+    write_atomically(given, text)
+    how = ["--resume_from_checkpoint", "latest"] if is_begun else ["--overwrite_output_dir", "true"]
+    command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(given), *how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
@@ -223,12 +234,9 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
     return folder
 
 
-def evaluate_point(
-    point: Point, model: str, config: FrontierConfig, recipe: TuneConfig, accelerator: Accelerator
-) -> dict[str, Any]:
-    """The point's values; kept from before where model, reduction and held-out conversations are the same."""
-    data = recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
-    candidate = Candidate(
+def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
+    """What is evaluated of a point: `model` is the recipe's, or of a tuned point its checkpoint."""
+    return Candidate(
         point.name,
         model,
         visionzip="saved" if point.tuned else point.visionzip,
@@ -239,8 +247,23 @@ def evaluate_point(
         vision_tower=None if point.tuned else recipe.vision_tower,
         chat_template=recipe.data.chat_template,
     )
+
+
+def evaluate_point(
+    point: Point, model: str, config: FrontierConfig, recipe: TuneConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The point's values; kept from before where model, reduction, settings and conversations are the same."""
+    data, candidate = held_out_data(config, recipe), candidate_of(point, model, recipe)
+    settings = (
+        recipe.mixed_precision,
+        recipe.load_in_4bit,
+        recipe.eval_batch_size,
+        recipe.max_new_tokens,
+        str(accelerator.device),
+    )
     weights = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-    identity = repr((asdict(candidate), asdict(data), [(file.name, file.stat().st_mtime_ns) for file in weights]))
+    files = [(file.name, file.stat().st_mtime_ns) for file in weights]
+    identity = repr((asdict(candidate), asdict(data), settings, _stamp(data), files))
     kept = Path(config.output) / "points" / f"{point.name}.json"
     if kept.is_file():
         entry = json.loads(kept.read_text(encoding="utf-8"))
@@ -250,7 +273,8 @@ def evaluate_point(
         [candidate],
         data,
         accelerator,
-        dtype=torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32,
+        dtype=dtype_of(recipe.mixed_precision),
+        load_in_4bit=recipe.load_in_4bit,
         batch_size=recipe.eval_batch_size,
         max_new_tokens=recipe.max_new_tokens,
         answers=Path(config.output) / "answers",
@@ -261,18 +285,62 @@ def evaluate_point(
     return entry
 
 
+def time_prefill(
+    points: Sequence[Point],
+    entries: Sequence[dict[str, Any]],
+    config: FrontierConfig,
+    recipe: TuneConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Sets the entries' prefill time to one measured side by side; kept until one of the points is another."""
+    path = Path(config.output) / "prefill.json"
+    identity = [config.prefill_rounds, *(entry["identity"] for entry in entries)]
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("identity") != identity:
+        print("prefill of all untuned points, side by side", flush=True)
+        times = prefill_times(
+            [candidate_of(point, recipe.model, recipe) for point in points],
+            held_out_data(config, recipe),
+            accelerator,
+            dtype=dtype_of(recipe.mixed_precision),
+            load_in_4bit=recipe.load_in_4bit,
+            batch_size=recipe.eval_batch_size,
+            rounds=config.prefill_rounds,
+        )
+        kept = {"identity": identity, "prefill_ms": times}
+        write_atomically(path, json.dumps(kept, indent=1) + "\n")
+    for entry, milliseconds in zip(entries, kept["prefill_ms"], strict=True):
+        entry["evaluation"]["prefill_ms"] = milliseconds
+
+
+def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
+    """The recipe's held-out conversations, or the first of them."""
+    return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
+
+
+def _stamp(data: DataConfig) -> tuple[int, int] | None:
+    """What changes when the file of held-out conversations does; None where they are no file."""
+    assert data.eval_instructions is not None
+    file = Path(data.eval_instructions)
+    if data.eval_instructions == DEMO:
+        file = demo_folder(data.demo_scenes, held_out=True) / "instructions.json"
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+
+
 def main(argv: Sequence[str]) -> None:
     try:
         config = parse_config(FrontierConfig, argv, default=DEFAULT, program="frontier.py")
         recipe = load_config(["--config", config.recipe])
         if recipe.data.eval_instructions is None:
             raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
-    except ConfigError as error:
+        output, accelerator = Path(config.output), Accelerator()
+        output.mkdir(parents=True, exist_ok=True)
+        draw_demo_scenes(recipe.data)
+        unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
+        check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
+        points = points_of(config, layers_to_freeze(config, recipe))
+    except (OSError, ValueError) as error:  # a ConfigError too
         sys.exit(f"error: {error}")
-    output, accelerator = Path(config.output), Accelerator()
-    output.mkdir(parents=True, exist_ok=True)
-    draw_demo_scenes(recipe.data)
-    points = points_of(config, layers_to_freeze(config, recipe))
     if config.tune:
         points += tuned_points(config, points)
     entries = []
@@ -285,6 +353,8 @@ def main(argv: Sequence[str]) -> None:
             except RuntimeError as error:
                 sys.exit(f"error: {error}")
         entries.append(evaluate_point(point, model, config, recipe, accelerator))
+    untuned = [point for point in points if not point.tuned]
+    time_prefill(untuned, entries[: len(untuned)], config, recipe, accelerator)
     rows = summarise(entries)
     write_atomically(output / "table.md", show(rows))
     draw(rows, output / "frontier.png")

@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +20,11 @@ from rich.table import Table
 
 from train.checkpoint import write_atomically
 from train.config import DataConfig
-from train.evaluation import Evaluation, evaluate, write_answers
-from train.release import load_release
+from train.evaluation import Evaluation, evaluate, measure_prefill, write_answers
+from train.release import Reduction, Release, load_release, open_release, reduced_config
 from train.samples import held_out_set
 
-Reduction = Mapping[str, Any] | None | Literal["saved"]
+ROUNDS = 3  # of timing several models' prefill
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Candidate:
     chat_template: str = "auto"
 
 
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
+    for candidate in candidates:
+        release = _opened(candidate)
+        reduced_config(release, visionzip=candidate.visionzip, shortv=candidate.shortv, fastv=candidate.fastv)
+
+
 def compare(
     candidates: Sequence[Candidate],
     data: DataConfig,
@@ -55,23 +63,13 @@ def compare(
 ) -> list[Evaluation]:
     """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
 
-    The answers are written to `answers/NAME.jsonl`. Weights are loaded in `dtype`, the projector in float32.
+    The answers are written to `answers/NAME.jsonl`. Weights are loaded in `dtype`, the projector in float32. In the
+    end prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
+    meanwhile.
     """
     results = []
     for candidate in candidates:
-        model, processor = load_release(
-            candidate.model,
-            visionzip=candidate.visionzip,
-            shortv=candidate.shortv,
-            fastv=candidate.fastv,
-            dtype=dtype,
-            revision=candidate.revision,
-            mm_projector=candidate.mm_projector,
-            vision_tower=candidate.vision_tower,
-            chat_template=candidate.chat_template,
-            load_in_4bit=load_in_4bit,
-        )
-        model.to(accelerator.device)
+        model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
         evaluation, said = evaluate(
             candidate.name,
             model,
@@ -87,7 +85,68 @@ def compare(
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    return results
+    if len(candidates) == 1:
+        return results
+    times = prefill_times(
+        candidates,
+        data,
+        accelerator,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        batch_size=batch_size,
+        rounds=ROUNDS,
+        progress=partial(progress, "prefill, side by side"),
+    )
+    return [replace(result, prefill_ms=milliseconds) for result, milliseconds in zip(results, times, strict=True)]
+
+
+def prefill_times(
+    candidates: Sequence[Candidate],
+    data: DataConfig,
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool = False,
+    batch_size: int,
+    rounds: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
+    """Milliseconds of each candidate's prefill, as `Evaluation.prefill_ms`: the median of `rounds` measurements.
+
+    A round measures every candidate once: a machine that is slower for a while is so for all of them.
+    """
+    times: list[list[float]] = [[] for _ in candidates]
+    for turn in range(rounds):
+        for number, (found, candidate) in enumerate(zip(times, candidates, strict=True)):
+            progress(turn * len(candidates) + number, rounds * len(candidates))
+            model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
+            found.append(measure_prefill(model, held_out_set(data, processor), batch_size)[0])
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+    return [statistics.median(found) for found in times]
+
+
+def _opened(candidate: Candidate) -> Release:
+    return open_release(
+        candidate.model,
+        candidate.revision,
+        mm_projector=candidate.mm_projector,
+        vision_tower=candidate.vision_tower,
+    )
+
+
+def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, load_in_4bit: bool) -> tuple[Any, Any]:
+    model, processor = load_release(
+        _opened(candidate),
+        visionzip=candidate.visionzip,
+        shortv=candidate.shortv,
+        fastv=candidate.fastv,
+        dtype=dtype,
+        chat_template=candidate.chat_template,
+        load_in_4bit=load_in_4bit,
+    )
+    return model.to(accelerator.device), processor
 
 
 def _file_name(name: str) -> str:

@@ -25,8 +25,9 @@ from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
 from train.samples import with_prompt
+from train.step_cost import synchronise
 
-WARM_UPS, TIMED_RUNS = 3, 11
+WARM_UPS, TIMED_RUNS = 2, 5
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def evaluate(
     if not listed:
         raise ValueError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
     seconds = time.perf_counter() - start
-    prefill_ms, prefill_batch = _measure_prefill(model, dataset, batch_size)
+    prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)
     frozen = config.shortv["layers"] if config.shortv else []
     text = totals["text"] / totals["prompts"]
@@ -267,7 +268,7 @@ def _generate(
 
 
 @torch.no_grad()
-def _measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int) -> tuple[float, int]:
+def measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int) -> tuple[float, int]:
     """(median milliseconds up to the first new token's logits, prompts) for one batch of first questions."""
     samples = _load(dataset, range(min(batch_size, len(dataset))))
     questions = [next(_questions(dataset, sample, index))[0] for index, sample in samples.items()]
@@ -276,15 +277,10 @@ def _measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int
     inputs = _prompt_inputs(model, dataset, questions)
     times = []
     for run in range(WARM_UPS + TIMED_RUNS):
-        _synchronise(model.device)
+        synchronise(model.device)
         start = time.perf_counter()
         model(**inputs, use_cache=True, logits_to_keep=1)
-        _synchronise(model.device)
+        synchronise(model.device)
         if run >= WARM_UPS:
             times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times), len(questions)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+
+from train.report import print_table
 
 GRID_OF_POINTS = "VisionZip + ShortV"
 
@@ -29,6 +29,7 @@ class Summary:
     """One per seed."""
     llm_flops: float
     prefill_ms: float
+    """Median of the seeds. A tuned row has that of the same model untuned: tuning changes weights, not work."""
     visual_tokens: float
 
     @property
@@ -52,6 +53,7 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:
     rows = []
     for (series, budget, frozen, fastv, tuned), group in groups.items():
         values = [entry["evaluation"] for entry in group]
+        timed = [entry["evaluation"] for entry in groups.get((series, budget, frozen, fastv, False), group)]
         if fastv != "null":
             settings = json.loads(fastv)
             series = f"FastV, K = {settings['layer']}, {settings['keep']:.0%} kept"
@@ -63,7 +65,7 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:
                 tuned,
                 [value["exact_match"] for value in values],
                 values[0]["llm_flops"],
-                statistics.median(value["prefill_ms"] for value in values),
+                statistics.median(value["prefill_ms"] for value in timed),
                 values[0]["visual_tokens"],
             )
         )
@@ -82,7 +84,7 @@ def show(rows: Sequence[Summary]) -> str:
         then = tuned.get((row.series, row.budget, row.frozen))
         cells.append(
             [
-                row.series,
+                _in_words(row),
                 f"{row.visual_tokens:g}",
                 str(row.frozen),
                 f"{row.llm_flops / first.llm_flops:.0%}",
@@ -91,14 +93,16 @@ def show(rows: Sequence[Summary]) -> str:
                 _percent(then) if then else "",
             ]
         )
-    table = Table(title="exact match on held-out conversations")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
-    ruler = ["---", *["---:"] * (len(headings) - 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in [headings, ruler, *cells])
+    return print_table("exact match on held-out conversations", headings, cells)
+
+
+def _in_words(row: Summary) -> str:
+    """What the table calls a row."""
+    if row.series != GRID_OF_POINTS:
+        return row.series
+    if row.budget == "all":
+        return "ShortV"
+    return f"VisionZip {row.budget}" + (" and ShortV" if row.frozen else "")
 
 
 def _percent(row: Summary) -> str:
@@ -107,41 +111,49 @@ def _percent(row: Summary) -> str:
 
 
 def draw(rows: Sequence[Summary], path: Path) -> None:
-    """One picture: exact match against LLM FLOPs, and against prefill time; hollow untuned, filled tuned."""
-    names = list(dict.fromkeys(row.series for row in rows))
-    marks = dict(zip(names, "*osD^vP<>Xhpd8H" * 3, strict=False))
+    """One picture: exact match against LLM FLOPs, and against prefill time; hollow untuned, filled tuned, and a thin
+    line from one to the other."""
+    names = list(dict.fromkeys(_legend(row) for row in rows))
+    marks = dict(zip(names, "*oHsD^vPX<>phd8" * 3, strict=False))
     colours = {name: f"C{place % 10}" for place, name in enumerate(names)}
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    has_tuned = any(row.tuned for row in rows)
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, cost, label in (
         (axes[0], "llm_flops", "LLM FLOPs of a prompt's prefill"),
         (axes[1], "prefill_ms", "measured prefill of a batch, ms"),
     ):
+        untuned = {(row.series, row.budget, row.frozen): 100 * row.mean for row in rows if not row.tuned}
         for row in rows:
+            name, x, y = _legend(row), getattr(row, cost), 100 * row.mean
             axis.errorbar(
-                getattr(row, cost),
-                100 * row.mean,
+                x,
+                y,
                 yerr=100 * row.spread or None,
-                fmt=marks[row.series],
-                color=colours[row.series],
-                markerfacecolor=colours[row.series] if row.tuned else "none",
+                fmt=marks[name],
+                color=colours[name],
+                markerfacecolor=colours[name] if row.tuned else "none",
                 markersize=8,
                 capsize=2,
             )
-            if row.series == GRID_OF_POINTS:
-                at = (getattr(row, cost), 100 * row.mean)
-                text = f"{row.budget}, {row.frozen}"
-                axis.annotate(text, at, textcoords="offset points", xytext=(6, -9), fontsize=7, color="0.35")
-        for frozen in sorted({row.frozen for row in rows if row.series == GRID_OF_POINTS}):
+            before = untuned.get((row.series, row.budget, row.frozen))
+            if row.tuned and before is not None:
+                axis.plot([x, x], [before, y], color=colours[name], linewidth=0.8, alpha=0.6, zorder=0)
+            if row.series == GRID_OF_POINTS and row.tuned is has_tuned:
+                offset, side = ((-6, 6), "right") if row.frozen else ((6, -11), "left")
+                axis.annotate(
+                    row.budget, (x, y), textcoords="offset points", xytext=offset, ha=side, fontsize=8, color="0.3"
+                )
+        for name in names:
             for tuned in (False, True):
                 line = sorted(
                     (getattr(row, cost), 100 * row.mean)
                     for row in rows
-                    if (row.series, row.frozen, row.tuned) == (GRID_OF_POINTS, frozen, tuned)
+                    if row.series == GRID_OF_POINTS and (_legend(row), row.tuned) == (name, tuned)
                 )
                 style = "-" if tuned else ":"
-                axis.plot(*zip(*line, strict=True) if line else ([], []), style, color="0.6", linewidth=1, zorder=0)
+                axis.plot(*zip(*line, strict=True) if line else ([], []), style, color=colours[name], alpha=0.7)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("exact match, %")
@@ -151,3 +163,11 @@ def draw(rows: Sequence[Summary], path: Path) -> None:
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _legend(row: Summary) -> str:
+    """A row's name in the legend: the grid of budgets and frozen layers is one line per number of frozen layers, and
+    ends at all visual tokens."""
+    if row.series != GRID_OF_POINTS:
+        return row.series
+    return f"VisionZip's budgets, {row.frozen} frozen layers" if row.frozen else "VisionZip's budgets"

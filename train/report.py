@@ -117,6 +117,24 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` count anew, where it can: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], caption: str = "") -> str:
+    """Prints a table whose first column is words and whose others are numbers; returns it as Markdown."""
+    table = Table(title=title, caption=caption or None)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+    ruler = ["---", *["---:"] * (len(headings) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in [headings, ruler, *cells])
+
+
 def component_table(rows: Sequence[tuple[str, int, str, bool]]) -> Table:
     """What is trained and what is not: (component, parameters, dtypes, trained)."""
     table = Table(title="What is trained")

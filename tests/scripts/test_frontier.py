@@ -1,22 +1,31 @@
 """The frontier: its points, its rows, and the whole of it on a tiny release."""
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from tiny import LLM_LAYERS
 
 from scripts.frontier import (
     DEFAULT,
     FrontierConfig,
     Point,
+    evaluate_point,
+    layers_to_freeze,
     main,
     points_of,
+    tune_point,
     tuned_points,
 )
-from train.config import ConfigError, FastVConfig, parse_config
-from train.frontier_report import GRID_OF_POINTS, summarise
+from train.command_line import load_config, parse_config
+from train.config import ConfigError, FastVConfig, TuneConfig
+from train.frontier_report import GRID_OF_POINTS, Summary, show, summarise
+from train.run_folder import prepare_folder, write_status
 
 LAYERS = {("lc", "0", 0): [], ("lc", "60%", 0): [1, 2], ("cosine", "60%", 0): [2, 3]}
 LAYERS |= {("random", "60%", seed): [seed, 3] for seed in (0, 1)}
@@ -64,6 +73,22 @@ def test_seeds_become_mean_and_spread() -> None:
     (row,) = summarise(entries)
     assert (row.mean, row.prefill_ms) == (pytest.approx(0.6), 2.0)
     assert row.spread == pytest.approx(0.1)
+    tuned = [{**entry, "point": {**entry["point"], "tuned": True}} for entry in entries[1:]]
+    tuned = [{**entry, "evaluation": {**entry["evaluation"], "prefill_ms": 9.0}} for entry in tuned]
+    rows = summarise([*entries, *tuned])
+    assert [(row.tuned, row.prefill_ms) for row in rows] == [(False, 2.0), (True, 2.0)], "tuning is no work in prefill"
+
+
+def test_the_table_says_what_each_point_is() -> None:
+    said = show([
+        Summary(series, budget, frozen, False, [0.5], 10, 1.0, 9)
+        for series, budget, frozen in (
+            ("all tokens", "all", 0), (GRID_OF_POINTS, "all", 5),
+            (GRID_OF_POINTS, "6+3", 0), (GRID_OF_POINTS, "6+3", 5),
+        )
+    ])  # fmt: skip
+    names = [line.split("|")[1].strip() for line in said.splitlines()[2:]]
+    assert names == ["all tokens", "ShortV", "VisionZip 6+3", "VisionZip 6+3 and ShortV"]
 
 
 def test_bad_settings_are_refused() -> None:
@@ -71,10 +96,54 @@ def test_bad_settings_are_refused() -> None:
         ({"methods": ["best"]}, "'best' is none of random"),
         ({"rankings": ["lc"]}, "'lc' is none of cosine"),
         ({"seeds": []}, "seeds is empty"),
+        ({"freeze": []}, "freeze is empty"),
+        ({"prefill_rounds": 0}, "prefill_rounds is 0"),
         ({"budgets": []}, "budgets is empty"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(**changes)
+
+
+def test_a_point_is_measured_again_when_settings_or_conversations_have_changed(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held-out.json"
+    held_out.write_text(tiny_held_out.read_text())
+    (tmp_path / "images").symlink_to(tiny_held_out.parent / "images")
+    written = write_frontier(tmp_path, recipe(tiny_release, held_out, tmp_path), budgets=[], fastv=[])
+    by = load_config(["--config", str(tmp_path / "recipe.yaml")])
+    asked = parse_config(FrontierConfig, ["--config", str(written)], default=None, program="test")
+    point, kept = Point("all tokens", "all", 0, None, ()), tmp_path / "out" / "points"
+
+    def measured(recipe: TuneConfig) -> bool:
+        before = [file.stat().st_mtime_ns for file in kept.glob("*.json")]
+        evaluate_point(point, recipe.model, asked, recipe, Accelerator())
+        return before != [file.stat().st_mtime_ns for file in kept.glob("*.json")]
+
+    assert measured(by)
+    assert not measured(by)
+    assert measured(replace(by, max_new_tokens=3))
+    assert measured(replace(by, mixed_precision="bf16"))
+    assert measured(by)
+    held_out.write_text(json.dumps(json.loads(held_out.read_text())[1:]))
+    assert measured(by)
+
+
+def test_a_budget_over_the_grid_is_refused_before_anything_is_measured(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    written = write_frontier(
+        tmp_path, recipe(tiny_release, tiny_held_out, tmp_path), budgets=["6+3", "90+9"], freeze=["0", "50%"]
+    )
+    with pytest.raises(SystemExit, match=r"error: .*90 \+ contextual 9 = 99 exceeds the 37"):
+        main(["--config", str(written)])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_release_that_is_not_there_meets_a_message(tmp_path: Path, tiny_held_out: Path) -> None:
+    written = write_frontier(tmp_path, recipe(tmp_path / "nowhere", tiny_held_out, tmp_path))
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        main(["--config", str(written)])
 
 
 def test_the_shipped_config_is_read() -> None:
@@ -83,55 +152,100 @@ def test_the_shipped_config_is_read() -> None:
     assert Point("FastV", "all", 0, None, (), fastv={"layer": 2, "keep": 0.5}).name == "FastV-2-0.5--all--0-frozen"
 
 
+def recipe(release: Path, held_out: Path, folder: Path) -> dict[str, Any]:
+    data = {"instructions": str(held_out), "eval_instructions": str(held_out), "eval_samples": 3, "num_workers": 0}
+    return {
+        "model": str(release), "mixed_precision": "no", "max_new_tokens": 4, "output_dir": str(folder / "run"),
+        "data": data,
+    }  # fmt: skip
+
+
+def write_frontier(folder: Path, recipe: dict[str, Any], **changes: Any) -> Path:
+    """The YAML of a frontier by a recipe, writing to `folder`/out."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    settings = {
+        "recipe": str(folder / "recipe.yaml"), "output": str(folder / "out"), "budgets": ["6+3"],
+        "fastv": [{"layer": 2, "keep": 0.25}], **changes,
+    }  # fmt: skip
+    written = folder / "frontier.yaml"
+    written.write_text(yaml.safe_dump(settings))
+    return written
+
+
 def test_it_draws_and_continues(
     tiny_release: Path, tiny_held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = {
-        "model": str(tiny_release), "mixed_precision": "no", "max_new_tokens": 4, "output_dir": str(tmp_path / "run"),
-        "shortv": {"freeze": 2, "calibration_samples": 2}, "num_train_epochs": 1,
-        "data": {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "eval_samples": 3,
-                 "num_workers": 0},
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    settings = {
-        "recipe": str(tmp_path / "recipe.yaml"), "output": str(tmp_path / "out"), "budgets": ["6+3"],
-        "freeze": ["0", "50%"], "methods": ["downsample"], "fastv": [{"layer": 2, "keep": 0.25}],
-        "rankings": ["cosine", "random"], "seeds": [0, 1],
-    }  # fmt: skip
-    (tmp_path / "frontier.yaml").write_text(yaml.safe_dump(settings))
-    main(["--config", str(tmp_path / "frontier.yaml")])
+    written = write_frontier(
+        tmp_path,
+        {**recipe(tiny_release, tiny_held_out, tmp_path), "shortv": {"freeze": 2, "calibration_samples": 2}},
+        freeze=["0", "50%"],
+        methods=["downsample"],
+        rankings=["cosine", "random"],
+        seeds=[0, 1],
+    )
+    main(["--config", str(written)])
     report = json.loads((tmp_path / "out" / "frontier.json").read_text())
     rows = {(row["series"], row["budget"], row["frozen"]): row for row in report["rows"]}
     full = rows["all tokens", "all", 0]["llm_flops"]
     assert rows[GRID_OF_POINTS, "6+3", 0]["llm_flops"] == rows["downsample", "9+0", 0]["llm_flops"] < full
     assert rows[GRID_OF_POINTS, "6+3", 2]["llm_flops"] < rows[GRID_OF_POINTS, "6+3", 0]["llm_flops"]
     assert len(rows["random layers", "all", 2]["exact_match"]) == 2
-    layers = json.loads((tmp_path / "out" / "frozen-layers.json").read_text())
+    measured = tmp_path / "out" / "frozen-layers.json"
+    layers = json.loads(measured.read_text())["layers"]
     assert all(0 <= layer < LLM_LAYERS for chosen in layers.values() for layer in chosen)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert "FastV, K = 2, 25% kept" in (tmp_path / "out" / "table.md").read_text()
     points = sorted((tmp_path / "out" / "points").glob("*.json"))
     times = {path: path.stat().st_mtime_ns for path in points}
     points[0].unlink()
-    main(["--config", str(tmp_path / "frontier.yaml")])
+    main(["--config", str(written)])
     assert [path for path in points if path.stat().st_mtime_ns != times[path]] == points[:1]
+
+    times = json.loads((tmp_path / "out" / "prefill.json").read_text())["prefill_ms"]
+    assert len(times) == len(points)
+    assert rows["all tokens", "all", 0]["prefill_ms"] == times[0]
+
+    before = measured.stat().st_mtime_ns
+    settings = parse_config(FrontierConfig, ["--config", str(written)], default=None, program="test")
+    tuned_by = load_config(["--config", settings.recipe])
+    layers_to_freeze(settings, tuned_by)
+    assert measured.stat().st_mtime_ns == before, "nothing has changed"
+    layers_to_freeze(settings, replace(tuned_by, data=replace(tuned_by.data, fraction=0.5)))
+    assert measured.stat().st_mtime_ns != before, "layers measured on other samples are not taken for these"
+
+
+def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    point = Point("point", "all", 0, None, (), seed=1, tuned=True)
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        given.append(command)
+        prepare_folder(load_config(command[2:]))
+        write_status(tmp_path / "runs" / point.name, "running", 3)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    recipe = load_config(["--max_steps", "7"])
+    folder = tune_point(point, config(output=str(tmp_path)), recipe)
+    tune_point(point, config(output=str(tmp_path)), recipe)
+    write_status(folder, "finished", 7)
+    tune_point(point, config(output=str(tmp_path)), recipe)
+    assert [command[-2] for command in given] == ["--overwrite_output_dir", "--resume_from_checkpoint"]
+    tune_point(point, config(output=str(tmp_path)), replace(recipe, learning_rate=0.5))
+    assert [command[-2] for command in given[2:]] == ["--overwrite_output_dir"], "finished, but by another recipe"
 
 
 @pytest.mark.slow
 def test_points_are_tuned(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": str(tiny_release), "mixed_precision": "no", "max_new_tokens": 4, "max_steps": 2,
-        "global_batch_size": 4, "output_dir": str(tmp_path / "run"), "learning_rate": 0.01,
-        "data": {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "eval_samples": 3,
-                 "num_workers": 0},
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    settings = {
-        "recipe": str(tmp_path / "recipe.yaml"), "output": str(tmp_path / "out"), "budgets": ["6+3"],
-        "methods": ["random"], "fastv": [{"layer": 2, "keep": 0.25}], "seeds": [0], "tune": True,
-    }  # fmt: skip
-    (tmp_path / "frontier.yaml").write_text(yaml.safe_dump(settings))
-    main(["--config", str(tmp_path / "frontier.yaml")])
+    tuned = {"max_steps": 2, "global_batch_size": 4, "learning_rate": 0.01}
+    written = write_frontier(
+        tmp_path,
+        {**recipe(tiny_release, tiny_held_out, tmp_path), **tuned},
+        methods=["random"],
+        seeds=[0],
+        tune=True,
+    )
+    main(["--config", str(written)])
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
     assert {(row["series"], row["tuned"]) for row in rows if row["tuned"]} == {
         ("all tokens", True), (GRID_OF_POINTS, True), ("random", True), ("FastV, K = 2, 25% kept", True)

@@ -144,6 +144,24 @@ def test_the_held_out_loss_of_the_loop_is_the_table_s(
     assert held_out_loss(SupervisedLoss(model), batches, accelerator, stop) is None
 
 
+def test_prefill_is_timed_side_by_side(
+    learned_release: Path, held_out: Path, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy in one round (here the second) changes no row."""
+    times = iter([99.0, 99.0, 8.0, 4.0, 80.0, 40.0, 7.0, 5.0])
+    for module in ("train.evaluation", "train.comparison"):
+        monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: (next(times), 4))
+    data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
+    candidates = [
+        Candidate("all tokens", str(learned_release), visionzip=None),
+        Candidate("reduced", str(learned_release), visionzip={"dominant": 2, "contextual": 1}),
+    ]
+    rows = compare(
+        candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2, answers=tmp_path
+    )
+    assert [row.prefill_ms for row in rows] == [8.0, 5.0]
+
+
 def test_side_by_side_with_answers_in_files(
     learned_release: Path, held_out: Path, accelerator: Accelerator, tmp_path: Path
 ) -> None:

@@ -1,0 +1,79 @@
+"""scripts/evaluate.py: a run is evaluated as it was tuned, unless the command says otherwise."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.evaluate import candidates_for, main, precision_for, read_arguments, runs_of
+from train.command_line import dump_config
+from train.config import ConfigError, DataConfig, TuneConfig
+from train.run_folder import CONFIG
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run in bf16 and 4 bits."""
+    config = TuneConfig(model="m", data=DataConfig("d.json"), mixed_precision="bf16", load_in_4bit=True)
+    (tmp_path / CONFIG).write_text(dump_config(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        (["--model", "RUN"], CPU, (torch.bfloat16, True)),
+        (["--model", "release", "--model", "RUN"], GPU, (torch.bfloat16, True)),
+        (["--model", "RUN", "--mixed_precision", "no"], GPU, (torch.float32, True)),
+        (["--model", "RUN", "--load_in_4bit", "false"], GPU, (torch.bfloat16, False)),
+        (["--model", "release"], CPU, (torch.float32, False)),
+        (["--model", "release"], GPU, (torch.bfloat16, False)),
+        (["--model", "release", "--load_in_4bit", "true"], GPU, (torch.bfloat16, True)),
+    ],
+)
+def test_a_run_is_evaluated_in_its_own_precision(
+    run: Path, options: list[str], device: torch.device, expected: tuple[torch.dtype, bool]
+) -> None:
+    given = [str(run) if option == "RUN" else option for option in options]
+    config = read_arguments([*given, "--data.instructions", "d.json"])
+    assert precision_for(config, runs_of(config), device) == expected
+
+
+def test_a_checkpoint_that_is_none_meets_a_message(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*config.json is missing: is .* the folder of a release"):
+        main(["--model", str(tmp_path), "--data.instructions", "d.json"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--visionzip.dominant", "30", "--visionzip.contextual", "10"], r"30 \+ contextual 10 = 40 exceeds the 37"),
+        (["--shortv.layers", "[9]"], r"layers \[9\] do not exist"),
+        (["--visionzip.dominant", "7", "--visionzip.contextual", "0", "--visionzip.method", "pool"], "no grid"),
+        (["--data.instructions", "nowhere.json"], "nowhere.json"),
+        (["--data.image_root", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_meets_a_message(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    given = ["--model", str(tiny_release), "--data.instructions", str(tiny_held_out), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main([*given, *options])
+
+
+def test_reductions_are_refused_where_no_release_takes_them(tiny_release: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_release / "config.json").read_text())
+    config |= {"model_type": "reduced_llava", "visionzip": {"dominant": 2, "contextual": 1}}
+    saved = tmp_path / "saved"
+    shutil.copytree(tiny_release, saved)
+    (saved / "config.json").write_text(json.dumps(config))
+    options = ["--visionzip.dominant", "4", "--visionzip.contextual", "1", "--data.instructions", "d.json"]
+    with pytest.raises(ConfigError, match=r"saved: reduced checkpoints .* are evaluated as they were saved"):
+        candidates_for(read_arguments(["--model", str(saved), *options]), {})
+    both = candidates_for(read_arguments(["--model", str(saved), "--model", str(tiny_release), *options]), {})
+    assert [row.visionzip for row in both] == ["saved", None, {"dominant": 4, "contextual": 1}]
