@@ -11,34 +11,42 @@ share them. Listens on 127.0.0.1 unless --host says otherwise.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
+import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from data.dataset import Collator
-from data.drops import BadSample
 from data.images import BadImage, open_image
 from data.instructions import PLACEHOLDER
 from data.supervision import Supervision
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from reduction.pictures import draw_images, map_tokens
-from train.config import ConfigError, DataConfig, parse_config
+from train.command_line import parse_config
+from train.config import ConfigError, DataConfig
 from train.prompts import batch_prompts, encode_prompt
-from train.release import load_release, open_release
+from train.release import Release, load_release, open_release, release_projector
 from train.run_folder import LAYERS
 from train.samples import demo_folder, draw_demo_scenes
+from train.tuned_from import check_tuned, check_untuned
 
 ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
 LOCAL = "127.0.0.1"
 FIRST_QUESTION = "What is in the image?"
+DEMO_RUN = "checkpoints/demo"
+PREFILLS = 3
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,10 @@ class AppConfig:
     """Settings of scripts/demo_app.py."""
 
     model: str = "checkpoints/demo-llava"
-    """A release: folder or Hub id."""
+    """A release that is neither reduced nor tuned: folder or Hub id."""
     tuned: str | None = None
-    """A run's folder or reduced checkpoint tuned from it; null: checkpoints/demo where it is finished, else none."""
+    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
+    else none."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     images: str | None = None
@@ -57,23 +66,46 @@ class AppConfig:
     """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
     """Port to listen on."""
 
 
+class Stopwatch(BaseStreamer):
+    """When `generate` began, and when each of its tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, and then with each token: on the CPU, so what computes it is done."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
 class Models:
     """One release's weights, and the models that share them: all tokens, reduced, and with a tuned projector."""
 
     def __init__(self, config: AppConfig) -> None:
-        """Loads. Raises what `load_release` raises."""
+        """Loads. Raises ConfigError for models that do not fit each other, and what `load_release` raises."""
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', and there is no GPU here: give --device cpu")
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         release = open_release(config.model, config.revision)
-        self.base, self.processor = load_release(release, visionzip=None, shortv=None, fastv=None, dtype=dtype)
+        check_untuned(release)
+        tuned = self._tuned(config, release)
+        self.base, self.processor = load_release(
+            release,
+            visionzip=None,
+            shortv=None,
+            fastv=None,
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        )
         self.base.to(device)
         self.max_new_tokens = config.max_new_tokens
         vision: Any = self.base.config.vision_config
@@ -82,19 +114,25 @@ class Models:
         self.depth = int(self.base.config.text_config.num_hidden_layers)
         self.tuned_projector: dict[str, torch.Tensor] | None = None
         self.saved: dict[str, Any] = {"visionzip": None, "shortv": None}
-        tuned = config.tuned
-        if (
-            tuned is None
-            and config.model == AppConfig.model
-            and (Path("checkpoints/demo/final/config.json")).is_file()
-        ):
-            tuned = "checkpoints/demo"
         if tuned is not None:
-            found = open_release(tuned)
-            other, _ = load_release(found, dtype=dtype)
-            self.tuned_projector = other.model.multi_modal_projector.to(device).state_dict()
-            self.saved = found.saved_reductions
-        self.ranking = self._ranking(config, tuned)
+            self.tuned_projector = {name: t.float().to(device) for name, t in release_projector(tuned).items()}
+            self.saved = tuned.saved_reductions
+        self.ranking = self._ranking(config, None if tuned is None else tuned.name)
+
+    def _tuned(self, config: AppConfig, release: Release) -> Release | None:
+        if config.tuned is not None:
+            tuned = open_release(config.tuned)
+            check_tuned(tuned, release)
+            return tuned
+        if config.model != AppConfig.model or not (Path(DEMO_RUN) / "final" / "config.json").is_file():
+            return None
+        try:
+            tuned = open_release(DEMO_RUN)
+            check_tuned(tuned, release)
+        except ConfigError as error:  # nobody asked for it
+            print(f"without {DEMO_RUN}: {error}", flush=True)
+            return None
+        return tuned
 
     def _ranking(self, config: AppConfig, tuned: str | None) -> list[int]:
         ranking = config.ranking
@@ -144,32 +182,30 @@ class Models:
 
     @torch.inference_mode()
     def answer(
-        self,
-        kind: str,
-        turns: Sequence[tuple[str, str]],
-        image: Image.Image,
-        dominant: int,
-        contextual: int,
-        frozen: int,
+        self, model: Any, supervision: Supervision, turns: Sequence[tuple[str, str]], image: Image.Image
     ) -> tuple[str, str]:
-        """(answer, what it took) to `turns`, which end with a question; the first shows the image."""
-        model, supervision = self.build(kind, dominant, contextual, frozen)
+        """(answer, what it took) of what `build` gave, to `turns` that end with a question; the first shows the image.
+
+        The time of an answer is that of the median prefill and of the further tokens.
+        """
         inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
-        start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        said = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=supervision.tokenizer.eos_token_id,
-            pad_token_id=Collator.of(supervision).pad_token_id,
-        )
-        whole = time.perf_counter() - start
+        prefills, said = [], torch.empty(0)
+        for limit in (*[1] * PREFILLS, self.max_new_tokens):
+            watch = Stopwatch()
+            said = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=limit,
+                eos_token_id=supervision.tokenizer.eos_token_id,
+                pad_token_id=Collator.of(supervision).pad_token_id,
+                streamer=watch,
+            )
+            prefills.append(watch.times[1] - watch.times[0])
+        prefill = statistics.median(prefills[1:])  # the first sets up what a first batch needs
+        whole = prefill + watch.times[-1] - watch.times[1]
         length = inputs["input_ids"].shape[1]
         visual = int((inputs["input_ids"] == self.base.config.image_token_id).sum())
-        took = f"{visual} visual tokens, prefill {1000 * first:.0f} ms, answer {1000 * whole:.0f} ms"
+        took = f"{visual} visual tokens, prefill {1000 * prefill:.0f} ms, answer {1000 * whole:.0f} ms"
         text: Any = supervision.tokenizer.decode(said[0, length:], skip_special_tokens=True)
         return str(text).strip(), took
 
@@ -193,15 +229,55 @@ def choices(config: AppConfig) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:12]
 
 
-def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
-    """The Gradio page; pictures are written to `scratch`. ImportError without Gradio names the extra."""
+def converse(
+    models: Models,
+    path: str | None,
+    question: str,
+    budget: tuple[int, int, int],
+    talks: Sequence[list[dict[str, Any]]],
+) -> Iterator[tuple[Sequence[list[dict[str, Any]]], str, str]]:
+    """(conversations, question, status) as the models answer, each after its own earlier answers.
+
+    `budget`: dominant, contextual, number of frozen layers. What goes wrong is said in the status, and leaves all the
+    conversations as they were: they are about the same questions.
+    """
+    asked = question.replace(PLACEHOLDER, "").strip()
+    if path is None:
+        yield talks, question, "⚠️ Choose or upload an image first."
+        return
+    if not asked:
+        yield talks, question, "⚠️ Write a question."
+        return
+    said = list(talks)
     try:
-        import gradio as gr
-    except ImportError as error:
-        raise ImportError("the page needs Gradio: pip install 'shortzip[app]'") from error
+        image = open_image(path)
+        built = [models.build(kind, *budget) for kind in models.kinds]
+        for place, kind in enumerate(models.kinds):
+            turns = [(turn["role"], _text(turn)) for turn in said[place] if not _is_note(turn)]
+            turns.append(("user", asked))
+            turns[0] = ("user", f"{PLACEHOLDER}\n{turns[0][1]}")
+            answer, took = models.answer(*built[place], turns, image)
+            said[place] = [
+                *said[place],
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answer},
+                {"role": "assistant", "content": "", "metadata": {"title": took if answer else f"(nothing) {took}"}},
+            ]
+            yield list(said), "", f"{kind}: {took}"
+        yield said, "", ""
+    except BadImage as error:
+        yield talks, question, f"⚠️ {Path(path).name}: {error.detail}"
+    except (ValueError, RuntimeError) as error:  # a GPU's memory that is full is a RuntimeError
+        yield talks, question, f"⚠️ {error}"
+
+
+def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
+    """The Gradio page; pictures are written to `scratch`."""
+    import gradio as gr
 
     names = {path.name: str(path) for path in gallery}
     dominant, contextual, frozen = models.defaults
+    empty = [*([] for _ in models.kinds), ""]
 
     def look(path: str | None, keep: int, merge: int) -> tuple[Any, str]:
         """The picture for the image at `path`, or what is wrong with it."""
@@ -215,44 +291,19 @@ def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
         total = int(keep) + int(merge)
         return str(picture), f"{total} of {models.patches} visual tokens ({total / models.patches:.0%})"
 
-    def upload(path: str | None, keep: int, merge: int) -> tuple[Any, ...]:
-        """A file that was uploaded becomes the image, if it is one; the conversation begins anew."""
+    def show(path: str | None, keep: int, merge: int) -> tuple[Any, ...]:
+        """A file becomes the image, if it is one; the conversation begins anew, and the other way to give an image
+        is emptied, so that its last choice can be made again."""
         picture, status = look(path, keep, merge)
-        return (path if picture else None, picture, status, *forget())
+        return (path if picture else None, picture, status, None, *empty)
 
     def choose(name: str, keep: int, merge: int) -> tuple[Any, ...]:
-        return upload(names[name], keep, merge)
+        return show(names[name], keep, merge)
 
-    def forget() -> list[list[Any]]:
-        return [[] for _ in models.kinds]
-
-    def ask(
-        path: str | None, question: str, keep: int, merge: int, freeze: int, *said: Any
-    ) -> Iterator[tuple[Any, ...]]:
-        """Each model's answer to the question after its own earlier ones, as they come."""
-        talks = [list(talk) for talk in said]
-        if path is None:
-            yield (*talks, question, "⚠️ Choose or upload an image first.")
-            return
-        if not question.strip():
-            yield (*talks, question, "⚠️ Write a question.")
-            return
-        question = question.replace(PLACEHOLDER, "").strip()
-        try:
-            image = open_image(path)
-            for place, kind in enumerate(models.kinds):
-                turns = [(turn["role"], _text(turn)) for turn in talks[place]]
-                turns.append(("user", question))
-                turns[0] = ("user", f"{PLACEHOLDER}\n{turns[0][1]}")
-                answer, took = models.answer(kind, turns, image, int(keep), int(merge), int(freeze))
-                talks[place] += [
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": answer or "(nothing)", "metadata": {"title": took}},
-                ]
-                yield (*talks, "", f"{kind}: {took}")
-            yield (*talks, "", "")
-        except (BadImage, BadSample, ValueError) as error:
-            yield (*talks, question, f"⚠️ {error}")
+    def ask(path: str | None, text: str, keep: int, merge: int, freeze: int, *said: Any) -> Iterator[tuple[Any, ...]]:
+        budget = (int(keep), int(merge), int(freeze))
+        for after, left, state in converse(models, path, text, budget, said):
+            yield (*after, left, state)
 
     with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
         gr.Markdown("# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector.")
@@ -261,38 +312,48 @@ def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
             with gr.Column(scale=1, min_width=260):
                 chosen = gr.Dropdown(list(names), value=next(iter(names), None), label="image", elem_id="choose")
                 file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
-                keep = gr.Slider(
-                    models.cls or 1,
-                    models.patches + models.cls,
-                    dominant,
-                    step=1,
-                    label="dominant",
-                    elem_id="dominant",
-                )
+                most = models.patches + models.cls
+                keep = gr.Slider(models.cls or 1, most, dominant, step=1, label="dominant", elem_id="dominant")
                 merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
                 freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
             with gr.Column(scale=3):
-                picture = gr.Image(label="kept patches and merged groups", interactive=False, elem_id="picture")
+                # Without Gradio's button that shares, which uploads what is shown.
+                picture = gr.Image(
+                    label="kept patches and merged groups",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id="picture",
+                )
                 status = gr.Markdown(elem_id="status")
         with gr.Row():
-            talks = [gr.Chatbot(label=kind, height=280, elem_id=kind.replace(" ", "-")) for kind in models.kinds]
+            talks = [
+                gr.Chatbot(label=kind, height=280, buttons=["copy", "copy_all"], elem_id=kind.replace(" ", "-"))
+                for kind in models.kinds
+            ]
         with gr.Row():
             question = gr.Textbox(FIRST_QUESTION, label="question", scale=5, elem_id="question")
             send = gr.Button("Ask", variant="primary", elem_id="ask")
             clear = gr.Button("New conversation", elem_id="clear")
         progress = gr.Markdown(elem_id="progress")
 
-        shown = [image, picture, status, *talks]
         page.load(look, [image, keep, merge], [picture, status])
-        chosen.change(choose, [chosen, keep, merge], shown)
-        file.upload(upload, [file, keep, merge], shown)
         for slider in (keep, merge):
             slider.release(look, [image, keep, merge], [picture, status])
         asked = [image, question, keep, merge, freeze, *talks]
-        send.click(ask, asked, [*talks, question, progress])
-        question.submit(ask, asked, [*talks, question, progress])
-        clear.click(forget, None, talks)
+        # One event for both, so that it cannot run twice at once; what begins anew ends it, lest it write back.
+        asking = gr.on([send.click, question.submit], ask, asked, [*talks, question, progress])
+        anew = [*talks, progress]
+        chosen.input(choose, [chosen, keep, merge], [image, picture, status, file, *anew], cancels=[asking])
+        file.upload(show, [file, keep, merge], [image, picture, status, chosen, *anew], cancels=[asking])
+        # In the browser, at once: a reply from the server could come after the next question.
+        forget = f"() => {json.dumps(empty)}"
+        gr.on([clear.click, *(talk.clear for talk in talks)], None, None, anew, js=forget, cancels=[asking])
     return page
+
+
+def _is_note(turn: dict[str, Any]) -> bool:
+    """Whether a chat message is what an answer took: shown, and no part of the conversation."""
+    return bool((turn.get("metadata") or {}).get("title"))
 
 
 def _text(turn: dict[str, Any]) -> str:
@@ -304,16 +365,23 @@ def _text(turn: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     try:
         config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
+        if importlib.util.find_spec("gradio") is None:
+            raise ConfigError("the page needs Gradio: pip install 'shortzip[app]'")
         models, gallery = Models(config), choices(config)
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:  # a ConfigError too
         sys.exit(f"error: {error}")
-    with tempfile.TemporaryDirectory() as scratch:
-        page = build_page(models, gallery, Path(scratch))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        # Gradio's own setting: where it keeps what is uploaded and shown, which goes when the server stops.
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(scratch, "gradio"))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed server cleans up as an interrupted one
+        page = build_page(models, gallery, Path(scratch, "pictures"))
         if config.host != LOCAL:
             print(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
-        allowed = [scratch, *sorted({str(path.parent.resolve()) for path in gallery})]
         page.queue(default_concurrency_limit=1)
-        page.launch(server_name=config.host, server_port=config.port, share=False, allowed_paths=allowed)
+        try:
+            page.launch(server_name=config.host, server_port=config.port, share=False)
+        except OSError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Whether a checkpoint was tuned from a release: what showing both over one set of weights needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from reduction.base_release import fetch_base
+from train.config import ConfigError
+from train.reduced_checkpoint import lineage
+from train.release import Release, release_projector
+from train.tensor_files import open_tensors, weight_files
+
+
+def check_untuned(release: Release) -> None:
+    """Raises ConfigError for a release that is itself reduced or tuned: "all tokens" would not be what it shows."""
+    older = lineage(release)[:-1]
+    if older or any(release.saved_reductions.values()):
+        base = f" ({older[-1]['name']})" if older else ""
+        raise ConfigError(
+            f"model {release.name} is a reduced or tuned checkpoint: needed is the release it was tuned from{base}; "
+            f"give the checkpoint itself as --tuned {release.name}"
+        )
+
+
+def check_tuned(tuned: Release, release: Release) -> None:
+    """Raises ConfigError for what cannot be shown as `release` under VisionZip and ShortV with a tuned projector."""
+    saved = tuned.saved_reductions
+    if saved["visionzip"] is None or saved["fastv"]:
+        method = "FastV" if saved["fastv"] else "all visual tokens"
+    else:
+        method = saved["visionzip"].get("method", "visionzip")
+    if method != "visionzip":
+        raise ConfigError(
+            f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
+            f"there is python scripts/evaluate.py --model {tuned.name}"
+        )
+    shapes = [{name: tuple(t.shape) for name, t in release_projector(x).items()} for x in (tuned, release)]
+    older = lineage(tuned)[:-1]
+    cure = f"give the release it was tuned from as --model{' (' + older[-1]['name'] + ')' if older else ''}"
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        found, needed = (shape.get(name, "missing") for shape in shapes)
+        if found != needed:
+            differs = f"its projector's {name} is {found}, needed by model {release.name} is {needed}"
+            raise ConfigError(f"tuned {tuned.name}: {differs}: {cure}")
+    if not _same_base(tuned, release):
+        raise ConfigError(f"tuned {tuned.name} was tuned from other weights than model {release.name}: {cure}")
+
+
+def _same_base(tuned: Release, release: Release) -> bool:
+    """Whether `tuned` holds or names the vision tower and language model of `release`."""
+    named = tuned.config.get("base_release")
+    if named is None:
+        return tuned.folder == release.folder or _beginnings(tuned.folder) == _beginnings(release.folder)
+    try:
+        fetch_base({**named, "name": str(release.folder), "revision": None}, tuned.name)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _beginnings(folder: Path) -> dict[str, tuple[torch.Size, list[float]]]:
+    """Shape and first values of every tensor outside the projector: training changes a tensor nearly everywhere."""
+    found = {}
+    for path in weight_files(folder):
+        with open_tensors(path) as tensors:
+            for name in tensors:
+                if "multi_modal_projector." not in name:
+                    tensor = tensors[name]
+                    found[name] = (tensor.shape, tensor.flatten()[:64].tolist())
+    return found
