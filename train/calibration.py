@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,9 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from data.batching import permutation
-from data.dataset import Collator, ConversationDataset
+from data.dataset import Collator, ConversationDataset, encode_unread
 from data.drops import BadSample, DropLog
-from data.images import BadImage, image_size
 from data.instructions import Conversation, read_instructions
 from data.supervision import Supervision
 from reduction.layer_contribution import (
@@ -28,13 +28,16 @@ from reduction.layer_contribution import (
     plan_batches,
     rank_layers,
 )
-from reduction.parsing import parse_budget, parse_freeze
-from train.checkpoint import write_atomically
+from reduction.parsing import format_budget, parse_budget, parse_freeze
+from train.checkpoint import differing_settings, write_atomically
 from train.config import DEMO, DataConfig, DemoScenesConfig
 from train.release import Reduction, load_release
-from train.samples import demo_folder, draw_demo_scenes, with_prompt
+from train.samples import demo_folder, draw_demo_scenes, folder_of, with_prompt
 
-ALL_TOKENS = "all visual tokens"
+
+def budget_name(visionzip: Mapping[str, Any] | None) -> str:
+    """How a budget is written: dominant+contextual."""
+    return f"budget {format_budget(visionzip)}" if visionzip else "all visual tokens"
 
 
 @dataclass
@@ -78,7 +81,8 @@ class CalibrateConfig:
     tokens_per_pass: int | None = None
     """Tokens that go through a layer at once. Default: 1024 on a CPU, else 8192, halved when memory runs out."""
     chat_template: str = "auto"
-    """The prompt: auto (LLaVA-1.5 releases get Vicuna's, others keep theirs), release, vicuna_v1, plain, or a file."""
+    """The prompt: auto (the release's own, or the one it was trained with where that differs: data/supervision.py),
+    release, vicuna_v1, chatml, mistral_instruct, plain, or a file."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a bad row or image gets: an error, or being left out and counted."""
 
@@ -110,10 +114,6 @@ class Measurement:
     text: torch.Tensor | None
     seconds: float
     dropped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.budget['dominant']}+{self.budget['contextual']}" if self.budget else ALL_TOKENS
 
     def summary(self) -> dict[str, Any]:
         """What layers.json holds of it."""
@@ -155,15 +155,9 @@ def choose_prompts(
         if not conversation.images:
             continue
         try:
-            sizes = None
-            if supervision.needs_image_sizes:
-                sizes = [image_size(source, image_root) for source in conversation.images]
-            encoded = supervision.encode(conversation, sizes)
+            encoded = encode_unread(conversation, supervision, image_root)
         except BadSample as error:
             drops.add(error)
-            continue
-        except BadImage as error:
-            drops.add(BadSample(error.problem, conversation.id, str(error), error.file))
             continue
         first_image = encoded.input_ids.index(image_token) if image_token in encoded.input_ids else len(encoded.labels)
         starts = [start for start, _ in encoded.answers if start > first_image]
@@ -206,7 +200,7 @@ def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Meas
     dataset = ConversationDataset([item.conversation for item in chosen], supervision, root, drops=DropLog("skip", 1))
     prompts = [torch.tensor(item.prompt) for item in chosen]
     plan = plan_batches(prompts, model.config.image_token_id, settings.samples_per_batch)
-    name = Measurement(model.config.visionzip, 0, torch.empty(0), None, 0).name
+    name = budget_name(model.config.visionzip)
     batches = done.begin(name, _identity(model, chosen, plan), len(plan))
     meter = LayerContributionMeter(
         model.model.language_model,
@@ -252,8 +246,7 @@ def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Meas
 
 def _conversations(settings: CalibrateConfig, drops: DropLog) -> tuple[list[Conversation], str | None]:
     if settings.instructions != DEMO:
-        source = Path(settings.instructions)
-        root = settings.image_root or (str(source.parent) if source.is_file() else None)
+        root = settings.image_root or folder_of(settings.instructions)
         return read_instructions(settings.instructions, drops=drops), root
     # Scenes of their own: neither trained on nor held out.
     scenes = DemoScenesConfig(train_scenes=settings.samples, train_seed=1000 + settings.seed)
@@ -329,13 +322,8 @@ class Partial:
 
 def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Raises ValueError that names each setting that differs."""
-    different = [
-        f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}"
-        for key in {**found, **wanted}
-        if found.get(key) != wanted.get(key)
-    ]
-    if different:
+    differing = differing_settings(found, wanted)
+    if differing:
         raise ValueError(
-            f"{path} is of other settings: {'; '.join(different)}. Give --overwrite true to replace it, or another "
-            "--output."
+            f"{path} is of other settings: {differing}. Give --overwrite true to replace it, or another --output."
         )

@@ -241,7 +241,7 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, T
     """(tokens, kept) of each image, given as [tiles, 3, S, S]."""
     tower = model.model.vision_tower
     weight = next(tower.parameters())
-    visual = model.model.get_visual_tokens(torch.cat(images).to(weight.device, weight.dtype))
+    visual = model.model.get_visual_tokens(torch.cat(images).to(weight.device))
     counts = [len(image) for image in images]
     return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
 

@@ -44,6 +44,7 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     for a `revision` given with a folder.
     """
     folder = Path(name).expanduser()
+    here = f"there is no folder {name} in {Path.cwd()}"
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
@@ -53,7 +54,7 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         raise FileNotFoundError(f"{name} does not exist: {cure}")
     try:
         if constants.is_offline_mode():
-            return _cached(name, revision)
+            return _cached(name, revision, here)
         info = HfApi().model_info(name, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         safe = any(file.startswith("model") and file.endswith(".safetensors") for file in names)
@@ -71,10 +72,11 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
             f"{name} is neither a folder nor a repository that this machine's token can see: {cure}"
         ) from error
     except (httpx.TransportError, OfflineModeIsEnabled):
-        return _cached(name, revision)
+        pass
+    return _cached(name, revision, here)  # no longer within the handler, whose error would tell of sockets
 
 
-def _cached(name: str, revision: str | None) -> tuple[Path, str]:
+def _cached(name: str, revision: str | None, here: str) -> tuple[Path, str]:
     for weights in _WEIGHTS:
         patterns = [*_SMALL_FILES, weights]
         try:
@@ -84,8 +86,8 @@ def _cached(name: str, revision: str | None) -> tuple[Path, str]:
         if any(found.glob(weights)) or any(found.glob("*projector*")):
             return found, found.name
     raise FileNotFoundError(
-        f"{name}{f' at {revision}' if revision else ''} is not in the cache, and the Hub cannot be reached: "
-        "connect this machine, or give a folder"
+        f"{here}, {name}{f' at {revision}' if revision else ''} is not in the Hub's cache, and the Hub cannot be "
+        "reached: connect this machine, or give a folder"
     )
 
 

@@ -1,7 +1,7 @@
 """How large a micro-batch may be, and whether layers are computed again: what the device's memory allows.
 
-The estimate is that of scripts/estimate_cost.py (reduction/flops.py), for the costliest micro-batch that the limits
-allow: rows of about the longest conversation's length, each with one image, every text token supervised.
+The estimate is that of scripts/estimate_cost.py (reduction/training_cost.py), for the costliest micro-batch that the
+limits allow: rows of about the longest conversation's length, each with one image, every text token supervised.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data.dataset import ConversationDataset
-from reduction.flops import TrainingStep, tower_activation_bytes, training_step_memory
 from reduction.parsing import parse_bytes
 from reduction.supervised_states import can_walk
+from reduction.training_cost import TrainingStep, tower_activation_bytes, training_step_memory
 from train.config import ConfigError, TuneConfig
+from train.engine import weights_share
 from train.step_cost import StepFlops
 
 MARGIN = 0.1  # of a device's memory is left free: for fragments, and for what the estimate does not know
@@ -143,7 +144,8 @@ def plan_micro_batches(
         return limits, in_words(limits)
     memory = min(memories)
     try:
-        estimate = estimate_of(config, model, dataset, accelerator.num_processes)
+        share = weights_share(accelerator)
+        estimate = estimate_of(config, model, dataset, accelerator.num_processes, share)
     except ValueError as error:
         if chosen:
             raise ConfigError(f"a micro-batch cannot be sized: {error} Set per_device_train_batch_size") from error
@@ -163,8 +165,13 @@ def plan_micro_batches(
     return limits, f"{in_words(limits)}{again}: estimated {_gib(estimate.memory(limits))} of {_gib(memory)}"
 
 
-def estimate_of(config: TuneConfig, model: Any, dataset: ConversationDataset, num_processes: int = 1) -> StepEstimate:
-    """What the memory of a run's micro-batches depends on. Raises ValueError for a family that cannot be counted."""
+def estimate_of(
+    config: TuneConfig, model: Any, dataset: ConversationDataset, num_processes: int = 1, share: float | None = None
+) -> StepEstimate:
+    """What the memory of a run's micro-batches depends on. Raises ValueError for a family that cannot be counted.
+
+    `share`: what `weights_share` gives.
+    """
     counted = StepFlops(model, dataset)
     longest = int(dataset.lengths.max())
     visual = min(counted.visual, longest - 1)
@@ -175,8 +182,9 @@ def estimate_of(config: TuneConfig, model: Any, dataset: ConversationDataset, nu
         frozen_layers=len(counted.frozen),
         micro_batch_size=1,
         weights="4bit" if config.load_in_4bit else "float32" if config.mixed_precision == "no" else "bfloat16",
-        every_token=not can_walk(model.model.language_model),
+        every_token=share is not None or not can_walk(model.model.language_model),
         cached_features=not counted.tower,
+        weights_share=1.0 if share is None else share,
     )
     estimate = StepEstimate(model.config, row, -(-config.global_batch_size // num_processes))
     training_step_memory(model.config, row)  # refuses families that it does not know

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from data.subset import subset_report
+from reduction.parsing import format_budget
 from train.config import DEMO, DataConfig, TuneConfig
 from train.hub import fetch
 from train.original_release import read_json
@@ -281,9 +282,10 @@ def _recipe(run: RunRecord) -> str:
     instructions = "drawn scenes" if data["instructions"] == DEMO else Path(str(data["instructions"])).name
     tuning = run.config.get("tuning", "full")
     tuned = "all weights of the projector" if tuning == "full" else f"{tuning} on the projector, merged"
-    share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
     subset = subset_report(str(data["instructions"]))
-    if subset is not None:
+    if subset is None:
+        share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
+    else:
         source = Path(subset["instructions"]).name
         share = (
             f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} (prepare_subset, seed {subset['seed']})"
@@ -340,7 +342,7 @@ def _lineage(run: RunRecord) -> str:
     lines = []
     for entry in run.lineage:
         visionzip, shortv = entry.get("visionzip"), entry.get("shortv")
-        kept = f"{visionzip['dominant']}+{visionzip['contextual']} visual tokens" if visionzip else "all visual tokens"
+        kept = f"{format_budget(visionzip)} visual tokens" if visionzip else "all visual tokens"
         frozen = f", {len(shortv['layers'])} frozen layers" if shortv else ""
         commit = f" at {entry['revision']}" if entry["revision"] else ""
         lines.append(f"1. {entry['name']}{commit}: {kept}{frozen}")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from reduction.flops import LOGITS_AT_ONCE
 from reduction.supervised_states import (
     IGNORE_INDEX,
     FixedText,
@@ -22,6 +21,7 @@ from reduction.supervised_states import (
     shared_beginning,
     supervised_states,
 )
+from reduction.training_cost import LOGITS_AT_ONCE
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -83,23 +83,28 @@ class SupervisedLoss(nn.Module):
         engines that gather sharded weights when a module is called would wait for one that does not for ever.
         """
         inner: Any = self.model.model
-        visual = batch["input_ids"] == self.model.config.image_token_id
+        embedding = inner.get_input_embeddings()
+        ids, mask, labels = (
+            batch[key].to(embedding.weight.device) for key in ("input_ids", "attention_mask", "labels")
+        )
+        visual = ids == self.model.config.image_token_id
         features = visual_features(self.model, batch)
         _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
-        nothing = self._no_features(visual.device) if features is None else None
-        embeds = inner.get_input_embeddings()(batch["input_ids"])
-        if features is not None:
+        if features is None:
+            unused = self._no_features(visual.device)
+            embeds = embedding(ids)
+            embeds = embeds + 0 * unused.sum().to(embeds)
+        else:
+            embeds = embedding(ids)
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
-        elif nothing is not None:
-            embeds = embeds + 0 * nothing.sum().to(embeds)
         outputs = inner(
             inputs_embeds=embeds,
-            attention_mask=batch["attention_mask"],
+            attention_mask=mask,
             mm_token_type_ids=visual.long(),
             use_cache=False,
-            **fastv_query(self.model, batch["labels"]),
+            **fastv_query(self.model, labels),
         )
-        targets = batch["labels"][:, 1:]
+        targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
@@ -263,11 +268,18 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
         recompute_layers(model)
 
 
-def recompute_layers(model: Llava) -> None:
-    """Has the language model's layers computed again in the backward pass, instead of keeping what is in them."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def recompute_layers(model: Llava, again: bool = True) -> None:
+    """Has the language model's layers computed again in the backward pass, instead of keeping what is in them; or,
+    without `again`, no longer."""
+    if again:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers has the embeddings' outputs require a gradient, the tower's too: its activations would be kept,
+        # and a backward pass run through it, for nothing. What is not reentrant needs no such help.
+        model.disable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
     for layer in model.model.language_model.layers:
-        layer.training = True  # transformers checkpoints layers in training mode; what is in them stays in eval mode
+        layer.training = again  # transformers checkpoints layers in training mode; what is in them stays in eval mode
 
 
 def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:

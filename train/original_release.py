@@ -345,7 +345,7 @@ def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str 
         )
     if vision_tower is None:
         if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != (1024, 24, 336, 14):
-            raise ValueError(f"{where}: the name of its vision tower is not known: give it as vision_tower")
+            raise ValueError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
         vision_tower = "openai/clip-vit-large-patch14-336"
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")

@@ -18,9 +18,8 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers import AutoImageProcessor, BitsAndBytesConfig, LlavaImageProcessorPil, LlavaNextImageProcessorPil
+from transformers import BitsAndBytesConfig
 
-from data.supervision import choose_template
 from reduction import (
     ReducedLlavaConfig,
     ReducedLlavaForConditionalGeneration,
@@ -30,6 +29,7 @@ from reduction import (
     ReducedLlavaProcessor,
 )
 from reduction.base_release import PROJECTOR_FILE
+from reduction.configuration_reduced_llava import validate
 from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config
 from train.hub import fetch
 from train.original_release import (
@@ -38,10 +38,10 @@ from train.original_release import (
     find_projector,
     is_original,
     read_json,
-    split_after_images,
 )
+from train.processors import build_processor
 from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
-from train.towers import TOWERLESS
+from train.towers import TOWERLESS, load_tower
 
 logger = logging.getLogger(__name__)
 
@@ -300,8 +300,7 @@ def load_release(
     None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases.
     `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
     model's layers in NF4 (ImportError without bitsandbytes). `with_tower` False: for cached features, without reading
-    the tower's weights. See `open_release` for the other arguments and for what
-    is refused.
+    the tower's weights. See `open_release` for the other arguments and for what is refused.
 
     The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
     and carries the chat template to train with.
@@ -311,9 +310,7 @@ def load_release(
     else:
         release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
     config = release.config
-    reductions: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv, "fastv": fastv}
-    for key, value in reductions.items():
-        reductions[key] = release.saved_reductions[key] if value == "saved" else dict(value) if value else None
+    reductions = _chosen(release, visionzip=visionzip, shortv=shortv, fastv=fastv)
     _, model_class, processor_class = model_classes(config["model_type"])
     loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
         release.folder,
@@ -324,7 +321,46 @@ def load_release(
     )
     lay_projector(loaded, release_projector(release))
     loaded.eval()
-    return loaded, _load_processor(release.folder, config, processor_class, loaded.config, chat_template)
+    return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
+
+
+def _chosen(release: Release, **reductions: Reduction) -> dict[str, Any]:
+    saved = release.saved_reductions
+    return {
+        key: saved[key] if value == "saved" else dict(value) if value else None for key, value in reductions.items()
+    }
+
+
+def reduced_config(
+    release: Release, *, visionzip: Reduction = "saved", shortv: Reduction = "saved", fastv: Reduction = "saved"
+) -> Any:
+    """The config of the model that `load_release` would give, without reading weights.
+
+    Raises its ValueError for reductions that the release cannot take.
+    """
+    config_class, _, _ = model_classes(release.config["model_type"])
+    chosen = _chosen(release, visionzip=visionzip, shortv=shortv, fastv=fastv)
+    config = config_class.from_pretrained(release.folder, **chosen)
+    validate(config)
+    return config
+
+
+def dtype_of(mixed_precision: str) -> torch.dtype:
+    """What `mixed_precision` ("no" or "bf16") has everything but the projector computed in."""
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
+def load_viewer(release: Release, visionzip: Reduction = "saved") -> tuple[Any, Any]:
+    """A model that chooses visual tokens and can do nothing else, with its processor: of its weights, only the tower's
+    are read, in float32. `visionzip`: as of `load_release`, and as it refuses."""
+    if not weight_files(release.folder):  # a projector alone, whose release transformers finds
+        return load_release(release, visionzip=visionzip, shortv=None, fastv=None)
+    _, model_class, processor_class = model_classes(release.config["model_type"])
+    config = reduced_config(release, visionzip=visionzip, shortv=None, fastv=None)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.model.vision_tower = load_tower(release.folder, config, torch.float32)
+    return model.eval(), build_processor(release.folder, release.config, processor_class, config, "auto")
 
 
 def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -365,40 +401,4 @@ def load_processor(release: Release) -> Any:
     """The processor of a reduced checkpoint as it was saved, without its model."""
     config_class, _, processor_class = model_classes(release.config["model_type"])
     model_config = config_class.from_pretrained(release.folder)
-    return _load_processor(release.folder, release.config, processor_class, model_config, "release")
-
-
-def _load_processor(
-    folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any, chat_template: str
-) -> Any:
-    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip)
-    processor.image_processor = _image_processor(folder, config)
-    if processor.patch_size is None:
-        processor.patch_size = model_config.vision_config.patch_size
-        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
-    processor.chat_template = choose_template(processor, chat_template)
-    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
-    return processor
-
-
-def _image_processor(folder: Path, config: Mapping[str, Any]) -> Any:
-    """LLaVA's image processor at the release's sizes, on the PIL backend.
-
-    The CLIPImageProcessor that transformers' LLaVA-1.5 releases ship crops the centre; the model was trained on images
-    padded to a square.
-    """
-    combined = folder / "processor_config.json"
-    settings = read_json(combined).get("image_processor") if combined.is_file() else None
-    if settings is None:
-        settings = read_json(folder / "preprocessor_config.json")
-    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
-    kind = kind.removesuffix("Pil").removesuffix("Fast")
-    plain = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
-    if config["model_type"] in _NEXT and kind in ("LlavaNextImageProcessor", ""):
-        return LlavaNextImageProcessorPil.from_dict(plain)
-    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
-        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
-    if kind == "LlavaImageProcessor":
-        return LlavaImageProcessorPil.from_dict(plain)
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return build_processor(release.folder, release.config, processor_class, model_config, "release")

@@ -20,6 +20,7 @@ from data.scene_questions import write_scenes
 from data.strata import draw
 from data.subset import subset_report
 from data.supervision import Supervision
+from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
 from train.checkpoint import write_atomically
@@ -39,7 +40,7 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
         folder = demo_folder(config.demo_scenes, held_out=False, fraction=config.fraction)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
-        root = config.image_root or _folder_of(config.instructions)
+        root = config.image_root or folder_of(config.instructions)
         conversations = read_instructions(config.instructions, drops=drops)
         if config.fraction < 1:
             _refuse_a_part_of_a_subset(config)
@@ -68,10 +69,17 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
         folder = demo_folder(config.demo_scenes, held_out=True)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
-        root = config.eval_image_root or config.image_root or _folder_of(config.eval_instructions)
+        root = config.eval_image_root or config.image_root or folder_of(config.eval_instructions)
         conversations = read_instructions(config.eval_instructions, drops=drops)
     supervision = Supervision(processor, max_length=None)
     return ConversationDataset(conversations[: config.eval_samples], supervision, root, drops=drops)
+
+
+def check_instructions(config: DataConfig) -> None:
+    """Raises FileNotFoundError for conversations that are not there: before a release is fetched, which takes long."""
+    for source in (config.instructions, config.eval_instructions):
+        if source not in (DEMO, None):
+            check_source(source)
 
 
 def draw_demo_scenes(config: DataConfig) -> None:
@@ -184,6 +192,7 @@ def demo_folder(scenes: DemoScenesConfig, held_out: bool, fraction: float = 1.0)
     return Path(scenes.folder) / f"train-{scenes.train_seed}-{scenes.train_scenes}-{fraction:g}"
 
 
-def _folder_of(instructions: str) -> str:
+def folder_of(instructions: str) -> str:
+    """Where image paths start from when nothing else is said: beside the instructions."""
     path = Path(instructions)
     return str(path if path.is_dir() else path.parent)

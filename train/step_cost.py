@@ -42,16 +42,21 @@ class RowShape:
     """Images, or tiles, that the tower reads; counted only where `visual` is above 0."""
 
 
-def plain_flops(config: Any, row: RowShape, *, checkpointing: bool, whole_tower: bool = True) -> int:
+def plain_flops(
+    config: Any, row: RowShape, *, checkpointing: bool, whole_tower: bool = True, backward: bool = True
+) -> int:
     """FLOPs of a forward and backward pass of all tokens through all layers, logits at every position.
 
-    `config`: of a LLaVA. `whole_tower`: count blocks of the tower that come after the selected one too.
+    `config`: of a LLaVA. `whole_tower`: count blocks of the tower that come after the selected one too. `backward`:
+    False for a row whose micro-batch has no image.
     """
     text, tokens = config.text_config, row.text + row.visual
     matrices, attention = llm_layer_flops_grouped(text, tokens, tokens, tokens)
     forwards = 2 if checkpointing else 1
     layers = text.num_hidden_layers * ((forwards + 1) * matrices + (forwards + 2) * attention)
-    total = layers + 2 * lm_head_flops(text, tokens)
+    if not backward:
+        layers = text.num_hidden_layers * (matrices + attention)
+    total = layers + (1 + backward) * lm_head_flops(text, tokens)
     if row.visual:
         tower = vision_tower_flops(config, row.tiles)
         if whole_tower:

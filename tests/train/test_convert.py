@@ -1,6 +1,7 @@
 """Converting LLaVA's own layout: nothing is lost, little memory is used, and what does not fit is refused."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -122,7 +123,9 @@ def test_peak_memory_is_that_of_one_shard(tmp_path: Path) -> None:
         (release / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     largest = max(path.stat().st_size for path in releases[0].glob("*.bin")) / 2**20
     command = [sys.executable, "-c", MEASURE, str(TOWER), *map(str, releases)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Freed tensors go back to the kernel at once: how much the allocator else holds on to varies from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     peaks = [float(line) for line in run.stdout.splitlines()]
     assert len(peaks) == 2
@@ -405,7 +408,7 @@ def test_the_original_config_of_a_release_that_is_transformers_only(tmp_path: Pa
     assert differing == {"mm_vision_tower": ("openai/clip-vit-tiny", original["mm_vision_tower"])}
     needed = {"hidden_size", "num_hidden_layers", "vocab_size", "mm_hidden_size", "mm_vision_select_layer"}
     assert needed <= made.keys()
-    with pytest.raises(ValueError, match="the name of its vision tower is not known: give it as vision_tower"):
+    with pytest.raises(ValueError, match="the name of its vision tower is not known: give it with --vision_tower"):
         to_original_config(ReducedLlavaConfig.from_pretrained(source.folder), None, "x")
 
 

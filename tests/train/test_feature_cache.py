@@ -198,3 +198,17 @@ def test_an_unreadable_image_is_refused_with_its_row_and_a_changed_one_too(
 def test_the_config_refuses_a_cache_without_a_budget() -> None:
     with pytest.raises(ConfigError, match="set visionzip"):
         TuneConfig(model="m", data=DataConfig(instructions="i", cache_features="c"))
+
+
+def test_random_patches_are_the_same_cached_and_not_in_bfloat16(
+    tmp_path: Path, tiny_release: Path, tiny_instructions: Path
+) -> None:
+    model, processor = load_release(
+        str(tiny_release), visionzip={"dominant": 8, "contextual": 0, "method": "random"}, dtype=torch.bfloat16
+    )
+    dataset = dataset_of(tiny_instructions, processor)
+    dataset.features = filled(tmp_path, (model, processor), dataset)
+    cached = Collator.of(dataset.supervision)([dataset[0]]).inputs
+    dataset.features = None
+    pixels = Collator.of(dataset.supervision)([dataset[0]]).inputs["pixel_values"]
+    assert torch.equal(cached["visual_kept"], model.model.get_visual_tokens(pixels).kept)

@@ -10,11 +10,13 @@ import torch
 from runs import ROOT, checkpoint_tensors, copy_until, run_here, write_recipe
 from transformers import LlavaForConditionalGeneration
 
-from reduction.flops import NF4_BYTES, TrainingStep, training_step_memory
+from reduction.flops import parameter_counts
 from reduction.parsing import parse_bytes
+from reduction.training_cost import NF4_BYTES, TrainingStep, training_step_memory
 from scripts.estimate_cost import known_release
 from train import micro_batch
-from train.config import ConfigError, TuneConfig, load_config
+from train.command_line import load_config
+from train.config import ConfigError, TuneConfig
 from train.micro_batch import ENOUGH_TOKENS, MicroBatchLimits, StepEstimate, choose_limits
 from train.objective import train_only_projector
 from train.release import load_release
@@ -186,3 +188,19 @@ def test_a_cuda_device_keeps_a_margin_and_what_others_use(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * GIB, 24 * GIB))
         assert micro_batch.usable_memory(device, limit) == int(expected * GIB)
     assert micro_batch.usable_memory(torch.device("cpu"), None) is None
+
+
+def test_weights_that_are_spread_leave_room_for_a_model_that_no_card_holds() -> None:
+    estimate, _ = estimate_for("llava-1.5-13b-3090-4bit.yaml")
+    whole = replace(estimate, row=replace(estimate.row, weights="bfloat16", every_token=True))
+    with pytest.raises(ConfigError, match=r"weights, the projector's moments .* take 2\d\.\d\d GiB"):
+        choose_limits(whole, int(21.6 * GIB), None)
+    for share in (0.25, 0.0):
+        spread = replace(whole, row=replace(whole.row, weights_share=share))
+        limits = choose_limits(spread, int(21.6 * GIB), None)
+        assert limits.tokens is not None
+        assert spread.memory(limits) <= 21.6 * GIB
+        rest = share * (parameter_counts(whole.config).llm_layers + parameter_counts(whole.config).embeddings) * 2
+        assert rest < spread.fixed < rest + 4 * GIB
+    with pytest.raises(ValueError, match=r"weights_share=1\.5: must be 0 to 1"):
+        replace(whole.row, weights_share=1.5)

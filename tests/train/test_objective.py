@@ -16,6 +16,7 @@ from train.objective import (
     count_supervised,
     describe_components,
     projector_parameters,
+    recompute_layers,
     train_only_projector,
 )
 from train.release import load_release
@@ -199,3 +200,25 @@ def test_a_wrong_number_of_visual_tokens_is_refused(reduced: tuple[SupervisedLos
     del batch["pixel_values"]
     with pytest.raises(ValueError, match="8 placeholders and there are 0"):
         module(batch)
+
+
+@pytest.mark.parametrize("visionzip", [BUDGET, None])
+def test_recomputing_layers_keeps_nothing_of_the_tower(
+    tiny_release: Path, tiny_instructions: Path, visionzip: dict[str, int] | None
+) -> None:
+    """transformers would have the tower's embeddings require a gradient, and run a backward pass through it."""
+    module, dataset = loaded(tiny_release, tiny_instructions, visionzip=visionzip)
+    pixels = Collator.of(dataset.supervision)([dataset[0]]).inputs["pixel_values"]
+    expected = gradient(module, dataset, [range(8)])
+    seen: list[bool] = []
+    module.model.model.vision_tower.encoder.layers[0].register_forward_hook(
+        lambda block, inputs, states: seen.append(states.requires_grad)
+    )
+    for again in (True, False):
+        recompute_layers(module.model, again)
+        module.model.model.get_image_features(pixels)
+        for plain in (True, False):
+            module.plain = plain
+            torch.testing.assert_close(gradient(module, dataset, [range(8)]), expected, rtol=1e-4, atol=1e-6)
+    assert seen
+    assert not any(seen)

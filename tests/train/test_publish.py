@@ -437,7 +437,7 @@ def test_the_cards_command_repeats_the_run(finished: Finished, tmp_path: Path) -
     """Its options, given to the loop's own parser, give the run's settings back."""
     import shlex
 
-    from train.config import load_config
+    from train.command_line import load_config
 
     config = yaml.safe_load((finished.folder / "config.yaml").read_text())
     relative = {**config, "model": "m", "data": {**config["data"], "instructions": "i", "eval_instructions": "e"}}

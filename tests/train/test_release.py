@@ -24,10 +24,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from data.supervision import load_template
 from train.original_release import split_after_images
-from train.release import load_release, open_release, read_projector, release_projector
+from train.reduced_checkpoint import write_reduced_checkpoint
+from train.release import load_release, load_viewer, open_release, read_projector, release_projector
 
 VISIONZIP = {"dominant": 4, "contextual": 2}
+
+
+def test_a_viewer_chooses_the_tokens_of_the_whole_model_and_holds_its_tower_alone(tiny_release: Path) -> None:
+    budget = {"dominant": 5, "contextual": 3}
+    viewer, processor = load_viewer(open_release(str(tiny_release)), budget)
+    model, _ = load_release(str(tiny_release), visionzip=budget, shortv=None)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model.model.get_visual_tokens(pixels), viewer.model.get_visual_tokens(pixels)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.kept, expected.kept)
+    held = {name for name, weight in viewer.named_parameters() if not weight.is_meta}
+    assert held
+    assert all("vision_tower" in name for name in held)
+    assert processor.visionzip == viewer.config.visionzip
 
 
 @pytest.fixture
@@ -73,6 +91,17 @@ def test_the_projector_is_float32_and_exact_whatever_the_rest_is_in(tiny_release
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight, stored[name])
 
 
+def test_a_reduced_checkpoint_keeps_the_template_that_it_was_tuned_with(tiny_release: Path, tmp_path: Path) -> None:
+    """Even one of pretraining, which teaches no end token and would be refused in a release."""
+    release = open_release(str(tiny_release))
+    _, processor = load_release(release, chat_template="plain")
+    folder = tmp_path / "tuned"
+    reductions: dict[str, Any] = {"visionzip": {"dominant": 5, "contextual": 3}, "shortv": None}
+    write_reduced_checkpoint(folder, release, release_projector(release), processor, **reductions)
+    _, loaded = load_release(str(folder))
+    assert loaded.chat_template == processor.chat_template == load_template("plain")
+
+
 def test_clip_image_processors_are_replaced_by_one_that_pads(release: Path) -> None:
     """transformers' LLaVA-1.5 releases ship a CLIPImageProcessor, which crops and ignores do_pad in silence."""
     processor = LlavaProcessor.from_pretrained(release)
@@ -88,10 +117,17 @@ def test_clip_image_processors_are_replaced_by_one_that_pads(release: Path) -> N
     assert torch.allclose(pixels[:, 0, 0], background / torch.tensor(loaded.image_processor.image_std), atol=1e-5)
 
 
-def test_settings_that_an_old_processor_lacks_come_from_the_config(release: Path) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"),
+        ("num_additional_image_tokens",),  # releases of the years between: one placeholder less, without a word
+    ],
+)
+def test_settings_that_an_old_processor_lacks_come_from_the_config(release: Path, missing: tuple[str, ...]) -> None:
     path = release / "processor_config.json"
     settings = json.loads(path.read_text())
-    for key in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+    for key in missing:
         del settings[key]
     path.write_text(json.dumps(settings))
     _, processor = load_release(str(release))
@@ -296,4 +332,5 @@ def test_from_the_hub_and_its_cache(tiny_release: Path, tmp_path: Path) -> None:
             hub.close()
             again, never = forks.run(str(script), "maker/llava", "maker/other").stdout.splitlines()
             assert again == main
-            assert "maker/other is not in the cache, and the Hub cannot be reached: connect this machine" in never
+            assert "FileNotFoundError there is no folder maker/other in " in never
+            assert "maker/other is not in the Hub's cache, and the Hub cannot be reached: connect this" in never

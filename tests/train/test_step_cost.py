@@ -42,6 +42,9 @@ def test_a_7b_step_costs_what_counting_by_hand_gives() -> None:
     assert plain_flops(config, row, checkpointing=False, whole_tower=False) == expected
     more = plain_flops(config, row, checkpointing=True, whole_tower=False) - expected
     assert more == 32 * (layer + attention)
+    text = RowShape(text=264, visual=0, supervised=98)
+    forward = plain_flops(config, text, checkpointing=True, backward=False)
+    assert forward == 32 * (layer + attention) + 2 * 264 * h * v, "without an image in its micro-batch"
     # Without a beginning to share, frozen layers or unsupervised tokens, only the text before the loss differs.
     everything = RowShape(text=200, visual=64, supervised=264)
     assert needed_flops(config, everything, shared=0, frozen_layers=[]) == expected
