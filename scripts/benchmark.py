@@ -7,7 +7,8 @@
 Random weights, lengths drawn like the instruction mix's (scripts/benchmark_shapes.py). Sides, alternating:
 
     plain, recomputed   transformers' LLaVA as a careful user writes it: all tokens, SDPA, batches of similar length,
-                        padded, labels given to the model (logits at every position), gradient checkpointing
+                        padded, labels given to the model (logits at every position), gradient checkpointing; no
+                        gradient asked of the tower, no backward pass of a micro-batch without an image
     plain               the same without gradient checkpointing
     zip, recomputed     VisionZip with our tower, otherwise the same
     zip                 the same without gradient checkpointing
@@ -44,20 +45,14 @@ Layer contribution has a benchmark of its own, scripts/benchmark_lc.py.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from benchmark_memory import peak_tensor_bytes
 from benchmark_savings import sides_without
 from benchmark_shapes import (
     BEFORE,
@@ -69,17 +64,17 @@ from benchmark_shapes import (
     draw_conversations,
     make_batch,
 )
+from benchmark_timing import Clock, Stopwatch, as_dicts, ratio, show
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from data.batching import BatchPlan
 from reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
 from reduction.parsing import parse_bytes
 from reduction.shortv import active_rows
-from train.config import parse_config
-from train.objective import SupervisedLoss
-from train.step_cost import RowShape, matmul_speed, needed_flops, plain_flops, synchronise
+from train.command_line import parse_config
+from train.objective import SupervisedLoss, recompute_layers
+from train.step_cost import RowShape, needed_flops, plain_flops
 
 NOTES = """What a step leaves out or does differently. Expected: share of the FLOPs that are left (shapes cpu /
 llava-1.5-7b, lengths of the mix), which is what the step would cost more without it.
@@ -107,20 +102,23 @@ not done, on paper
   attention of rows without their padding             attention is 4 % of a layer at these lengths
 
 measured on two cores that nothing else used, all of "kept" together, against plain, recomputed; plain; zip
-  demo, 16 samples, one thread, median of 5           2.97, 2.44 and 1.65 times as fast; FLOPs promise 3.11, 2.27,
-                                                      1.49; tensors' peak 64 MiB against 93, 230 and 161
-  cpu, 4 samples, two threads, 2 rounds               4.27, 4.26 and 1.32 times as fast; FLOPs promise 3.10, 2.42,
-                                                      1.17 (plain reaches 48 % of the matrix product's speed)
-  tower and VisionZip, demo                           1.17 times as fast as the whole tower; FLOPs promise 1.04
-What limits the step now: the tower, most of the time in shape cpu (12.1 s a step, 3.4 s with cached features); at 7B
+  demo, 16 samples, one thread, median of 5           2.67, 2.17 and 1.35 times as fast; FLOPs promise 2.79, 2.08,
+                                                      1.29; tensors' peak 64 MiB against 63, 206 and 139
+  cpu, 4 samples, two threads, 2 rounds               3.06, 2.83 and 1.21 times as fast; FLOPs promise 3.10, 2.42,
+                                                      1.17; tensors' peak 438 MiB against 1308, 3891 and 1161
+  tower and VisionZip, demo                           1.16 times as fast as the whole tower; FLOPs promise 1.25
+What limits the step now: the tower, most of the time in shape cpu (11.7 s a step, 3.3 s with cached features); at 7B
 the plain layers' matrices.
+
+a trap: gradient_checkpointing_enable has the embeddings' outputs require a gradient, those of the tower too, and
+gradient_checkpointing_disable leaves it so. Tower activations were kept and a backward pass run through the tower, on
+the plain sides of this benchmark and in runs that recomputed layers. Earlier figures (2.97, 2.44, 1.65 for demo; 4.27,
+4.26, 1.32 for cpu) were measured against that; train/objective.recompute_layers takes it back, on all sides.
 
 One by one: --parts '["savings"]' (scripts/benchmark_savings.py), which takes the step without each of them.
 torch.compile of the loss module (dynamic shapes, torch 2.13, CPU) ends in an assertion of dynamo's own, over the
 autograd functions that keep less: not used. not measured: flash and varlen attention, Liger's kernels.
 """
-
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -148,7 +146,7 @@ class BenchmarkConfig:
     """Rounds, of which the median counts."""
     warm_up: int = 1
     """Rounds before them that are not counted."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """wall time; or the process's CPU time, for one thread (OMP_NUM_THREADS=1) on a machine that others use too."""
     tensor_memory: bool = True
     """Also run each side once with its tensors counted, for the bytes that it holds at its peak."""
@@ -162,70 +160,8 @@ class BenchmarkConfig:
     """A JSON file to write the figures to."""
 
 
-@dataclass
-class Timing:
-    """One side of a comparison."""
-
-    name: str
-    seconds: float
-    """Median of the rounds."""
-    all_seconds: list[float]
-    peak_memory: int
-    """Bytes: the device's peak on CUDA; on the CPU the process's, with weights, Python and libraries in it."""
-    samples_per_second: float
-    tensor_memory: int = 0
-    """Bytes of tensors at the peak, beside those that were there before (weights, inputs); 0: not measured."""
-    tokens_per_second: float = 0.0
-    flops: float = 0.0
-    """What this side has to compute, recomputation and padding left out."""
-    mfu: float = 0.0
-    """`flops` per second, of what a matrix product was measured to reach."""
-
-
-def alternate(
-    sides: Mapping[str, Callable[[], Any]], settings: BenchmarkConfig, device: torch.device, samples: int
-) -> dict[str, Timing]:
-    """Times every side once per round, in turn."""
-    clock = CLOCKS[settings.clock]
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides, 0)
-    for turn in range(settings.warm_up + settings.rounds):
-        for name, run in sides.items():
-            reset_peak_memory(device)
-            synchronise(device)
-            started = clock()
-            run()
-            synchronise(device)
-            if turn >= settings.warm_up:
-                seconds[name].append(clock() - started)
-            peaks[name] = max(peaks[name], peak_memory(device))
-    timings = {
-        name: Timing(name, statistics.median(found), found, peaks[name], samples / statistics.median(found))
-        for name, found in seconds.items()
-    }
-    if settings.tensor_memory:
-        for name, run in sides.items():
-            timings[name].tensor_memory = peak_tensor_bytes(run, device)
-    return timings
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what a side before freed is not this one's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return 0
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+def stopwatch(settings: BenchmarkConfig, device: torch.device) -> Stopwatch:
+    return Stopwatch(device, settings.rounds, settings.warm_up, settings.clock, settings.tensor_memory)
 
 
 def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
@@ -236,16 +172,15 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
     budget = (shape.dominant + shape.contextual) * shape.tiles
     cached = torch.zeros(0)
 
-    def cut(visual: int) -> list[dict[str, Tensor]]:
+    def cut(visual: int) -> list[list[Conversation]]:
         lengths = [sum((row.text, row.visual)) for row in (c.shape(visual, shape.tiles) for c in conversations)]
         plan = BatchPlan(lengths, len(lengths), micro_batch_size=settings.micro_batch_size)
-        chosen = plan.global_batch(0).micro_batches[0]
-        return [
-            make_batch([conversations[i] for i in rows], visual, shape.tiles, config, device, seed)
-            for seed, rows in enumerate(chosen)
-        ]
+        return [[conversations[i] for i in rows] for rows in plan.global_batch(0).micro_batches[0]]
 
-    plain_batches, reduced_batches = cut(every), cut(budget)
+    plain_batches, reduced_batches = (
+        [make_batch(rows, visual, shape.tiles, config, device, seed) for seed, rows in enumerate(cut(visual))]
+        for visual in (every, budget)
+    )
     with torch.no_grad():
         cached_batches = [dict(batch) for batch in reduced_batches]
         for batch in cached_batches:
@@ -259,7 +194,9 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         recompute_layers(model, checkpointing)
         for batch in batches:
             # transformers' loss is a mean; as a sum it is weighted right over the global batch.
-            model(**batch, num_items_in_batch=supervised, use_cache=False).loss.backward()
+            loss = model(**batch, num_items_in_batch=supervised, use_cache=False).loss
+            if loss.requires_grad:  # without an image there is nothing to learn from a micro-batch
+                loss.backward()
         model.zero_grad()
 
     def needed_step(batches: list[dict[str, Tensor]], plain: bool = False) -> None:
@@ -278,13 +215,19 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         "shortzip, all": partial(needed_step, reduced_batches, plain=True),
     }
     chosen = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
-    timings = alternate(chosen, settings, device, len(conversations))
+    watch = stopwatch(settings, device)
+    timings = watch.alternate(chosen, len(conversations))
 
-    def total(count: Callable[[Conversation], int]) -> int:
-        return sum(map(count, conversations))
+    few_rows = [conversation.shape(budget, shape.tiles) for conversation in conversations]
 
-    all_rows = lambda c: c.shape(every, shape.tiles)  # noqa: E731
-    few_rows = lambda c: c.shape(budget, shape.tiles)  # noqa: E731
+    def plain(visual: int, **how: bool) -> int:
+        cuts = [[conversation.shape(visual, shape.tiles) for conversation in rows] for rows in cut(visual)]
+        return sum(
+            plain_flops(config, row, backward=any(other.visual for other in rows), **how)
+            for rows in cuts
+            for row in rows
+        )
+
     needed = partial(needed_flops, config, shared=BEFORE, frozen_layers=shape.frozen)
 
     def every_token(row: RowShape) -> int:
@@ -293,35 +236,31 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
         return needed(replace(row, supervised=queries), shared=0) - unread
 
     computed = {
-        "plain, recomputed": total(lambda c: plain_flops(config, all_rows(c), checkpointing=True)),
-        "plain": total(lambda c: plain_flops(config, all_rows(c), checkpointing=False)),
-        "zip, recomputed": total(lambda c: plain_flops(config, few_rows(c), checkpointing=True, whole_tower=False)),
-        "zip": total(lambda c: plain_flops(config, few_rows(c), checkpointing=False, whole_tower=False)),
-        "shortzip": total(lambda c: needed(few_rows(c))),
-        "shortzip, cached": total(lambda c: needed(few_rows(c), tower=False)),
-        "shortzip, all": total(lambda c: every_token(few_rows(c))),
+        "plain, recomputed": plain(every, checkpointing=True),
+        "plain": plain(every, checkpointing=False),
+        "zip, recomputed": plain(budget, checkpointing=True, whole_tower=False),
+        "zip": plain(budget, checkpointing=False, whole_tower=False),
+        "shortzip": sum(needed(row) for row in few_rows),
+        "shortzip, cached": sum(needed(row, tower=False) for row in few_rows),
+        "shortzip, all": sum(every_token(row) for row in few_rows),
     }
-    peak = matmul_speed(device, models.both.dtype, clock=CLOCKS[settings.clock])
     for name, timing in timings.items():
         batches = plain_batches if name.startswith("plain") else reduced_batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         timing.tokens_per_second = tokens / timing.seconds
-        timing.flops = computed[name.removesuffix(", recomputed")]
-        timing.mfu = timing.flops / timing.seconds / peak
-    ratios = {
-        f"{name} against {other}": {
-            "measured": timings[other].seconds / timings[name].seconds,
-            "highest": computed[other] / computed[name],
-        }
-        for name in ("shortzip", "shortzip, cached")
-        for other in sides
-        if {name, other} <= set(timings) and other not in ("shortzip", "shortzip, cached")
-    }
+    # MFU counts what a side has to compute, without what it computes twice.
+    once = {name: computed[name.removesuffix(", recomputed")] for name in computed}
+    peak = watch.hold_against_flops(timings, once, models.both.dtype)
+    ratios: dict[str, Any] = {}
+    for name in ("shortzip", "shortzip, cached"):
+        for other in sides:
+            if {name, other} <= set(timings) and other not in ("shortzip", "shortzip, cached"):
+                ratios |= ratio(timings, name, other, computed[other] / computed[name])
     padding = {
         side: 1 - sum(int(b["attention_mask"].sum()) for b in bs) / sum(b["attention_mask"].numel() for b in bs)
         for side, bs in (("plain", plain_batches), ("reduced", reduced_batches))
     }
-    return {"matmul_flops": peak, "padding": padding, "timings": _as_dicts(timings), "ratios": ratios}
+    return {"matmul_flops": peak, "padding": padding, "timings": as_dicts(timings), "ratios": ratios}
 
 
 def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
@@ -336,29 +275,14 @@ def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, dev
     supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     sides, flops = sides_without(models.both, shape, batches, rows, supervised)
     chosen_sides = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
-    timings = alternate(chosen_sides, settings, device, len(conversations))
-    peak = matmul_speed(device, models.both.dtype, clock=CLOCKS[settings.clock])
-    for name, timing in timings.items():
-        timing.flops = flops[name]
-        timing.mfu = timing.flops / timing.seconds / peak
-    ratios = {
-        f"shortzip against {name}": {
-            "measured": timing.seconds / timings["shortzip"].seconds,
-            "highest": flops[name] / flops["shortzip"],
-        }
-        for name, timing in timings.items()
-        if name != "shortzip" and "shortzip" in timings
-    }
-    return {"matmul_flops": peak, "timings": _as_dicts(timings), "ratios": ratios}
-
-
-def recompute_layers(model: Any, checkpointing: bool) -> None:
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
-    for layer in model.model.language_model.layers:
-        layer.training = checkpointing  # transformers recomputes layers in training mode only
+    watch = stopwatch(settings, device)
+    timings = watch.alternate(chosen_sides, len(conversations))
+    peak = watch.hold_against_flops(timings, flops, models.both.dtype)
+    ratios: dict[str, Any] = {}
+    for name in timings:
+        if name != "shortzip" and "shortzip" in timings:
+            ratios |= ratio(timings, "shortzip", name, flops[name] / flops["shortzip"])
+    return {"matmul_flops": peak, "timings": as_dicts(timings), "ratios": ratios}
 
 
 @torch.no_grad()
@@ -392,26 +316,22 @@ def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, dev
         "zip, with tower": partial(whole, models.visionzip, budget),
         "shortzip, with tower": partial(whole, models.both, budget),
     }
-    timings = alternate(sides, settings, device, 1)
+    timings = stopwatch(settings, device).alternate(sides, 1)
     text = config.text_config
     tower = vision_tower_flops(config, shape.tiles)
     for name, timing in timings.items():
         visual = every if name.startswith("plain") else budget
         frozen = shape.frozen if name.startswith("shortzip") else []
         timing.flops = llm_prefill_flops(text, 64, visual, frozen) + (tower if "tower" in name else 0)
-    ratios = {
-        f"{name} against {other}": {
-            "measured": timings[other].seconds / timings[name].seconds,
-            "highest": timings[other].flops / timings[name].flops,
-        }
-        for name, other in (
-            ("shortzip", "plain"),
-            ("zip", "plain"),
-            ("shortzip", "zip"),
-            ("shortzip, with tower", "plain, with tower"),
-        )
-    }
-    return {"visual_tokens": [every, budget], "timings": _as_dicts(timings), "ratios": ratios}
+    ratios: dict[str, Any] = {}
+    for name, other in (
+        ("shortzip", "plain"),
+        ("zip", "plain"),
+        ("shortzip", "zip"),
+        ("shortzip, with tower", "plain, with tower"),
+    ):
+        ratios |= ratio(timings, name, other, timings[other].flops / timings[name].flops)
+    return {"visual_tokens": [every, budget], "timings": as_dicts(timings), "ratios": ratios}
 
 
 @torch.no_grad()
@@ -434,12 +354,9 @@ def measure_generation(
             "zip": partial(models.visionzip.generate, **batches[1], **limit, pad_token_id=0),
             "shortzip": partial(models.both.generate, **batches[1], **limit, pad_token_id=0),
         }
-        timings = alternate(sides, settings, device, size)
-        ratios = {
-            f"shortzip against {other}": {"measured": timings[other].seconds / timings["shortzip"].seconds}
-            for other in ("plain", "zip")
-        }
-        results[f"batch {size}"] = {"timings": _as_dicts(timings), "ratios": ratios}
+        timings = stopwatch(settings, device).alternate(sides, size)
+        ratios = ratio(timings, "shortzip", "plain") | ratio(timings, "shortzip", "zip")
+        results[f"batch {size}"] = {"timings": as_dicts(timings), "ratios": ratios}
     return results
 
 
@@ -452,42 +369,10 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
         "plain tower": partial(models.plain.model.vision_tower, pixels, output_hidden_states=True),
         "tower and VisionZip": partial(models.visionzip.model.get_visual_tokens, pixels),
     }
-    timings = alternate(sides, settings, device, count)
-    measured = timings["plain tower"].seconds / timings["tower and VisionZip"].seconds
-    return {
-        "timings": _as_dicts(timings),
-        "ratios": {"tower and VisionZip against plain tower": {"measured": measured, "highest": 24 / 23}},
-    }
-
-
-def _as_dicts(timings: dict[str, Timing]) -> dict[str, Any]:
-    return {name: asdict(timing) for name, timing in timings.items()}
-
-
-def show(results: dict[str, Any], title: str, console: Console) -> None:
-    """Tables of every part that was measured."""
-    if "timings" not in results:
-        for name, part in results.items():
-            if isinstance(part, dict):
-                show(part, f"{title}, {name}", console)
-        return
-    table = Table(title=title)
-    for heading in ("", "seconds", "samples/s", "tokens/s", "peak MiB", "tensors MiB", "TFLOPs", "MFU"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, timing in results["timings"].items():
-        table.add_row(
-            name, f"{timing['seconds']:.3f}", f"{timing['samples_per_second']:.3f}",
-            f"{timing['tokens_per_second']:,.0f}" if timing["tokens_per_second"] else "",
-            f"{timing['peak_memory'] / 2**20:,.0f}",
-            f"{timing['tensor_memory'] / 2**20:,.1f}" if timing["tensor_memory"] else "",
-            f"{timing['flops'] / 1e12:.3f}" if timing["flops"] else "",
-            f"{timing['mfu']:.0%}" if timing["mfu"] else "",
-        )  # fmt: skip
-    console.print(table)
-    for name, ratio in results["ratios"].items():
-        highest = ratio.get("highest")
-        share = f", {ratio['measured'] / highest:.0%} of the {highest:.2f} that FLOPs allow" if highest else ""
-        console.print(f"{name}: {ratio['measured']:.2f} times as fast{share}", highlight=False)
+    timings = stopwatch(settings, device).alternate(sides, count)
+    blocks = models.plain.config.vision_config.num_hidden_layers
+    ratios = ratio(timings, "tower and VisionZip", "plain tower", blocks / (blocks - 1))
+    return {"timings": as_dicts(timings), "ratios": ratios}
 
 
 def main(settings: BenchmarkConfig) -> None:
@@ -496,6 +381,8 @@ def main(settings: BenchmarkConfig) -> None:
         print(NOTES)
         return
     device = torch.device(settings.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if settings.memory_limit is not None:
         if device.type != "cuda":
             raise ValueError(f"memory_limit {settings.memory_limit}: only a CUDA device can be capped")

@@ -37,7 +37,7 @@ from reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
 from reduction.flops import llm_layer_flops_grouped, lm_head_flops
 from reduction.layer_contribution import DIRECTIONS, LayerContributionMeter, Prompt
 from reduction.shortv import active_rows
-from train.config import parse_config
+from train.command_line import parse_config
 
 
 @dataclass

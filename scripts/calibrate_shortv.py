@@ -1,6 +1,6 @@
 """Measures the layer contribution (LC) of every LLM layer and picks the layers to freeze.
 
-    python scripts/calibrate_shortv.py --model checkpoints/demo-llava --budget 14+2 --freeze 60%
+    python scripts/calibrate_shortv.py --model checkpoints/demo-llava --budget 12+4 --freeze 60%
 
 Works with any release, reduced checkpoint or run's folder, and any instruction file; each conversation is read up to
 the first answer after an image. LC is measured on what the budget leaves, for visual and for text tokens; with
@@ -27,9 +27,9 @@ from data.drops import BadSample, TooManyBadSamples
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
 from reduction.parsing import parse_budget
-from train.calibration import ALL_TOKENS, CalibrateConfig, Partial, measure, refuse_other_settings
+from train.calibration import CalibrateConfig, Partial, budget_name, measure, refuse_other_settings
 from train.checkpoint import write_atomically
-from train.config import parse_config
+from train.command_line import parse_config
 from train.release import Reduction
 
 INK = "#222222"
@@ -94,9 +94,7 @@ def report(result: dict[str, Any], output: Path) -> str:
         f"{'KL(full || frozen)' if direction == DIRECTIONS[0] else 'KL(frozen || full)'}",
     ]
     for item in result["measurements"]:
-        budget = item["budget"]
-        name = f"budget {budget['dominant']}+{budget['contextual']}" if budget else ALL_TOKENS
-        lines += ["", f"{name}: {item['visual_tokens_per_prompt']:g} visual tokens per prompt"]
+        lines += ["", f"{budget_name(item['budget'])}: {item['visual_tokens_per_prompt']:g} visual tokens per prompt"]
         lines.append(f"  {'layer':>5}  {'visual tokens':>21}  {'text tokens':>21}")
         frozen = result["layers"] if item is result["measurements"][0] and result["layers"] is not None else []
         for layer in item["visual"][direction]["ranking"]:
@@ -156,7 +154,7 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
         axes.tick_params(labelsize=8)
     panels[-1].set_xticks(range(depth))
     panels[-1].set_xlabel("LLM layer", fontsize=9)
-    handles = [Patch(color=_bar_color(number), label=_budget_name(item["budget"])) for number, item in
+    handles = [Patch(color=_bar_color(number), label=budget_name(item["budget"])) for number, item in
                enumerate(measurements)]  # fmt: skip
     if frozen:
         handles.append(Patch(color=_bar_color(0, is_frozen=True), label=f"frozen: {len(frozen)} of {depth} layers"))
@@ -168,12 +166,6 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
 
 def _bar_color(number: int, is_frozen: bool = False) -> str:
     return "#8ec1ee" if is_frozen else ("#1f5f9f", "#b8a07a")[number]
-
-
-def _budget_name(budget: dict[str, Any] | None) -> str:
-    if budget is None:
-        return ALL_TOKENS
-    return f"budget {budget['dominant']}+{budget['contextual']}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Four rows: none / VisionZip / ShortV / both. Columns: visual tokens of a sample, prefill FLOPs (by ShortV's formula,
 and with the key heads that the config really has), KV cache of the prefill, FLOPs and memory of a training step that
 tunes the projector, and whether that fits on the card. FLOPs count a multiply-add as two. The memory is an estimate
-for one device that holds the whole model: `reduction/flops.py` says what is counted.
+for one device that holds the whole model: `reduction/training_cost.py` says what is counted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from reduction import flops
+from reduction import flops, training_cost
 from reduction.parsing import parse_budget, parse_bytes, parse_freeze
-from train.config import parse_config
+from train.command_line import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
@@ -162,7 +162,7 @@ def _row(
     tiles = settings.tiles if settings.tiles is not None else (5 if next_family else 1)
     text, prompt = config.text_config, settings.text_tokens
     visual = flops.visual_tokens_per_image(config, budget, tiles)
-    step = flops.TrainingStep(
+    step = training_cost.TrainingStep(
         text_tokens=settings.training_text_tokens,
         visual_tokens=visual,
         tiles=tiles,
@@ -172,7 +172,7 @@ def _row(
         gradient_checkpointing=settings.gradient_checkpointing,
         weights=settings.weights,
     )
-    memory = flops.training_step_memory(config, step)
+    memory = training_cost.training_step_memory(config, step)
     return CostRow(
         name=name,
         visual_tokens=visual,
@@ -181,19 +181,19 @@ def _row(
         prefill_flops_grouped=flops.llm_prefill_flops_grouped(text, prompt, visual, frozen),
         tower_flops=flops.vision_tower_flops(config, tiles) + flops.projector_flops(config, visual),
         kv_cache_bytes=flops.kv_cache_bytes(text, prompt + visual, step.bytes_per_value),
-        training_flops=flops.training_step_flops(config, step),
+        training_flops=training_cost.training_step_flops(config, step),
         training_bytes=memory.total,
         memory=asdict(memory),
         largest_micro_batch=_largest_micro_batch(config, step, parse_bytes(settings.memory)),
     )
 
 
-def _largest_micro_batch(config: PreTrainedConfig, step: flops.TrainingStep, card_bytes: int) -> int:
+def _largest_micro_batch(config: PreTrainedConfig, step: training_cost.TrainingStep, card_bytes: int) -> int:
     """The most samples, up to the global batch, whose training step fits into ``card_bytes``; 0: none."""
     low, high = 0, step.global_batch_size
     while low < high:
         middle = (low + high + 1) // 2
-        fits = flops.training_step_memory(config, replace(step, micro_batch_size=middle)).total <= card_bytes
+        fits = training_cost.training_step_memory(config, replace(step, micro_batch_size=middle)).total <= card_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 

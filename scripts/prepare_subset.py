@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from data.drops import BadSample, TooManyBadSamples
-from data.subset import SubsetOptions, prepare_subset
+from data.subset import SUBSET, SubsetOptions, prepare_subset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +118,8 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     root = report["image_root"] or "IMAGE_ROOT"
     console.print("next:", style="bold")
     console.print(
-        f"  accelerate launch train/tune_projector.py --data.instructions {options.output / 'subset.json'} "
+        f"  accelerate launch --config_file configs/accelerate/one_gpu.yaml train/tune_projector.py "
+        f"--config configs/llava-1.5-7b-3090.yaml --data.instructions {options.output / SUBSET} "
         f"--data.image_root {root} --data.fraction 1.0",
         soft_wrap=True,
     )

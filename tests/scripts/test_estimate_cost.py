@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reduced_configs import tiny_config
 
-from reduction import flops
+from reduction import flops, training_cost
 from scripts.estimate_cost import EstimateConfig, estimate, known_release, main, read_config, report
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +47,11 @@ def test_largest_micro_batch_is_the_largest_that_fits():
     for row in rows:
 
         def memory(samples: int, row=row) -> int:
-            step = flops.TrainingStep(
+            step = training_cost.TrainingStep(
                 text_tokens=512, visual_tokens=row.visual_tokens, frozen_layers=row.frozen_layers,
                 micro_batch_size=samples,
             )  # fmt: skip
-            return flops.training_step_memory(config, step).total
+            return training_cost.training_step_memory(config, step).total
 
         assert memory(row.largest_micro_batch) <= 24 * 2**30 < memory(row.largest_micro_batch + 1)
     small = EstimateConfig(memory="8GiB")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from train.command_line import load_config
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,8 +39,10 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
     missing = (out / "missing_images.txt").read_text().splitlines()
     assert len(missing) == report["missing_images"] > 0
     assert f"{len(missing)} of them are missing" in ended.stdout
-    assert "tune_projector.py --data.instructions" in ended.stdout
-    assert "--data.fraction 1.0" in ended.stdout
+    (command,) = [line for line in ended.stdout.splitlines() if "tune_projector.py" in line]
+    config = load_config(command.split("tune_projector.py ")[1].split())
+    assert config.model == "llava-hf/llava-1.5-7b-hf", "not the demo, which is what a command without --config tunes"
+    assert (config.data.instructions, config.data.fraction) == (str(tmp_path / "out" / "subset.json"), 1.0)
 
 
 def script() -> Any:
