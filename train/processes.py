@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import active_children
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from train.run_folder import read_status, write_status
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting
+GRACE = 5.0  # seconds after a DataLoader's own timeout, which says more
 
 
 def start_accelerator(config: TuneConfig) -> Accelerator:
@@ -130,13 +131,27 @@ def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch raises when a data worker dies, here too
+        ignore_worker_deaths()
         with suppress(OSError, ValueError):  # the disk may be what failed, and the error itself is on its way up
             if read_status(folder)["state"] == "running":
                 reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"
                 write_status(folder, "failed", reason=reason)
         kill_workers()  # one that hangs does not follow the SIGTERM that Python sends before it waits for its end
         raise
+
+
+def ignore_worker_deaths() -> None:
+    """From here on the death of a data worker raises nothing in this process.
+
+    torch raises from its SIGCHLD handler wherever the main thread is: also where an error is being written down, and
+    while the handler is being taken away.
+    """
+    while True:
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:
+            continue
+        return
 
 
 def kill_workers() -> None:
@@ -152,13 +167,26 @@ def watched(batches: Iterator[Result], seconds: float) -> Iterator[Result]:
     handed over the tensors' memory, is waited for without end.
     """
     while True:
-        watchdog = Timer(seconds + 5, kill_workers)
+        late = Event()
+
+        def end_the_wait(late: Event = late) -> None:
+            late.set()
+            kill_workers()
+
+        watchdog = Timer(seconds + GRACE, end_the_wait)
         watchdog.daemon = True
         watchdog.start()
         try:
             batch = next(batches)
         except StopIteration:
             return
+        except Exception as error:
+            ignore_worker_deaths()  # a worker's death is seen as a broken connection first, its signal follows
+            if late.is_set():
+                raise RuntimeError(
+                    f"data workers handed over no micro-batch for {seconds:g} s (data.worker_timeout) and were killed"
+                ) from error
+            raise
         finally:
             watchdog.cancel()
         yield batch

@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from train.checkpoint import CheckpointError
 from train.command_line import load_config
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.objective import SupervisedLoss
-from train.processes import failures_recorded, start_accelerator
+from train.processes import failures_recorded, start_accelerator, watched
 from train.run_folder import RunFolderError, prepare_folder, read_metrics, read_status, write_status
 from train.tune_projector import NonFiniteLoss
 
@@ -195,6 +198,59 @@ def test_the_reason_is_written_though_workers_go_on_dying(
     assert "worker 1 is dead" in read_status(tmp_path / "run")["reason"]
 
 
+def test_the_reason_is_written_though_a_worker_dies_as_its_handler_is_taken_away(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`signal.signal` runs the handlers of signals that have arrived."""
+    before = signal.getsignal(signal.SIGCHLD)
+    set_handler, arrivals = signal.signal, iter(["first", "second"])
+
+    def signal_in_between(number: int, handler: signal.Handlers) -> None:
+        if number == signal.SIGCHLD and next(arrivals, None):
+            raise RuntimeError("DataLoader worker is killed")
+        set_handler(number, handler)
+
+    prepare_folder(replace(load_config(["--config", str(recipe)]), output_dir=str(tmp_path / "run")))
+    write_status(tmp_path / "run", "running", 3)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("train.processes.signal.signal", signal_in_between)
+            with (
+                pytest.raises(EOFError),
+                failures_recorded(tmp_path / "run", Accelerator(mixed_precision="no")),
+            ):
+                raise EOFError
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        assert next(arrivals, None) is None
+        assert "process 0: EOFError" in read_status(tmp_path / "run")["reason"]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("seen_first", ["the connection", "the signal"])
+def test_a_worker_killed_for_its_silence_is_called_silent(seen_first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_as_torch_does(number: int, frame: object) -> None:
+        if seen_first == "the signal":
+            raise RuntimeError("DataLoader worker is killed")
+
+    def wait_for(worker: ForkProcess) -> Iterator[None]:
+        worker.join(60)
+        raise EOFError
+        yield
+
+    monkeypatch.setattr("train.processes.GRACE", 0.1)
+    worker = get_context("fork").Process(target=time.sleep, args=(600,))
+    before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    try:
+        worker.start()
+        with pytest.raises(RuntimeError, match=r"no micro-batch for 0.2 s \(data.worker_timeout\)"):
+            next(watched(wait_for(worker), 0.2))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        worker.kill()
+        worker.join()
+
+
 def test_a_data_worker_that_hangs_ends_the_run_with_the_reason(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     workers = ("--data.num_workers", "1", "--data.worker_timeout", "2")
@@ -206,7 +262,9 @@ def test_a_data_worker_that_hangs_ends_the_run_with_the_reason(recipe: Path, tmp
         os.kill(int(child), signal.SIGSTOP)
     output = output_of(process, 60)
     assert process.returncode != 0
-    assert read_status(folder)["state"] == "failed", output
+    status = read_status(folder)
+    assert status["state"] == "failed", output
+    assert "timed out" in status["reason"] or "data.worker_timeout" in status["reason"], output
 
 
 def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
