@@ -127,12 +127,22 @@ def test_a_reduced_model_keeps_its_own_budget_and_direction_is_a_choice(settings
 # ------------------------------------------------------------------------------------------------ going on
 
 
+SLOWED = """
+import runpy, sys, time
+from train import calibration
+load_sample = calibration.load_sample
+calibration.load_sample = lambda *arguments: time.sleep(0.1) or load_sample(*arguments)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_killed_and_started_again(settings, tmp_path):
     expected = calibrate(changed(settings, samples=30, samples_per_batch=1, output=tmp_path / "expected.json"))
     arguments = ["--model", settings.model, "--instructions", settings.instructions, "--samples", "30",
                  "--samples_per_batch", "1", "--budget", "5+3", "--output", str(settings.output)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], cwd=ROOT, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", SLOWED, str(SCRIPT), *arguments], cwd=ROOT, env=environment)
     partial = settings.output.with_name("layers.json.partial")
     while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 5):
         time.sleep(0.005)

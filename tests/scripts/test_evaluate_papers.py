@@ -528,7 +528,7 @@ def test_all_that_a_run_started_ends_with_it(
     with pytest.raises(OSError if fails else StopRequested):
         run_all(config, rows, print, AskedOnce(answer))  # type: ignore[arg-type]
     assert len(seen) >= 3
-    assert psutil.wait_procs([child for child in seen if not is_zombie(child)], timeout=5)[1] == []
+    assert psutil.wait_procs([child for child in seen if not is_zombie(child)], timeout=60)[1] == []
 
 
 def is_zombie(process: psutil.Process) -> bool:

@@ -146,7 +146,7 @@ def test_two_processes_fill_the_cache_and_a_kill_in_between_does_no_harm(
     workers = [int(pid) for pid in Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()]
     for pid in (*workers, killed.pid):
         os.kill(pid, signal.SIGKILL)
-    output_of(killed, 60)
+    output_of(killed, 240)
     process = start_there(recipe, tmp_path / "both", processes=2)
     output = output_of(process)
     assert process.returncode == 0, output

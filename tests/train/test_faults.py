@@ -260,7 +260,7 @@ def test_a_data_worker_that_hangs_ends_the_run_with_the_reason(recipe: Path, tmp
     main_pid = read_status(folder)["pid"]
     for child in Path(f"/proc/{main_pid}/task/{main_pid}/children").read_text().split():
         os.kill(int(child), signal.SIGSTOP)
-    output = output_of(process, 60)
+    output = output_of(process, 240)
     assert process.returncode != 0
     status = read_status(folder)
     assert status["state"] == "failed", output
@@ -276,7 +276,7 @@ def test_when_one_process_dies_the_other_stops_and_says_so(recipe: Path, tmp_pat
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     victim = next(pid for pid in workers if pid != main_pid)
     os.kill(victim, signal.SIGKILL)
-    output = output_of(process, 60)
+    output = output_of(process, 240)
     assert process.returncode != 0
     status = read_status(folder)
     assert status["state"] == "failed", output

@@ -27,6 +27,14 @@ from reduction import ReducedLlavaForConditionalGeneration
 from train.report import LEFT_OUT
 from train.run_folder import read_metrics, read_status
 
+SLOWED = """
+import runpy, sys, time
+from train.objective import SupervisedLoss
+forward = SupervisedLoss.forward
+SupervisedLoss.forward = lambda *arguments: time.sleep(0.1) or forward(*arguments)
+runpy.run_module("train.tune_projector", run_name="__main__")
+"""
+
 
 @pytest.fixture(scope="module")
 def recipe(learned_release: Path, tiny_instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -110,11 +118,19 @@ with torch.no_grad():
     assert shown.returncode == 0, shown.stderr
 
 
+@pytest.fixture(scope="module")
+def slowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command with a pause in every micro-batch: ten steps here are over before a signal would meet them."""
+    script = tmp_path_factory.mktemp("slowed") / "slowed.py"
+    script.write_text(SLOWED)
+    return script
+
+
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(
-    recipe: Path, uninterrupted: Path, tmp_path: Path
+    recipe: Path, uninterrupted: Path, slowed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start_there(recipe, folder)
+    process = start_there(recipe, folder, script=slowed)
     metrics = folder / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -126,10 +142,10 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_says_why_and_can_be_resumed(
-    recipe: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals
+    recipe: Path, uninterrupted: Path, slowed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    process = start_there(recipe, folder, "--save_steps", "1000")
+    process = start_there(recipe, folder, "--save_steps", "1000", script=slowed)
     metrics = folder / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
     os.kill(process.pid, number)
