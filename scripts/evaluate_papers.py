@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,10 @@ def _files_below(file: Path) -> Iterator[Path]:
 
 
 def digest_of(task: Task, config: PapersConfig) -> str:
-    """A digest of what is asked: the task, the files of a local one, and who judges."""
+    """A digest of what is asked: the task, lmms-eval's version of it or the files of a local one, and who judges."""
     digest = hashlib.sha256()
     judge = [os.environ.get(key) for key in ("API_TYPE", "MODEL_VERSION")] if task.judge else []
-    digest.update(json.dumps([task.task, task.gen_kwargs, config.limit, judge]).encode())
+    digest.update(json.dumps([task.task, version("lmms_eval"), task.gen_kwargs, config.limit, judge]).encode())
     for file in task_files(task.task, config.include_path):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -274,6 +274,8 @@ def test_what_is_kept_belongs_to_the_local_tasks_content(local_task: Path, monke
     by_one = digest_of(judged, config)
     monkeypatch.setenv("MODEL_VERSION", "gpt-4o")
     assert digest_of(judged, config) != by_one
+    monkeypatch.setattr("scripts.evaluate_papers.version", lambda name: f"another version of {name}")
+    assert digest_of(config.tasks[0], config) != seen[-1]
 
 
 def test_several_processes_are_torchruns(tmp_path: Path) -> None:
