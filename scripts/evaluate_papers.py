@@ -16,12 +16,9 @@ import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -46,13 +43,11 @@ from train.papers_table import (
     show,
     table_rows,
 )
-from train.processes import StopRequest, StopRequested
+from train.processes import StopRequest, StopRequested, run_until_stopped
 from train.release import Release, open_release, reduced_config
 
 LAST_LINES = 20
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed
-POLL_S = 0.2
-PATIENCE_S = 60  # torchrun gives the processes that it started 30 seconds
 
 
 @dataclass(frozen=True)
@@ -266,39 +261,17 @@ def _run(command: Sequence[str], kept: Path, stop: StopRequest) -> None:
     folder, start = kept.with_suffix(""), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
-    with path.open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while process.poll() is None and stop.signal is None:
-                time.sleep(POLL_S)
-        finally:
-            _end(process)
-    if stop.signal is not None:
-        raise StopRequested(stop.signal)
+    code = run_until_stopped(command, path, stop)
     written = [file for file in folder.rglob("*_results.json") if file.stat().st_mtime >= start - 1]
-    if process.returncode != 0 or not written:
+    if code != 0 or not written:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         # the reason may stand far above: under it come those that it was wrapped in, and what torchrun says of it
         reasons = dict.fromkeys(line for line in lines[:-LAST_LINES] if REASON.match(line))
         shown = "\n".join([*reasons, *lines[-LAST_LINES:]])
         results = "" if written else " and wrote no results"
-        raise RuntimeError(f"lmms-eval ended with {process.returncode}{results} (all of it: {path}):\n{shown}")
+        raise RuntimeError(f"lmms-eval ended with {code}{results} (all of it: {path}):\n{shown}")
     results = json.loads(max(written, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))["results"]
     write_atomically(kept, json.dumps({"command": command, "results": results}, indent=1) + "\n")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process, if it runs, and all that it started in its session."""
-    try:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        pass  # what follows needs no consent
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def main(argv: Sequence[str]) -> None:

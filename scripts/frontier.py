@@ -11,154 +11,46 @@ same command continues after an interruption. Prefill times are comparable when 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from data.drops import BadSample, TooManyBadSamples
 from reduction.parsing import parse_budget
 from train.checkpoint import write_atomically
 from train.command_line import dump_config, load_config, parse_config
-from train.comparison import Candidate, check_candidates, compare, prefill_times
+from train.comparison import Candidate, check_candidates, compare, describe_machine, prefill_times
 from train.config import DEMO, ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
-from train.frontier_report import GRID_OF_POINTS, draw, show, summarise
+from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
+from train.frontier_report import draw, show, summarise
+from train.processes import StopRequest, StopRequested, run_until_stopped
 from train.release import dtype_of, open_release
 from train.run_folder import FINAL, STATUS, read_status
-from train.samples import choose_layers, demo_folder, draw_demo_scenes
+from train.samples import check_instructions, choose_layers, demo_folder, draw_demo_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "eval" / "frontier-demo.yaml"
-DOMINANT_ONLY = "dominant only"
-DRAWN = ("random", "random layers")
 
 
-@dataclass(frozen=True)
-class FrontierConfig:
-    """Settings of scripts/frontier.py."""
-
-    recipe: str
-    """The YAML of a run: release, data and how to tune."""
-    output: str
-    """Folder of everything that is written."""
-    budgets: list[str] = field(default_factory=list)
-    """Budgets (dominant+contextual), each with each of `freeze`. The first is the one the baselines are held to."""
-    freeze: list[str] = field(default_factory=lambda: ["0"])
-    """How many layers to freeze, as numbers or shares; those with the lowest LC. The last is the one that rankings are
-    compared at."""
-    methods: list[str] = field(default_factory=list)
-    """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
-    fastv: list[FastVConfig] = field(default_factory=list)
-    """FastV baselines, on all tokens."""
-    rankings: list[str] = field(default_factory=list)
-    """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of what is drawn at random, and of tuning."""
-    tune: bool = False
-    """Also tune each point by the recipe, once per seed."""
-    prefill_rounds: int = 3
-    """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
-    samples: int | None = None
-    """Only the first so many held-out conversations; null: as the recipe says."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ConfigError("seeds is empty: at least one is needed")
-        if self.prefill_rounds < 1:
-            raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
-        if not self.freeze:
-            raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
-        known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
-        for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
-            bad = [entry for entry in value if entry not in allowed]
-            if bad:
-                raise ConfigError(f"{bad[0]!r} is none of {', '.join(allowed)}")
-        if self.methods and not self.budgets:
-            raise ConfigError("methods are held to the first budget, and budgets is empty")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of the frontier: a reduction, and the seed of what it draws or was tuned with."""
-
-    series: str
-    """What it is called in table and picture; points that differ in their seed alone share it."""
-    budget: str
-    """all, or dominant+contextual."""
-    frozen: int
-    visionzip: dict[str, Any] | None
-    layers: tuple[int, ...]
-    fastv: dict[str, Any] | None = None
-    seed: int | None = None
-    tuned: bool = False
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    @property
-    def name(self) -> str:
-        """A folder's name, unlike every other point's."""
-        fastv = f"-{self.fastv['layer']}-{self.fastv['keep']:g}" if self.fastv else ""
-        parts = [self.series + fastv, self.budget, f"{self.frozen} frozen"]
-        parts += [] if self.seed is None else [f"seed {self.seed}"]
-        text = ", ".join([*parts, "tuned"] if self.tuned else parts)
-        return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
-
-
-def points_of(config: FrontierConfig, layers: Mapping[tuple[str, str, int], Sequence[int]]) -> list[Point]:
-    """All points, untuned. `layers`: by ranking, `freeze` and seed."""
-    points = [Point("all tokens", "all", 0, None, ())]
-    for freeze in config.freeze:
-        for budget in ["all", *config.budgets]:
-            chosen = tuple(layers["lc", freeze, config.seeds[0]])
-            visionzip = None if budget == "all" else parse_budget(budget)
-            if visionzip or chosen:
-                points.append(Point(GRID_OF_POINTS, budget, len(chosen), visionzip, chosen))
-    for method in config.methods:
-        count = sum(parse_budget(config.budgets[0]).values())
-        for seed in config.seeds if method in DRAWN else [None]:
-            drawn = {} if seed is None else {"seed": seed}
-            kind = {} if method == DOMINANT_ONLY else {"method": method}
-            visionzip = {"dominant": count, "contextual": 0, **kind, **drawn}
-            points.append(Point(method, f"{count}+0", 0, visionzip, (), seed=seed))
-    points += [Point("FastV", "all", 0, None, (), fastv=asdict(fastv)) for fastv in config.fastv]
-    for ranking in config.rankings:
-        freeze = config.freeze[-1]
-        for seed in config.seeds if ranking == "random" else [None]:
-            chosen = tuple(layers[ranking, freeze, config.seeds[0] if seed is None else seed])
-            points.append(Point(f"{ranking} layers", "all", len(chosen), None, chosen, seed=seed))
-    return points
-
-
-def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> Iterator[Point]:
-    """Each point tuned, once per seed; what a point draws, it draws with that seed."""
-    done = set()
-    for point in points:
-        for seed in config.seeds:
-            if point.seed in (None, seed):
-                tuned = replace(point, seed=seed, tuned=True)
-                if tuned not in done:
-                    done.add(tuned)
-                    yield tuned
-
-
-def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[str, str, int], list[int]]:
-    """The layers of every ranking, number and seed that `points_of` asks for.
+def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked, list[int]]:
+    """The layers of every ranking, number, budget and seed that `points_of` asks for.
 
     They are kept in frozen-layers.json beside what they were measured with, and measured again when that has changed.
     """
     path = Path(config.output) / "frozen-layers.json"
     known_settings = recipe.shortv or ShortVConfig(freeze=1)
+    settings = ("model", "revision", "mm_projector", "vision_tower", "mixed_precision", "load_in_4bit")
     measured_with = json.loads(
         json.dumps(
             {
-                **{key: getattr(recipe, key) for key in ("model", "revision", "mm_projector", "vision_tower")},
-                "visionzip": recipe.visionzip and asdict(recipe.visionzip),
+                **{key: getattr(recipe, key) for key in settings},
+                "files": [_weights_stamp(recipe.model), _stamp(recipe.data, held_out=False)],
                 "data": asdict(recipe.data),
                 "calibration_samples": known_settings.calibration_samples,
             }
@@ -170,34 +62,44 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[s
     release = open_release(
         recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
     )
-    wanted = [("lc", freeze, config.seeds[0]) for freeze in config.freeze]
+    first = config.seeds[0]
+    wanted = [("lc", freeze, budget, first) for freeze in config.freeze for budget in ("all", *config.budgets)]
     for ranking in config.rankings:
-        seeds = config.seeds if ranking == "random" else config.seeds[:1]
-        wanted += [(ranking, config.freeze[-1], seed) for seed in seeds]
+        seeds = config.seeds if ranking == "random" else [first]
+        wanted += [(ranking, config.freeze[-1], "all", seed) for seed in seeds]
     found = {}
-    for ranking, freeze, seed in wanted:
-        key = f"{ranking} {freeze} {seed}"
+    for ranking, freeze, budget, seed in wanted:
+        key = f"{ranking}, {freeze} of the layers at {budget}, seed {seed}"
         if key not in known:
             known[key] = []
             if freeze not in ("0", "0%"):
+                print(f"layers to freeze: {key}", flush=True)
                 shortv = ShortVConfig(
                     freeze=freeze,
                     ranking=ranking,  # type: ignore[arg-type]  # one of the Literal's, as the config checks
                     calibration_samples=known_settings.calibration_samples,
                 )
+                visionzip = None if budget == "all" else VisionZipConfig(**parse_budget(budget))  # type: ignore[arg-type]  # two numbers
                 folder = Path(config.output) / "layers"
                 folder.mkdir(parents=True, exist_ok=True)
-                asked = replace(recipe, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder))
+                asked = replace(
+                    recipe, visionzip=visionzip, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder)
+                )
                 known[key] = choose_layers(asked, release, dtype_of(recipe.mixed_precision), accelerator) or []
             write_atomically(path, json.dumps({"measured_with": measured_with, "layers": known}, indent=1) + "\n")
-        found[ranking, freeze, seed] = known[key]
+        found[ranking, freeze, budget, seed] = known[key]
     return found
+
+
+class TuningFailed(RuntimeError):
+    """A run that tunes a point ended with an error; the end of what it printed is said."""
 
 
 def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path:
     """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe.
 
-    Raises RuntimeError, with the end of its output, when the run fails.
+    Raises `TuningFailed` when the run fails, and `StopRequested`, with the run stopped, when this process is asked to
+    stop meanwhile.
     """
     folder = Path(config.output) / "runs" / point.name
     run = replace(
@@ -227,10 +129,12 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
     write_atomically(given, text)
     how = ["--resume_from_checkpoint", "latest"] if is_begun else ["--overwrite_output_dir", "true"]
     command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(given), *how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
-        raise RuntimeError(f"tuning {point.name} ended with {done.returncode}:\n{tail}")
+    log = given.with_suffix(".log")
+    with StopRequest() as stop:
+        code = run_until_stopped(command, log, stop)
+    if code != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        raise TuningFailed(f"tuning {point.name} ended with {code} (all of it: {log}):\n{tail}")
     return folder
 
 
@@ -261,9 +165,8 @@ def evaluate_point(
         recipe.max_new_tokens,
         str(accelerator.device),
     )
-    weights = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-    files = [(file.name, file.stat().st_mtime_ns) for file in weights]
-    identity = repr((asdict(candidate), asdict(data), settings, _stamp(data), files))
+    stamps = (_stamp(data, held_out=True), _weights_stamp(model))
+    identity = repr((asdict(candidate), asdict(data), settings, *stamps))
     kept = Path(config.output) / "points" / f"{point.name}.json"
     if kept.is_file():
         entry = json.loads(kept.read_text(encoding="utf-8"))
@@ -318,13 +221,53 @@ def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
     return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
 
 
-def _stamp(data: DataConfig) -> tuple[int, int] | None:
-    """What changes when the file of held-out conversations does; None where they are no file."""
-    assert data.eval_instructions is not None
-    file = Path(data.eval_instructions)
-    if data.eval_instructions == DEMO:
-        file = demo_folder(data.demo_scenes, held_out=True) / "instructions.json"
+def _weights_stamp(model: str) -> list[tuple[str, int]]:
+    """What changes when the weights in a folder do; empty for a release of the Hub, which has a revision."""
+    weights = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
+    return [(file.name, file.stat().st_mtime_ns) for file in weights]
+
+
+def _stamp(data: DataConfig, *, held_out: bool) -> tuple[int, int] | None:
+    """What changes when the file of conversations does; None where they are no file."""
+    source = data.eval_instructions if held_out else data.instructions
+    assert source is not None
+    file = Path(source)
+    if source == DEMO:
+        folder = (
+            demo_folder(data.demo_scenes, True) if held_out else demo_folder(data.demo_scenes, False, data.fraction)
+        )
+        file = folder / "instructions.json"
     return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig) -> list[dict[str, Any]]:
+    """The entries of the points, and of those tuned: what is not kept is tuned and evaluated, and prefill is timed."""
+    accelerator, entries = Accelerator(), []
+    points = [*untuned, *(tuned_points(config, untuned) if config.tune else [])]
+    for number, point in enumerate(points, start=1):
+        print(f"[{number}/{len(points)}] {point.name}", flush=True)
+        model = str(tune_point(point, config, recipe) / FINAL) if point.tuned else recipe.model
+        entries.append(evaluate_point(point, model, config, recipe, accelerator))
+    time_prefill(untuned, entries[: len(untuned)], config, recipe, accelerator)
+    return entries
+
+
+def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: TuneConfig) -> None:
+    """The table, the picture and the JSON."""
+    output, rows = Path(config.output), summarise(entries)
+    write_atomically(output / "table.md", show(rows))
+    draw(rows, output / "frontier.png")
+    plain = [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows]
+    report = {
+        "recipe": config.recipe,
+        "model": recipe.model,
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+        "seeds": config.seeds,
+        "rows": plain,
+    }
+    write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")
+    print(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -333,37 +276,20 @@ def main(argv: Sequence[str]) -> None:
         recipe = load_config(["--config", config.recipe])
         if recipe.data.eval_instructions is None:
             raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
-        output, accelerator = Path(config.output), Accelerator()
-        output.mkdir(parents=True, exist_ok=True)
-        draw_demo_scenes(recipe.data)
+        check_instructions(recipe.data)
         unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
         check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        draw_demo_scenes(recipe.data)
         points = points_of(config, layers_to_freeze(config, recipe))
     except (OSError, ValueError) as error:  # a ConfigError too
         sys.exit(f"error: {error}")
-    if config.tune:
-        points += tuned_points(config, points)
-    entries = []
-    for number, point in enumerate(points, start=1):
-        print(f"[{number}/{len(points)}] {point.name}", flush=True)
-        model = recipe.model
-        if point.tuned:
-            try:
-                model = str(tune_point(point, config, recipe) / FINAL)
-            except RuntimeError as error:
-                sys.exit(f"error: {error}")
-        entries.append(evaluate_point(point, model, config, recipe, accelerator))
-    untuned = [point for point in points if not point.tuned]
-    time_prefill(untuned, entries[: len(untuned)], config, recipe, accelerator)
-    rows = summarise(entries)
-    write_atomically(output / "table.md", show(rows))
-    draw(rows, output / "frontier.png")
-    plain = [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows]
-    is_cuda = accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
-    report = {"recipe": config.recipe, "model": recipe.model, "device": device, "seeds": config.seeds, "rows": plain}
-    write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")
-    print(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
+    try:
+        write(measure(points, config, recipe), config, recipe)
+    except (StopRequested, KeyboardInterrupt):
+        sys.exit("stopped; the same command continues")
+    except (OSError, BadSample, TooManyBadSamples, TuningFailed) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:
         timed = [entry["evaluation"] for entry in groups.get((series, budget, frozen, fastv, False), group)]
         if fastv != "null":
             settings = json.loads(fastv)
-            series = f"FastV, K = {settings['layer']}, {settings['keep']:.0%} kept"
+            series = f"FastV, K = {settings['layer']}, {100 * settings['keep']:g} % kept"
         rows.append(
             Summary(
                 series,

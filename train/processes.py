@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import active_children
@@ -29,6 +31,8 @@ from train.run_folder import read_status, write_status
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting
+POLL_S = 0.2
+CONSENT_S = 60  # torchrun gives the processes that it started 30 seconds
 GRACE = 5.0  # seconds after a DataLoader's own timeout, which says more
 
 
@@ -120,6 +124,38 @@ class StopRequest:
 
 class StopRequested(Exception):
     """The run ends early because it was asked to; what it had is saved."""
+
+
+def run_until_stopped(command: Sequence[str], log: Path, stop: StopRequest) -> int:
+    """Runs a command, with all that it prints in `log`, and returns its exit status.
+
+    Whatever ends the wait, the command and all that it started have ended afterwards: asked to first, which may take
+    CONSENT_S, and then without being asked. Raises `StopRequested` when `stop` was signalled.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None and stop.signal is None:
+                time.sleep(POLL_S)
+        finally:
+            _end(process)
+    if stop.signal is not None:
+        raise StopRequested(stop.signal)
+    return process.returncode
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process, if it runs, and all that it started in its session."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(CONSENT_S)
+    except subprocess.TimeoutExpired:
+        pass  # what follows needs no consent
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

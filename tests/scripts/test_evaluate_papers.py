@@ -20,7 +20,6 @@ import yaml
 from data.instructions import read_instructions
 from scripts.estimate_cost import known_release
 from scripts.evaluate_papers import (
-    PATIENCE_S,
     Checked,
     check_lmms_eval,
     check_rows,
@@ -52,7 +51,7 @@ from train.papers_table import (
     show,
     table_rows,
 )
-from train.processes import StopRequest, StopRequested
+from train.processes import CONSENT_S, StopRequest, StopRequested
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import Release, load_release, open_release, release_projector
 
@@ -491,7 +490,7 @@ def test_lmms_eval_ends_with_the_command(started: subprocess.Popen[str], asked: 
     below = descendants(psutil.Process(started.pid), 1)
     assert any("lmms_eval" in child.cmdline() for child in below)
     started.send_signal(asked)
-    _, said = started.communicate(timeout=PATIENCE_S)
+    _, said = started.communicate(timeout=CONSENT_S)
     assert started.returncode == 1
     assert "stopped; the same command continues" in said
     assert not [child for child in below if child.is_running()]

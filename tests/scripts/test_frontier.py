@@ -1,34 +1,31 @@
 """The frontier: its points, its rows, and the whole of it on a tiny release."""
 
 import json
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from accelerate import Accelerator
+from runs import ROOT, environment, output_of, wait_until
 from tiny import LLM_LAYERS
 
-from scripts.frontier import (
-    DEFAULT,
-    FrontierConfig,
-    Point,
-    evaluate_point,
-    layers_to_freeze,
-    main,
-    points_of,
-    tune_point,
-    tuned_points,
-)
+from scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
 from train.command_line import load_config, parse_config
 from train.config import ConfigError, FastVConfig, TuneConfig
+from train.frontier_points import FrontierConfig, Point, points_of, tuned_points
 from train.frontier_report import GRID_OF_POINTS, Summary, show, summarise
-from train.run_folder import prepare_folder, write_status
+from train.processes import StopRequest
+from train.run_folder import prepare_folder, read_status, write_status
 
-LAYERS = {("lc", "0", 0): [], ("lc", "60%", 0): [1, 2], ("cosine", "60%", 0): [2, 3]}
-LAYERS |= {("random", "60%", seed): [seed, 3] for seed in (0, 1)}
+LAYERS = {("lc", "0", budget, 0): [] for budget in ("all", "6+3", "9+3")}
+LAYERS |= {("lc", "60%", "all", 0): [1, 2], ("lc", "60%", "6+3", 0): [0, 1], ("lc", "60%", "9+3", 0): [0, 2]}
+LAYERS |= {("cosine", "60%", "all", 0): [2, 3], **{("random", "60%", "all", seed): [seed, 3] for seed in (0, 1)}}
 
 
 def config(**changes: object) -> FrontierConfig:
@@ -44,12 +41,21 @@ def test_points_are_budgets_by_layers_and_the_baselines_at_equal_tokens() -> Non
     points = points_of(config(), LAYERS)
     grid = [(point.budget, point.frozen) for point in points if point.series == GRID_OF_POINTS]
     assert grid == [("6+3", 0), ("9+3", 0), ("all", 2), ("6+3", 2), ("9+3", 2)]
+    frozen = {point.budget: point.layers for point in points if point.series == GRID_OF_POINTS and point.frozen}
+    assert frozen == {"all": (1, 2), "6+3": (0, 1), "9+3": (0, 2)}, "those with the lowest LC at each budget"
     others = {point.series: point for point in points}
     assert others["grid"].visionzip == {"dominant": 9, "contextual": 0, "method": "grid"}
     assert others["dominant only"].visionzip == {"dominant": 9, "contextual": 0}
     assert [point.visionzip["seed"] for point in points if point.series == "random" and point.visionzip] == [0, 1]
     assert [point.layers for point in points if point.series == "random layers"] == [(0, 3), (1, 3)]
     assert len({point.name for point in points}) == len(points)
+
+
+def test_what_is_described_twice_is_one_point() -> None:
+    again = {("lc", "0%", *key[2:]): [] for key in LAYERS if key[0] == "lc"}
+    again |= {("lc", "2", *key[2:]): layers for key, layers in LAYERS.items() if key[:2] == ("lc", "60%")}
+    twice = points_of(config(freeze=["0", "0%", "2", "60%"]), {**LAYERS, **again})
+    assert [point.name for point in twice] == [point.name for point in points_of(config(), LAYERS)]
 
 
 def test_each_point_is_tuned_once_per_seed() -> None:
@@ -99,6 +105,9 @@ def test_bad_settings_are_refused() -> None:
         ({"freeze": []}, "freeze is empty"),
         ({"prefill_rounds": 0}, "prefill_rounds is 0"),
         ({"budgets": []}, "budgets is empty"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 stands there twice"),
+        ({"budgets": ["6+3", "6+3"]}, r"budgets: '6\+3' stands there twice"),
+        ({"fastv": [FastVConfig(2, 0.25), FastVConfig(2, 0.25)]}, r"fastv: FastVConfig\(.*\) stands there twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(**changes)
@@ -137,7 +146,7 @@ def test_a_budget_over_the_grid_is_refused_before_anything_is_measured(
     )
     with pytest.raises(SystemExit, match=r"error: .*90 \+ contextual 9 = 99 exceeds the 37"):
         main(["--config", str(written)])
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_release_that_is_not_there_meets_a_message(tmp_path: Path, tiny_held_out: Path) -> None:
@@ -194,7 +203,7 @@ def test_it_draws_and_continues(
     layers = json.loads(measured.read_text())["layers"]
     assert all(0 <= layer < LLM_LAYERS for chosen in layers.values() for layer in chosen)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
-    assert "FastV, K = 2, 25% kept" in (tmp_path / "out" / "table.md").read_text()
+    assert "FastV, K = 2, 25 % kept" in (tmp_path / "out" / "table.md").read_text()
     points = sorted((tmp_path / "out" / "points").glob("*.json"))
     times = {path: path.stat().st_mtime_ns for path in points}
     points[0].unlink()
@@ -212,19 +221,63 @@ def test_it_draws_and_continues(
     assert measured.stat().st_mtime_ns == before, "nothing has changed"
     layers_to_freeze(settings, replace(tuned_by, data=replace(tuned_by.data, fraction=0.5)))
     assert measured.stat().st_mtime_ns != before, "layers measured on other samples are not taken for these"
+    before = measured.stat().st_mtime_ns
+    layers_to_freeze(settings, replace(tuned_by, mixed_precision="bf16"))
+    assert measured.stat().st_mtime_ns != before, "bf16 may rank layers otherwise"
+
+
+def test_layers_are_those_that_a_run_of_the_points_budget_would_freeze(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any, Any]] = []
+
+    def choose(recipe: TuneConfig, *_: object) -> list[int]:
+        assert recipe.shortv
+        asked.append((recipe.shortv.ranking, recipe.shortv.freeze, recipe.visionzip and recipe.visionzip.as_key()))
+        return [1, 3]
+
+    monkeypatch.setattr("scripts.frontier.choose_layers", choose)
+    (tmp_path / "out").mkdir()
+    written = write_frontier(
+        tmp_path, {**recipe(tiny_release, tiny_held_out, tmp_path), "visionzip": {"dominant": 4, "contextual": 2}}
+    )
+    arguments = ["--config", str(written), "--freeze", '["0", "50%"]', "--rankings", "[cosine]"]
+    layers_to_freeze(
+        parse_config(FrontierConfig, arguments, default=None, program="test"),
+        load_config(["--config", str(tmp_path / "recipe.yaml")]),
+    )
+    budget = {"dominant": 6, "contextual": 3, "method": "visionzip", "seed": 0}
+    assert [(ranking, freeze, at and {**budget, **at}) for ranking, freeze, at in asked] == [
+        ("lc", "50%", None), ("lc", "50%", budget), ("cosine", "50%", None)
+    ]  # fmt: skip
+
+
+def test_conversations_that_cannot_be_read_meet_a_message(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    written = write_frontier(tmp_path, recipe(tiny_release, tmp_path / "nowhere.json", tmp_path))
+    with pytest.raises(SystemExit, match=r"error: .*nowhere.json is neither a file"):
+        main(["--config", str(written)])
+    rows = json.loads(tiny_held_out.read_text())
+    pictured = next(row for row in rows if "image" in row)
+    (tmp_path / "held-out.json").write_text(json.dumps([{**pictured, "image": "missing.png"}]))
+    written = write_frontier(tmp_path, recipe(tiny_release, tmp_path / "held-out.json", tmp_path))
+    with pytest.raises(SystemExit, match=r"error: .*missing.png"):
+        main(["--config", str(written)])
 
 
 def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     point = Point("point", "all", 0, None, (), seed=1, tuned=True)
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], log: Path, _: StopRequest) -> int:
         given.append(command)
         prepare_folder(load_config(command[2:]))
         write_status(tmp_path / "runs" / point.name, "running", 3)
-        return subprocess.CompletedProcess(command, 0)
+        log.write_text("the disk is full\n")
+        return int(len(given) == 4)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("scripts.frontier.run_until_stopped", run)
     recipe = load_config(["--max_steps", "7"])
     folder = tune_point(point, config(output=str(tmp_path)), recipe)
     tune_point(point, config(output=str(tmp_path)), recipe)
@@ -233,6 +286,39 @@ def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch:
     assert [command[-2] for command in given] == ["--overwrite_output_dir", "--resume_from_checkpoint"]
     tune_point(point, config(output=str(tmp_path)), replace(recipe, learning_rate=0.5))
     assert [command[-2] for command in given[2:]] == ["--overwrite_output_dir"], "finished, but by another recipe"
+    with pytest.raises(TuningFailed, match=r"ended with 1 \(all of it: .*\.log\):\nthe disk is full"):
+        tune_point(point, config(output=str(tmp_path)), recipe)
+
+
+def test_asked_to_stop_it_stops_the_run_too(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
+    endless = {"max_steps": 100_000, "global_batch_size": 4, "save_steps": 100_000}
+    written = write_frontier(
+        tmp_path,
+        {**recipe(tiny_release, tiny_held_out, tmp_path), **endless},
+        budgets=[],
+        fastv=[],
+        seeds=[0],
+        tune=True,
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "frontier.py"), "--config", str(written)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    run = tmp_path / "out" / "runs" / "all-tokens--all--0-frozen--seed-0--tuned"
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    tuning = psutil.Process(read_status(run)["pid"])
+    process.send_signal(signal.SIGTERM)
+    said = output_of(process)
+    assert "stopped; the same command continues" in said
+    assert process.returncode == 1
+    assert not tuning.is_running()
+    assert read_status(run)["state"] == "stopped"
+    assert list(run.glob("step-*")), "what it had is saved"
 
 
 @pytest.mark.slow
@@ -248,5 +334,5 @@ def test_points_are_tuned(tiny_release: Path, tiny_held_out: Path, tmp_path: Pat
     main(["--config", str(written)])
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
     assert {(row["series"], row["tuned"]) for row in rows if row["tuned"]} == {
-        ("all tokens", True), (GRID_OF_POINTS, True), ("random", True), ("FastV, K = 2, 25% kept", True)
+        ("all tokens", True), (GRID_OF_POINTS, True), ("random", True), ("FastV, K = 2, 25 % kept", True)
     }  # fmt: skip

@@ -90,7 +90,7 @@ def test_a_second_time_it_stops_with_the_cure_and_what_was_saved_stays(
 
 FULL = """
 import os, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from test_out_of_memory import full_beyond
 from train.objective import SupervisedLoss
 from train.tune_projector import main
@@ -103,7 +103,7 @@ main(sys.argv[1:])
 def test_of_two_processes_both_stop_with_the_cure(recipe: Path, tmp_path: Path) -> None:
     """Only one runs out of memory. The other waits for its gradient in the middle of a step."""
     script, folder = tmp_path / "full.py", tmp_path / "run"
-    script.write_text(FULL.format(tests=str(ROOT / "tests" / "train")))
+    script.write_text(FULL.format(tests=[str(ROOT / folder) for folder in ("", "tests", "tests/train")]))
     process = start_there(recipe, folder, "--save_steps", "1", processes=2, script=script)
     output = output_of(process, 240)
     assert process.returncode != 0, output

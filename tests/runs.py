@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from train.tune_projector import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "train" / "tune_projector.py")
 
 
