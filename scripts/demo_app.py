@@ -88,6 +88,20 @@ class Stopwatch(BaseStreamer):
         """Called after the last token."""
 
 
+def check_shown(tuned: Release) -> None:
+    """Raises ConfigError for what was tuned with a reduction that the page's sliders do not set."""
+    saved = tuned.saved_reductions
+    if saved["visionzip"] is None or saved["fastv"]:
+        method = "FastV" if saved["fastv"] else "all visual tokens"
+    else:
+        method = saved["visionzip"].get("method", "visionzip")
+    if method != "visionzip":
+        raise ConfigError(
+            f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
+            f"there is python scripts/evaluate.py --model {tuned.name}"
+        )
+
+
 class Models:
     """One release's weights, and the models that share them: all tokens, reduced, and with a tuned projector."""
 
@@ -122,12 +136,14 @@ class Models:
     def _tuned(self, config: AppConfig, release: Release) -> Release | None:
         if config.tuned is not None:
             tuned = open_release(config.tuned)
+            check_shown(tuned)
             check_tuned(tuned, release)
             return tuned
         if config.model != AppConfig.model or not (Path(DEMO_RUN) / "final" / "config.json").is_file():
             return None
         try:
             tuned = open_release(DEMO_RUN)
+            check_shown(tuned)
             check_tuned(tuned, release)
         except ConfigError as error:  # nobody asked for it
             print(f"without {DEMO_RUN}: {error}", flush=True)

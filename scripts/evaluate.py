@@ -34,13 +34,13 @@ class HeldOut:
     """The conversations to answer."""
 
     instructions: str | None = None
-    """Held-out conversations in LLaVA's JSON; null: those of the run's own config."""
+    """Held-out conversations in LLaVA's JSON; null: those of the run's own config, and its settings of them."""
     image_root: str | None = None
-    """Folder that image paths start from; null means the folder of the instructions."""
+    """Folder that image paths start from; null means the folder of the instructions, or as the run."""
     samples: int | None = None
-    """Only the first so many conversations; null means all."""
-    on_bad_sample: Literal["raise", "skip"] = "raise"
-    """What a bad row or image gets: an error, or being left out and counted."""
+    """Only the first so many conversations; null means all, or as the run."""
+    on_bad_sample: Literal["raise", "skip"] | None = None
+    """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
     for model in config.model:
         several = f"{model}: " if len(config.model) > 1 else ""
         if model in runs:
+            if config.revision is not None:
+                raise ConfigError(f"revision {config.revision!r} is of a Hub id, and {model} is a run: leave it out")
             saved = open_release(str(Path(model) / FINAL)).saved_reductions
             rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), saved)]
             continue
@@ -165,11 +167,17 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
             eval_instructions=config.data.instructions,
             eval_image_root=config.data.image_root,
             eval_samples=config.data.samples,
-            on_bad_sample=config.data.on_bad_sample,
+            on_bad_sample=config.data.on_bad_sample or "raise",
         )
     for run in runs.values():
         if run.data.eval_instructions is not None:
-            return run.data
+            own = run.data
+            return replace(
+                own,
+                eval_image_root=config.data.image_root or own.eval_image_root,
+                eval_samples=own.eval_samples if config.data.samples is None else config.data.samples,
+                on_bad_sample=config.data.on_bad_sample or own.on_bad_sample,
+            )
     raise ConfigError("data.instructions is needed: no run among the models names held-out conversations")
 
 

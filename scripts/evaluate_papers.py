@@ -45,6 +45,7 @@ from train.papers_table import (
 )
 from train.processes import StopRequest, StopRequested, run_until_stopped
 from train.release import Release, open_release, reduced_config
+from train.tuned_from import check_tuned, check_untuned
 
 LAST_LINES = 20
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed
@@ -84,8 +85,9 @@ def check_lmms_eval(config: PapersConfig) -> None:
 
 
 def check_rows(config: PapersConfig) -> dict[Row, Checked]:
-    """Every row with its release. Raises ConfigError, FileNotFoundError or ValueError for a model that is not there or
-    cannot take the row's reductions, and for a tuned checkpoint that was saved with other ones."""
+    """Every row with its release. Raises ConfigError, FileNotFoundError or ValueError for a model that is not there,
+    is itself reduced or tuned, or cannot take the row's reductions, and for a checkpoint that was tuned from another
+    one or saved with other reductions."""
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"include_path {config.include_path}: no such folder")
     if computed_on(config) == "cuda" and not torch.cuda.is_available():
@@ -103,6 +105,9 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
                     f"tuned: {row.model} was saved with {saved.settings}, and is given with {row.settings}: write "
                     f"{{model: {row.model}, {saved.settings}}}"
                 )
+            check_tuned(release, releases[config.model])
+        else:
+            check_untuned(release)
         try:
             model_config = reduced_config(release, **row.reductions)
         except ValueError as error:
@@ -183,10 +188,11 @@ def digest_of(task: Task, config: PapersConfig) -> str:
 def identity(row: Row, release: Release, asked: str, config: PapersConfig) -> str:
     """What kept results belong to: what is asked (`digest_of`), model and arguments, and the kind of device.
 
-    A model is known by its commit on the Hub, or by its files' sizes and times.
+    A model is known by its commit on the Hub, or by its files' sizes and times: weights, configs, tokenizer, template.
     """
     folders = {release.source, release.folder}
-    files = sorted(file for folder in folders for file in [*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    kinds = ("*.safetensors", "*.json", "*.jinja", "*.model")
+    files = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
     files += [release.projector] if release.projector else []
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     parts = [asked, model_arguments(row, config), computed_on(config), release.revision or stats]
@@ -248,7 +254,7 @@ def run_all(
             say(f"{what}: kept" if kept.is_file() else what)
             try:
                 if not kept.is_file():
-                    _run(command_of(row, task, config, kept.with_suffix("")), kept, stop)
+                    _run(command_of(row, task, config, kept.with_suffix("")), task, kept, stop)
                 results = json.loads(kept.read_text(encoding="utf-8"))["results"]
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:
@@ -257,7 +263,7 @@ def run_all(
     return scores, failures
 
 
-def _run(command: Sequence[str], kept: Path, stop: StopRequest) -> None:
+def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> None:
     folder, start = kept.with_suffix(""), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
@@ -270,8 +276,33 @@ def _run(command: Sequence[str], kept: Path, stop: StopRequest) -> None:
         shown = "\n".join([*reasons, *lines[-LAST_LINES:]])
         results = "" if written else " and wrote no results"
         raise RuntimeError(f"lmms-eval ended with {code}{results} (all of it: {path}):\n{shown}")
+    if task.judge:
+        check_judged(
+            task, [file for file in folder.rglob("*_samples_*.jsonl") if file.stat().st_mtime >= start - 1], path
+        )
     results = json.loads(max(written, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))["results"]
     write_atomically(kept, json.dumps({"command": command, "results": results}, indent=1) + "\n")
+
+
+def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
+    """Raises RuntimeError when an answer got no judgement: lmms-eval scores it all the same, and ends with 0.
+
+    Of such an answer MM-Vet says no name of a judge, and LLaVA-Bench scores below 0.
+    """
+    names = [metric.partition(",")[0] for metric in task.metrics]
+    lines = [json.loads(line) for file in samples for line in file.read_text(encoding="utf-8").splitlines()]
+    verdicts = [line[name] for line in lines for name in names if isinstance(line.get(name), dict)]
+    missing = [
+        verdict
+        for verdict in verdicts
+        if verdict.get("eval_model") in ("", "Failed Request") or any(score < 0 for score in verdict.get("scores", ()))
+    ]
+    if missing or not verdicts:
+        found = f"no judgement of {len(missing)} of {len(verdicts)} answers" if verdicts else "no judgements"
+        raise RuntimeError(
+            f"{found}: the judge could not be asked, or said what lmms-eval cannot read (all of it: {log}). Scores "
+            "made up for them are not kept"
+        )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ def evaluate(
     """
     start = time.perf_counter()
     config: Any = model.config
-    sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "prompts"), 0.0)
+    sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "shown", "prompts"), 0.0)
     answers: list[tuple[int, Answer]] = []
     still_open: list[_Question] = []
     share = _share(dataset.lengths.tolist(), batch_size, accelerator)
@@ -108,9 +108,11 @@ def evaluate(
             sums["visual"] += sum(map(dataset.supervision.placeholders, sample.image_sizes))
             for question, (begin, end) in _questions(dataset, sample, index):
                 sums["prompts"] += 1
-                sums["text"] += len(question.prompt) - question.prompt.count(_placeholder(dataset))
+                shown = question.prompt.count(_placeholder(dataset))  # of no image, or of several
+                sums["shown"], sums["text"] = sums["shown"] + shown, sums["text"] + len(question.prompt) - shown
                 # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
-                if greedy[row, begin:end].all() and (question.turn == 0 or config.fastv is None):
+                is_known = question.turn == 0 or config.fastv is None
+                if is_known and end - begin - 1 <= max_new_tokens and greedy[row, begin:end].all():
                     # Each token is the greedy choice after the true ones before it: greedy decoding gives just this.
                     answers.append((index, _answer(question, question.expected)))
                 else:
@@ -132,11 +134,11 @@ def evaluate(
     prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)
     frozen = config.shortv["layers"] if config.shortv else []
-    text = totals["text"] / totals["prompts"]
+    text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
     if config.fastv:
-        flops = llm_prefill_flops_fastv(config.text_config, round(text), round(visual), **config.fastv)
+        flops = llm_prefill_flops_fastv(config.text_config, text, shown, **config.fastv)
     else:
-        flops = llm_prefill_flops_grouped(config.text_config, round(text), round(visual), frozen)
+        flops = llm_prefill_flops_grouped(config.text_config, text, shown, frozen)
     evaluation = Evaluation(
         name=name,
         exact_match=sum(answer.correct for answer in listed) / len(listed),

@@ -209,7 +209,9 @@ class ReducedLlava(lmms):
         with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
             while order:
                 generation = asked[order[0]].generation
-                batch = [index for index in order[: self.batch_size] if asked[index].generation == generation]
+                batch = [
+                    index for index in order[: self.batch_size] if repr(asked[index].generation) == repr(generation)
+                ]
                 order = order[len(batch) :]
                 found = run([asked[index].read() for index in batch], generation)
                 for index, result in zip(batch, found, strict=True):

@@ -19,6 +19,7 @@ from data.instructions import PLACEHOLDER, Conversation
 from train.checkpoint import write_atomically
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "eval" / "tasks"
+HELD_OUT_TEMPLATE = "_held_out_template_yaml"
 
 
 def manifest() -> Any:
@@ -73,16 +74,31 @@ def _existing(name: str, image: str, image_root: str | None) -> Path:
 def write_task(folder: Path, name: str, conversations: Sequence[Conversation], image_root: str | None) -> int:
     """Writes the tasks NAME and NAME_likelihood for `lmms-eval --include_path folder`, and their questions.
 
-    Returns the number of questions. Raises ValueError for a name that is no plain word.
+    Returns the number of questions. Raises ValueError for a name that is no plain word, and FileExistsError where
+    writing would replace a file that is not of a task of that name written before.
     """
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ValueError(f"task {name!r}: letters, digits, - and _ are allowed")
+    written = [folder / file for file in (f"{name}.yaml", f"{name}_likelihood.yaml", f"{name}.jsonl")]
+    found = [str(path) for path in written if path.exists()]
+    if found and not _is_own_task(written[0]):
+        raise FileExistsError(
+            f"{', '.join(found)}: there already, and not of a task that was written here: choose another name"
+        )
     count = write_questions(conversations, image_root, folder / f"{name}.jsonl")
-    for task, template in ((name, "_held_out_template_yaml"), (f"{name}_likelihood", "_likelihood_template_yaml")):
+    for task, template in ((name, HELD_OUT_TEMPLATE), (f"{name}_likelihood", "_likelihood_template_yaml")):
         entry = {"include": str(TEMPLATES / template), "task": task}
         data = {"dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
         write_atomically(folder / f"{task}.yaml", yaml.safe_dump({**entry, **data}, sort_keys=False))
     return count
+
+
+def _is_own_task(file: Path) -> bool:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):  # !function, say
+        return False
+    return isinstance(content, dict) and Path(str(content.get("include"))).name == HELD_OUT_TEMPLATE
 
 
 # --------------------------------------------------------------------------- what the YAML files of the tasks refer to

@@ -324,6 +324,7 @@ def table_rows(
                 "flops_percent": 100 * flops[row] / flops[first],
                 "paper_percent": beside.percent if beside else paper.percent if paper else None,
                 "paper_is_over_the_same_tasks": beside is not None if paper else None,
+                "paper_tasks": len(paper.scores) if paper else None,
                 "paper_flops_percent": paper.flops if paper else None,
                 "paper": paper.source if paper else None,
             }
@@ -347,7 +348,8 @@ def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
             percent = f"{line['percent']:.1f}{fewer}"
         if line["paper_percent"] is not None:
             is_same = line["paper_is_over_the_same_tasks"]
-            paper = f"{line['paper_percent']:.1f}" + (fewer if is_same else f" (as stated, over {total})")
+            over = f", over {line['paper_tasks']}" if line["paper_tasks"] else ""
+            paper = f"{line['paper_percent']:.1f}" + (fewer if is_same else f" (as stated{over})")
         cost = f"{line['flops_percent']:.1f} %"
         cost += "" if line["paper_flops_percent"] is None else f" (paper: {line['paper_flops_percent']:g} %)"
         frozen = str(len(parse_layers(line["layers"])))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint was tuned from a release: what showing both over one set of weights needs."""
+"""Whether a checkpoint was tuned from a release: what showing and comparing the two needs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,9 @@ def check_untuned(release: Release) -> None:
 
 
 def check_tuned(tuned: Release, release: Release) -> None:
-    """Raises ConfigError for what cannot be shown as `release` under VisionZip and ShortV with a tuned projector."""
-    saved = tuned.saved_reductions
-    if saved["visionzip"] is None or saved["fastv"]:
-        method = "FastV" if saved["fastv"] else "all visual tokens"
-    else:
-        method = saved["visionzip"].get("method", "visionzip")
-    if method != "visionzip":
-        raise ConfigError(
-            f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
-            f"there is python scripts/evaluate.py --model {tuned.name}"
-        )
+    """Raises ConfigError for what is not `release` with a tuned projector."""
+    if not lineage(tuned)[:-1]:
+        raise ConfigError(f"tuned {tuned.name} is a release, and was not tuned from one")
     shapes = [{name: tuple(t.shape) for name, t in release_projector(x).items()} for x in (tuned, release)]
     older = lineage(tuned)[:-1]
     cure = f"give the release it was tuned from as --model{' (' + older[-1]['name'] + ')' if older else ''}"

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from scripts.evaluate import candidates_for, main, precision_for, read_arguments, runs_of
+from scripts.evaluate import candidates_for, data_for, main, precision_for, read_arguments, runs_of
 from train.command_line import dump_config
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.run_folder import CONFIG
@@ -64,6 +65,29 @@ def test_what_cannot_be_evaluated_meets_a_message(
     given = ["--model", str(tiny_release), "--data.instructions", str(tiny_held_out), "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([*given, *options])
+
+
+def test_a_runs_own_conversations_are_taken_as_asked(tmp_path: Path) -> None:
+    data = DataConfig(
+        "d.json", eval_instructions="h.json", eval_image_root="there", eval_samples=9, on_bad_sample="skip"
+    )
+    (tmp_path / CONFIG).write_text(dump_config(TuneConfig(model="m", data=data)))
+
+    def asked(*options: str) -> DataConfig:
+        config = read_arguments(["--model", str(tmp_path), *options])
+        return data_for(config, runs_of(config))
+
+    assert asked() == data
+    options = ("--data.samples", "3", "--data.image_root", "here", "--data.on_bad_sample", "raise")
+    assert asked(*options) == replace(data, eval_samples=3, eval_image_root="here", on_bad_sample="raise")
+    with pytest.raises(ConfigError, match="eval_samples is 0"):
+        asked("--data.samples", "0")
+
+
+def test_a_revision_is_refused_for_a_run(run: Path) -> None:
+    config = read_arguments(["--model", str(run), "--revision", "main", "--data.instructions", "d.json"])
+    with pytest.raises(ConfigError, match=r"revision 'main' is of a Hub id, and .* is a run: leave it out"):
+        candidates_for(config, runs_of(config))
 
 
 def test_reductions_are_refused_where_no_release_takes_them(tiny_release: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tiny import write_release
 
 from data.instructions import read_instructions
 from scripts.estimate_cost import known_release
 from scripts.evaluate_papers import (
     Checked,
+    check_judged,
     check_lmms_eval,
     check_rows,
     command_of,
@@ -125,8 +127,12 @@ def test_the_papers_percentage_is_over_the_tasks_that_ours_is_over(papers: Paper
     assert everything is not None
     assert everything.percent == 94.0
     bare = replace(skipped, published=[replace(paper, scores={})])
-    assert "| 100.0 (9 of 11) | 94.0 (as stated, over 11) |" in show(
-        bare, table_rows(bare, rows, dict.fromkeys(rows, 1))
+    assert "| 100.0 (9 of 11) | 94.0 (as stated) |" in show(bare, table_rows(bare, rows, dict.fromkeys(rows, 1)))
+    another = replace(papers, tasks=[*papers.tasks, Task("mine", "mine", ["m"])])
+    scores = {task.name: 50.0 for task in another.tasks}
+    lines = table_rows(another, dict.fromkeys(rows, scores), dict.fromkeys(rows, 1))
+    assert "| 100.0 | 94.0 (as stated, over 11) |" in show(another, lines), (
+        "the paper's mean knows nothing of the twelfth"
     )
     assert papers_average(papers, replace(paper, scores={"GQA": 55.1}), ["GQA", "MME"]) is None
 
@@ -247,7 +253,7 @@ def test_what_is_kept_belongs_to_its_arguments(tiny_release: Path, tmp_path: Pat
         key(release=replace(release, revision="another commit")),
     ]
     folder = replace(release, source=tmp_path, folder=tmp_path)
-    for name in ("config.json", "model.safetensors", "mm_projector.bin"):
+    for name in ("config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json", "mm_projector.bin"):
         (tmp_path / name).touch()
         others.append(key(release=replace(folder, projector=tmp_path / name if name.endswith(".bin") else None)))
     assert len({same, *others}) == len(others) + 1
@@ -371,6 +377,59 @@ def test_a_table_is_continued_and_printed(
     assert again.count(": kept") == 2
     assert kept[1].stat().st_mtime_ns == written
     assert "94" in (tmp_path / "out" / "table.md").read_text()
+
+
+JUDGED = """
+def process_results(doc, results):
+    return {"gpt_eval_score": {"score": 0.0, "eval_model": VERDICTS[doc["id"]]}}
+
+def mean(results):
+    return sum(result["score"] for result in results)
+"""
+
+
+@pytest.mark.parametrize("judges", [["gpt", ""], ["gpt", "Failed Request"], ["gpt", "gpt"]])
+def test_scores_that_no_judge_gave_are_not_kept(
+    tiny_release: Path, local_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judges: list[str]
+) -> None:
+    """The real lmms-eval, on a task that scores without a judge as its MM-Vet does."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    questions = {json.loads(line)["id"]: line for line in (local_task / "tiny.jsonl").read_text().splitlines()}
+    verdicts = dict(zip(questions, judges, strict=False))
+    (local_task / "tiny.jsonl").write_text("".join(questions[name] + "\n" for name in verdicts))
+    (local_task / "judging.py").write_text(f"VERDICTS = {verdicts!r}\n{JUDGED}")
+    task = yaml.safe_load((local_task / "tiny.yaml").read_text())
+    (local_task / "judged.yaml").write_text(
+        yaml.safe_dump({**task, "task": "judged", "generation_kwargs": {"max_new_tokens": 2}})
+        + "process_results: !function judging.process_results\n"
+        + "metric_list: [{metric: gpt_eval_score, aggregation: !function judging.mean, higher_is_better: true}]\n"
+    )
+    asked = Task("judged", "judged", ["gpt_eval_score,none"], judge=True)
+    config = PapersConfig(
+        str(tiny_release), [asked], str(tmp_path / "out"), device="cpu", include_path=str(local_task)
+    )
+    scores, failures = run_all(config, check_rows(config), print, StopRequest())
+    kept = list((tmp_path / "out" / "results").glob("*.json"))
+    if judges == ["gpt", "gpt"]:
+        assert list(scores.values()) == [{"judged": 0.0}]
+        assert len(kept) == 1
+    else:
+        assert list(scores.values()) == [{}]
+        assert "no judgement of 1 of 2 answers" in failures[0]
+        assert not kept
+
+
+def test_below_zero_is_no_judgement(tmp_path: Path) -> None:
+    """As LLaVA-Bench scores an answer that its judge said nothing of."""
+    task = Task("bench", "bench", ["gpt_eval_llava_all,none"], judge=True)
+    file = tmp_path / "x_samples_bench.jsonl"
+    for scores, is_judged in (([8, 6], True), ([-1, -1], False)):
+        file.write_text(json.dumps({"gpt_eval_llava_all": {"scores": scores, "eval_model": "gpt-4o"}}) + "\n")
+        with nullcontext() if is_judged else pytest.raises(RuntimeError, match="no judgement of 1 of 1"):
+            check_judged(task, [file], tmp_path / "log.txt")
+    with pytest.raises(RuntimeError, match="no judgements"):
+        check_judged(task, [], tmp_path / "log.txt")
 
 
 def kept_results(config: PapersConfig, rows: dict[Row, Checked], results: dict[str, dict[str, Any]]) -> list[Path]:
@@ -624,3 +683,17 @@ def test_a_tuned_checkpoint_stands_in_its_own_row(tiny_release: Path, tmp_path: 
         message = f"{wrong.model} was saved with {saved}, and is given with budget"
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_rows(replace(base, tuned=[wrong]))
+
+
+def test_rows_are_of_one_release_and_what_was_tuned_from_it(tiny_release: Path, tmp_path: Path) -> None:
+    write_release(tmp_path / "other", seed=1)
+    tuned = tuned_checkpoint(tmp_path / "tuned", tiny_release, visionzip={"dominant": 6, "contextual": 3}, shortv=None)
+    tasks = [Task("t", "t", ["m"])]
+    for model, entry, message in (
+        (str(tmp_path / "other"), Tuned(tuned, "6+3"), f"tuned {tuned} was tuned from other weights than model"),
+        (str(tiny_release), Tuned(str(tmp_path / "other"), "all"), "is a release, and was not tuned from one"),
+        (str(tiny_release), Tuned(str(tiny_release), "all"), "is a release, and was not tuned from one"),
+        (tuned, None, f"model {tuned} is a reduced or tuned checkpoint: needed is the release"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_rows(PapersConfig(model, tasks, "o", tuned=[entry] if entry else [], device="cpu"))

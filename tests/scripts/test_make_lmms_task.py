@@ -26,6 +26,21 @@ def test_what_cannot_be_a_task_meets_a_message(
     assert not (tmp_path / "tasks").exists()
 
 
+@pytest.mark.parametrize("existing", ["held.jsonl", "held.yaml", "held_likelihood.yaml"])
+def test_nothing_that_is_no_task_of_ours_is_written_over(tiny_held_out: Path, tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_text("task: !function mine.task\n")
+    given = ["--data.instructions", str(tiny_held_out), "--folder", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=rf"error: .*{existing}: there already, and not of a task that was written here"
+    ):
+        main([*given, "--name", "held"])
+    assert [path.name for path in tmp_path.iterdir()] == [existing]
+    assert (tmp_path / existing).read_text() == "task: !function mine.task\n"
+    main([*given, "--name", "another"])
+    main([*given, "--name", "another", "--data.samples", "1"])
+    assert len({json.loads(line)["id"] for line in (tmp_path / "another.jsonl").read_text().splitlines()}) == 1
+
+
 def test_a_task_of_a_name_of_its_own(tiny_held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([
         "--data.instructions", str(tiny_held_out), "--folder", str(tmp_path), "--name", "mine", "--data.samples", "2",

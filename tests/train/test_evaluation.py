@@ -1,6 +1,7 @@
 """Exact match and loss: what a user would get by asking one question after the other."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import write_instructions
 from transformers import LlavaForConditionalGeneration
 
 from data.dataset import ConversationDataset
+from data.drops import Drop
 from data.instructions import read_instructions
 from data.supervision import Supervision
 from reduction.flops import llm_prefill_flops_grouped
@@ -120,11 +122,37 @@ def test_the_costs_are_those_of_the_model(
     assert (plain.visual_tokens, plain.frozen_layers) == (36, 0)
     assert (reduced.visual_tokens, reduced.frozen_layers) == (6, 2)
     text = LlavaForConditionalGeneration.from_pretrained(learned_release).config.text_config
-    costs = [llm_prefill_flops_grouped(text, tokens, 36, 0) for tokens in range(40, 200)]
-    tokens = 40 + costs.index(int(plain.llm_flops))
-    assert reduced.llm_flops == llm_prefill_flops_grouped(text, tokens, 6, 2)
+    _, processor = load_release(str(learned_release), visionzip=None)
+    dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
+    lengths, images = [], []
+    for index, row in enumerate(json.loads(held_out.read_text())):
+        sample = dataset[index]
+        assert not isinstance(sample, Drop)
+        for start, _ in sample.encoded.answers:
+            lengths.append(start)
+            images.append(len([row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])))
+    assert {0, 1, 2} <= set(images)
+    shown = statistics.fmean(images)
+    tokens = round(statistics.fmean(lengths) - 36 * shown)
+    assert plain.llm_flops == llm_prefill_flops_grouped(text, tokens, round(36 * shown), 0)
+    assert reduced.llm_flops == llm_prefill_flops_grouped(text, tokens, round(6 * shown), 2)
     assert plain.prefill_ms > 0
     assert plain.prefill_batch == 5
+
+
+def test_no_answer_is_longer_than_asked_right_or_wrong(
+    learned_release: Path, held_out: Path, accelerator: Accelerator
+) -> None:
+    model, processor = load_release(str(learned_release), visionzip=None)
+    dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
+    answers = [
+        evaluate("model", model, dataset, accelerator, batch_size=5, max_new_tokens=tokens)[1]
+        for tokens in (1, TOKENS)
+    ]
+    first, whole = answers
+    cut = [(a, b) for a, b in zip(first, whole, strict=True) if a.answer != b.answer]
+    assert any(b.correct for _, b in cut)
+    assert all(b.answer.startswith(a.answer) and not a.correct for a, b in cut)
 
 
 def test_the_held_out_loss_of_the_loop_is_the_table_s(

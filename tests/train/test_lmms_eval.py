@@ -18,7 +18,7 @@ from data.images import open_image
 from data.instructions import Conversation, read_instructions
 from train.comparison import Candidate, compare
 from train.config import DataConfig
-from train.lmms_model import ReducedLlava, ReducedLlavaChat
+from train.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
 from train.lmms_plugin import middle_image, write_questions, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +199,17 @@ def test_batches_answer_as_single_requests(
     chat = ReducedLlavaChat(str(tiny_release), budget="6+3", layers="1+2", device="cpu", batch_size=2, dtype="float32")
     assert Asked(chat, documents).ask("generate_until", max_new_tokens=6, until=[]) == together
     assert any(together)
+
+
+def test_settings_that_are_equal_but_written_otherwise_leave_no_request_out(model: ReducedLlava) -> None:
+    """Of several tasks in one run; what is not answered lmms-eval would score as the text "None"."""
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0, "max_new_tokens": 16}, {"temperature": 0, "max_new_tokens": 32},
+        {"temperature": 0.0, "max_new_tokens": 16},
+    ]  # fmt: skip
+    asked = [_Request(f"question {n}", setting, lambda n=n: n) for n, setting in enumerate(settings)]  # type: ignore[misc]
+    said = model._batched(asked, lambda batch, _: [f"answer to {n}" for n in batch], "test")
+    assert said == ["answer to 0", "answer to 1", "answer to 2"]
 
 
 def test_a_literal_placeholder_without_an_image_is_text_that_is_left_out(
