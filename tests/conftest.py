@@ -7,6 +7,7 @@ from pathlib import Path
 import matrix
 import pytest
 import torch
+from hypothesis import settings
 from tiny import write_instructions, write_release
 
 
@@ -21,11 +22,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # bit-for-bit comparisons, and room for the processes that tests start
 
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")  # what fails in one run of the suite fails in the next
+
+
 @pytest.fixture(autouse=True)
 def _signal_handlers_left_as_they_were() -> Iterator[None]:
     """A handler that outlives its test is inherited by the processes of later ones, which then hang now and then."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    of_data_workers = signal.getsignal(signal.SIGCHLD)
     yield
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:  # as a run that failed leaves it; torch sets its own once
+        signal.signal(signal.SIGCHLD, of_data_workers)
     after = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -69,7 +69,11 @@ class Forks:
         assert self._server.stdin
         assert self._server.stdout
         self._server.stdin.close()
-        self._server.wait()
+        try:
+            self._server.wait(60)
+        except subprocess.TimeoutExpired:  # a test failed and left a command under way
+            self._server.kill()
+            self._server.wait()
         self._server.stdout.close()
 
     def _read(self) -> str:

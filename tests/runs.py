@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from train.tune_projector import main
 
 ROOT = Path(__file__).parents[1]
+BUILT = Path(sys.prefix) / "torch_extensions"  # what DeepSpeed compiles: for this environment, not for all of HOME
 SCRIPT = str(ROOT / "train" / "tune_projector.py")
 
 
@@ -73,24 +75,48 @@ def start_there(
 def environment() -> dict[str, str]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    return {**kept, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "TORCH_EXTENSIONS_DIR": str(BUILT),
+    }
+
+
+def unlock_what_is_built() -> None:
+    """Removes the locks of builds that were killed: torch waits for them without end."""
+    for lock in BUILT.glob("**/lock"):
+        lock.unlink()
 
 
 def output_of(process: subprocess.Popen[str], seconds: float = 500) -> str:
-    """What a process printed, when it has ended; it is ended if it takes too long."""
+    """What a process printed, when it has ended; it and its children are ended if that takes too long."""
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        end(process)
         raise AssertionError(f"still running after {seconds} s:\n{process.communicate()[0]}") from None
+    except BaseException:  # pytest's own limit, say
+        end(process)
+        raise
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills a process and all that it started, in whatever session."""
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in below:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 500) -> None:
     """Waits for something that a running process does; fails with its output if it ends before."""
-    end = time.monotonic() + seconds
+    latest = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended too early:\n{process.communicate()[0]}"
-        if time.monotonic() > end:
+        if time.monotonic() > latest:
             output_of(process, 0)
         time.sleep(0.01)
 

@@ -167,7 +167,10 @@ def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ignore_worker_deaths()
+        try:
+            ignore_worker_deaths()
+        except RuntimeError:  # raised on entering it; a DataLoader's dead workers are told of once
+            ignore_worker_deaths()
         with suppress(OSError, ValueError):  # the disk may be what failed, and the error itself is on its way up
             if read_status(folder)["state"] == "running":
                 reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"
@@ -217,7 +220,10 @@ def watched(batches: Iterator[Result], seconds: float) -> Iterator[Result]:
         except StopIteration:
             return
         except Exception as error:
-            ignore_worker_deaths()  # a worker's death is seen as a broken connection first, its signal follows
+            try:  # a worker's death is seen as a broken connection first, its signal follows
+                ignore_worker_deaths()
+            except RuntimeError:
+                ignore_worker_deaths()
             if late.is_set():
                 raise RuntimeError(
                     f"data workers handed over no micro-batch for {seconds:g} s (data.worker_timeout) and were killed"

@@ -515,14 +515,20 @@ def test_why_lmms_eval_failed_is_said(
     assert re.search(r"ended with 0 and wrote no results[\s\S]*\na\.b\.RetryError: why\n(and so on\n)+", said[3])
 
 
-def descendants(process: psutil.Process, count: int) -> list[psutil.Process]:
-    """The process's children and theirs, once there are so many."""
-    end = time.time() + 60
-    while len(found := process.children(recursive=True)) < count:
-        assert time.time() < end
+def descendants(process: psutil.Process, are_there: Callable[[list[psutil.Process]], bool]) -> list[psutil.Process]:
+    """The process's children and theirs, once those that are waited for are there."""
+    end = time.monotonic() + 300
+    while not are_there(found := process.children(recursive=True)):
+        assert time.monotonic() < end
         assert process.is_running()
         time.sleep(0.1)
     return found
+
+
+def runs_lmms_eval(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):  # it has ended, or is not what it will be yet
+        return "lmms_eval" in process.cmdline()
+    return False
 
 
 @pytest.fixture
@@ -546,10 +552,9 @@ def started(tiny_release: Path, local_task: Path, tmp_path: Path) -> Iterator[su
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_lmms_eval_ends_with_the_command(started: subprocess.Popen[str], asked: signal.Signals) -> None:
-    below = descendants(psutil.Process(started.pid), 1)
-    assert any("lmms_eval" in child.cmdline() for child in below)
+    below = descendants(psutil.Process(started.pid), lambda found: any(map(runs_lmms_eval, found)))
     started.send_signal(asked)
-    _, said = started.communicate(timeout=CONSENT_S)
+    _, said = started.communicate(timeout=4 * CONSENT_S)
     assert started.returncode == 1
     assert "stopped; the same command continues" in said
     assert not [child for child in below if child.is_running()]
@@ -580,7 +585,8 @@ def test_all_that_a_run_started_ends_with_it(
 
     def answer() -> str:
         if not seen:
-            seen.extend(child for child in descendants(here, len(others) + 3) if child not in others)
+            found = descendants(here, lambda found: len([child for child in found if child not in others]) >= 3)
+            seen.extend(child for child in found if child not in others)
         if fails:
             raise OSError("the disk is full")
         return "SIGTERM"

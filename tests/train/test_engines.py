@@ -20,6 +20,7 @@ from runs import (
     output_of,
     run_here,
     start_there,
+    unlock_what_is_built,
     write_recipe,
 )
 
@@ -38,6 +39,7 @@ FSDP2 = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERS
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, str]]:
     """By engine, what its launcher puts into the environment. The weights of a tiny model would all count as too small
     to be worth spreading: here none does."""
+    unlock_what_is_built()
     folder, found = tmp_path_factory.mktemp("deepspeed"), {"fsdp2": FSDP2}
     for name in ("zero2", "zero3", "zero3_offload"):
         settings = json.loads((ROOT / "configs" / "deepspeed" / f"{name}.json").read_text())

@@ -253,7 +253,7 @@ def test_a_worker_killed_for_its_silence_is_called_silent(seen_first: str, monke
 
 def test_a_data_worker_that_hangs_ends_the_run_with_the_reason(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    workers = ("--data.num_workers", "1", "--data.worker_timeout", "2")
+    workers = ("--data.num_workers", "1", "--data.worker_timeout", "10")
     process = start_there(recipe, folder, "--max_steps", "100000", "--save_steps", "100000", *workers)
     metrics = folder / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)

@@ -254,13 +254,22 @@ def test_busy_failing_and_cut_off(hub: Hub, publish: Publish, finished: Finished
 
 
 def test_killed_in_the_middle_and_run_again(hub: Hub, publish: Publish, forks: Forks, finished: Finished) -> None:
-    uploading = threading.Event()
-    hub.on_upload = lambda oid, received: uploading.set() if received > 1 << 16 else None
+    uploading, is_killed = threading.Event(), threading.Event()
+
+    def hold(oid: str, received: int) -> None:
+        if received > 1 << 16:
+            uploading.set()
+            is_killed.wait(120)
+
+    hub.on_upload = hold
     arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full"]
     killed = forks.start(PUBLISH, *arguments, HF_TOKEN=WRITER)
-    assert uploading.wait(120)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait().returncode == -signal.SIGKILL
+    try:
+        assert uploading.wait(120)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert killed.wait().returncode == -signal.SIGKILL
+    finally:
+        is_killed.set()
     hub.on_upload = None
     assert set(hub.files("user/tuned")) == {".gitattributes"}, "half a push was visible"
     run = publish(*arguments)
