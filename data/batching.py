@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+from data.errors import UserError
+
 # A micro-batch costs about as much as this many tokens before its first token (kernel launches, the gradient's
 # all-reduce): one more micro-batch must save more padding than that.
 MICRO_BATCH_OVERHEAD = 256
@@ -66,7 +68,7 @@ class BatchPlan:
         max_tokens_per_micro_batch: int | None = None,
     ) -> None:
         if not len(lengths):
-            raise ValueError("there are no samples to batch: the dataset is empty, or every row was dropped")
+            raise UserError("there are no samples to batch: the dataset is empty, or every row was dropped")
         given = {
             "global_batch_size": global_batch_size,
             "num_processes": num_processes,
@@ -75,11 +77,11 @@ class BatchPlan:
         }
         for name, value in given.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+                raise UserError(f"{name} is {value}; at least 1")
         if micro_batch_size is None and max_tokens_per_micro_batch is None:
-            raise ValueError("give micro_batch_size, max_tokens_per_micro_batch, or both")
+            raise UserError("give micro_batch_size, max_tokens_per_micro_batch, or both")
         if num_epochs is not None and num_epochs <= 0:
-            raise ValueError(f"num_epochs is {num_epochs}; above 0, or None for no end")
+            raise UserError(f"num_epochs is {num_epochs}; above 0, or None for no end")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -115,7 +117,7 @@ class BatchPlan:
         if self.total_samples is not None:
             left = min(left, self.total_samples - position)
         if position < 0 or left <= 0:
-            raise ValueError(f"position {position} is outside the run of {self.total_samples} samples")
+            raise UserError(f"position {position} is outside the run of {self.total_samples} samples")
         samples = self.samples(position, left)
         return GlobalBatch(position, samples, self._cut(samples))
 
@@ -165,7 +167,7 @@ class MicroBatchSampler(Sampler[list[int]]):
 
     def __init__(self, plan: BatchPlan, process_index: int = 0, position: int = 0) -> None:
         if not 0 <= process_index < plan.num_processes:
-            raise ValueError(f"process_index is {process_index}; 0 to {plan.num_processes - 1}")
+            raise UserError(f"process_index is {process_index}; 0 to {plan.num_processes - 1}")
         self.plan, self.process_index, self.position = plan, process_index, position
 
     def __iter__(self) -> Iterator[list[int]]:

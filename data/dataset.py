@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from data.drops import IMAGE_REASONS, BadSample, Drop, DropLog
+from data.errors import UserError
 from data.images import BadImage, ImageSource, check_image_file, image_name, image_size, open_image, resolve_image_path
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
@@ -133,7 +134,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         present = self._present(conversations, counted)
         self.drops.check(len(conversations), minimum=1)
         if not present:
-            raise ValueError(f"no row is left to train on. {self.drops.summary()}.")
+            raise UserError(f"no row is left to train on. {self.drops.summary()}.")
         self.conversations = [conversations[counted["kept"][place]] for place in present]
         self.lengths = np.asarray(counted["lengths"], dtype=np.int64)[present]
         self.supervised = np.asarray(counted["supervised"], dtype=np.int64)[present]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.errors import UserError
+
 OnBadSample = Literal["raise", "skip"]
 
 # What is wrong with the data (a bad sample), against what the settings leave out (a drop that is nobody's fault).
@@ -16,7 +18,7 @@ BAD_REASONS = IMAGE_REASONS | {"malformed_row", "placeholder_count", "template"}
 DROP_REASONS = frozenset({"no_answer", "too_long", "text_only"})
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """A row that cannot be trained on as it is.
 
     Attributes:
@@ -28,7 +30,7 @@ class BadSample(ValueError):
 
     def __init__(self, reason: str, sample_id: str, detail: str, file: str = "") -> None:
         if reason not in BAD_REASONS | DROP_REASONS:
-            raise ValueError(f"unknown reason {reason!r}; one of {sorted(BAD_REASONS | DROP_REASONS)}")
+            raise UserError(f"unknown reason {reason!r}; one of {sorted(BAD_REASONS | DROP_REASONS)}")
         super().__init__(reason, sample_id, detail, file)
         self.reason, self.sample_id, self.detail, self.file = reason, sample_id, detail, file
 
@@ -37,7 +39,7 @@ class BadSample(ValueError):
         return f"row {self.sample_id!r}{where}: {self.detail}"
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(UserError):
     """More of the data is bad than `max_bad_fraction` allows."""
 
 
@@ -72,9 +74,9 @@ class DropLog:
 
     def __init__(self, on_bad_sample: OnBadSample = "raise", max_bad_fraction: float = 0.01) -> None:
         if on_bad_sample not in ("raise", "skip"):
-            raise ValueError(f"on_bad_sample is {on_bad_sample!r}; 'raise' or 'skip'")
+            raise UserError(f"on_bad_sample is {on_bad_sample!r}; 'raise' or 'skip'")
         if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_bad_fraction}; a share between 0 and 1")
+            raise UserError(f"max_bad_fraction is {max_bad_fraction}; a share between 0 and 1")
         self.on_bad_sample = on_bad_sample
         self.max_bad_fraction = max_bad_fraction
         self.drops: list[Drop] = []

@@ -17,6 +17,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from data.errors import UserError
+
 # Twice a 24-megapixel photograph. Pillow refuses at 179 megapixels only: half a gigabyte in every worker.
 MAX_PIXELS = 50_000_000
 _EXIF_ORIENTATION = 0x0112
@@ -24,7 +26,7 @@ _EXIF_ORIENTATION = 0x0112
 ImageProblem = Literal["missing_image", "unreadable_image", "outside_image_root"]
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used, with the file and the reason."""
 
     def __init__(self, problem: ImageProblem, file: str, detail: str) -> None:
@@ -251,7 +253,7 @@ def build_image_processor(
         ValueError: an unknown `image_aspect_ratio`.
     """
     if image_aspect_ratio not in ("pad", "release"):
-        raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}; 'pad' or 'release'")
+        raise UserError(f"image_aspect_ratio is {image_aspect_ratio!r}; 'pad' or 'release'")
     settings = image_processor.to_dict()
     for key in ("image_processor_type", "processor_class", "backend"):
         settings.pop(key, None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.drops import BadSample, DropLog
+from data.errors import UserError
 from data.images import EmbeddedImage, ImageSource
 from data.json_rows import JsonRowError, iterate_json_rows
 
@@ -37,7 +38,7 @@ EXPECTED = (
 )
 
 
-class UnknownFormat(ValueError):
+class UnknownFormat(UserError):
     """A file or table whose rows fit no format; the message says what was found and what is expected."""
 
 
@@ -116,7 +117,7 @@ def read_instructions(
             drops.add(error)
             drops.check(seen)
     if not seen:
-        raise ValueError(f"{source} holds no rows. {EXPECTED}.")
+        raise UserError(f"{source} holds no rows. {EXPECTED}.")
     drops.check(seen, minimum=1)
     return conversations
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data.errors import UserError
+
 _CHUNK = 1 << 22
 # No row of an instruction mix is near this; a longer one is a missing bracket, and the rest of the file would be read
 # into memory to find that out.
@@ -15,7 +17,7 @@ _LONGEST_ROW = 1 << 26
 _SPACE = " \t\r\n"
 
 
-class JsonRowError(ValueError):
+class JsonRowError(UserError):
     """A file that is neither a JSON array nor JSONL, or that breaks off."""
 
 

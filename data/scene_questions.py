@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.errors import UserError
 from data.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, render_scene, sample_scene
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
@@ -178,7 +179,7 @@ def write_scenes(folder: str | Path, seed: int, count: int, fraction: float = 1.
     larger fraction of the same seed contains the smaller one.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: a number above 0 and up to 1 is needed")
+        raise UserError(f"fraction is {fraction}: a number above 0 and up to 1 is needed")
     order = np.random.default_rng((seed, 3)).permutation(count)[: max(1, round(count * fraction))]
     rows = [scene_row(seed, int(index)) for index in sorted(order)]
     images = Path(folder) / "images"

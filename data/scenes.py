@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data.errors import UserError
+
 CANVAS = 96
 CELL = 32
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -166,6 +168,6 @@ def _silhouette(shape: str, diameter: int, turn: float) -> np.ndarray:
             radii += [thin, thin, notch]
         draw.polygon(corners(angles, radii), fill=255)
     else:
-        raise ValueError(f"no shape {shape!r}: one of {', '.join(SHAPES)}")
+        raise UserError(f"no shape {shape!r}: one of {', '.join(SHAPES)}")
     small = mask.resize((diameter, diameter), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / 255

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from data.errors import UserError
 from data.instructions import Conversation
 
 TEXT_ONLY = "(text only)"
@@ -82,7 +83,7 @@ class Ranking:
             ValueError: the fraction is not above 0 and at most 1.
         """
         if not 0 < fraction <= 1:
-            raise ValueError(f"fraction is {fraction}; above 0 and at most 1")
+            raise UserError(f"fraction is {fraction}; above 0 and at most 1")
         wanted = quotas(self.counts(), fraction)
         by_number = {number: wanted[name] for name, number in self.names.items()}
         chosen: list[int] = []

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from data.drops import BadSample, DropLog
+from data.errors import FileInTheWay, UserError
 from data.images import BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
 from data.instructions import EXPECTED, Conversation, UnknownFormat, parser_for
 from data.json_rows import JsonRowError, iterate_json_rows
@@ -123,9 +124,9 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
         FileExistsError: the output folder holds a subset already.
     """
     if not 0 < options.fraction <= 1:
-        raise ValueError(f"fraction is {options.fraction}; above 0 and at most 1")
+        raise UserError(f"fraction is {options.fraction}; above 0 and at most 1")
     if (options.output / SUBSET).exists():
-        raise FileExistsError(f"{options.output} holds a subset already; give another folder, or remove it")
+        raise FileInTheWay(f"{options.output} holds a subset already; give another folder, or remove it")
     drops = DropLog("skip", options.max_bad_fraction)
     reader = _Reader(options)
     if options.streaming:
@@ -140,7 +141,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
     kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
     if not kept:
-        raise ValueError(f"no row is left for the subset. {drops.summary()}.")
+        raise UserError(f"no row is left for the subset. {drops.summary()}.")
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
     options.output.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tup
         else:
             yield number, conversation, row
     if number < 0:
-        raise ValueError(f"{source} holds no rows. {EXPECTED}.")
+        raise UserError(f"{source} holds no rows. {EXPECTED}.")
     progress("reading", number + 1, number + 1)
     drops.check(number + 1, minimum=1)
 
@@ -283,7 +284,7 @@ def _image_problems(picked: Picked, root: Path | None, options: SubsetOptions, p
     paths = sorted({path for conversation, _ in picked for path in conversation.images if isinstance(path, str)})
     if root is None:
         if options.verify_images:
-            raise ValueError("verify_images needs image_root, the folder that image paths are relative to")
+            raise UserError("verify_images needs image_root, the folder that image paths are relative to")
         return {}
     if not options.verify_images:
         return check_images(paths, root)

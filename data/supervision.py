@@ -18,6 +18,7 @@ from transformers import LlavaNextProcessor, LlavaProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.drops import BadSample
+from data.errors import MissingFile, UserError
 from data.instructions import Conversation
 
 Processor = LlavaProcessor | LlavaNextProcessor
@@ -69,7 +70,7 @@ def load_template(name: str) -> str:
         return resources.files("data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
-    raise FileNotFoundError(
+    raise MissingFile(
         f"chat_template {name!r} is no jinja file; give a path, 'auto', 'release', or one of {', '.join(TEMPLATES)}"
     )
 
@@ -93,7 +94,7 @@ def choose_template(processor: Processor, name: str = "auto") -> str:
     own = _own_template(processor)
     if name == "release":
         if not own:
-            raise ValueError("the release has no chat template; chat_template: vicuna_v1, or the path of a jinja file")
+            raise UserError("the release has no chat template; chat_template: vicuna_v1, or the path of a jinja file")
         return own
     if name != "auto":
         return load_template(name)
@@ -114,7 +115,7 @@ def choose_template(processor: Processor, name: str = "auto") -> str:
     if family == "mistral_instruct" or (family == "chatml" and eos == "<|im_end|>"):
         return load_template(family)
     if not learns_end:
-        raise ValueError(
+        raise UserError(
             f"the release's chat template renders {text!r}: the answer does not end with the end token {eos!r}, and "
             "the model would not learn to stop. Give chat_template: the path of a jinja file that says so, or "
             "'release' to take it as it is"
@@ -144,16 +145,16 @@ class Supervision:
     def __init__(self, processor: Processor, chat_template: str | None = None, max_length: int | None = 2048) -> None:
         template = chat_template or _own_template(processor)
         if not template:
-            raise ValueError(
+            raise UserError(
                 "the processor has no chat template; set processor.chat_template = choose_template(processor)"
             )
         if not processor.tokenizer.is_fast:
-            raise ValueError(
+            raise UserError(
                 f"{type(processor.tokenizer).__name__} gives no character offsets, which the answers' places in the "
                 "tokens are found by; load the release's tokenizer with AutoTokenizer (a tokenizers-backed one)"
             )
         if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length is {max_length}; at least 2 tokens, or null for no limit")
+            raise UserError(f"max_length is {max_length}; at least 2 tokens, or null for no limit")
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template
@@ -272,7 +273,7 @@ class Supervision:
         expected = len(conversation.images)
         if image_sizes is None:
             if expected and self.needs_image_sizes:
-                raise ValueError("this processor's placeholders depend on the image: image_sizes are needed")
+                raise UserError("this processor's placeholders depend on the image: image_sizes are needed")
             image_sizes = [(0, 0)] * expected
         mark = self.processor.image_token
         pieces = text.split(mark)

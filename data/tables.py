@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import MissingExtra, MissingFile, UserError
+
 
 @dataclass(frozen=True, slots=True)
 class TableImage:
@@ -79,7 +81,7 @@ def check_source(source: str) -> None:
         source.count("/") == 1 and not source.startswith((".", "/")) and Path(source).suffix not in (".json", ".jsonl")
     )
     if not Path(source).exists() and not is_hub_name:
-        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
+        raise MissingFile(f"{source} is neither a file, nor a folder, nor the name of a dataset on the Hub")
 
 
 def open_table(source: str, split: str, streaming: bool = False) -> Any:
@@ -95,25 +97,25 @@ def open_table(source: str, split: str, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"reading {source} needs the datasets package: pip install 'shortzip[datasets]'") from error
+        raise MissingExtra(f"reading {source} needs the datasets package: pip install 'shortzip[datasets]'") from error
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if streaming:
-            raise ValueError(f"{source} was written by save_to_disk and lies here whole: read it without streaming")
+            raise UserError(f"{source} was written by save_to_disk and lies here whole: read it without streaming")
         table: Any = datasets.load_from_disk(str(path))
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
-                raise ValueError(f"{source} has no split {split!r}; it has {', '.join(sorted(table))}")
+                raise UserError(f"{source} has no split {split!r}; it has {', '.join(sorted(table))}")
             table = table[split]
         return table
     if path.exists():
         files = [str(path)] if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
         if not files:
-            raise FileNotFoundError(f"{source} is a folder without parquet files and was not written by save_to_disk")
+            raise MissingFile(f"{source} is a folder without parquet files and was not written by save_to_disk")
         return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
     try:
         return datasets.load_dataset(source, split=split, streaming=streaming)
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{source} is neither a file or folder here nor a dataset that the Hub gives out ({error})"
         ) from error
 

@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
+from .errors import ReductionError
+
 PROJECTOR_FILE = "projector.safetensors"
 _SAMPLE = 4096
 _HUB = ("cache_dir", "token", "local_files_only", "force_download")
@@ -40,7 +42,7 @@ def digest(path: Path) -> str:
         try:
             entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
         except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file, or was cut short: download it again") from error
+            raise ReductionError(f"{path} is no safetensors file, or was cut short: download it again") from error
         summary.update(header)
         for start, end in sorted(tuple(entry["data_offsets"]) for entry in entries):
             file.seek(8 + length + start)
@@ -70,7 +72,7 @@ def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
         OSError: a file that cannot be found or fetched.
     """
     if not isinstance(base_release, dict) or not {"name", "revision", "files"} <= base_release.keys():
-        raise ValueError(f"base_release must hold name, revision and files; got {base_release!r}")
+        raise ReductionError(f"base_release must hold name, revision and files; got {base_release!r}")
     name, revision = base_release["name"], base_release["revision"]
     folder: Path | None = None
     for expected in base_release["files"]:
@@ -84,14 +86,14 @@ def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
             ) from error
         size = path.stat().st_size
         if size != expected["size"] or digest(path) != expected["digest"]:
-            raise ValueError(
+            raise ReductionError(
                 f"{checkpoint} is a projector for another release than the {name} found here: {file} has {size} bytes "
                 f"(needed {expected['size']}) or other content. Give it the release it was tuned over"
                 f"{f', revision {revision}' if revision else ''}, or load a full checkpoint"
             )
         folder = path.parent
     if folder is None:
-        raise ValueError(f"base_release of {checkpoint} lists no files")
+        raise ReductionError(f"base_release of {checkpoint} lists no files")
     return folder
 
 
@@ -133,7 +135,7 @@ def lay_projector(model: Any, path: Path) -> None:
     projector = model.model.multi_modal_projector
     for name, parameter in projector.named_parameters():
         if parameter.is_meta or not parameter.dtype.is_floating_point:
-            raise ValueError(
+            raise ReductionError(
                 f"the projector's {name} is {'offloaded' if parameter.is_meta else parameter.dtype}: the tuned one "
                 "cannot be laid over it; leave it out (llm_int8_skip_modules=['model.multi_modal_projector'], or a "
                 "device_map that keeps model.multi_modal_projector on a device), or load a full checkpoint"
@@ -142,5 +144,5 @@ def lay_projector(model: Any, path: Path) -> None:
     try:
         projector.load_state_dict({name.rsplit("multi_modal_projector.", 1)[-1]: t for name, t in tensors.items()})
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the release's projector: {error}") from error
+        raise ReductionError(f"{path} does not fit the release's projector: {error}") from error
     model.config.base_release = None

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import ReductionError
+
 METHODS = ("visionzip", "random", "grid", "pool", "downsample")
 ON_A_GRID = ("grid", "pool", "downsample")
 MOST_OBLONG = 2
@@ -44,7 +46,9 @@ def grid_shape(count: int, side: int) -> tuple[int, int]:
     possible = grid_counts(side)
     if count not in possible:
         near = sorted(possible, key=lambda other: (abs(other - count), other))[:4]
-        raise ValueError(f"{count} tokens make no grid over {side} by {side} patches: choose one of {sorted(near)}")
+        raise ReductionError(
+            f"{count} tokens make no grid over {side} by {side} patches: choose one of {sorted(near)}"
+        )
     return possible[count]
 
 

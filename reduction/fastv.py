@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
+from .errors import ReductionError
 from .shortv import SUPPORTED_LAYERS, ActiveRows, active_rows
 
 
@@ -75,7 +76,7 @@ class FastVLayer(GradientCheckpointingLayer):
             ValueError: called without `fastv` or positions, which the reduced models pass.
         """
         if fastv is None or position_embeddings is None:
-            raise ValueError("a FastV layer runs inside a reduced model, which tells it what is pruned")
+            raise ReductionError("a FastV layer runs inside a reduced model, which tells it what is pruned")
         batch, length, width = hidden_states.shape
         normed = self.input_layernorm(hidden_states)
         if self.ranks and fastv.visual is not None:
@@ -143,7 +144,7 @@ def prune_in_decoder(language_model: Any, layer: int) -> None:
         plain = language_model.layers[index]
         if type(plain) not in SUPPORTED_LAYERS:
             names = ", ".join(supported.__name__ for supported in SUPPORTED_LAYERS)
-            raise ValueError(f"fastv: layer {index} is a {type(plain).__name__}, not one of {names}")
+            raise ReductionError(f"fastv: layer {index} is a {type(plain).__name__}, not one of {names}")
         language_model.layers[index] = FastVLayer(plain, ranks=index == layer - 1)
     language_model._no_split_modules = {*language_model._no_split_modules, FastVLayer.__name__}
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from reduction.errors import ReductionError
+
 # ---------------------------------------------------------------------------------------------- the papers' formulas
 
 
@@ -143,12 +145,12 @@ def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | 
     """
     side, special = visual_grid(config)
     if tiles < 1:
-        raise ValueError(f"tiles={tiles}: must be at least 1.")
+        raise ReductionError(f"tiles={tiles}: must be at least 1.")
     if budget is None:
         return tiles * (side * side + (special if config.vision_feature_select_strategy == "full" else 0))
     dominant, contextual = budget
     if dominant < 1 or contextual < 0 or dominant + contextual > side * side + special:
-        raise ValueError(
+        raise ReductionError(
             f"budget {dominant}+{contextual}: dominant must be at least 1, contextual at least 0, together at most "
             f"{side * side + special} (the tower has {side}x{side} patches and {special} CLS token)."
         )
@@ -181,7 +183,7 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
     h, m = text.hidden_size, text.intermediate_size
     q_width, kv_width = attention_widths(text)
     if text.model_type not in ("llama", "mistral", "qwen2"):
-        raise ValueError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
+        raise ReductionError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
     layer = 2 * q_width * h + 2 * kv_width * h + 3 * m * h + 2 * h
     if text.model_type == "qwen2":
         layer += q_width + 2 * kv_width
@@ -211,7 +213,7 @@ def _tower_parameters(config: PreTrainedConfig) -> int:
         if getattr(vision, "vision_use_head", True):  # the pooling head, loaded though LLaVA never reads it
             total += d + (4 * d * d + 4 * d) + 2 * d * m + d + m + 2 * d
         return total
-    raise ValueError(
+    raise ReductionError(
         f"vision_config.model_type={vision.model_type!r}: known are clip_vision_model and siglip_vision_model."
     )
 
@@ -249,16 +251,16 @@ def _number_frozen(frozen_layers: int | Collection[int], num_layers: int) -> int
     if not isinstance(frozen_layers, int):
         bad = [layer for layer in frozen_layers if not 0 <= layer < num_layers]
         if bad or len(set(frozen_layers)) != len(frozen_layers):
-            raise ValueError(
+            raise ReductionError(
                 f"frozen_layers={list(frozen_layers)}: must be distinct layers from 0 to {num_layers - 1}."
             )
         frozen_layers = len(frozen_layers)
     if not 0 <= frozen_layers <= num_layers:
-        raise ValueError(f"frozen_layers={frozen_layers}: the language model has {num_layers} layers (0 to all).")
+        raise ReductionError(f"frozen_layers={frozen_layers}: the language model has {num_layers} layers (0 to all).")
     return frozen_layers
 
 
 def refuse_negative(**counts: int) -> None:
     for name, count in counts.items():
         if count < 0:
-            raise ValueError(f"{name}={count}: must not be negative.")
+            raise ReductionError(f"{name}={count}: must not be negative.")

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import ReductionError
 from .parsing import parse_freeze
 from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active
 from .supervised_states import windows_of
@@ -73,7 +74,7 @@ def embed_prompt(model: Any, sample: CalibrationSample) -> Prompt:
     pixels = sample.pixel_values.to(model.device)
     features = torch.cat(list(inner.get_image_features(pixel_values=pixels, **sizes).pooler_output)).to(embeds)
     if len(features) != int(visual.sum()):
-        raise ValueError(
+        raise ReductionError(
             f"the prompt has {int(visual.sum())} placeholders, but its images give {len(features)} visual tokens: "
             "build it with the processor that belongs to this model."
         )
@@ -112,14 +113,14 @@ def plan_batches(prompts: Sequence[Tensor], image_token_id: int, samples_per_bat
     placeholders or an empty list.
     """
     if samples_per_batch < 1:
-        raise ValueError(f"samples_per_batch={samples_per_batch}: must be at least 1.")
+        raise ReductionError(f"samples_per_batch={samples_per_batch}: must be at least 1.")
     if not prompts:
-        raise ValueError("no calibration samples: LC needs at least one prompt with an image.")
+        raise ReductionError("no calibration samples: LC needs at least one prompt with an image.")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, ids in enumerate(prompts):
         places = (ids == image_token_id).nonzero()
         if not len(places):
-            raise ValueError(f"calibration sample {index} has no placeholder: LC needs prompts with an image.")
+            raise ReductionError(f"calibration sample {index} has no placeholder: LC needs prompts with an image.")
         groups.setdefault(tuple(ids[: int(places[0])].tolist()), []).append(index)
     plan = []
     for group in groups.values():
@@ -149,14 +150,16 @@ class LayerContributionMeter:
         bad = {type(layer).__name__ for layer in decoder.layers if not isinstance(layer, tuple(FROZEN_LAYERS))}
         if bad:
             names = ", ".join(layer.__name__ for layer in FROZEN_LAYERS)
-            raise ValueError(f"LC of layers of type {', '.join(sorted(bad))} cannot be measured: known are {names}.")
+            raise ReductionError(
+                f"LC of layers of type {', '.join(sorted(bad))} cannot be measured: known are {names}."
+            )
         if decoder.config._attn_implementation not in SUPPORTED_ATTENTION:
-            raise ValueError(
+            raise ReductionError(
                 f"attn_implementation={decoder.config._attn_implementation!r}: LC is measured with "
                 f"{' or '.join(SUPPORTED_ATTENTION)}; load the model with one of them."
             )
         if tokens_per_pass is not None and tokens_per_pass < 1:
-            raise ValueError(f"tokens_per_pass={tokens_per_pass}: must be at least 1.")
+            raise ReductionError(f"tokens_per_pass={tokens_per_pass}: must be at least 1.")
         self.decoder, self.lm_head = decoder, lm_head
         self.text_tokens = text_tokens
         self.tokens_per_pass = tokens_per_pass or (1024 if decoder.device.type == "cpu" else 8192)
@@ -386,7 +389,7 @@ def _begin_alike(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     group: list[Prompt] = []
     for number, prompt in enumerate(prompts):
         if not bool(prompt.visual.any()):
-            raise ValueError(f"prompt {number} has no visual tokens: LC needs prompts with an image.")
+            raise ReductionError(f"prompt {number} has no visual tokens: LC needs prompts with an image.")
         start = int(prompt.visual.nonzero()[0])
         if group:
             first = int(group[0].visual.nonzero()[0])
@@ -427,10 +430,10 @@ def pick_layers(ranking: Sequence[int], freeze: str | int | float) -> list[int]:
             return chosen
     elif isinstance(freeze, float):
         if not 0 <= freeze <= 1:
-            raise ValueError(f"freeze={freeze}: a share must be from 0 to 1.")
+            raise ReductionError(f"freeze={freeze}: a share must be from 0 to 1.")
         chosen = round(freeze * len(ranking))
     else:
         chosen = freeze
     if not 0 <= chosen <= len(ranking):
-        raise ValueError(f"freeze={freeze}: the language model has {len(ranking)} layers.")
+        raise ReductionError(f"freeze={freeze}: the language model has {len(ranking)} layers.")
     return list(ranking[:chosen])

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from .base_release import find_base, lay_projector, open_base
 from .baselines import downsample_images, downsampled_tokens, grid_shape, keep_patches
 from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
+from .errors import ReductionError
 from .fastv import Pruning, last_attended, prune_in_decoder
 from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
 from .visionzip import at_least_float32, reduce_tokens
@@ -81,7 +82,7 @@ class ReducedModelMixin:
             ValueError: `visionzip` is None, or `vision_feature_layer` is a list or out of range.
         """
         if self.config.visionzip is None:
-            raise ValueError("visionzip is null: this model keeps every visual token and chooses none")
+            raise ReductionError("visionzip is null: this model keeps every visual token and chooses none")
         tower = self.vision_tower
         blocks = tower.encoder.layers
         if vision_feature_layer is None:
@@ -211,17 +212,17 @@ class ReducedModelMixin:
     def _refuse_unmasked_attention(self, kwargs: dict[str, Any]) -> None:
         text, key = self.language_model.config, "fastv" if self.config.shortv is None else "shortv"
         if text._attn_implementation not in SUPPORTED_ATTENTION:
-            raise ValueError(
+            raise ReductionError(
                 f"{key}: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
                 f"load the language model with attn_implementation one of {list(SUPPORTED_ATTENTION)}"
             )
         if key == "shortv" and sorted(self.config.shortv["layers"]) != sorted(self._frozen_layers):
-            raise ValueError(
+            raise ReductionError(
                 f"shortv: config.shortv now says layers {self.config.shortv['layers']}, but this model was loaded "
                 f"with {self._frozen_layers} frozen: load it again with from_pretrained(…, shortv=…)"
             )
         if kwargs.get("output_attentions", text.output_attentions):
-            raise ValueError(
+            raise ReductionError(
                 "shortv: output_attentions is not available, visual tokens have no attention in frozen layers: "
                 "load the model with shortv=None to look at attention"
             )
@@ -268,7 +269,9 @@ class ReducedForGenerationMixin:
             if info[key]
         ]
         if problems:
-            raise ValueError(f"{pretrained_model_name_or_path} does not fill {cls.__name__}: {'; '.join(problems)}")
+            raise ReductionError(
+                f"{pretrained_model_name_or_path} does not fill {cls.__name__}: {'; '.join(problems)}"
+            )
         if projector is not None:
             lay_projector(model, projector)
         return (model, info) if with_info else model
@@ -342,7 +345,9 @@ def embed_patches(tower: Any, pixel_values: Tensor, interpolate: bool = False) -
         return tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate))
     if isinstance(tower, SiglipVisionModel):
         return tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
-    raise ValueError(f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel")
+    raise ReductionError(
+        f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel"
+    )
 
 
 @torch.no_grad()
@@ -377,12 +382,12 @@ def _project_in_float32(linear: nn.Linear, states: Tensor) -> Tensor:
 
 def _from_token_types(mm_token_type_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
     if mm_token_type_ids is None:
-        raise ValueError(
+        raise ReductionError(
             "shortv: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
             "mm_token_type_ids (1 at visual tokens, else 0) of the same length"
         )
     if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
-        raise ValueError(
+        raise ReductionError(
             f"shortv: mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}, "
             f"inputs_embeds is {tuple(inputs_embeds.shape[:2])} positions"
         )

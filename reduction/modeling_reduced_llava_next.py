@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.utils import can_return_tuple
 
 from .configuration_reduced_llava import ReducedLlavaNextConfig
+from .errors import ReductionError
 from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin, register_key_mapping
 
 
@@ -123,7 +124,7 @@ def _stack_tiles(pixel_values: Tensor, tiles: list[int]) -> Tensor:
         return torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
     if pixel_values.dim() == 4 and pixel_values.shape[0] == sum(tiles):
         return pixel_values
-    raise ValueError(
+    raise ReductionError(
         f"pixel_values has shape {tuple(pixel_values.shape)}, image_sizes says {len(tiles)} images of {tiles} tiles: "
         "pass both as the processor gives them"
     )

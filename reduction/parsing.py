@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from reduction.errors import ReductionError
+
 
 def parse_budget(text: str) -> dict[str, int]:
     """``"54+10"`` -> ``{"dominant": 54, "contextual": 10}``. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)
     if match is None:
-        raise ValueError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
+        raise ReductionError(f"budget {text!r}: write it as dominant+contextual, for instance 54+10.")
     return {"dominant": int(match[1]), "contextual": int(match[2])}
 
 
@@ -25,7 +27,7 @@ def parse_layers(text: str) -> list[int]:
     if text == "none":
         return []
     if re.fullmatch(r"\s*\d+(\s*\+\s*\d+)*\s*", text) is None:
-        raise ValueError(f"layers is {text!r}: write indices like 31+29+30, or none")
+        raise ReductionError(f"layers is {text!r}: write indices like 31+29+30, or none")
     return [int(part) for part in text.split("+")]
 
 
@@ -37,14 +39,14 @@ def parse_fastv(text: str) -> dict[str, Any] | None:
     try:
         return {"layer": int(layer), "keep": float(keep)}
     except ValueError as error:
-        raise ValueError(f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none") from error
+        raise ReductionError(f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none") from error
 
 
 def parse_bytes(text: str) -> int:
     """``"24GiB"`` (or ``24``, ``24 GB``) -> bytes. A bare number means GiB. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?\s*", text)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"memory {text!r}: write it as 24GiB, 80GB or 512MiB, more than zero.")
+        raise ReductionError(f"memory {text!r}: write it as 24GiB, 80GB or 512MiB, more than zero.")
     return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(match[2], 2**30))
 
 
@@ -62,10 +64,10 @@ def parse_freeze(text: str, num_layers: int) -> int | list[int]:
     elif re.fullmatch(r"\d+(\s*,\s*\d+)*", stripped):
         layers = [int(layer) for layer in stripped.split(",")]
         if len(set(layers)) != len(layers) or max(layers) >= num_layers:
-            raise ValueError(f"freeze {text!r}: must be distinct layers from 0 to {num_layers - 1}.")
+            raise ReductionError(f"freeze {text!r}: must be distinct layers from 0 to {num_layers - 1}.")
         return layers
     else:
-        raise ValueError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
+        raise ReductionError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
     if number > num_layers or (share is not None and float(share[1]) > 100):  # 101 % of 8 layers rounds to 8
-        raise ValueError(f"freeze {text!r}: the language model has {num_layers} layers.")
+        raise ReductionError(f"freeze {text!r}: the language model has {num_layers} layers.")
     return number

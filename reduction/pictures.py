@@ -26,6 +26,7 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from .configuration_reduced_llava import TOWER_HAS_CLS, validate
+from .errors import ReductionError
 from .parsing import format_budget
 
 INK = "#222222"
@@ -84,7 +85,7 @@ def map_tokens(
     """
     if not budgets:
         if model.config.visionzip is None:
-            raise ValueError(
+            raise ReductionError(
                 "the model keeps every visual token: give a budget, such as dominant 54 and contextual 10."
             )
         budgets = [model.config.visionzip]
@@ -204,7 +205,7 @@ class _Sheet:
         self, rows: int, columns: int, maps: Sequence[TokenMap], headings: Sequence[str] | None = None
     ) -> None:
         if not maps:
-            raise ValueError("nothing to draw: give at least one image and one budget.")
+            raise ReductionError("nothing to draw: give at least one image and one budget.")
         # Mosaics may be wide or high; the longer side gets the full length.
         tall, wide = max(maps[0].grid), max(maps[0].grid)
         self._width = self.WIDTH * max(maps[0].grid[1] / wide, 0.5)

@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_at
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from .errors import ReductionError
+
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 
 
@@ -65,7 +67,7 @@ def forward_active(
         [B, L, H]; frozen positions bit for bit as they came.
     """
     if position_embeddings is None:
-        raise ValueError("a frozen layer needs position_embeddings (cos, sin), as every decoder passes them")
+        raise ReductionError("a frozen layer needs position_embeddings (cos, sin), as every decoder passes them")
     attention = layer.self_attn
     batch, length, width = hidden_states.shape
     normed = layer.input_layernorm(hidden_states)
@@ -144,7 +146,7 @@ def freeze_visual_tokens(language_model: Any, layers: list[int]) -> None:
         plain = type(language_model.layers[index])
         if plain not in FROZEN_LAYERS:
             names = ", ".join(supported.__name__ for supported in SUPPORTED_LAYERS)
-            raise ValueError(f"shortv: layer {index} is a {plain.__name__}, not one of {names}")
+            raise ReductionError(f"shortv: layer {index} is a {plain.__name__}, not one of {names}")
         frozen = FROZEN_LAYERS[plain]
         language_model.layers[index] = frozen(language_model.config, layer_idx=index)
         # device_map="auto" must not cut through a layer; it knows them by class name.

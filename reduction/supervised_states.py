@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from .errors import ReductionError
 from .lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
 from .shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens
 
@@ -171,7 +172,7 @@ def place_tokens(
     predicts = torch.zeros_like(walked)
     predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     if not bool(predicts.any()) or bool((predicts & ~walked).any()):
-        raise ValueError(
+        raise ReductionError(
             f"{int(predicts.sum())} supervised positions, {int((predicts & ~walked).sum())} of them predicted from "
             f"padding or from the {shared} shared tokens: give at least one, and a smaller shared beginning"
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
+from .errors import ReductionError
 from .flops import (
     attention_widths,
     llm_flops,
@@ -58,11 +59,11 @@ class TrainingStep:
     def __post_init__(self) -> None:
         refuse_negative(text_tokens=self.text_tokens, visual_tokens=self.visual_tokens)
         if self.weights not in ("bfloat16", "float32", "4bit"):
-            raise ValueError(f"weights={self.weights!r}: choose bfloat16, float32 or 4bit.")
+            raise ReductionError(f"weights={self.weights!r}: choose bfloat16, float32 or 4bit.")
         if not 0 <= self.weights_share <= 1:
-            raise ValueError(f"weights_share={self.weights_share}: must be 0 to 1.")
+            raise ReductionError(f"weights_share={self.weights_share}: must be 0 to 1.")
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
-            raise ValueError(
+            raise ReductionError(
                 f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}: "
                 "both must be at least 1."
             )

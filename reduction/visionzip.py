@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import ReductionError
+
 
 class ReducedTokens(NamedTuple):
     """What VisionZip keeps of B images, and where each patch went.
@@ -73,7 +75,7 @@ def select_dominant(scores: Tensor, count: int) -> Tensor:
     """
     patches = scores.shape[-1]
     if not 0 <= count <= patches:
-        raise ValueError(f"cannot keep {count} dominant patches of {patches}: choose 0 to {patches}")
+        raise ReductionError(f"cannot keep {count} dominant patches of {patches}: choose 0 to {patches}")
     # topk leaves the order of equal values open; a stable sort does not.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=-1).values
@@ -102,7 +104,9 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
     groups = kept.new_full((batch, patches), -1)
     left = patches - kept.shape[1]
     if not 0 <= count <= left:
-        raise ValueError(f"cannot merge {left} remaining patches into {count} contextual tokens: choose 0 to {left}")
+        raise ReductionError(
+            f"cannot merge {left} remaining patches into {count} contextual tokens: choose 0 to {left}"
+        )
     if count == 0:
         return hidden[:, :0], kept[:, :0], groups
     is_kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, kept, True)

@@ -24,11 +24,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from data.drops import BadSample, TooManyBadSamples
+from data.files import write_atomically
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
 from reduction.parsing import parse_budget
 from train.calibration import CalibrateConfig, Partial, budget_name, measure, refuse_other_settings
-from train.checkpoint import write_atomically
 from train.command_line import parse_config
 from train.release import Reduction
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from data.files import read_json
 from train.convert import convert_to_transformers, merged_config
 from train.hub import fetch
-from train.original_release import is_original, read_json
+from train.original_release import is_original
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import find_projector_file, load_processor, open_release, release_projector, resolve_tower
 

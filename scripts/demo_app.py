@@ -88,8 +88,10 @@ class Stopwatch(BaseStreamer):
         """Called after the last token."""
 
 
-def check_shown(tuned: Release) -> None:
-    """Raises ConfigError for what was tuned with a reduction that the page's sliders do not set."""
+def open_tuned(name: str, release: Release) -> Release:
+    """The checkpoint tuned from `release`. Raises ConfigError where it was tuned from another one, or with a reduction
+    that the page's sliders do not set."""
+    tuned = open_release(name)
     saved = tuned.saved_reductions
     if saved["visionzip"] is None or saved["fastv"]:
         method = "FastV" if saved["fastv"] else "all visual tokens"
@@ -100,6 +102,8 @@ def check_shown(tuned: Release) -> None:
             f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
             f"there is python scripts/evaluate.py --model {tuned.name}"
         )
+    check_tuned(tuned, release)
+    return tuned
 
 
 class Models:
@@ -135,20 +139,14 @@ class Models:
 
     def _tuned(self, config: AppConfig, release: Release) -> Release | None:
         if config.tuned is not None:
-            tuned = open_release(config.tuned)
-            check_shown(tuned)
-            check_tuned(tuned, release)
-            return tuned
+            return open_tuned(config.tuned, release)
         if config.model != AppConfig.model or not (Path(DEMO_RUN) / "final" / "config.json").is_file():
             return None
         try:
-            tuned = open_release(DEMO_RUN)
-            check_shown(tuned)
-            check_tuned(tuned, release)
+            return open_tuned(DEMO_RUN, release)
         except ConfigError as error:  # nobody asked for it
             print(f"without {DEMO_RUN}: {error}", flush=True)
             return None
-        return tuned
 
     def _ranking(self, config: AppConfig, tuned: str | None) -> list[int]:
         ranking = config.ranking

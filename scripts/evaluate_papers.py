@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from train.checkpoint import write_atomically
+from data.files import write_atomically
+from train.checkpoint import stamp_of
 from train.command_line import parse_config
 from train.config import ConfigError
 from train.papers_table import (
@@ -194,8 +195,7 @@ def identity(row: Row, release: Release, asked: str, config: PapersConfig) -> st
     kinds = ("*.safetensors", "*.json", "*.jinja", "*.model")
     files = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
     files += [release.projector] if release.projector else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = [asked, model_arguments(row, config), computed_on(config), release.revision or stats]
+    parts = [asked, model_arguments(row, config), computed_on(config), release.revision or stamp_of(files)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -268,7 +268,8 @@ def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> N
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     code = run_until_stopped(command, path, stop)
-    written = [file for file in folder.rglob("*_results.json") if file.stat().st_mtime >= start - 1]
+    fresh = [file for file in sorted(folder.rglob("*.json*")) if file.stat().st_mtime >= start - 1]
+    written = [file for file in fresh if file.name.endswith("_results.json")]
     if code != 0 or not written:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         # the reason may stand far above: under it come those that it was wrapped in, and what torchrun says of it
@@ -277,9 +278,7 @@ def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> N
         results = "" if written else " and wrote no results"
         raise RuntimeError(f"lmms-eval ended with {code}{results} (all of it: {path}):\n{shown}")
     if task.judge:
-        check_judged(
-            task, [file for file in folder.rglob("*_samples_*.jsonl") if file.stat().st_mtime >= start - 1], path
-        )
+        check_judged(task, [file for file in fresh if file.match("*_samples_*.jsonl")], path)
     results = json.loads(max(written, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))["results"]
     write_atomically(kept, json.dumps({"command": command, "results": results}, indent=1) + "\n")
 

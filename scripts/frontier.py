@@ -22,8 +22,9 @@ import torch
 from accelerate import Accelerator
 
 from data.drops import BadSample, TooManyBadSamples
+from data.files import write_atomically
 from reduction.parsing import parse_budget
-from train.checkpoint import write_atomically
+from train.checkpoint import stamp_of
 from train.command_line import dump_config, load_config, parse_config
 from train.comparison import Candidate, check_candidates, compare, describe_machine, prefill_times
 from train.config import DEMO, ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
@@ -50,7 +51,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
         json.dumps(
             {
                 **{key: getattr(recipe, key) for key in settings},
-                "files": [_weights_stamp(recipe.model), _stamp(recipe.data, held_out=False)],
+                "files": stamp_of([*_weights(recipe.model), *_conversations(recipe.data, held_out=False)]),
                 "data": asdict(recipe.data),
                 "calibration_samples": known_settings.calibration_samples,
             }
@@ -165,8 +166,8 @@ def evaluate_point(
         recipe.max_new_tokens,
         str(accelerator.device),
     )
-    stamps = (_stamp(data, held_out=True), _weights_stamp(model))
-    identity = repr((asdict(candidate), asdict(data), settings, *stamps))
+    files = stamp_of([*_weights(model), *_conversations(data, held_out=True)])
+    identity = repr((asdict(candidate), asdict(data), settings, files))
     kept = Path(config.output) / "points" / f"{point.name}.json"
     if kept.is_file():
         entry = json.loads(kept.read_text(encoding="utf-8"))
@@ -221,14 +222,13 @@ def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
     return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
 
 
-def _weights_stamp(model: str) -> list[tuple[str, int]]:
-    """What changes when the weights in a folder do; empty for a release of the Hub, which has a revision."""
-    weights = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-    return [(file.name, file.stat().st_mtime_ns) for file in weights]
+def _weights(model: str) -> list[Path]:
+    """The files of the weights in a folder; none for a release of the Hub, which has a revision."""
+    return sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
 
 
-def _stamp(data: DataConfig, *, held_out: bool) -> tuple[int, int] | None:
-    """What changes when the file of conversations does; None where they are no file."""
+def _conversations(data: DataConfig, *, held_out: bool) -> list[Path]:
+    """The file of the conversations; none where they are no file."""
     source = data.eval_instructions if held_out else data.instructions
     assert source is not None
     file = Path(source)
@@ -237,7 +237,7 @@ def _stamp(data: DataConfig, *, held_out: bool) -> tuple[int, int] | None:
             demo_folder(data.demo_scenes, True) if held_out else demo_folder(data.demo_scenes, False, data.fraction)
         )
         file = folder / "instructions.json"
-    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+    return [file] if file.is_file() else []
 
 
 def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig) -> list[dict[str, Any]]:

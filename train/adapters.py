@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from data.errors import MissingExtra, UserError
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -27,7 +29,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("tuning other than full needs PEFT: pip install 'shortzip[peft]'") from error
+        raise MissingExtra("tuning other than full needs PEFT: pip install 'shortzip[peft]'") from error
     return peft
 
 
@@ -38,9 +40,9 @@ def adapter_config(tuning: Tuning, *, r: int, lora_alpha: float) -> PeftConfig:
     ImportError where PEFT is not installed.
     """
     if tuning not in TUNINGS or tuning == "full":
-        raise ValueError(f"tuning is {tuning!r}, through PEFT there are {', '.join(TUNINGS[1:])}")
+        raise UserError(f"tuning is {tuning!r}, through PEFT there are {', '.join(TUNINGS[1:])}")
     if r < 1 or lora_alpha <= 0:
-        raise ValueError(f"lora_r is {r} and lora_alpha {lora_alpha}: needed are at least 1, and more than 0")
+        raise UserError(f"lora_r is {r} and lora_alpha {lora_alpha}: needed are at least 1, and more than 0")
     peft = _peft()
     if tuning == "loha":
         return peft.LoHaConfig(target_modules=_TARGETS, r=r, alpha=lora_alpha)
@@ -67,7 +69,7 @@ class ProjectorAdapter:
         projector: nn.Module = model.model.multi_modal_projector
         dtypes = {parameter.dtype for parameter in projector.parameters()}
         if dtypes != {torch.float32}:
-            raise ValueError(f"the projector is in {dtypes}, needed is float32: what is tuned is kept in float32")
+            raise UserError(f"the projector is in {dtypes}, needed is float32: what is tuned is kept in float32")
         self._model = _peft().get_peft_model(model, config)
         self._projector = projector
 

@@ -17,6 +17,8 @@ import torch
 from data.batching import permutation
 from data.dataset import Collator, ConversationDataset, encode_unread
 from data.drops import BadSample, DropLog
+from data.errors import UserError
+from data.files import write_atomically
 from data.instructions import Conversation, read_instructions
 from data.supervision import Supervision
 from reduction.layer_contribution import (
@@ -29,7 +31,7 @@ from reduction.layer_contribution import (
     rank_layers,
 )
 from reduction.parsing import format_budget, parse_budget, parse_freeze
-from train.checkpoint import differing_settings, write_atomically
+from train.checkpoint import differing_settings
 from train.config import DEMO, DataConfig, DemoScenesConfig
 from train.release import Reduction, load_release
 from train.samples import demo_folder, draw_demo_scenes, folder_of, with_prompt
@@ -88,13 +90,13 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: at least 1.")
+            raise UserError(f"samples={self.samples}: at least 1.")
         if self.budget not in (None, "none"):
             parse_budget(str(self.budget))
         if self.compare_full and self.budget == "none":
-            raise ValueError("compare_full compares a budget with all visual tokens: give a budget.")
+            raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(parse_freeze(self.freeze, 10**6), list):
-            raise ValueError(f"freeze {self.freeze!r}: LC picks the layers; write how many (19) or a share (60%).")
+            raise UserError(f"freeze {self.freeze!r}: LC picks the layers; write how many (19) or a share (60%).")
 
 
 class Chosen(NamedTuple):
@@ -164,7 +166,7 @@ def choose_prompts(
         if starts:
             found.append(Chosen(conversation, encoded.input_ids[: starts[0]]))
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{settings.instructions}: none of the {len(conversations)} conversations answers something after an "
             "image, so LC cannot be measured on them."
         )
@@ -231,7 +233,7 @@ def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Meas
     entries = [batches[number] for number in range(len(plan))]
     visual = [row for entry in entries for row in entry["visual"]]
     if not visual:
-        raise ValueError(f"no image could be read: {drops.summary()}.")
+        raise UserError(f"no image could be read: {drops.summary()}.")
     text = [row for entry in entries for row in entry["text"] or []]
     image_token = model.config.image_token_id
     return Measurement(
@@ -299,7 +301,7 @@ class Partial:
             self._write({"budget": name, "identity": identity})
             return {}
         if started[0]["identity"] != identity:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} was begun with other conversations or weights than are found now: "
                 "give --overwrite true to begin anew, or another --output."
             )
@@ -324,6 +326,6 @@ def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], path: P
     """Raises ValueError that names each setting that differs."""
     differing = differing_settings(found, wanted)
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{path} is of other settings: {differing}. Give --overwrite true to replace it, or another --output."
         )

@@ -15,13 +15,11 @@ damage that comes later is found by the checksums.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data.errors import UserError
+from data.files import flush_to_disk, sha256
+
 FILES = ("projector.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 CHECKSUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that is not there, is damaged, cannot be written, or belongs to another run."""
 
 
@@ -77,15 +78,15 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None) -> Path
         }
         save_file(_contiguous(ranks), beside / FILES[2])
         (beside / FILES[3]).write_text(json.dumps(checkpoint.state, indent=1) + "\n", encoding="utf-8")
-        (beside / CHECKSUMS).write_text("".join(f"{_sha256(beside / name)}  {name}\n" for name in FILES))
+        (beside / CHECKSUMS).write_text("".join(f"{sha256(beside / name)}  {name}\n" for name in FILES))
         for path in (*beside.iterdir(), beside):
-            _flush_to_disk(path)
+            flush_to_disk(path)
         replaced = run / f".replaced-{final.name}"
         if final.exists():  # a step that is taken again, after resuming from an older one
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         beside.rename(final)
-        _flush_to_disk(run)
+        flush_to_disk(run)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -128,7 +129,7 @@ def damage(path: Path) -> str | None:
     for name, digest in sums.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != digest:
+        if sha256(path / name) != digest:
             return f"{name} does not have the checksum it was written with"
     return None
 
@@ -271,12 +272,10 @@ def versions(packages: Sequence[str] = ("torch", "transformers", "accelerate", "
     return {name: version(name) for name in packages}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers see the old one or the new one, whole."""
-    beside = path.with_name(f".writing-{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    _flush_to_disk(beside)
-    beside.replace(path)
+def stamp_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What changes when a file does, without reading it: name, size in bytes and time of change of each, in ns."""
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -287,16 +286,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".removing-{path.name}")  # so that a half-removed one never looks like a checkpoint
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

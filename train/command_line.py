@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from data.errors import UserError
+from reduction.errors import ReductionError
 from train.config import ConfigError, TuneConfig
 
+MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 
@@ -122,3 +128,23 @@ def load_config(argv: Sequence[str]) -> TuneConfig:
 def dump_config(config: Any) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a command's `main` on the command line's arguments.
+
+    What the user can mend ends in one line that begins with `error:`; anything else is a fault of ShortZip's own, and
+    ends in its traceback with a line that asks for a report. The exit code is 1 either way.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except MENDABLE as error:
+        sys.exit(f"error: {printable(str(error))}")
+    except Exception:
+        traceback.print_exc()
+        sys.exit("This is a fault of ShortZip's own, not of what you gave it: please report it with the lines above")
+
+
+def printable(text: str) -> str:
+    """A message without control characters: a file's name may hold a terminal's escape sequences."""
+    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], text)

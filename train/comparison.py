@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from train.checkpoint import write_atomically
+from data.files import write_atomically
 from train.config import DataConfig
 from train.evaluation import Evaluation, evaluate, measure_prefill, write_answers
 from train.release import Reduction, Release, load_release, open_release, reduced_config

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data.errors import UserError
 from reduction.parsing import parse_bytes
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
@@ -26,8 +28,13 @@ FREE_KEYS = (
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A key that does not exist, a value of the wrong type, or settings that do not go together."""
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """The values of a setting that stand there more than once."""
+    return [value for value in values if values.count(value) > 1]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 import data
+from data.errors import MissingFile, UserError
+from data.files import read_json, written_whole
 from train.original_release import (
     PROJECTOR_KEYS,
     PROJECTOR_NAMES,
@@ -29,7 +27,6 @@ from train.original_release import (
     check_original_config,
     check_projector_widths,
     find_projector,
-    read_json,
     read_vocabulary,
     text_config,
     tower_config,
@@ -52,32 +49,6 @@ _TOWER_INSIDE = "model.vision_tower.vision_tower."
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
-
-    Raises FileExistsError when `target` exists and is not an empty folder.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another folder, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def check_dtypes(specs: Mapping[str, TensorSpec], part: str, where: str) -> torch.dtype:
     """The one floating dtype of a part (language model, projector or vision tower).
 
@@ -89,7 +60,7 @@ def check_dtypes(specs: Mapping[str, TensorSpec], part: str, where: str) -> torc
             names.setdefault(spec.dtype, []).append(name)
     if len(names) != 1:
         found = "; ".join(f"{len(few)} in {dtype_name(dtype)} (such as {few[0]})" for dtype, few in names.items())
-        raise ValueError(
+        raise UserError(
             f"{where}: the {part}'s tensors have mixed dtypes: {found or 'none is floating point'}; needed is one. "
             "Choose it: scripts/convert_release.py --dtype float16"
         )
@@ -120,12 +91,12 @@ def _collect(paths: list[Path]) -> tuple[dict[str, TensorSpec], dict[str, Path]]
 def _compare(found: Mapping[str, TensorSpec], needed: Mapping[str, torch.Tensor], part: str, where: str) -> None:
     missing = sorted(set(needed) - set(found))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where}: the {part} lacks {len(missing)} tensors, such as {missing[0]}: download the release again"
         )
     for name, tensor in needed.items():
         if found[name].shape != tuple(tensor.shape):
-            raise ValueError(
+            raise UserError(
                 f"{where}: {name} is {found[name].shape}, needed by its config.json is {tuple(tensor.shape)}"
             )
 
@@ -152,7 +123,7 @@ def convert_to_transformers(
     check_original_config(config, where)
     paths = weight_files(source)
     if not paths:
-        raise FileNotFoundError(f"{where} holds no weights (pytorch_model*.bin or model*.safetensors)")
+        raise MissingFile(f"{where} holds no weights (pytorch_model*.bin or model*.safetensors)")
     specs, origin = _collect(paths)
     specs = {name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -162,7 +133,7 @@ def convert_to_transformers(
         if "mm_projector." not in name and not name.startswith(_TOWER_INSIDE) and name != "model.image_newline"
     }
     if _EMBEDDINGS[0] not in language:
-        raise ValueError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on Llama?")
+        raise UserError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on Llama?")
     rows = language[_EMBEDDINGS[0]].shape[0]
     vocabulary = read_vocabulary(source, rows)
     language_dtype = dtype or check_dtypes(language, "language model", where)
@@ -180,7 +151,7 @@ def convert_to_transformers(
     _compare(language, needed_language, "language model", where)
     unexpected = sorted(set(language) - set(needed_language))
     if unexpected:
-        raise ValueError(f"{where} holds tensors that no Llama has, such as {unexpected[0]}")
+        raise UserError(f"{where} holds tensors that no Llama has, such as {unexpected[0]}")
 
     plan = _Plan()
     for name, spec in language.items():
@@ -188,7 +159,7 @@ def convert_to_transformers(
         plan.take(origin[name], name, f"language_model.{name}", TensorSpec(shape, dtype or spec.dtype))
     if isinstance(new_config.architectures, list) and "Next" in new_config.architectures[0]:
         if "model.image_newline" not in specs:
-            raise ValueError(f"{where}: image_aspect_ratio is anyres, but model.image_newline is missing")
+            raise UserError(f"{where}: image_aspect_ratio is anyres, but model.image_newline is missing")
         newline = specs["model.image_newline"]
         plan.take(
             origin["model.image_newline"],
@@ -215,7 +186,7 @@ def merged_config(source: Path, projector: Path | None) -> dict[str, Any]:
     if "mm_vision_tower" in config:
         return config
     if projector is None:
-        raise ValueError(
+        raise UserError(
             f"{source} is a text-only language model ({config.get('model_type')}, no mm_vision_tower in its "
             "config.json), needed is a LLaVA release. With a projector from LLaVA's pretraining, give its "
             "mm_projector.bin as well"
@@ -269,7 +240,7 @@ def _plan_tower(
     if not (inside and config.get("unfreeze_mm_vision_tower")):
         paths = weight_files(tower)
         if not paths:
-            raise FileNotFoundError(f"{tower} holds no weights of the vision tower")
+            raise MissingFile(f"{tower} holds no weights of the vision tower")
         specs, origin = _collect(paths)
         prefix, where = "", str(tower)
     found = {
@@ -330,7 +301,7 @@ def write_llava_projector(
     own keys. `target`'s name must hold "llava", or LLaVA's loader takes it for a language model: ValueError.
     """
     if "llava" not in target.name.lower():
-        raise ValueError(
+        raise UserError(
             f"{target}: LLaVA's own loader recognises a LLaVA by its folder's name: let it contain 'llava'"
         )
     with written_whole(target) as folder:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
+from data.errors import UserError
 from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
@@ -129,7 +130,7 @@ def evaluate(
     local = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
     totals = dict(zip(sums, accelerator.reduce(local).tolist(), strict=True))
     if not listed:
-        raise ValueError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
+        raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
     seconds = time.perf_counter() - start
     prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)

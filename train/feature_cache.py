@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import ConversationDataset
+from data.errors import UserError
+from data.files import replace_file, write_atomically
 from data.images import BadImage, ImageSource, image_bytes, open_image
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested
@@ -50,7 +51,7 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
     """
     config = model.config
     if config.visionzip is None:
-        raise ValueError(
+        raise UserError(
             "features can be cached for a reduced budget only: all visual tokens of an image take nine times its "
             "file's size. Set visionzip, or data.cache_features to null"
         )
@@ -74,7 +75,7 @@ class FeatureCache:
         text = json.dumps(identity, sort_keys=True, indent=1)
         self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_beside(self.folder / "identity.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_atomically(self.folder / "identity.json", text + "\n")
         self._places: dict[str, tuple[str, int]] = {}
         self._read: set[str] = set()
         self._open: dict[str, Any] = {}
@@ -134,7 +135,7 @@ class FeatureCache:
         }
         name = hashlib.sha256(",".join(keys).encode()).hexdigest()[:24]
         metadata = {"images": ",".join(keys)}
-        _write_beside(self.folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata), fsync=True)
+        replace_file(self.folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
 
     def remove_stale(self) -> None:
         """Removes what killed writers left."""
@@ -144,20 +145,6 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
             except FileNotFoundError:  # another process was faster
                 continue
-
-
-def _write_beside(target: Path, write: Callable[[Path], object], *, fsync: bool = False) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
-    os.close(descriptor)
-    try:
-        write(Path(name))
-        if fsync:
-            with open(name, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 class _Missing(Dataset[tuple[str, Tensor] | None]):
@@ -279,7 +266,7 @@ def store_features(
     record = tower_record(config.data.cache_features, release.folder, dtype)
     if tower is None and record is not None:
         text = json.dumps({"tower": identity["tower"], "release": str(release.folder)}, indent=1) + "\n"
-        _write_beside(record, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(record, text)
 
     def tower_on_device() -> None:
         if isinstance(model.model.vision_tower, nn.Identity):
@@ -287,7 +274,7 @@ def store_features(
             if tower_digest(model.model.vision_tower) != tower:
                 if record is not None:
                     record.unlink(missing_ok=True)
-                raise ValueError(
+                raise UserError(
                     f"{release.folder}: the tower has changed, though its files have the same size and time. The "
                     "features of the one before are left alone: start the run again"
                 )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from reduction.parsing import parse_budget
-from train.config import ConfigError, FastVConfig
+from train.config import ConfigError, FastVConfig, repeated
 from train.frontier_report import GRID_OF_POINTS
 
 DOMINANT_ONLY = "dominant only"
@@ -51,9 +51,9 @@ class FrontierConfig:
             ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
             ("fastv", self.fastv), ("rankings", self.rankings),
         ):  # fmt: skip
-            twice = [value for place, value in enumerate(values) if value in values[:place]]
-            if twice:
-                raise ConfigError(f"{name}: {twice[0]!r} stands there twice")
+            again = repeated(values)
+            if again:
+                raise ConfigError(f"{name}: {again[0]!r} stands there twice")
         if not self.freeze:
             raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
         known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)

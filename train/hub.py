@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from data.errors import MissingFile, UserError
+
 _SMALL_FILES = (
     "README.md",
     "*.json",
@@ -47,11 +49,11 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     here = f"there is no folder {name} in {Path.cwd()}"
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
+            raise UserError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
         return folder, None
     cure = f"needed is a folder, or a Hub id (such as llava-hf/llava-1.5-7b-hf) within reach; got {name!r}"
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        raise FileNotFoundError(f"{name} does not exist: {cure}")
+        raise MissingFile(f"{name} does not exist: {cure}")
     try:
         if constants.is_offline_mode():
             return _cached(name, revision, here)
@@ -62,13 +64,13 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return found, found.name
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
+        raise MissingFile(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
     except GatedRepoError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name} is gated: accept its terms on the Hub, then `hf auth login` with a token that may read it"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{name} is neither a folder nor a repository that this machine's token can see: {cure}"
         ) from error
     except (httpx.TransportError, OfflineModeIsEnabled):
@@ -85,7 +87,7 @@ def _cached(name: str, revision: str | None, here: str) -> tuple[Path, str]:
             continue
         if any(found.glob(weights)) or any(found.glob("*projector*")):
             return found, found.name
-    raise FileNotFoundError(
+    raise MissingFile(
         f"{here}, {name}{f' at {revision}' if revision else ''} is not in the Hub's cache, and the Hub cannot be "
         "reached: connect this machine, or give a folder"
     )

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from data.dataset import Collator
+from data.errors import UserError
 from data.images import open_image, to_rgb
 from data.instructions import PLACEHOLDER, Conversation
 from data.supervision import Supervision
@@ -106,18 +107,18 @@ class ReducedLlava(lmms):
     ) -> None:
         super().__init__()
         if str(batch_size).startswith("auto") or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size!r}: a number of prompts, at least 1, is needed")
+            raise UserError(f"batch_size is {batch_size!r}: a number of prompts, at least 1, is needed")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+            raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         single = self._world_size == 1 and device is not None
         self._device = torch.device(device if single else self.accelerator.device)  # type: ignore[arg-type]
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, and there is no GPU here: give --device cpu")
+            raise UserError(f"device is {device!r}, and there is no GPU here: give --device cpu")
         release = open_release(pretrained, None if revision is None else str(revision))
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
-            raise ValueError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
+            raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
         computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
         self._model, processor = load_release(
             release,
@@ -209,9 +210,8 @@ class ReducedLlava(lmms):
         with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
             while order:
                 generation = asked[order[0]].generation
-                batch = [
-                    index for index in order[: self.batch_size] if repr(asked[index].generation) == repr(generation)
-                ]
+                alike = repr(generation)  # as they are sorted: settings that are equal, like 0 and 0.0, may lie apart
+                batch = [index for index in order[: self.batch_size] if repr(asked[index].generation) == alike]
                 order = order[len(batch) :]
                 found = run([asked[index].read() for index in batch], generation)
                 for index, result in zip(batch, found, strict=True):
@@ -281,7 +281,7 @@ class ReducedLlavaChat(ReducedLlava):
 def _visionzip(budget: str | int | None, method: str | None, seed: int) -> Reduction:
     if budget is None:
         if method is not None:
-            raise ValueError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
+            raise UserError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
         return "saved"
     if budget in ("all", "none"):
         return None
@@ -301,7 +301,7 @@ def _as_image(visual: Any) -> Image.Image:
         return to_rgb(visual)
     if isinstance(visual, str):
         return open_image(visual)
-    raise ValueError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
+    raise UserError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
 
 
 def _with_images(text: str, count: int) -> str:
@@ -327,7 +327,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]]
                 said.append(part["text"])
                 pieces.append(part["text"].replace(PLACEHOLDER, ""))
             else:
-                raise ValueError(f"reduced_llava looks at images only; this task gives {part['type']}")
+                raise UserError(f"reduced_llava looks at images only; this task gives {part['type']}")
         shown = len(message["content"]) - len(said)
         text = "\n".join(said)
         turns.append((str(message["role"]), text if text.count(PLACEHOLDER) == shown else "\n".join(pieces)))

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from data.errors import FileInTheWay, MissingFile, UserError
+from data.files import write_atomically
 from data.images import open_image, resolve_image_path
 from data.instructions import PLACEHOLDER, Conversation
-from train.checkpoint import write_atomically
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "eval" / "tasks"
 HELD_OUT_TEMPLATE = "_held_out_template_yaml"
@@ -44,7 +45,7 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
     for conversation in conversations:
         for source in conversation.images:
             if not isinstance(source, str):
-                raise ValueError(f"{conversation.id}: a local task reads its images from files; this one is embedded")
+                raise UserError(f"{conversation.id}: a local task reads its images from files; this one is embedded")
         answers = [place for place, (role, _) in enumerate(conversation.turns) if role == "assistant"]
         for turn, place in enumerate(answers):
             before = conversation.turns[:place]
@@ -67,7 +68,7 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
 def _existing(name: str, image: str, image_root: str | None) -> Path:
     path = resolve_image_path(image, image_root).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: there is no image {path}; give the folder that holds it as data.image_root")
+        raise MissingFile(f"{name}: there is no image {path}; give the folder that holds it as data.image_root")
     return path
 
 
@@ -78,11 +79,11 @@ def write_task(folder: Path, name: str, conversations: Sequence[Conversation], i
     writing would replace a file that is not of a task of that name written before.
     """
     if not name.replace("_", "").replace("-", "").isalnum():
-        raise ValueError(f"task {name!r}: letters, digits, - and _ are allowed")
+        raise UserError(f"task {name!r}: letters, digits, - and _ are allowed")
     written = [folder / file for file in (f"{name}.yaml", f"{name}_likelihood.yaml", f"{name}.jsonl")]
     found = [str(path) for path in written if path.exists()]
     if found and not _is_own_task(written[0]):
-        raise FileExistsError(
+        raise FileInTheWay(
             f"{', '.join(found)}: there already, and not of a task that was written here: choose another name"
         )
     count = write_questions(conversations, image_root, folder / f"{name}.jsonl")

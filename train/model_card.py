@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from data.errors import MissingFile
+from data.files import read_json
 from data.subset import subset_report
 from reduction.parsing import format_budget
 from train.config import DEMO, DataConfig, TuneConfig
 from train.hub import fetch
-from train.original_release import read_json
 from train.reduced_checkpoint import LINEAGE_FILE, Shape
 from train.release import open_release
 from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
@@ -45,7 +46,7 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Reads a finished run. Raises FileNotFoundError for a folder that holds none."""
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is no run's folder (no {CONFIG}): name the output_dir of a run")
+        raise MissingFile(f"{folder} is no run's folder (no {CONFIG}): name the output_dir of a run")
     release = open_release(str(folder))
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     lineage_path = release.source / LINEAGE_FILE

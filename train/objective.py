@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from data.errors import UserError
 from reduction.supervised_states import (
     IGNORE_INDEX,
     FixedText,
@@ -190,9 +191,9 @@ class SupervisedLoss(nn.Module):
 
 def _refuse_mismatch(placeholders: int, features: int) -> None:
     if placeholders != features and not features:
-        raise ValueError(f"the prompts hold {placeholders} placeholders and there are 0 visual tokens")
+        raise UserError(f"the prompts hold {placeholders} placeholders and there are 0 visual tokens")
     if placeholders != features:
-        raise ValueError(
+        raise UserError(
             f"the prompts hold {placeholders} placeholders, the images give {features} visual tokens: build the "
             "inputs with the processor that belongs to this model"
         )

@@ -31,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from data.errors import MissingFile, UserError
+from data.files import read_json
 from train.tensor_files import TensorSpec
 
 IMAGE_TOKEN = "<image>"
@@ -61,19 +63,6 @@ _LLAMA_KEYS = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError, naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: is {path.parent} the folder of a release?")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}): download the release again") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, needed is a JSON object")
-    return loaded
-
-
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is LLaVA's own: sizes at the top level and `mm_*` keys beside them."""
     return "text_config" not in config and (
@@ -88,40 +77,40 @@ def check_original_config(config: Mapping[str, Any], where: str) -> None:
     """
     model_type = config.get("model_type")
     if model_type not in _MODEL_TYPES:
-        raise ValueError(
+        raise UserError(
             f"{where}: model_type is {model_type!r}, known for LLaVA's own layout are {', '.join(_MODEL_TYPES)} "
             "(LLaVA on Llama or Vicuna). For other language models use the transformers release, "
             "such as llava-hf/llava-v1.6-mistral-7b-hf"
         )
     missing = [key for key in (*_REQUIRED, "mm_vision_tower") if config.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
+        raise UserError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
     projector = config.get("mm_projector_type", "linear")
     resampler = config.get("mm_resampler_type")
     if resampler is not None:
-        raise ValueError(
+        raise UserError(
             f"{where}: the projector is a resampler (mm_resampler_type {resampler!r}), needed is the two-layer MLP "
             "mlp2x_gelu: use LLaVA 1.5 or later"
         )
     if projector != "mlp2x_gelu":
-        raise ValueError(
+        raise UserError(
             f"{where}: the projector is {projector!r} (mm_projector_type), needed is the two-layer MLP mlp2x_gelu: "
             "use LLaVA 1.5 or later"
         )
     for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if config.get(key, key == "mm_use_im_patch_token"):
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key} is on, which puts tokens of its own around every image (LLaVA 1.0); needed is off: "
                 "use LLaVA 1.5 or later"
             )
     if config.get("s2"):
-        raise ValueError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
+        raise UserError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
     if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
-        raise ValueError(
+        raise UserError(
             f"{where}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}, known are patch, cls_patch"
         )
     if config.get("image_aspect_ratio") not in (None, "square", "pad", "anyres"):
-        raise ValueError(
+        raise UserError(
             f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}, known are square, pad and anyres"
         )
 
@@ -137,14 +126,14 @@ def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str
         return found
     needed = "needed is LLaVA 1.5's two-layer MLP (mm_projector.0 and .2)"
     if not found:
-        raise ValueError(f"{where} holds no projector (no tensor named mm_projector), {needed}")
+        raise UserError(f"{where} holds no projector (no tensor named mm_projector), {needed}")
     if set(found) == {"weight", "bias"}:
         kind = f"a linear one, {tuple(specs[found['weight']].shape)}"
     elif all(key.split(".")[0].isdigit() for key in found):
         kind = f"an MLP of {len({key.split('.')[0] for key in found})} layers"
     else:
         kind = f"a resampler or another module with {', '.join(sorted(found)[:4])} …"
-    raise ValueError(f"{where}: the projector is {kind}; {needed}: use LLaVA 1.5 or later")
+    raise UserError(f"{where}: the projector is {kind}; {needed}: use LLaVA 1.5 or later")
 
 
 def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hidden: int, where: str) -> None:
@@ -155,7 +144,7 @@ def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hi
     wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
     for name, shape in wanted.items():
         if tuple(shapes[name]) != shape:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "
                 f"wide, language model {hidden} wide): it belongs to another release; take the projector and the "
                 "base of the same size"
@@ -180,7 +169,7 @@ def tower_config(folder: Path) -> CLIPVisionConfig:
         return CLIPVisionConfig.from_dict(config["vision_config"])
     if config.get("model_type") == "clip_vision_model":
         return CLIPVisionConfig.from_dict(config)
-    raise ValueError(
+    raise UserError(
         f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"
     )
 
@@ -191,9 +180,9 @@ def _pinpoints(config: Mapping[str, Any], where: str) -> list[list[int]]:
         try:
             pinpoints = ast.literal_eval(pinpoints)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{where}: image_grid_pinpoints {pinpoints!r} is no list of sizes") from error
+            raise UserError(f"{where}: image_grid_pinpoints {pinpoints!r} is no list of sizes") from error
     if not pinpoints:
-        raise ValueError(f"{where}: image_aspect_ratio is anyres, but image_grid_pinpoints is missing")
+        raise UserError(f"{where}: image_aspect_ratio is anyres, but image_grid_pinpoints is missing")
     return [[int(side) for side in size] for size in pinpoints]
 
 
@@ -244,10 +233,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     of 64 (32 000 → 32 064, as in the transformers releases).
     """
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
+        raise MissingFile(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
     slow = LlamaTokenizer.from_pretrained(folder)
     if len(slow) > rows:
-        raise ValueError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
+        raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
     slow.pad_token = slow.pad_token or slow.unk_token
     slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -263,7 +252,7 @@ def build_config(
     """The transformers config of an original one. A release with `anyres` images becomes LLaVA-NeXT."""
     image_size, patch_size = vision.image_size, vision.patch_size
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
-        raise ValueError(
+        raise UserError(
             f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares"
         )
     common: dict[str, Any] = {
@@ -339,13 +328,13 @@ def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str 
     vision: Any = config.vision_config
     text: Any = config.text_config
     if vision.model_type != "clip_vision_model" or text.model_type != "llama":
-        raise ValueError(
+        raise UserError(
             f"{where}: LLaVA's own layout knows a CLIP tower and a Llama, found are {vision.model_type} and "
             f"{text.model_type}: choose --shape full or projector"
         )
     if vision_tower is None:
         if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != (1024, 24, 336, 14):
-            raise ValueError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
+            raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
         vision_tower = "openai/clip-vit-large-patch14-336"
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")

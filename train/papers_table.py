@@ -12,7 +12,7 @@ from reduction.baselines import METHODS
 from reduction.configuration_reduced_llava import validate_fastv
 from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
 from reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
-from train.config import ConfigError
+from train.config import ConfigError, repeated
 from train.report import print_table
 
 ALL, NONE = "all", "none"
@@ -49,9 +49,9 @@ def _alike(key: str, text: str) -> str:
 
 
 def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
-    repeated = [value for value in values if values.count(value) > 1]
-    if repeated:
-        raise ConfigError(f"{key}: {repeated[0]} stands there {values.count(repeated[0])} times; once is allowed")
+    again = repeated(values)
+    if again:
+        raise ConfigError(f"{key}: {again[0]} stands there {values.count(again[0])} times; once is allowed")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
+from data.files import read_json
 from data.supervision import choose_template
-from train.original_release import read_json, split_after_images
+from train.original_release import split_after_images
 
 
 def build_processor(

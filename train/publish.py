@@ -19,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
+from data.errors import UserError
 from train.adapters import ADAPTER_FOLDER
 from train.config import TuneConfig
 from train.hub import retrying
@@ -30,7 +31,7 @@ from train.run_folder import PICTURES
 _OURS = {".gitattributes"}  # what the Hub itself puts into a new repository
 
 
-class PublishError(RuntimeError):
+class PublishError(UserError):
     """A checkpoint that cannot be published as asked, with the cure."""
 
 

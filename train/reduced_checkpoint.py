@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
+from data.errors import UserError
+from data.files import written_whole
 from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
-from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector, written_whole
+from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from train.original_release import to_original_config
 from train.release import Release, model_classes
 from train.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
@@ -54,7 +56,7 @@ def write_reduced_checkpoint(
     fit.
     """
     if shape not in SHAPES:
-        raise ValueError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
+        raise UserError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
     tensors = {name.rsplit(_MARK, 1)[-1]: tensor.detach().cpu().float() for name, tensor in projector.items()}
     reductions = {
         "visionzip": dict(visionzip) if visionzip else None,
@@ -132,7 +134,7 @@ def describe_base(release: Release, base: str | None = None, base_revision: str 
         return inherited if base is None else {**inherited, "name": base, "revision": base_revision}
     files = weight_files(release.folder)
     if any(path.suffix != ".safetensors" for path in files):
-        raise ValueError(
+        raise UserError(
             f"{release.name} has no safetensors files, which a projector-only checkpoint recognises it by: "
             "choose --shape full"
         )
@@ -161,7 +163,7 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
                 short = key.split(_MARK, 1)[1]
                 if short not in projector or tuple(projector[short].shape) != specs[key].shape:
                     found = tuple(projector[short].shape) if short in projector else "missing"
-                    raise ValueError(f"the projector's {short} is {found}, needed by {source} is {specs[key].shape}")
+                    raise UserError(f"the projector's {short} is {found}, needed by {source} is {specs[key].shape}")
                 specs[key] = TensorSpec(specs[key].shape, torch.float32)
                 placed.add(short)
         with open_tensors(path) as tensors:
@@ -173,6 +175,6 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
         weight_map.update(dict.fromkeys(specs, name))
         total += sum(spec.nbytes for spec in specs.values())
     if placed != set(projector):
-        raise ValueError(f"{source} has no place for the projector's {', '.join(sorted(set(projector) - placed))}")
+        raise UserError(f"{source} has no place for the projector's {', '.join(sorted(set(projector) - placed))}")
     if len(files) > 1:
         write_index(target, weight_map, total)

@@ -20,6 +20,8 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers import BitsAndBytesConfig
 
+from data.errors import MissingExtra, MissingFile, UserError
+from data.files import read_json
 from reduction import (
     ReducedLlavaConfig,
     ReducedLlavaForConditionalGeneration,
@@ -37,7 +39,6 @@ from train.original_release import (
     check_projector_widths,
     find_projector,
     is_original,
-    read_json,
 )
 from train.processors import build_processor
 from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
@@ -102,7 +103,7 @@ def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = 
     try:
         return fetch(name)[0]
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"the vision tower {name!r} that {release} names was not found: {error}. Give its folder with vision_tower"
         ) from error
 
@@ -128,7 +129,7 @@ def open_release(
     source, commit = fetch(model, revision)
     if (source / "config.yaml").is_file():
         if not (source / "final" / "config.json").is_file():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{model} is the folder of a run that has not finished (no final/): continue it with "
                 "--resume_from_checkpoint latest, or name the release it started from"
             )
@@ -140,7 +141,7 @@ def open_release(
         if not has_weights and (source / MM_PROJECTOR_FILE).is_file():
             base = config.get("_name_or_path")
             if not base:
-                raise ValueError(f"{model} holds a projector only, and its config.json names no base (_name_or_path)")
+                raise UserError(f"{model} holds a projector only, and its config.json names no base (_name_or_path)")
             release = open_release(
                 _beside(source, str(base)),
                 mm_projector=str(projector or source / MM_PROJECTOR_FILE),
@@ -163,7 +164,7 @@ def find_projector_file(given: str) -> Path:
     for candidate in (path, path / MM_PROJECTOR_FILE, path / PROJECTOR_FILE):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"mm_projector {given}: no such file, and no folder with {MM_PROJECTOR_FILE}")
+    raise MissingFile(f"mm_projector {given}: no such file, and no folder with {MM_PROJECTOR_FILE}")
 
 
 def _beside(source: Path, base: str) -> str:
@@ -177,20 +178,20 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
     """Refuses what is no whole LLaVA in transformers' layout, from the headers of its files."""
     model_type = config.get("model_type")
     if "vision_config" not in config:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a text-only language model (model_type {model_type!r}): needed is a LLaVA with a vision "
             "tower and a projector, such as llava-hf/llava-1.5-7b-hf. With a projector from LLaVA's own pretraining, "
             "give it as mm_projector"
         )
     if model_type not in _KNOWN:
-        raise ValueError(
+        raise UserError(
             f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
             "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
         )
     if not has_weights:
         if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
             return
-        raise FileNotFoundError(f"{folder} holds no weights (model*.safetensors): download the release again")
+        raise MissingFile(f"{folder} holds no weights (model*.safetensors): download the release again")
     specs = folder_specs(folder)
     parts: dict[str, dict[str, TensorSpec]] = {"vision tower": {}, "projector": {}, "language model": {}}
     for name, spec in specs.items():
@@ -206,7 +207,7 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
               if "multi_modal_projector." in name}  # fmt: skip
     if not {"linear_1.weight", "linear_2.weight"} <= shapes.keys():
         found = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
-        raise ValueError(
+        raise UserError(
             f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
             f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
         )
@@ -365,7 +366,7 @@ def load_viewer(release: Release, visionzip: Reduction = "saved") -> tuple[Any, 
 
 def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("load_in_4bit needs bitsandbytes: pip install 'shortzip[4bit]'")
+        raise MissingExtra("load_in_4bit needs bitsandbytes: pip install 'shortzip[4bit]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from data.errors import UserError
+from data.files import write_atomically
 from train.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -25,7 +27,6 @@ from train.checkpoint import (
     load_checkpoint,
     set_aside,
     sweep,
-    write_atomically,
 )
 from train.command_line import dump_config
 from train.config import TuneConfig
@@ -41,7 +42,7 @@ OWN_FILES = (STATUS, METRICS, RESULTS, CURVE, LAYERS, TRACKER, DROPPED, NONFINIT
 OWN_FOLDERS = (FINAL, ANSWERS, PICTURES, CONTROL, "tensorboard", "wandb")
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(UserError):
     """The output folder holds something that this run must not touch, or cannot be used."""
 
 

@@ -15,6 +15,8 @@ from accelerate.utils import gather_object
 from data.batching import permutation
 from data.dataset import Collator, ConversationDataset, Sample
 from data.drops import Drop, DropLog
+from data.errors import UserError
+from data.files import write_atomically, written_whole
 from data.instructions import read_instructions
 from data.scene_questions import write_scenes
 from data.strata import draw
@@ -23,9 +25,7 @@ from data.supervision import Supervision
 from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
-from train.checkpoint import write_atomically
 from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
-from train.convert import written_whole
 from train.release import Release, load_release
 from train.run_folder import LAYERS
 
@@ -52,7 +52,7 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
 def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
     report = subset_report(config.instructions)
     if report is not None and report["fraction"] < 1:
-        raise ValueError(
+        raise UserError(
             f"{config.instructions} is a subset already, {report['fraction']:g} of {report['instructions']}, and "
             f"data.fraction {config.fraction:g} would train on a part of that: set data.fraction to 1.0"
         )
@@ -127,7 +127,7 @@ def calibration_samples(dataset: ConversationDataset, count: int, seed: int) -> 
             inputs = Collator.of(dataset.supervision)([shown]).inputs
             found.append(CalibrationSample(torch.tensor(prompt), inputs["pixel_values"], inputs.get("image_sizes")))
     if not found:
-        raise ValueError("no conversation begins with an image: LC cannot be measured. Give shortv.layers instead")
+        raise UserError("no conversation begins with an image: LC cannot be measured. Give shortv.layers instead")
     return found
 
 

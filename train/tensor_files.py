@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data.errors import MissingFile, UserError
+
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -70,18 +72,18 @@ def read_safetensors_specs(path: Path) -> dict[str, TensorSpec]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no safetensors file, or was cut short within its header ({size} bytes): "
             "download or convert it again"
         ) from error
     if size != end:
-        raise ValueError(
+        raise UserError(
             f"{path} was cut short or damaged: its header announces {end} bytes, the file has {size}: "
             "download or convert it again"
         )
     unknown = sorted({dtype for _, dtype in shapes.values()} - _TORCH_DTYPES.keys())
     if unknown:
-        raise ValueError(f"{path} holds tensors of dtype {', '.join(unknown)}, known are {', '.join(_TORCH_DTYPES)}")
+        raise UserError(f"{path} holds tensors of dtype {', '.join(unknown)}, known are {', '.join(_TORCH_DTYPES)}")
     return {name: TensorSpec(shape, _TORCH_DTYPES[dtype]) for name, (shape, dtype) in shapes.items()}
 
 
@@ -90,21 +92,21 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is refused: it holds something other than tensors, and loading that could run code "
             f"({str(error).splitlines()[0]}). Only files that `torch.load(weights_only=True)` reads are accepted: "
             "ask its author for a safetensors file"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read, it was probably cut short ({path.stat().st_size} bytes): download it again "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} is refused: it holds a {type(loaded).__name__}, needed is a dict of tensors by name")
+        raise UserError(f"{path} is refused: it holds a {type(loaded).__name__}, needed is a dict of tensors by name")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
+            raise UserError(
                 f"{path} is refused: entry {name!r} is a {type(value).__name__}, needed are tensors by name only. "
                 "A training checkpoint? Save its state dict alone"
             )
@@ -118,14 +120,14 @@ def open_tensors(path: Path) -> Iterator[Mapping[str, torch.Tensor]]:
     Raises FileNotFoundError, or ValueError for a file that is cut short or holds anything but tensors.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: download the release again")
+        raise MissingFile(f"{path} is missing: download the release again")
     if path.suffix == ".safetensors":
         read_safetensors_specs(path)
         try:
             with safe_open(path, framework="pt") as file:
                 yield _LazySafetensors(file)
         except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read ({error}): download or convert it again") from error
+            raise UserError(f"{path} cannot be read ({error}): download or convert it again") from error
     else:
         tensors = _load_bin(path)
         try:
@@ -154,7 +156,7 @@ class _LazySafetensors(Mapping[str, torch.Tensor]):
 def read_specs(path: Path) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of a .bin or .safetensors file. Raises as `open_tensors` does."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: download the release again")
+        raise MissingFile(f"{path} is missing: download the release again")
     if path.suffix == ".safetensors":
         return read_safetensors_specs(path)
     with open_tensors(path) as tensors:
@@ -173,7 +175,7 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise FileNotFoundError(
+                raise MissingFile(
                     f"{folder} lacks {', '.join(missing)}, which {index.name} names: download the release again"
                 )
             return [folder / name for name in names]
@@ -221,12 +223,12 @@ def write_safetensors(
             written = 0
             for piece in pieces:
                 if piece.dtype != specs[name].dtype:
-                    raise ValueError(f"{name}: {piece.dtype} where {specs[name].dtype} was announced")
+                    raise UserError(f"{name}: {piece.dtype} where {specs[name].dtype} was announced")
                 written += piece.numel() * piece.dtype.itemsize
                 if piece.numel():
                     file.write(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if written != specs[name].nbytes:
-                raise ValueError(f"{name}: {written} bytes where {specs[name].nbytes} were announced")
+                raise UserError(f"{name}: {written} bytes where {specs[name].nbytes} were announced")
         file.flush()
         os.fsync(file.fileno())
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from data.errors import UserError
 from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
 from train.tensor_files import open_tensors, read_specs, weight_files
 
@@ -91,8 +92,6 @@ def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     expected = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     if expected.keys() != tensors.keys():
         different = sorted(expected.keys() ^ tensors.keys())
-        raise ValueError(
-            f"{release}: {len(different)} weights of the tower, such as {different[0]}, are not as needed"
-        )
+        raise UserError(f"{release}: {len(different)} weights of the tower, such as {different[0]}, are not as needed")
     tower.to(dtype).load_state_dict({expected[name]: tensor for name, tensor in tensors.items()})
     return tower.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from train.checkpoint import write_atomically
+from data.files import write_atomically
 from train.config import TuneConfig
 from train.run_folder import TRACKER
 

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from data.batching import BatchPlan, MicroBatchSampler
 from data.dataset import Collator, ConversationDataset, MicroBatch
 from data.drops import BadSample, Drop, TooManyBadSamples
+from data.errors import UserError
+from data.files import write_atomically
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
@@ -33,7 +35,6 @@ from train.checkpoint import (
     restore_random_states,
     save_checkpoint,
     versions,
-    write_atomically,
 )
 from train.command_line import load_config
 from train.config import ConfigError, TuneConfig
@@ -75,7 +76,7 @@ from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, ma
 from train.tracking import Trackers
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """Too many steps in a row with NaN or Inf."""
 
 

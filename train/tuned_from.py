@@ -26,11 +26,11 @@ def check_untuned(release: Release) -> None:
 
 def check_tuned(tuned: Release, release: Release) -> None:
     """Raises ConfigError for what is not `release` with a tuned projector."""
-    if not lineage(tuned)[:-1]:
+    older = lineage(tuned)[:-1]
+    if not older:
         raise ConfigError(f"tuned {tuned.name} is a release, and was not tuned from one")
     shapes = [{name: tuple(t.shape) for name, t in release_projector(x).items()} for x in (tuned, release)]
-    older = lineage(tuned)[:-1]
-    cure = f"give the release it was tuned from as --model{' (' + older[-1]['name'] + ')' if older else ''}"
+    cure = f"give the release it was tuned from as --model ({older[-1]['name']})"
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         found, needed = (shape.get(name, "missing") for shape in shapes)
         if found != needed:
