@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `MissingFile` or `UserError`, naming the file and the cure."""
     if not path.is_file():
-        raise MissingFile(f"{path} is missing: is {path.parent} the right folder?")
+        raise MissingFile(f"{path} is missing: is {path.parent} the folder of a release, or of a run?")
     text = read_text(path)
     try:
         loaded = json.loads(text)

@@ -156,7 +156,7 @@ def test_killed_at_any_moment_of_writing_the_older_checkpoint_stays(tmp_path: Pa
             return call
 
         checkpoint_module.save_file = dying(checkpoint_module.save_file)
-        checkpoint_module.os.fsync = dying(os.fsync)
+        os.fsync = dying(os.fsync)
         checkpoint_module.Path.rename = dying(Path.rename)
         checkpoint_module.shutil.rmtree = dying(shutil.rmtree)
         save_checkpoint(tmp_path, some_checkpoint(2, value=2.0), keep=1)

@@ -325,12 +325,12 @@ def test_from_the_hub_and_its_cache(tiny_release: Path, tmp_path: Path) -> None:
             assert "pytorch_model.bin" not in main
             assert "training_args.bin" not in main
             assert pinned.startswith(old)
-            assert "FileNotFoundError maker/llava has no revision 'v9': give a branch, tag or commit" in no_revision
-            assert "FileNotFoundError maker/none is neither a folder nor a repository" in nothing
-            assert "FileNotFoundError maker/secret is neither a folder nor a repository" in secret
+            assert "MissingFile maker/llava has no revision 'v9': give a branch, tag or commit" in no_revision
+            assert "MissingFile maker/none is neither a folder nor a repository" in nothing
+            assert "MissingFile maker/secret is neither a folder nor a repository" in secret
             assert forks.run(str(script), "maker/secret", HF_TOKEN=WRITER).stdout.count("model.safetensors") == 1
             hub.close()
             again, never = forks.run(str(script), "maker/llava", "maker/other").stdout.splitlines()
             assert again == main
-            assert "FileNotFoundError there is no folder maker/other in " in never
+            assert "MissingFile there is no folder maker/other in " in never
             assert "maker/other is not in the Hub's cache, and the Hub cannot be reached: connect this" in never

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from runs import ROOT, run_here, write_recipe
 
+from data.files import sha256
 from data.instructions import read_instructions
-from train.checkpoint import CHECKSUMS, FILES, _sha256, damage, find_checkpoint, load_checkpoint
+from train.checkpoint import CHECKSUMS, FILES, damage, find_checkpoint, load_checkpoint
 from train.release import load_release
 
 TOKEN = "hf_" + "ThisIsASecret" * 3
@@ -67,7 +68,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_does_not_run(finished: Path, tm
         shutil.copytree(finished, run)
         step = run / "step-000002"
         (step / name).write_bytes(pickle.dumps(Bomb(went_off)))
-        (step / CHECKSUMS).write_text("".join(f"{_sha256(step / file)}  {file}\n" for file in FILES))
+        (step / CHECKSUMS).write_text("".join(f"{sha256(step / file)}  {file}\n" for file in FILES))
         assert damage(step) is None
         path, _ = find_checkpoint(run, "latest")
         assert path == step
