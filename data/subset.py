@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.drops import BadSample, DropLog
 from data.errors import FileInTheWay, UserError
-from data.images import BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
+from data.images import HINTS, BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
 from data.instructions import EXPECTED, Conversation, UnknownFormat, parser_for
 from data.json_rows import JsonRowError, iterate_json_rows
 from data.strata import Ranking, source_of
@@ -305,7 +305,7 @@ def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Prob
             if decode:
                 open_image(path, root)
             else:
-                check_image_file(resolve_image_path(path, root))
+                check_image_file(resolve_image_path(path, root), hint=len(problems) < HINTS)
         except BadImage as error:
             problems[path] = (error.problem, error.detail)
     return problems
