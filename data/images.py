@@ -162,7 +162,10 @@ def image_bytes(source: ImageSource, image_root: str | os.PathLike[str] | None =
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str):
-        return source.read()
+        try:
+            return source.read()
+        except OSError as error:
+            raise BadImage("missing_image", image_name(source), str(error)) from error
     file = resolve_image_path(source, image_root)
     check_image_file(file)
     try:
@@ -201,11 +204,7 @@ def _look(
     elif isinstance(source, (bytes, Image.Image)):
         content, name = source, "picture" if isinstance(source, Image.Image) else image_name(source)
     else:
-        name = image_name(source)
-        try:
-            content = source.read()
-        except OSError as error:
-            raise BadImage("missing_image", name, str(error)) from error
+        content, name = image_bytes(source), image_name(source)
     try:
         if isinstance(content, Image.Image):
             return _checked(content, name, max_pixels, look)
