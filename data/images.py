@@ -227,8 +227,8 @@ def _decoded(file: BinaryIO, name: str, max_pixels: int, look: Callable[[Image.I
     except Image.UnidentifiedImageError:
         kind = kind_of(start)
         read = ", ".join(FORMATS)
-        said = f" but {kind}" if kind else ""
-        raise BadImage("unreadable_image", name, f"is no picture of a kind that is read ({read}){said}") from None
+        said = f", but {kind}" if kind else ""
+        raise BadImage("unreadable_image", name, f"is no image that Pillow knows as one of {read}{said}") from None
     except BadImage:
         raise
     except ValueError:
