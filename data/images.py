@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -28,6 +29,7 @@ MAX_ASPECT = 200
 HINTS = 20  # missing images for which it is looked what lies there instead; for all of them that takes too long
 # Pillow opens forty more, some of them by starting other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -244,10 +246,16 @@ def _checked(image: Image.Image, name: str, max_pixels: int, look: Callable[[Ima
     if image.format not in (None, "MPO", *FORMATS):
         raise BadImage("unreadable_image", name, f"is of the format {image.format}, read are {', '.join(FORMATS)}")
     width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(
-            "unreadable_image", name, f"{width} x {height} pixels, more than {max_pixels}: decompression bomb?"
-        )
+    tile = (
+        (image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
+        if isinstance(image, TiffImageFile)
+        else (1, 1)
+    )
+    for across, down in ((width, height), tile):  # a tile is decoded whole, however little of it is seen
+        if across * down > max_pixels:
+            raise BadImage(
+                "unreadable_image", name, f"{across} x {down} pixels, more than {max_pixels}: decompression bomb?"
+            )
     if max(width, height) > MAX_ASPECT * min(width, height):
         long = max(width, height)
         raise BadImage(
@@ -267,7 +275,7 @@ def _words(error: Exception) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """How the camera was held, 1 to 8 as EXIF and XMP have it; 1 where Pillow heeds it by itself."""
-    if image.format == "TIFF" and ExifTags.Base.Orientation in getattr(image, "tag_v2", ()):
+    if isinstance(image, TiffImageFile) and ExifTags.Base.Orientation in image.tag_v2:
         return 1  # its size is the upright one from the header on, and loading turns it
     if image.format == "PNG":
         image.load()  # its metadata may stand behind the pixels

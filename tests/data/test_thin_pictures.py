@@ -96,3 +96,14 @@ def test_an_animation_of_threads_is_refused_by_its_first_frame() -> None:
     Image.new("1", (3_000, 3)).save(buffer, "GIF", save_all=True, append_images=[Image.new("1", (3_000, 3), 1)])
     with pytest.raises(BadImage, match="3000 x 3 pixels"):
         open_image(buffer.getvalue())
+
+
+def test_a_tile_larger_than_its_picture_is_refused_before_it_is_decoded() -> None:
+    """10 x 10 grey pixels as TIFF, in one tile of 65536 x 65536."""
+    packed = zlib.compress(b"\0" * 65_536)
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: 65_536, 323: 65_536, 324: 134, 325: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + packed
+    for look in (open_image, image_size):
+        with pytest.raises(BadImage, match="65536 x 65536 pixels, more than"):
+            look(content)
