@@ -296,6 +296,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     method = _UPRIGHT.get(_orientation(image))
     if method is not None:
         image = image.transpose(method)
+        image.info = {key: image.info[key] for key in ("transparency",) if key in image.info}  # not turned again
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
