@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import UserError, printable
+from data.errors import UserError, printable, shown
 
 OnBadSample = Literal["raise", "skip"]
 
@@ -35,7 +35,8 @@ class BadSample(UserError):
         self.reason, self.sample_id, self.detail, self.file = reason, sample_id, detail, file
 
     def __str__(self) -> str:
-        where = f" in {self.file}" if self.file and not self.detail.startswith(self.file) else ""
+        file = shown(self.file)
+        where = f" in {file}" if file and not self.detail.startswith((file, self.file)) else ""
         return printable(f"row {self.sample_id!r}{where}: {self.detail}")
 
 

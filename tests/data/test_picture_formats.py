@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from data.drops import BadSample
 from data.errors import printable, shown
 from data.images import FORMATS, BadImage, image_size, image_suffix, open_image
 from train.lmms_model import _as_image
@@ -241,4 +242,8 @@ def test_names_reach_no_terminal_as_they_are(tmp_path: Path) -> None:
     long = shown("x" * 100_000 + ".png")
     assert len(long) < 400
     assert long.endswith(".png (100004 characters)")
+    with pytest.raises(BadImage) as caught:
+        open_image("data:image/png;base64," + "iVBORw0KGgo" * 20_000, tmp_path)
+    row = BadSample(caught.value.problem, "a", str(caught.value), caught.value.file)
+    assert len(str(row)) < 600
     assert printable("two\nlines\x00") == "two\nlines\\x00"
