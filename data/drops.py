@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import UserError
+from data.errors import UserError, printable, shown
 
 OnBadSample = Literal["raise", "skip"]
 
@@ -35,8 +35,9 @@ class BadSample(UserError):
         self.reason, self.sample_id, self.detail, self.file = reason, sample_id, detail, file
 
     def __str__(self) -> str:
-        where = f" in {self.file}" if self.file and not self.detail.startswith(self.file) else ""
-        return f"row {self.sample_id!r}{where}: {self.detail}"
+        file = shown(self.file)
+        where = f" in {file}" if file and not self.detail.startswith((file, self.file)) else ""
+        return printable(f"row {self.sample_id!r}{where}: {self.detail}")
 
 
 class TooManyBadSamples(UserError):
@@ -134,4 +135,5 @@ class DropLog:
     def write(self, path: str | os.PathLike[str]) -> None:
         """List every drop, one JSON object a line (sample_id, reason, detail, file)."""
         lines = [json.dumps(asdict(drop), ensure_ascii=False) for drop in self.drops]
-        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        # Half a character in a row becomes JSON's escape for it.
+        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="backslashreplace")
