@@ -21,7 +21,7 @@ from data.images import BadImage, ImageSource, check_image_file, image_name, ima
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 
 
 class FeatureSource(Protocol):

@@ -24,6 +24,7 @@ from data.instructions import Conversation
 Processor = LlavaProcessor | LlavaNextProcessor
 
 IGNORE_INDEX = -100
+_SPACE = "\u2581"  # how sentencepiece writes a space
 TEMPLATES = ("vicuna_v1", "chatml", "mistral_instruct", "plain")
 # How a question about an image and its answer look in templates that releases come with. In llava-hf's, Mistral's end
 # token is misspelt, and ChatML has spaces that no LLaVA was trained with.
@@ -162,6 +163,9 @@ class Supervision:
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         opening = self.tokenizer("x").input_ids[:1]
         self._bos = opening if opening == [self.tokenizer.bos_token_id] else []
+        # transformers' Llama tokenizer takes a leading space for sentencepiece's own, which the original's one adds to it.
+        bare, spaced = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
+        self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
         self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)
         self._placeholders: dict[tuple[int, int], int] = {}
 
@@ -296,9 +300,12 @@ class Supervision:
                 ids += [self.processor.image_token_id] * count
                 characters += [(at, at + len(mark))] * count
                 at += len(mark)
-            tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            extra = self._takes_space and piece.startswith((" ", _SPACE))
+            text_of = " " * extra + piece
+            tokens = self.tokenizer(text_of, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids += tokens["input_ids"]
-            characters += [(at + start, at + end) for start, end in tokens["offset_mapping"]]
+            first = at - extra
+            characters += [(max(first + start, at), first + end) for start, end in tokens["offset_mapping"]]
             at += len(piece)
         return ids, characters, images
 
