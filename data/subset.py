@@ -8,19 +8,20 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
+from data.data_uris import InlineImage
 from data.drops import BadSample, DropLog
 from data.errors import FileInTheWay, UserError
 from data.images import BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
-from data.instructions import EXPECTED, Conversation, UnknownFormat, parser_for
+from data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
 from data.json_rows import JsonRowError, iterate_json_rows
-from data.strata import Ranking, source_of
+from data.strata import Ranking, check_drawable, source_of, too_small
 from data.tables import iterate_table
 
 # Called with what is being done, how far it is, and how far it goes where that is known.
@@ -140,8 +141,11 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     problems = _image_problems(picked, root, options, progress)
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
     kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
+    if ranking.ranks and not selected:
+        raise UserError(too_small(options.fraction, len(ranking.ranks)))
     if not kept:
         raise UserError(f"no row is left for the subset. {drops.summary()}.")
+    drops.placed = sum(conversation.is_placed for conversation, _ in kept)
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
     options.output.mkdir(parents=True, exist_ok=True)
@@ -161,6 +165,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
         "selected": sum(selected.values()),
         "written": len(kept),
         "dropped": drops.counts,
+        "images_placed_at_the_start": drops.placed,
         "sources": {
             name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)
         },
@@ -180,32 +185,20 @@ Picked = list[tuple[Conversation, dict[str, Any]]]
 
 def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:
     """Number, conversation and row of every row that could be chosen; the others are dropped."""
-    parse: Callable[[Any, int, str], Conversation] | None = None
     source, root = reader.options.instructions, reader.options.image_root
     number = -1
-    for number, row in enumerate(reader.all()):
+    for number, (row, found) in enumerate(parse_rows(reader.all(), source)):
         if number % 4096 == 0:
             progress("reading", number, None)
-        parse = parse or parser_for(row, source)
         try:
-            conversation = parse(row, number, source)
-            if not any(text for role, text in conversation.turns if role == "assistant"):
-                raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from", source)
-            if not conversation.images and not reader.options.keep_text_only:
-                raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
-            for path in conversation.images:
-                # Without an image root, nobody can say what lies outside of it, but `..` shows.
-                if isinstance(path, str) and (root is not None or not os.path.isabs(path)):
-                    resolve_image_path(path, root or "image root")
-        except BadImage as error:
-            drops.add(BadSample(error.problem, conversation.id, str(error), source))
+            if isinstance(found, BadSample):
+                raise found
+            check_drawable(found, source, root, reader.options.keep_text_only)
         except BadSample as error:
             drops.add(error)
             drops.check(number + 1)
         else:
-            yield number, conversation, row
-    if number < 0:
-        raise UserError(f"{source} holds no rows. {EXPECTED}.")
+            yield number, found, row
     progress("reading", number + 1, number + 1)
     drops.check(number + 1, minimum=1)
 
@@ -216,10 +209,8 @@ def _pick(reader: _Reader, drops: DropLog, progress: Progress) -> tuple[Ranking,
         ranking.add(conversation, number, reader.options.seed)
     numbers = ranking.select(reader.options.fraction)
     picked: Picked = []
-    parse: Callable[[Any, int, str], Conversation] | None = None
     for done, (number, row) in enumerate(zip(numbers, reader.chosen(numbers), strict=True)):
-        parse = parse or parser_for(row, reader.options.instructions)
-        _take(picked, parse(row, number, reader.options.instructions), row, number, reader.options, drops)
+        _take(picked, parse_row(row, number, reader.options.instructions), row, number, reader.options, drops)
         if done % 1024 == 0:
             progress("fetching the chosen rows", done, len(numbers))
     progress("fetching the chosen rows", len(numbers), len(numbers))
@@ -240,14 +231,17 @@ def _pick_from_stream(reader: _Reader, drops: DropLog, progress: Progress) -> tu
 def _take(
     picked: Picked, conversation: Conversation, row: Any, number: int, options: SubsetOptions, drops: DropLog
 ) -> None:
-    """Put a chosen row on the list. Embedded images become files, and their row one that names them."""
-    if all(isinstance(image, str) for image in conversation.images):
-        picked.append((conversation, row))
-        return
+    """Put a chosen row on the list. A table's embedded images become files, and their row one that names them."""
     folder = options.output / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     try:
+        if all(isinstance(image, str | InlineImage) for image in conversation.images):
+            for image in conversation.images:
+                if isinstance(image, InlineImage):
+                    _ = open_image(image) if options.verify_images else _suffix(image.read())
+            picked.append((conversation, row))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         for place, image in enumerate(conversation.images):
             if isinstance(image, str):
                 raise BadImage("missing_image", image, "stands beside embedded images in the same row")
@@ -257,7 +251,7 @@ def _take(
     except BadImage as error:
         drops.add(BadSample(error.problem, conversation.id, str(error), options.instructions))
         return
-    renamed = Conversation(conversation.id, tuple(paths), conversation.turns)
+    renamed = replace(conversation, images=tuple(paths))
     picked.append((renamed, as_llava_row(renamed)))
 
 

@@ -163,7 +163,7 @@ class Supervision:
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         opening = self.tokenizer("x").input_ids[:1]
         self._bos = opening if opening == [self.tokenizer.bos_token_id] else []
-        # transformers' Llama tokenizer takes a leading space for sentencepiece's own, which the original's one adds to it.
+        # transformers' Llama tokenizer takes a leading space for the one that sentencepiece puts before every text.
         bare, spaced = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
         self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
         self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)

@@ -44,7 +44,9 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
         conversations = read_instructions(config.instructions, drops=drops)
         if config.fraction < 1:
             _refuse_a_part_of_a_subset(config)
-            conversations = draw(conversations, config.fraction, seed)
+            conversations = draw(
+                conversations, config.fraction, seed, drops=drops, source=config.instructions, image_root=root
+            )
     supervision = Supervision(processor, max_length=config.max_length)
     return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
 
