@@ -132,13 +132,12 @@ class _Reader:
         while self._next_symbol():
             row = self._row()
             if self.count == 1:
-                if not isinstance(row.value, dict):
-                    kind = type(row.value).__name__
+                first = row.value.value if isinstance(row.value, MalformedRow) else row.value
+                if not isinstance(first, dict):
+                    kind = type(first).__name__
                     raise JsonRowError(f"starts with a JSON {kind}, not with an array or with an object per line")
                 if "\n" in self.text[: self.at].lstrip("\ufeff" + _SPACE):
-                    raise JsonRowError(
-                        f"is one JSON object with the keys {sorted(row.value)[:20]}, not a list of rows"
-                    )
+                    raise JsonRowError(f"is one JSON object with the keys {sorted(first)[:20]}, not a list of rows")
             yield row
 
     def _row(self) -> JsonRow:
