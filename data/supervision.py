@@ -13,10 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import LlavaNextProcessor, LlavaProcessor
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from data.chat_template import TemplateError, compiled, render
 from data.drops import BadSample
 from data.errors import MissingFile, UserError
 from data.instructions import Conversation
@@ -156,6 +155,10 @@ class Supervision:
             )
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length is {max_length}; at least 2 tokens, or null for no limit")
+        try:
+            compiled(template)
+        except TemplateError as error:
+            raise UserError(f"{error}. Mend it, or give another as data.chat_template") from error
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template
@@ -257,18 +260,10 @@ class Supervision:
         self, conversation: Conversation, messages: list[dict[str, Any]], marks: bool = False, prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            # Annotated as str in transformers, which returns both lists.
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except jinja2.TemplateError as error:
-            raise BadSample("template", conversation.id, f"the chat template refuses it: {error}") from error
-        texts, spans = rendered
-        return texts[0], [(start, end) for start, end in spans[0]] if marks else []
+            special = self.tokenizer.special_tokens_map
+            return render(self.template, messages, special, add_generation_prompt=prompt, marks=marks)
+        except TemplateError as error:
+            raise BadSample("template", conversation.id, str(error)) from error
 
     def _tokenize(
         self, conversation: Conversation, text: str, image_sizes: Sequence[tuple[int, int]] | None
