@@ -77,6 +77,31 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
     return ConversationDataset(conversations[: config.eval_samples], supervision, root, drops=drops)
 
 
+def check_positions(model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False) -> None:
+    """Refuses rows of more tokens than the language model has positions: what it says there means nothing.
+
+    Raises `UserError`, naming the longest row, the limit and the cure.
+    """
+    if dataset is None:
+        return
+    text = model_config.text_config
+    rope = text.rope_parameters or {}
+    # Scaled positions reach further than the model was first trained for.
+    factor = rope.get("factor", 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 1
+    limit = int(text.max_position_embeddings * factor)
+    longest = int(dataset.lengths.argmax())
+    if dataset.lengths[longest] <= limit:
+        return
+    cure = f"set data.max_length (now {dataset.supervision.max_length}) to {limit} or less"
+    if held_out:
+        cure = "held-out rows are not cut: leave them out of data.eval_instructions"
+    raise UserError(
+        f"{int((dataset.lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
+        f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {dataset.lengths[longest]} "
+        f"tokens, visual ones included: {cure}"
+    )
+
+
 def check_instructions(config: DataConfig) -> None:
     """Raises FileNotFoundError for conversations that are not there: before a release is fetched, which takes long."""
     for source in (config.instructions, config.eval_instructions):
