@@ -1,6 +1,6 @@
 """From instruction JSON and images to micro-batches. Knows nothing of `reduction` and `train`.
 
-processor.image_processor = build_image_processor(processor.image_processor, "pad")
+processor.image_processor = build_image_processor(processor.image_processor.to_dict(), "llava")
 processor.chat_template = choose_template(processor, "auto")
 drops = DropLog(on_bad_sample="skip", max_bad_fraction=0.01)
 conversations = read_instructions("llava_v1_5_mix665k.json", drops=drops)

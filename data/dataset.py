@@ -17,7 +17,17 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.drops import IMAGE_REASONS, BadSample, Drop, DropLog
 from data.errors import UserError
-from data.images import BadImage, ImageSource, check_image_file, image_name, image_size, open_image, resolve_image_path
+from data.images import (
+    HINTS,
+    BadImage,
+    ImageSource,
+    check_image_file,
+    image_name,
+    image_size,
+    open_image,
+    pixel_values,
+    resolve_image_path,
+)
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
 
@@ -179,9 +189,9 @@ class ConversationDataset(Dataset[Sample | Drop]):
             else:
                 encoded = self.supervision.encode(conversation)
                 images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
+            pixels = [pixel_values(image, processor) for image in images]
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
         return Sample(conversation.id, encoded, pixels, [(image.height, image.width) for image in images])
 
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
@@ -233,7 +243,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             try:
                 for source in conversation.images[: counted["images"][place]]:
                     if isinstance(source, str):
-                        check_image_file(resolve_image_path(source, self.image_root))
+                        check_image_file(resolve_image_path(source, self.image_root), hint=len(missing) < HINTS)
             except BadImage as error:
                 missing.append(BadSample(error.problem, conversation.id, str(error), error.file))
             else:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import UserError
+from data.errors import UserError, printable
 
 OnBadSample = Literal["raise", "skip"]
 
@@ -36,7 +36,7 @@ class BadSample(UserError):
 
     def __str__(self) -> str:
         where = f" in {self.file}" if self.file and not self.detail.startswith(self.file) else ""
-        return f"row {self.sample_id!r}{where}: {self.detail}"
+        return printable(f"row {self.sample_id!r}{where}: {self.detail}")
 
 
 class TooManyBadSamples(UserError):
@@ -137,5 +137,5 @@ class DropLog:
     def write(self, path: str | os.PathLike[str]) -> None:
         """List every drop, one JSON object a line (sample_id, reason, detail, file)."""
         lines = [json.dumps(asdict(drop), ensure_ascii=False) for drop in self.drops]
-        # The name of a file may hold bytes that are no UTF-8.
+        # Half a character in a row, or a file's name that is no UTF-8, becomes an escape.
         Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="backslashreplace")

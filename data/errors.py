@@ -6,6 +6,10 @@ raised is a fault of ShortZip's own and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(ValueError):
     """A file, value or setting that the user can mend; the message says how."""
@@ -37,3 +41,18 @@ class MissingExtra(UserError, ImportError):
 
 class Busy(UserError):
     """A folder in which another process is at work."""
+
+
+def printable(text: str) -> str:
+    """A message without control characters, which a terminal would obey: a file's name may hold any.
+
+    Line breaks and tabs stay; marks that turn the direction of text, and halves of characters, are written out too.
+    """
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def shown(name: str, longest: int = 300) -> str:
+    """A file's name for a message: in one line, and cut in its middle where it is longer than `longest` characters."""
+    if len(name) > longest:
+        name = f"{name[: longest // 2]} … {name[-longest // 4 :]} ({len(name)} characters)"
+    return printable(name).replace("\n", "\\n").replace("\t", "\\t")

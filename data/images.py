@@ -2,27 +2,46 @@
 
 import errno
 import io
+import math
 import os
 import stat
-import struct
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from data.errors import UserError
+from data.errors import UserError, printable, shown
+from data.hints import hint_for_missing, kind_of
+from data.png import SIGNATURE, without_texts
 
 # Twice a 24-megapixel photograph. Pillow refuses at 179 megapixels only: half a gigabyte in every worker.
 MAX_PIXELS = 50_000_000
-_EXIF_ORIENTATION = 0x0112
+# Nothing is left of a thinner picture at a model's size, while padding makes a square of its long side.
+MAX_ASPECT = 200
+HINTS = 20  # missing images for which it is looked what lies there instead; for all of them that takes too long
+# Pillow opens forty more, some of them by starting other programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
+Seen = TypeVar("Seen")
 ImageProblem = Literal["missing_image", "unreadable_image", "outside_image_root"]
 
 
@@ -34,7 +53,7 @@ class BadImage(UserError):
         self.problem, self.file, self.detail = problem, file, detail
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.detail}"
+        return printable(f"{shown(self.file)}: {self.detail}")
 
 
 @runtime_checkable
@@ -50,6 +69,7 @@ class EmbeddedImage(Protocol):
 
 
 ImageSource = str | bytes | EmbeddedImage
+Content = Path | bytes | Image.Image
 
 
 def image_name(source: ImageSource) -> str:
@@ -81,39 +101,42 @@ def resolve_image_path(path: str, image_root: str | os.PathLike[str] | None) -> 
     return Path(full)
 
 
-def check_image_file(file: Path) -> None:
+def check_image_file(file: Path, hint: bool = True) -> None:
     """Refuse a path that cannot be an image, without opening it: a named pipe would block for ever.
+
+    Args:
+        file: where it should lie.
+        hint: whether to look what lies there instead of a missing one; where many are missing, the first few will do.
 
     Raises:
         BadImage: missing, empty, a loop of links, or not a regular file.
     """
     try:
         status = os.stat(file)
-    except ValueError:
-        raise BadImage("unreadable_image", repr(str(file)), "the path contains a NUL character") from None
     except FileNotFoundError:
-        raise BadImage("missing_image", str(file), "there is no such file" + _hint(file)) from None
+        found = hint_for_missing(file) if hint else ""
+        raise BadImage("missing_image", str(file), "there is no such file" + found) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadImage("unreadable_image", str(file), "the symbolic links form a loop") from None
+        if error.errno == errno.ENOTDIR:
+            raise BadImage("missing_image", str(file), "there is no such file: a folder of it is a file") from None
         raise BadImage("unreadable_image", str(file), f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        encoding = sys.getfilesystemencoding()
+        what = f"characters that file names in {encoding} cannot have: set PYTHONUTF8=1, or a locale of UTF-8"
+        what = "a NUL character" if "\0" in str(file) else what
+        raise BadImage("unreadable_image", str(file), f"the path contains {what}") from error
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("unreadable_image", str(file), "is not a regular file")
     if status.st_size == 0:
         raise BadImage("unreadable_image", str(file), "the file is empty (0 bytes); fetch it again")
 
 
-def _hint(file: Path) -> str:
-    """OCR-VQA's images are often saved under their true suffix, .gif or .png, where the JSON says .jpg."""
-    try:
-        others = sorted(entry.name for entry in file.parent.glob(f"{file.stem}.*"))
-    except (OSError, ValueError, NotImplementedError):
-        return ""
-    return f" (but there is {others[0]}: rename it, the content decides)" if others else ""
-
-
 def open_image(
-    source: ImageSource, image_root: str | os.PathLike[str] | None = None, max_pixels: int = MAX_PIXELS
+    source: ImageSource | Image.Image,
+    image_root: str | os.PathLike[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Open an image as a person sees it.
 
@@ -121,7 +144,7 @@ def open_image(
     palette, grey and 16-bit images become RGB over their whole range; of an animation, the first frame is taken.
 
     Args:
-        source: a path relative to `image_root`, the encoded bytes, or an embedded image.
+        source: a path relative to `image_root`, the encoded bytes, an embedded image, or what Pillow opened.
         image_root: the folder that paths are relative to; None: the working directory.
         max_pixels: larger images are refused before they are decoded.
 
@@ -129,11 +152,10 @@ def open_image(
         An RGB image, 8 bits a channel.
 
     Raises:
-        BadImage: missing, outside the image root, empty, truncated, no image, or over `max_pixels`.
+        BadImage: missing, outside the image root, empty, truncated, in none of `FORMATS`, over `max_pixels`, or one
+            side over `MAX_ASPECT` times the other.
     """
-    with _opened(source, image_root, max_pixels) as image:
-        image.load()
-        return to_rgb(image)
+    return _look(source, image_root, max_pixels, _to_rgb)
 
 
 def image_bytes(source: ImageSource, image_root: str | os.PathLike[str] | None = None) -> bytes:
@@ -145,7 +167,10 @@ def image_bytes(source: ImageSource, image_root: str | os.PathLike[str] | None =
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str):
-        return source.read()
+        try:
+            return source.read()
+        except OSError as error:
+            raise BadImage("missing_image", image_name(source), str(error)) from error
     file = resolve_image_path(source, image_root)
     check_image_file(file)
     try:
@@ -160,62 +185,120 @@ def image_size(source: ImageSource, image_root: str | os.PathLike[str] | None = 
     Raises:
         BadImage: as `open_image`, for what the header shows.
     """
-    with _opened(source, image_root, MAX_PIXELS) as image:
-        width, height = image.size
-        # 5 to 8 are the orientations that lie on their side.
-        return (width, height) if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
+    return _look(source, image_root, MAX_PIXELS, _seen_size)
 
 
-@contextmanager
-def _opened(source: ImageSource, image_root: str | os.PathLike[str] | None, max_pixels: int) -> Iterator[Image.Image]:
-    """An image whose header has been read; whatever goes wrong with it inside the block is a `BadImage`."""
-    name = image_name(source)
-    content: bytes | Path
+def image_suffix(source: ImageSource) -> str:
+    """The suffix of an image's format, such as "jpg", from its header alone. Raises `BadImage`, as `open_image`."""
+    kind = _look(source, None, MAX_PIXELS, lambda image: str(image.format))
+    return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}.get(kind, kind.lower())
+
+
+def _look(
+    source: ImageSource | Image.Image,
+    image_root: str | os.PathLike[str] | None,
+    max_pixels: int,
+    look: Callable[[Image.Image], Seen],
+) -> Seen:
+    """What `look` finds in an image whose header has been read; whatever goes wrong with it is a `BadImage`."""
+    content: Content
     if isinstance(source, str):
         content = resolve_image_path(source, image_root)
         check_image_file(content)
         name = str(content)
-    elif isinstance(source, bytes):
-        content = source
+    elif isinstance(source, (bytes, Image.Image)):
+        content, name = source, "picture" if isinstance(source, Image.Image) else image_name(source)
     else:
-        try:
-            content = source.read()
-        except OSError as error:
-            raise BadImage("missing_image", name, str(error)) from error
+        content, name = image_bytes(source), image_name(source)
     try:
-        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(
-                    "unreadable_image", name, f"{width} x {height} pixels, more than {max_pixels}: decompression bomb?"
-                )
-            yield image
+        if isinstance(content, Image.Image):
+            return _checked(content, name, max_pixels, look)
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            return _decoded(file, name, max_pixels, look)
     except BadImage:
         raise
+    except OSError as error:
+        raise BadImage("unreadable_image", name, f"cannot be decoded: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file brings Pillow's decoders to any
+        raise BadImage("unreadable_image", name, f"cannot be decoded: {_words(error)}") from error
+
+
+def _decoded(file: BinaryIO, name: str, max_pixels: int, look: Callable[[Image.Image], Seen]) -> Seen:
+    start = file.read(64)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return _checked(image, name, max_pixels, look)
     except Image.UnidentifiedImageError:
-        start = content[:16] if isinstance(content, bytes) else _first_bytes(content)
-        raise BadImage("unreadable_image", name, f"is no image that Pillow knows; it starts with {start!r}") from None
-    except Image.DecompressionBombError as error:
-        raise BadImage("unreadable_image", name, f"decompression bomb: {error}") from error
-    # Pillow's decoders raise all of these on damaged files.
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, ArithmeticError) as error:
-        raise BadImage("unreadable_image", name, f"cannot be decoded: {error}") from error
-    except (struct.error, zlib.error, MemoryError) as error:
-        raise BadImage("unreadable_image", name, f"cannot be decoded: {error}") from error
+        kind = kind_of(start)
+        read = ", ".join(FORMATS)
+        said = f", but {kind}" if kind else ""
+        raise BadImage("unreadable_image", name, f"is no image that Pillow knows as one of {read}{said}") from None
+    except BadImage:
+        raise
+    except ValueError:
+        if not start.startswith(SIGNATURE):
+            raise
+    file.seek(0)
+    with Image.open(without_texts(file), formats=FORMATS) as image:
+        return _checked(image, name, max_pixels, look)
 
 
-def _first_bytes(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(16)
+def _checked(image: Image.Image, name: str, max_pixels: int, look: Callable[[Image.Image], Seen]) -> Seen:
+    """What `look` finds in an image that is not too large."""
+    if image.format not in (None, "MPO", *FORMATS):
+        raise BadImage("unreadable_image", name, f"is of the format {image.format}, read are {', '.join(FORMATS)}")
+    width, height = image.size
+    tile = (
+        (image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
+        if isinstance(image, TiffImageFile)
+        else (1, 1)
+    )
+    for across, down in ((width, height), tile):  # a tile is decoded whole, however little of it is seen
+        if across * down > max_pixels:
+            raise BadImage(
+                "unreadable_image", name, f"{across} x {down} pixels, more than {max_pixels}: decompression bomb?"
+            )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        long = max(width, height)
+        raise BadImage(
+            "unreadable_image",
+            name,
+            f"{width} x {height} pixels: one side is over {MAX_ASPECT} times the other, and padding would make "
+            f"{long} x {long} of it: decompression bomb? Cut it into pieces",
+        )
+    return look(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as the RGB a person sees.
+def _words(error: Exception) -> str:
+    """Pillow's words for what is wrong; those in bytes show what stands in the file."""
+    said = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+    return said or type(error).__name__
 
-    Raises:
-        ValueError: a mode that has no such reading (LAB).
-    """
-    image = ImageOps.exif_transpose(image)
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8 as EXIF and XMP have it; 1 where Pillow heeds it by itself."""
+    if isinstance(image, TiffImageFile) and ExifTags.Base.Orientation in image.tag_v2:
+        return 1  # its size is the upright one from the header on, and loading turns it
+    if image.format == "PNG":
+        image.load()  # its metadata may stand behind the pixels
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # metadata that cannot be read are no reason to refuse the pixels
+        return 1
+
+
+def _seen_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An image as the RGB a person sees. Raises ValueError for a mode that has no such reading (LAB)."""
+    image.load()
+    method = _UPRIGHT.get(_orientation(image))
+    if method is not None:
+        image = image.transpose(method)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
@@ -236,35 +319,88 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def build_image_processor(
-    image_processor: BaseImageProcessor, image_aspect_ratio: Literal["pad", "release"] = "pad"
-) -> BaseImageProcessor:
-    """The image processor that gives the pixels LLaVA was trained on, at a release's sizes.
+def build_image_processor(settings: Mapping[str, Any], model_type: str, where: str = "release") -> BaseImageProcessor:
+    """The image processor that gives the pixels a release was trained on, at its sizes.
 
-    Releases in transformers' format ship `CLIPImageProcessor`, which crops the centre and ignores `do_pad` in
-    silence, where LLaVA-1.5 pads to a square with the mean colour. LLaVA-NeXT's tiles need no padding: its own
-    processor is kept. The backend is always Pillow: torchvision's differs from the original's in 0.12 % of values.
+    LLaVA-1.5 releases in transformers' format ship `CLIPImageProcessor`, which crops the centre and ignores `do_pad`
+    in silence, where LLaVA pads to a square with the mean colour. LLaVA-NeXT's tiles and SigLIP's processor, which
+    resizes to a square without padding, are what their releases say. The backend is always Pillow: torchvision's
+    differs from the original's in 0.12 % of values.
 
     Args:
-        image_processor: what the release ships (its size, crop, mean and deviation are taken over).
-        image_aspect_ratio: "pad", or "release" for exactly what the release's own processor does.
+        settings: of the release's own image processor, as its JSON gives them.
+        model_type: of the release's config.
+        where: what messages call it.
 
     Raises:
-        ValueError: an unknown `image_aspect_ratio`.
+        UserError: a kind of image processor that is not known; code that a release brings along is never run.
     """
-    if image_aspect_ratio not in ("pad", "release"):
-        raise UserError(f"image_aspect_ratio is {image_aspect_ratio!r}; 'pad' or 'release'")
-    settings = image_processor.to_dict()
-    for key in ("image_processor_type", "processor_class", "backend"):
-        settings.pop(key, None)
-    if "image_grid_pinpoints" in settings:
-        return LlavaNextImageProcessorPil(**settings)
-    if image_aspect_ratio == "release":
-        return image_processor
-    if not settings.get("do_center_crop"):
-        # SigLIP's processor has no crop, which this one would do to its default size.
-        size = settings["size"]
-        side = size.get("shortest_edge")
-        settings["crop_size"] = {"height": side or size["height"], "width": side or size["width"]}
-        settings["do_center_crop"] = False
-    return LlavaImageProcessorPil(**{**settings, "do_pad": True})
+    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
+    kind = kind.removesuffix("Pil").removesuffix("Fast")
+    dropped = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "backend")
+    plain = {key: value for key, value in settings.items() if key not in dropped}
+    if "llava_next" in model_type:
+        if kind in ("LlavaNextImageProcessor", ""):
+            return LlavaNextImageProcessorPil.from_dict(plain)
+        raise UserError(f"{where}: image_processor_type is {kind!r}, needed for LLaVA-NeXT is LlavaNextImageProcessor")
+    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
+        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
+    if kind in ("LlavaImageProcessor", ""):
+        return LlavaImageProcessorPil.from_dict({"do_pad": kind == "", **plain})
+    if kind in ("SiglipImageProcessor", "SiglipFeatureExtractor"):
+        return SiglipImageProcessorPil.from_dict(plain)
+    raise UserError(
+        f"{where}: image_processor_type is {kind!r}, known are CLIPImageProcessor, LlavaImageProcessor, "
+        "LlavaNextImageProcessor and SiglipImageProcessor"
+    )
+
+
+def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
+    """What a release's image processor makes of an RGB image: float32 [3, H, W], for LLaVA-NeXT [tiles, 3, H, W]."""
+    return image_processor(squared(image, image_processor), return_tensors="pt")["pixel_values"][0]
+
+
+def squared(image: Image.Image, image_processor: Any) -> Image.Image:
+    """The image as it is; or, where padding it to a square would take more than `MAX_PIXELS`, padded and resized.
+
+    `image_processor` makes the same pixels of both, without the gigabytes of the square: of a wide image exactly, of a
+    high one but for a grey level here and there.
+    """
+    long = max(image.size)
+    pads = isinstance(image_processor, LlavaImageProcessorPil) and image_processor.do_pad and image_processor.do_resize
+    if not pads or long * long <= MAX_PIXELS or image.width == image.height:
+        return image
+    size = image_processor.size
+    side = size.shortest_edge or size.height
+    if side != (size.shortest_edge or size.width):
+        return image
+    mean = image_processor.image_mean
+    colour = tuple(int(value * 255) for value in mean) if mean else (0, 0, 0)
+    resample = image_processor.resample
+    # Pillow resizes each row first, and then each column; rows of one colour stay what they are.
+    if image.width == long:
+        rows, left = image.resize((side, image.height), resample), 0
+    else:
+        rows, left = _padded_rows(image, side, colour, resample)
+    strip = Image.new("RGB", (side, long), colour)
+    strip.paste(rows, (left, (long - image.height) // 2))
+    return strip.resize((side, side), resample)
+
+
+def _padded_rows(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> tuple[Image.Image, int]:
+    """The rows of a high image, padded to a square and resized to `side`: of them, the columns in which something of
+    the image is seen, and the number of the first."""
+    long = image.height
+    start, scale = (long - image.width) // 2, long / side
+    reach = math.ceil((3 if resample == Image.Resampling.LANCZOS else 2) * scale) + 1  # of the filter, in pixels
+    first = max(int((start - reach) / scale), 0)
+    last = min(math.ceil((start + image.width + reach) / scale), side)
+    begin, end = max(int(first * scale) - reach, 0), min(math.ceil(last * scale) + reach, long)
+    rows = Image.new("RGB", (last - first, long), colour)
+    for top in range(0, long, 1024):
+        bottom = min(top + 1024, long)
+        near = Image.new("RGB", (end - begin, bottom - top), colour)
+        near.paste(image.crop((0, top, image.width, bottom)), (start - begin, 0))
+        box = (first * scale - begin, 0, last * scale - begin, near.height)
+        rows.paste(near.resize((last - first, near.height), resample, box=box), (0, top))
+    return rows, first

@@ -74,6 +74,8 @@ def _named_image(name: str, sample_id: str, source: str) -> ImageSource:
         )
     if "\0" in name:
         raise malformed(sample_id, source, f"the image path {shown} has a NUL character")
+    if name.splitlines() != [name]:
+        raise malformed(sample_id, source, f"the image path {shown} has a line break")
     check_text(name, f"the image path {shown}", sample_id, source)
     if len(name.encode()) > _LONGEST_PATH:
         raise malformed(

@@ -1,9 +1,10 @@
 """A share of an instruction mix as a file, with the list of images it needs and a report on what was left out."""
 
 import hashlib
-import io
 import json
 import os
+import threading
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,30 +14,29 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from data.data_uris import InlineImage
 from data.drops import BadSample, DropLog
-from data.errors import FileInTheWay, UserError
-from data.images import BadImage, ImageProblem, check_image_file, open_image, resolve_image_path
+from data.errors import UserError
+from data.images import (
+    HINTS,
+    BadImage,
+    ImageProblem,
+    check_image_file,
+    image_bytes,
+    image_name,
+    image_suffix,
+    open_image,
+    resolve_image_path,
+)
 from data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
 from data.json_rows import JsonRowError, iterate_json_rows
 from data.strata import Ranking, check_drawable, source_of, too_small
+from data.subset_folder import IMAGES, REPORT, SUBSET, new_subset
 from data.tables import iterate_table
 
 # Called with what is being done, how far it is, and how far it goes where that is known.
 Progress = Callable[[str, int, int | None], None]
 Problems = dict[str, tuple[ImageProblem, str]]
-SUBSET, REPORT = "subset.json", "report.json"  # what stands in the output folder
-
-
-def subset_report(instructions: str | Path) -> dict[str, Any] | None:
-    """The report of `prepare_subset` if `instructions` is what it wrote, else None."""
-    path = Path(instructions)
-    report = path.parent / REPORT
-    if path.name != SUBSET or not report.is_file():
-        return None
-    return json.loads(report.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,10 @@ class SubsetOptions:
         verify_images: decode every image; rows with one that cannot be decoded are dropped.
         max_bad_fraction: more malformed rows than this share are an error.
         num_workers: processes that decode; None: one per core.
-        split: split of a `datasets` table.
+        split: split of a `datasets` table; None: "train".
         streaming: read a dataset on the Hub once, as a stream: each row is taken with the probability `fraction`, by
             its hash, so that the sources' shares hold on average only.
+        overwrite: write into a folder that is not empty, and replace what has the names of a subset's files there.
     """
 
     instructions: str
@@ -69,8 +70,9 @@ class SubsetOptions:
     verify_images: bool = False
     max_bad_fraction: float = 0.01
     num_workers: int | None = None
-    split: str = "train"
+    split: str | None = None
     streaming: bool = False
+    overwrite: bool = False
 
 
 @dataclass(slots=True)
@@ -87,21 +89,27 @@ class _Reader:
         return path.is_file() and path.suffix != ".parquet"
 
     def all(self) -> Iterator[Any]:
-        if not self.is_json:
-            yield from iterate_table(self.options.instructions, self.options.split, self.options.streaming)
-            return
+        """Every row. Raises UserError where they cannot be read."""
+        source, split = self.options.instructions, self.options.split or "train"
         try:
-            for row in iterate_json_rows(self.options.instructions):
+            if not self.is_json:
+                yield from iterate_table(source, split, self.options.streaming)
+                return
+            for row in iterate_json_rows(source):
                 self.starts.append(row.start)
                 self.sizes.append(row.size)
                 yield row.value
         except JsonRowError as error:
-            raise UnknownFormat(f"{self.options.instructions}: {error}. {EXPECTED}.") from error
+            raise UnknownFormat(f"{source}: {error}. {EXPECTED}.") from error
+        except UserError:
+            raise
+        except OSError as error:  # beneath a folder that is being written, where it would be taken for that one's
+            raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 
     def chosen(self, numbers: Sequence[int]) -> Iterator[Any]:
         if not self.is_json:
             wanted = set(numbers)
-            rows = iterate_table(self.options.instructions, self.options.split)
+            rows = iterate_table(self.options.instructions, self.options.split or "train")
             yield from (row for number, row in enumerate(rows) if number in wanted)
             return
         with open(self.options.instructions, "rb") as file:
@@ -113,7 +121,8 @@ class _Reader:
 def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]:
     """Draw a subset and write `subset.json`, `images.txt`, `missing_images.txt`, `dropped.jsonl` and `report.json`.
 
-    The images of a table are written to `images/` in the output folder, which is the image root then.
+    The images of a table are written to `images/` in the output folder, which is the image root then. The folder
+    appears whole when all is done; cut off before, the same command begins anew.
 
     Returns:
         The report: rows, sources, drops by reason, answer lengths, images.
@@ -121,23 +130,41 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     Raises:
         UnknownFormat: the rows fit no known format.
         TooManyBadSamples: more rows are malformed than `max_bad_fraction` allows.
-        ValueError: a fraction outside (0, 1], or no row is left.
-        FileExistsError: the output folder holds a subset already.
+        UserError: options that do not go together, a fraction outside (0, 1], or no row is left.
+        FileInTheWay: the output folder holds something already.
+        Busy: another process writes to it.
+        CannotWrite: the disk is full, or the folder cannot be written to.
     """
+    reader = _Reader(options)
+    _check_options(options, reader.is_json)
+    with new_subset(options.output, options.overwrite) as folder:
+        return _write_subset(options, folder, reader, progress)
+
+
+def _check_options(options: SubsetOptions, is_json: bool) -> None:
     if not 0 < options.fraction <= 1:
         raise UserError(f"fraction is {options.fraction}; above 0 and at most 1")
-    if (options.output / SUBSET).exists():
-        raise FileInTheWay(f"{options.output} holds a subset already; give another folder, or remove it")
+    if is_json and options.split is not None:
+        raise UserError(f"split is {options.split!r}, but {options.instructions} is a JSON file, which has no splits")
+    if is_json and options.streaming:
+        raise UserError(f"streaming is for datasets on the Hub, and {options.instructions} is a JSON file")
+    if is_json and options.image_root is None:
+        _refuse_without_root(options)
+
+
+def _refuse_without_root(options: SubsetOptions) -> None:
+    for asked, name in ((options.verify_images, "verify_images"), (options.missing == "drop", "drop_missing")):
+        if asked:
+            raise UserError(f"{name} needs image_root, the folder that image paths are relative to")
+
+
+def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progress: Progress) -> dict[str, Any]:
     drops = DropLog("skip", options.max_bad_fraction)
-    reader = _Reader(options)
-    if options.streaming:
-        ranking, picked = _pick_from_stream(reader, drops, progress)
-    else:
-        ranking, picked = _pick(reader, drops, progress)
+    pick = _pick_from_stream if options.streaming else _pick
+    ranking, picked = pick(reader, folder / IMAGES, drops, progress)
     selected = Counter(source_of(conversation) for conversation, _ in picked)
-    root = options.image_root
-    if not reader.is_json and options.image_root is None:
-        root = options.output / "images"
+    embedded = _embedded(picked, folder / IMAGES, options)
+    root = folder / IMAGES if embedded else options.image_root
     problems = _image_problems(picked, root, options, progress)
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
     kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
@@ -148,11 +175,12 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
     drops.placed = sum(conversation.is_placed for conversation, _ in kept)
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
-    options.output.mkdir(parents=True, exist_ok=True)
-    digest = _write_rows(options.output / SUBSET, [row for _, row in kept])
-    _write_lines(options.output / "images.txt", images)
-    _write_lines(options.output / "missing_images.txt", missing)
-    drops.write(options.output / "dropped.jsonl")
+    if embedded:
+        root = options.output / IMAGES
+    digest = _write_rows(folder / SUBSET, [row for _, row in kept])
+    _write_lines(folder / "images.txt", images)
+    _write_lines(folder / "missing_images.txt", missing)
+    drops.write(folder / "dropped.jsonl")
     written = Counter(source_of(conversation) for conversation, _ in kept)
     rows = ranking.counts()
     report = {
@@ -175,7 +203,7 @@ def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]
         "images_verified": options.verify_images,
         "sha256": digest,
     }
-    (options.output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return report
 
 
@@ -203,64 +231,68 @@ def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tup
     drops.check(number + 1, minimum=1)
 
 
-def _pick(reader: _Reader, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
+def _pick(reader: _Reader, images: Path, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
     ranking = Ranking()
     for number, conversation, _ in _usable(reader, drops, progress):
         ranking.add(conversation, number, reader.options.seed)
     numbers = ranking.select(reader.options.fraction)
     picked: Picked = []
     for done, (number, row) in enumerate(zip(numbers, reader.chosen(numbers), strict=True)):
-        _take(picked, parse_row(row, number, reader.options.instructions), row, number, reader.options, drops)
+        _take(picked, parse_row(row, number, reader.options.instructions), row, number, images, drops)
         if done % 1024 == 0:
             progress("fetching the chosen rows", done, len(numbers))
     progress("fetching the chosen rows", len(numbers), len(numbers))
     return ranking, picked
 
 
-def _pick_from_stream(reader: _Reader, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
+def _pick_from_stream(reader: _Reader, images: Path, drops: DropLog, progress: Progress) -> tuple[Ranking, Picked]:
     ranking = Ranking()
     picked: Picked = []
     limit = int(reader.options.fraction * 2**64)
     for number, conversation, row in _usable(reader, drops, progress):
         ranking.add(conversation, number, reader.options.seed)
         if ranking.ranks[-1] < limit:
-            _take(picked, conversation, row, number, reader.options, drops)
+            _take(picked, conversation, row, number, images, drops)
     return ranking, picked
 
 
-def _take(
-    picked: Picked, conversation: Conversation, row: Any, number: int, options: SubsetOptions, drops: DropLog
-) -> None:
-    """Put a chosen row on the list. A table's embedded images become files, and their row one that names them."""
-    folder = options.output / "images"
-    paths: list[str] = []
+def _take(picked: Picked, conversation: Conversation, row: Any, number: int, folder: Path, drops: DropLog) -> None:
+    """Put a chosen row on the list. A table's images become files in `folder`, and their row one that names them."""
+    files: dict[str, bytes] = {}
     try:
         if all(isinstance(image, str | InlineImage) for image in conversation.images):
             for image in conversation.images:
                 if isinstance(image, InlineImage):
-                    _ = open_image(image) if options.verify_images else _suffix(image.read())
+                    image_suffix(image)  # is it an image at all?
             picked.append((conversation, row))
             return
-        folder.mkdir(parents=True, exist_ok=True)
         for place, image in enumerate(conversation.images):
             if isinstance(image, str):
                 raise BadImage("missing_image", image, "stands beside embedded images in the same row")
-            content = image if isinstance(image, bytes) else image.read()
-            paths.append(f"{number:08d}-{place}.{_suffix(content)}")
-            (folder / paths[-1]).write_bytes(content)
+            content = image_bytes(image)
+            files[f"{number:08d}-{place}.{image_suffix(content)}"] = content
     except BadImage as error:
-        drops.add(BadSample(error.problem, conversation.id, str(error), options.instructions))
+        drops.add(BadSample(error.problem, conversation.id, str(error)))
         return
-    renamed = replace(conversation, images=tuple(paths))
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    renamed = replace(conversation, images=tuple(files))
     picked.append((renamed, as_llava_row(renamed)))
 
 
-def _suffix(content: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "bin").lower())
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage("unreadable_image", "embedded image", str(error)) from error
+def _embedded(picked: Picked, folder: Path, options: SubsetOptions) -> bool:
+    """Whether the images came with the rows, and lie in `folder` now. Raises UserError where only some did."""
+    if not folder.is_dir():
+        return False
+    written = set(os.listdir(folder))
+    for conversation, _ in picked:
+        if not written.issuperset(image for image in conversation.images if isinstance(image, str)):
+            raise UserError(
+                f"{options.instructions}: row {conversation.id!r} names the image {conversation.images[0]!r}, while "
+                "others hold their images: divide them into two tables"
+            )
+    return True
 
 
 def as_llava_row(conversation: Conversation) -> dict[str, Any]:
@@ -277,18 +309,28 @@ def _image_problems(picked: Picked, root: Path | None, options: SubsetOptions, p
     """What is wrong with the images of the chosen rows, by path."""
     paths = sorted({path for conversation, _ in picked for path in conversation.images if isinstance(path, str)})
     if root is None:
-        if options.verify_images:
-            raise UserError("verify_images needs image_root, the folder that image paths are relative to")
+        _refuse_without_root(options)
         return {}
     if not options.verify_images:
         return check_images(paths, root)
     problems: Problems = {}
     chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
-    with ProcessPoolExecutor(options.num_workers) as pool:
+    with ProcessPoolExecutor(options.num_workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         for done, found in enumerate(pool.map(check_images, chunks, repeat(root), repeat(True))):
             problems.update(found)
             progress("decoding images", min(64 * (done + 1), len(paths)), len(paths))
     return problems
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent, if that is killed: it would wait for work, and hold locks, for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Problems:
@@ -299,7 +341,7 @@ def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Prob
             if decode:
                 open_image(path, root)
             else:
-                check_image_file(resolve_image_path(path, root))
+                check_image_file(resolve_image_path(path, root), hint=len(problems) < HINTS)
         except BadImage as error:
             problems[path] = (error.problem, error.detail)
     return problems
@@ -308,8 +350,13 @@ def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Prob
 def _drop_for_images(conversation: Conversation, problems: Problems, options: SubsetOptions, drops: DropLog) -> bool:
     for path in conversation.images:
         problem, detail = problems.get(path, (None, "")) if isinstance(path, str) else (None, "")
+        if options.verify_images and isinstance(path, InlineImage):
+            try:
+                open_image(path)
+            except BadImage as error:
+                problem, detail = error.problem, error.detail
         if problem is not None and not (problem == "missing_image" and options.missing == "keep"):
-            drops.add(BadSample(problem, conversation.id, f"{path!s}: {detail}", options.instructions))
+            drops.add(BadSample(problem, conversation.id, f"{image_name(path)}: {detail}", options.instructions))
             return True
     return False
 
@@ -329,10 +376,8 @@ def answer_histogram(conversations: Sequence[Conversation]) -> dict[str, int]:
 def _write_rows(file: Path, rows: Sequence[Any]) -> str:
     """A JSON array with one row a line; returns its SHA-256."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    content = f"[\n{lines}\n]\n".encode()
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    content = f"[\n{lines}\n]\n".encode(errors="backslashreplace")  # half a character becomes JSON's escape for it
+    file.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from data.dataset import Collator
-from data.images import BadImage, open_image
+from data.images import BadImage, open_image, squared
 from data.instructions import PLACEHOLDER
 from data.supervision import Supervision
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
@@ -226,7 +226,7 @@ class Models:
     def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:
         """The kept patches and merged groups over `image`, as a PNG. Raises ValueError for an impossible budget."""
         model, supervision = self.build(REDUCED, dominant, contextual, 0)
-        views = map_tokens(model, supervision.processor, image)
+        views = map_tokens(model, supervision.processor, squared(image, supervision.processor.image_processor))
         draw_images([view[0] for view in views], path)
 
 

@@ -2,21 +2,26 @@
 
     python scripts/prepare_subset.py llava_v1_5_mix665k.json --image-root DIR --fraction 0.1 --seed 0 -o OUT
 
-Writes to OUT: subset.json, images.txt (what to fetch), missing_images.txt (what is not in DIR yet), dropped.jsonl
-(every row left out, and why) and report.json.
+Writes to OUT, a new folder: subset.json, images.txt (what to fetch), missing_images.txt (what is not in DIR yet),
+dropped.jsonl (every row left out, and why) and report.json.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.drops import BadSample, TooManyBadSamples
-from data.subset import SUBSET, SubsetOptions, prepare_subset
+from data.errors import printable
+from data.subset import SubsetOptions, prepare_subset
+from data.subset_folder import SUBSET
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
             report = prepare_subset(options, show)
     except (BadSample, TooManyBadSamples, OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     print_report(report, options, Console())
     return 0
@@ -55,9 +60,7 @@ def parse(argv: list[str] | None) -> SubsetOptions:
         type=str,
         help="a .json, .jsonl or .parquet file, a folder of a datasets table, or the name of a dataset on the Hub",
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder to write to; it may not hold a subset"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder to write to")
     parser.add_argument(
         "--image-root", type=Path, help="folder that image paths are relative to; without it images are not looked for"
     )
@@ -76,9 +79,12 @@ def parse(argv: list[str] | None) -> SubsetOptions:
         "--max-bad-fraction", type=float, default=0.01, help="stop when more than this share of the rows is malformed"
     )
     parser.add_argument("--num-workers", type=int, help="processes that decode images; default: one per core")
-    parser.add_argument("--split", type=str, default="train", help="split of a datasets table")
+    parser.add_argument("--split", type=str, help="split of a datasets table; default: train")
     parser.add_argument(
         "--streaming", action="store_true", help="read a Hub dataset once, as a stream (shares hold on average)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a subset in the folder; files of other names in it stay"
     )
     given = parser.parse_args(argv)
     return SubsetOptions(
@@ -94,37 +100,38 @@ def parse(argv: list[str] | None) -> SubsetOptions:
         num_workers=given.num_workers,
         split=given.split,
         streaming=given.streaming,
+        overwrite=given.overwrite,
     )
 
 
 def print_report(report: dict[str, Any], options: SubsetOptions, console: Console) -> None:
     """The report for people, and what to do next."""
+    say = partial(console.print, markup=False, soft_wrap=True)  # a name may hold brackets
     table = Table("source", "rows", "selected", "written", title=f"{report['written']} of {report['rows']} rows")
     for name, counts in report["sources"].items():
-        table.add_row(name, *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
+        table.add_row(escape(printable(name)), *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
     console.print(table)
     for reason, count in report["dropped"].items():
-        console.print(f"dropped, {reason}: {count:,}")
+        say(f"dropped, {reason}: {count:,}")
     if report["images_placed_at_the_start"]:
         placed = report["images_placed_at_the_start"]
-        console.print(f"rows that name no place for their images, put at the start of the first question: {placed:,}")
+        say(f"rows that name no place for their images, put at the start of the first question: {placed:,}")
     lengths = ", ".join(f"{length}: {count:,}" for length, count in report["answer_characters"].items())
-    console.print(f"answers by characters: {lengths}")
-    console.print(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
+    say(f"answers by characters: {lengths}")
+    say(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
     if report["image_root"] is None:
-        console.print("images were not looked for: give --image-root")
+        say("images were not looked for: give --image-root")
     elif report["missing_images"]:
-        console.print(
-            f"[bold]{report['missing_images']:,} of them are missing[/bold] in {report['image_root']}: "
-            f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop-missing."
-        )
+        say(f"{report['missing_images']:,} of them are missing in {report['image_root']}:", style="bold")
+        say(f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop-missing.")
+    elif options.image_root is not None and report["image_root"] != str(options.image_root):
+        say(f"the table holds its images, which lie in {report['image_root']} now: --image-root was not needed")
     root = report["image_root"] or "IMAGE_ROOT"
-    console.print("next:", style="bold")
-    console.print(
+    say("next:", style="bold")
+    say(
         f"  accelerate launch --config_file configs/accelerate/one_gpu.yaml train/tune_projector.py "
-        f"--config configs/llava-1.5-7b-3090.yaml --data.instructions {options.output / SUBSET} "
-        f"--data.image_root {root} --data.fraction 1.0",
-        soft_wrap=True,
+        f"--config configs/llava-1.5-7b-3090.yaml --data.instructions {quote(str(options.output / SUBSET))} "
+        f"--data.image_root {quote(root)} --data.fraction 1.0"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.images import BadImage, open_image
+from data.images import BadImage, open_image, squared
 from reduction.parsing import parse_budget
 from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from train.command_line import parse_config
@@ -62,7 +62,7 @@ def show(settings: ShowConfig) -> list[Path]:
     if len(images) > 1:
         budgets = budgets[:1]
     # Per image, per view, per budget.
-    maps = [map_tokens(model, processor, image, budgets) for image in images]
+    maps = [map_tokens(model, processor, squared(image, processor.image_processor), budgets) for image in images]
     names = [Path(name).name for name in settings.images]
     written = []
     for view in range(max(len(views) for views in maps)):

@@ -17,12 +17,11 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, printable
 from reduction.errors import ReductionError
 from train.config import ConfigError, TuneConfig
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 
@@ -143,8 +142,3 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except Exception:
         traceback.print_exc()
         sys.exit("This is a fault of ShortZip's own, not of what you gave it: please report it with the lines above")
-
-
-def printable(text: str) -> str:
-    """A message without control characters: a file's name may hold a terminal's escape sequences."""
-    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], text)

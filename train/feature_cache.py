@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.dataset import ConversationDataset
 from data.errors import UserError
 from data.files import replace_file, write_atomically
-from data.images import BadImage, ImageSource, image_bytes, open_image
+from data.images import BadImage, ImageSource, image_bytes, open_image, pixel_values
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested
 from train.release import Release
@@ -162,7 +162,7 @@ class _Missing(Dataset[tuple[str, Tensor] | None]):
             key = image_key(source, root)
             if key in self.cache:
                 return None
-            pixels = self.image_processor(open_image(source, root), return_tensors="pt")["pixel_values"][0]
+            pixels = pixel_values(open_image(source, root), self.image_processor)
         except BadImage:
             return None  # it is dropped, or refused, with its row when that is read
         return key, pixels if pixels.dim() == 4 else pixels[None]

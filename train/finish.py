@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.images import open_image
+from data.images import open_image, squared
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
@@ -156,7 +156,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
     images = [open_image(conversation.images[0], dataset.image_root) for conversation in pictured]
     if images:
         (folder / PICTURES).mkdir(exist_ok=True)
-        maps = [map_tokens(model, processor, image)[0][0] for image in images]
+        maps = [map_tokens(model, processor, squared(image, processor.image_processor))[0][0] for image in images]
         draw_images(maps, folder / PICTURES / "held-out.png", [conversation.id for conversation in pictured])
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.dataset import Collator
 from data.errors import UserError
-from data.images import open_image, to_rgb
+from data.images import open_image
 from data.instructions import PLACEHOLDER, Conversation
 from data.supervision import Supervision
 from reduction.parsing import parse_budget, parse_fastv, parse_layers
@@ -297,9 +297,7 @@ def _shortv(layers: str | int | Sequence[int] | None) -> Reduction:
 
 
 def _as_image(visual: Any) -> Image.Image:
-    if isinstance(visual, Image.Image):
-        return to_rgb(visual)
-    if isinstance(visual, str):
+    if isinstance(visual, (str, Image.Image)):
         return open_image(visual)
     raise UserError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from data.errors import MissingFile
 from data.files import read_json
-from data.subset import subset_report
+from data.subset_folder import subset_report
 from reduction.parsing import format_budget
 from train.config import DEMO, DataConfig, TuneConfig
 from train.hub import fetch

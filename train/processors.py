@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
-
 from data.files import read_json
+from data.images import build_image_processor
 from data.supervision import choose_template
 from train.original_release import split_after_images
 
@@ -27,7 +26,7 @@ def build_processor(
     settings = given.get("image_processor")
     if settings is None:
         settings = read_json(folder / "preprocessor_config.json")
-    processor.image_processor = _image_processor(folder, settings, config)
+    processor.image_processor = build_image_processor(settings, str(config["model_type"]), str(folder))
     # Files of some years lack one or all of these, and transformers' defaults are then one placeholder short.
     if given.get("patch_size") is None:
         processor.patch_size = model_config.vision_config.patch_size
@@ -40,21 +39,3 @@ def build_processor(
     processor.chat_template = choose_template(processor, chat_template)
     processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
     return processor
-
-
-def _image_processor(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    """LLaVA's image processor at the release's sizes, on the PIL backend.
-
-    The CLIPImageProcessor that transformers' LLaVA-1.5 releases ship crops the centre; the model was trained on images
-    padded to a square. `settings`: of its own, as the release in `folder` gives them.
-    """
-    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
-    kind = kind.removesuffix("Pil").removesuffix("Fast")
-    plain = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
-    if "llava_next" in config["model_type"] and kind in ("LlavaNextImageProcessor", ""):
-        return LlavaNextImageProcessorPil.from_dict(plain)
-    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
-        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
-    if kind == "LlavaImageProcessor":
-        return LlavaImageProcessorPil.from_dict(plain)
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")

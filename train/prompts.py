@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.dataset import Collator, Sample
+from data.images import pixel_values
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
 
@@ -45,7 +46,7 @@ def encode_prompt(
 def pixels_of(supervision: Supervision, images: Sequence[Image.Image]) -> list[Tensor]:
     """What the release's image processor makes of RGB images, one tensor each."""
     processor = supervision.processor.image_processor
-    return [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+    return [pixel_values(image, processor) for image in images]
 
 
 def batch_prompts(supervision: Supervision, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from data.files import write_atomically, written_whole
 from data.instructions import read_instructions
 from data.scene_questions import write_scenes
 from data.strata import draw
-from data.subset import subset_report
+from data.subset_folder import subset_report
 from data.supervision import Supervision
 from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers

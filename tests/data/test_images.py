@@ -187,7 +187,7 @@ def test_files_without_an_image_in_them_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in [
         ("empty.jpg", "0 bytes"),
-        ("page.jpg", "DOCTYPE"),
+        ("page.jpg", "a web page"),
         ("folder.jpg", "not a regular file"),
         ("pipe.jpg", "not a regular file"),
         ("nul\0.jpg", "NUL"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,4 +76,36 @@ def test_every_option_reaches_the_subset() -> None:
     assert (options.fraction, options.seed, options.max_bad_fraction, options.num_workers) == (0.3, 7, 0.2, 3)
     assert (options.keep_text_only, options.missing, options.verify_images) == (True, "drop", True)
     assert (options.split, options.streaming) == ("s", True)
-    assert script().parse(["x.json", "-o", "OUT"]).missing == "keep"
+    assert options.overwrite is False
+    plain = script().parse(["x.json", "-o", "OUT", "--overwrite"])
+    assert (plain.missing, plain.split, plain.overwrite) == ("keep", None, True)
+
+
+def test_the_printed_command_works_whatever_the_folders_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": str(n), "image": f"[red]coco/{n}.jpg", "conversations": turns} for n in range(9)]
+    folder = tmp_path / "my [bold]data[nothing]"
+    folder.mkdir()
+    (folder / "mix.json").write_text(json.dumps(rows))
+    given = [str(folder / "mix.json"), "--image-root", str(folder), "--fraction", "1", "-o", str(folder / "o ut")]
+    assert script().main(given) == 0
+    printed = capsys.readouterr().out
+    assert "[red]coco" in printed
+    (command,) = [line for line in printed.splitlines() if "tune_projector.py" in line]
+    config = load_config(shlex.split(command.split("tune_projector.py ")[1]))
+    assert (config.data.instructions, config.data.image_root) == (str(folder / "o ut" / "subset.json"), str(folder))
+
+
+def test_no_escape_sequence_of_a_name_reaches_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": str(n), "image": f"\x1b[2Jcoco/{n}.jpg", "conversations": turns} for n in range(9)]
+    (tmp_path / "mix\x1b[1m.json").write_text(json.dumps(rows))
+    (tmp_path / "images").mkdir()
+    for mix, code in (("mix\x1b[1m.json", 0), ("gone\x1b[1m.json", 1)):
+        given = [str(tmp_path / mix), "--image-root", str(tmp_path / "images"), "--fraction", "1"]
+        assert script().main([*given, "-o", str(tmp_path / "out")]) == code
+        printed = capsys.readouterr()
+        assert "\x1b[2J" not in printed.out + printed.err
+        assert "\x1b[1m" not in printed.err
