@@ -51,7 +51,7 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(is_empty(held) for held in value)
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}")
+        return value.strip() in ("", "[]", "{}", "null")
     return value is None
 
 
@@ -115,11 +115,7 @@ def _changes_meaning(name: str, value: Any, is_answer: bool) -> str | None:
 def _weight(name: str, value: Any, is_answer: bool) -> str | None:
     if name in ("label", "kto_tag") and not isinstance(value, bool):
         return None  # the name of a class, as datasets of other tasks have it
-    alike = all(one is True or (not isinstance(one, bool) and one == 1) for one in _listed(value))
-    if alike or (not is_answer and all(one is False or one == 0 for one in _listed(value))):
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if all(one in (1, "1", "1.0", "true") for one in values) or (not is_answer and all(one == 0 for one in values)):
         return None
     return f"it is {str(value)[:40]}, and every answer is learned with the weight 1"
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

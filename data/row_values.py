@@ -9,6 +9,7 @@ from data.drops import BadSample
 from data.images import EmbeddedImage, ImageSource
 
 _MEDIA = re.compile(r"(?<!`)(<(?:video|audio|speech|sound)>)(?!`| tag| element)", re.IGNORECASE)
+_CODE = re.compile(r"```.*?(```|\Z)", re.DOTALL)
 _LONGEST_PATH = 4096  # bytes: PATH_MAX of Linux
 
 
@@ -35,6 +36,7 @@ def stray_media(role: str, text: str) -> str | None:
     Questions about HTML have the same tags: quoted as code, or with an end tag. In an answer a placeholder could
     only stand first.
     """
+    text = _CODE.sub("", text)
     found = _MEDIA.match(text.lstrip()) if role == "assistant" else _MEDIA.search(text)
     return found[1] if found and f"</{found[1][1:]}" not in text else None
 

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processors import llava_processor
 
+from data.dataset import ConversationDataset
 from data.drops import BadSample, DropLog
 from data.instructions import Conversation, UnknownFormat, parse_row, read_instructions
 from data.strata import draw, source_of
 from data.subset import SubsetOptions, prepare_subset
+from data.supervision import Supervision, load_template
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}
 ASKED, SAID = {"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}
@@ -69,7 +72,7 @@ def test_a_column_that_changes_the_meaning_is_a_bad_row(form: Any, column: dict[
     assert caught.value.reason == "malformed_row"
 
 
-@pytest.mark.parametrize("empty", [None, "", [], {}, "[]", [None], {"bytes": None, "path": None}, False])
+@pytest.mark.parametrize("empty", [None, "", [], {}, "[]", "null", [None], {"bytes": None, "path": None}, False])
 def test_columns_that_say_nothing_and_notes_change_nothing(empty: Any) -> None:
     notes = {"model": "gpt-4", "data_source": "coco", "label": "cat", "source": "x", "width": 10, "weight": 1.0}
     row = llava(tools=empty, videos=empty, history=empty, rejected=empty, audio=empty, loss=True, **notes)
@@ -92,7 +95,7 @@ def test_a_key_of_a_turn_that_changes_the_meaning_is_a_bad_row(key: str, value: 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("loss", True), ("weight", 1), ("weight", 1.0), ("name", "x"), ("loss", None)]
+    ("key", "value"), [("loss", True), ("weight", 1), ("weight", 1.0), ("weight", "1"), ("name", "x"), ("loss", None)]
 )
 def test_turns_that_are_learned_as_all_are_pass(key: str, value: Any) -> None:
     assert parse_row(llava(conversations=[QUESTION, ANSWER | {key: value}])) == parse_row(llava())
@@ -110,7 +113,7 @@ def test_a_stray_placeholder_of_a_video_or_sound_is_a_bad_row(mark: str) -> None
 
 
 def test_html_in_a_text_is_no_placeholder() -> None:
-    said = ("How do I loop a `<video>`?", "The <video> tag has loop: <video loop><source></video>.")
+    said = ("How do I loop a `<video>`?\n```\n<video>\n```", "The <video> tag has loop: <video loop><source></video>.")
     row = {"conversations": [{"from": who, "value": text} for who, text in zip(("human", "gpt"), said, strict=True)]}
     assert parse_row(row).turns[1] == ("assistant", said[1])
 
@@ -254,3 +257,14 @@ def test_the_part_that_a_run_draws_is_the_subset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["coco\\train\\1.jpg", "coco\\1.jpg", ".\\coco\\1.jpg", "coco\\train/1.jpg"])
 def test_a_path_from_windows_is_counted_under_its_folder(path: str) -> None:
     assert source_of(Conversation("x", (path,), ())) == "coco"
+
+
+def test_a_run_says_of_how_many_rows_it_placed_the_images(tmp_path: Path) -> None:
+    rows = [parse_row(messages({"role": "user", "content": "Q"}, SAID)), parse_row(llava())]
+    drops = DropLog()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(b"x")
+    ConversationDataset(rows, Supervision(llava_processor(), load_template("vicuna_v1")), tmp_path, drops=drops)
+    assert drops.summary() == (
+        "No row was left out. 1 rows name no place for their images: put at the start of the first question"
+    )
