@@ -6,6 +6,7 @@ means something else with them, so they are used as they are meant, or the row i
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -55,6 +56,20 @@ def is_empty(value: Any) -> bool:
     return value is None
 
 
+@lru_cache(maxsize=4096)
+def _kind(name: str) -> str:
+    """What a column of this name does, by its name alone: "" for a note, or why it is not read."""
+    column = name.lower()
+    if column in SYSTEM:
+        return "system"
+    if column in ("image", "images"):
+        return "image"
+    for kind, names in (("weight", _WEIGHTS), ("mask", _MASKS), ("file", _FILE), ("named image", _IMAGE_LIKE)):
+        if names.fullmatch(column):
+            return kind
+    return next((why for names, why in _KINDS if names.fullmatch(column)), "")
+
+
 def refused_column(row: Mapping[Any, Any], has_images: bool) -> str | None:
     """Why a row is not to be used for one of its columns, in words that name it; None if it can be.
 
@@ -63,12 +78,13 @@ def refused_column(row: Mapping[Any, Any], has_images: bool) -> str | None:
         has_images: whether it has images in the columns that images are read from.
     """
     for name, value in row.items():
-        column = str(name).lower()
-        why = None
-        if _is_image_column(column, value):
+        kind = _kind(str(name))
+        if kind in ("", "system", "image") or is_empty(value):
+            continue
+        if _is_named_image(kind, value):
             why = None if has_images else "images are read from 'image' and 'images': call it so"
         else:
-            why = _changes_meaning(column, value, is_answer=True)
+            why = _changed_meaning(kind, str(name), value, is_answer=True)
         if why is not None:
             return f"the column {name!r} changes what the row means: {why}"
     return None
@@ -77,43 +93,39 @@ def refused_column(row: Mapping[Any, Any], has_images: bool) -> str | None:
 def refused_key(turn: Mapping[Any, Any], role: str) -> str | None:
     """Why a turn is not to be used for one of its keys, in words that name it; None if it can be."""
     for name, value in turn.items():
-        key = str(name).lower()
-        if key in SYSTEM and not is_empty(value):
+        kind = _kind(str(name))
+        if kind == "" or is_empty(value):
+            continue
+        if kind == "system":
             why: str | None = "a system prompt is read from the row's 'system', or from a turn of its own"
-        elif key in ("image", "images") or _is_image_column(key, value):
-            why = None if is_empty(value) else "images are read from the row's 'image' or 'images'"
+        elif kind == "image" or _is_named_image(kind, value):
+            why = "images are read from the row's 'image' or 'images'"
         else:
-            why = _changes_meaning(key, value, is_answer=role == "assistant")
+            why = _changed_meaning(kind, str(name), value, is_answer=role == "assistant")
         if why is not None:
             return f"the key {name!r} changes what the turn means: {why}"
     return None
 
 
-def _is_image_column(name: str, value: Any) -> bool:
-    if name in ("image", "images") or is_empty(value):
-        return False
-    if _FILE.fullmatch(name):
-        first = value[0] if isinstance(value, list | tuple) else value
-        return isinstance(first, str) and _IMAGE_FILE.search(first) is not None
-    return _IMAGE_LIKE.fullmatch(name) is not None
+def _is_named_image(kind: str, value: Any) -> bool:
+    if kind != "file":
+        return kind == "named image"
+    first = value[0] if isinstance(value, list | tuple) else value
+    return isinstance(first, str) and _IMAGE_FILE.search(first) is not None
 
 
-def _changes_meaning(name: str, value: Any, is_answer: bool) -> str | None:
-    if is_empty(value):
-        return None
-    if _WEIGHTS.fullmatch(name):
+def _changed_meaning(kind: str, name: str, value: Any, is_answer: bool) -> str | None:
+    if kind == "weight":
         return _weight(name, value, is_answer)
-    if _MASKS.fullmatch(name):
+    if kind == "mask":
         # Turns that are not answered by the model have no loss in any case.
         is_note = isinstance(value, str) or value is False or value == 0
         return None if is_note or not is_answer else "every answer is learned alike"
-    if value is False:
-        return None
-    return next((why for names, why in _KINDS if names.fullmatch(name)), None)
+    return None if value is False or kind == "file" else kind
 
 
 def _weight(name: str, value: Any, is_answer: bool) -> str | None:
-    if name in ("label", "kto_tag") and not isinstance(value, bool):
+    if name.lower() in ("label", "kto_tag") and not isinstance(value, bool):
         return None  # the name of a class, as datasets of other tasks have it
     values = list(value) if isinstance(value, list | tuple) else [value]
     if all(one in (1, "1", "1.0", "true") for one in values) or (not is_answer and all(one == 0 for one in values)):

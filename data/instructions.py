@@ -394,7 +394,7 @@ def _role(turn: dict[str, Any], key: str, number: int, sample_id: str, source: s
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None or (role == "system" and number):
         raise malformed(sample_id, source, f"turn {number} has the role {name!r}; known are {', '.join(ROLES)}")
-    refused = refused_key(turn, role)
+    refused = refused_key(turn, role) if len(turn) > 2 else None  # beside its role and text
     if refused is not None:
         raise malformed(sample_id, source, f"in turn {number}, {refused}")
     return role

@@ -36,6 +36,8 @@ def stray_media(role: str, text: str) -> str | None:
     Questions about HTML have the same tags: quoted as code, or with an end tag. In an answer a placeholder could
     only stand first.
     """
+    if "<" not in text:
+        return None
     text = _CODE.sub("", text)
     found = _MEDIA.match(text.lstrip()) if role == "assistant" else _MEDIA.search(text)
     return found[1] if found and f"</{found[1][1:]}" not in text else None
