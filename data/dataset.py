@@ -31,7 +31,7 @@ from data.images import (
 from data.instructions import Conversation
 from data.supervision import Encoded, Supervision
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 
 
 class FeatureSource(Protocol):
@@ -146,6 +146,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         if not present:
             raise UserError(f"no row is left to train on. {self.drops.summary()}.")
         self.conversations = [conversations[counted["kept"][place]] for place in present]
+        self.drops.placed = sum(conversation.is_placed for conversation in self.conversations)
         self.lengths = np.asarray(counted["lengths"], dtype=np.int64)[present]
         self.supervised = np.asarray(counted["supervised"], dtype=np.int64)[present]
         self.cut = dict(Counter(counted["cut"][place] for place in present if counted["cut"][place]))

@@ -71,6 +71,7 @@ class DropLog:
     Attributes:
         drops: every row that was left out, in the order it was found.
         bad: how many of them are the data's fault (`BAD_REASONS`).
+        placed: rows that are used, but name no place for their images: they stand at the start of the first question.
     """
 
     def __init__(self, on_bad_sample: OnBadSample = "raise", max_bad_fraction: float = 0.01) -> None:
@@ -82,6 +83,7 @@ class DropLog:
         self.max_bad_fraction = max_bad_fraction
         self.drops: list[Drop] = []
         self.bad = 0
+        self.placed = 0
 
     def add(self, error: BadSample) -> None:
         """Count a row, or raise the error where bad samples are to stop the run.
@@ -126,14 +128,15 @@ class DropLog:
             )
 
     def summary(self) -> str:
-        """One line: how many rows were left out and why."""
-        if not self.drops:
-            return "No row was left out"
+        """One line: how many rows were left out and why, and what was done to others."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        return f"{len(self.drops)} rows were left out: {reasons}"
+        said = f"{len(self.drops)} rows were left out: {reasons}" if self.drops else "No row was left out"
+        if self.placed:
+            said += f". {self.placed} rows name no place for their images: put at the start of the first question"
+        return said
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """List every drop, one JSON object a line (sample_id, reason, detail, file)."""
         lines = [json.dumps(asdict(drop), ensure_ascii=False) for drop in self.drops]
-        # Half a character in a row becomes JSON's escape for it.
+        # Half a character in a row, or a file's name that is no UTF-8, becomes an escape.
         Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="backslashreplace")

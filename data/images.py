@@ -5,6 +5,7 @@ import io
 import math
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
@@ -122,7 +123,9 @@ def check_image_file(file: Path, hint: bool = True) -> None:
             raise BadImage("missing_image", str(file), "there is no such file: a folder of it is a file") from None
         raise BadImage("unreadable_image", str(file), f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        what = "a NUL character" if "\0" in str(file) else "characters that this file system cannot hold"
+        encoding = sys.getfilesystemencoding()
+        what = f"characters that file names in {encoding} cannot have: set PYTHONUTF8=1, or a locale of UTF-8"
+        what = "a NUL character" if "\0" in str(file) else what
         raise BadImage("unreadable_image", str(file), f"the path contains {what}") from error
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("unreadable_image", str(file), "is not a regular file")

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,40 @@ _LONGEST_ROW = 1 << 26
 _SPACE = " \t\r\n"
 
 
+# How files begin that are often given instead: (bytes, what it is, what to do).
+_OTHER_FILES = (
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ", "compressed by xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
+    (b"PK\x03\x04", "a zip archive", "unpack it with unzip"),
+    (b"PAR1", "a parquet table", "name it .parquet"),
+    (b"\xff\xfe\0\0", "UTF-32 text", "save it as UTF-8"),
+    (b"\0\0\xfe\xff", "UTF-32 text", "save it as UTF-8"),
+    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
+    (b"[\0", "UTF-16 text", "save it as UTF-8"),
+    (b"{\0", "UTF-16 text", "save it as UTF-8"),
+    (b"\0[", "UTF-16 text", "save it as UTF-8"),
+    (b"\0{", "UTF-16 text", "save it as UTF-8"),
+)
+
+
 class JsonRowError(UserError):
     """A file that is neither a JSON array nor JSONL, or that breaks off."""
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedRow:
+    """A row that is JSON, but not to be taken for what it seems to say.
+
+    Attributes:
+        value: what Python's parser makes of it.
+        problem: why it is not to be used, in words.
+    """
+
+    value: Any
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +59,7 @@ class JsonRow:
     """One row.
 
     Attributes:
-        value: the parsed row.
+        value: the parsed row; a `MalformedRow` where a key stands twice in one of its objects.
         start: the byte of the file that it begins at.
         size: its bytes.
     """
@@ -58,8 +91,15 @@ class _Reader:
         self.counted = 0  # place in the text up to which `position` has counted
         self.position = 0  # bytes of the file up to there
         self.count = 0
+        self.repeated: list[str] = []  # keys that stand twice in an object of the row that is being read
+        self.json = json.JSONDecoder(object_pairs_hook=self._object)
 
     def rows(self) -> Iterator[JsonRow]:
+        start = self.file.read(8)
+        self.file.seek(0)
+        for magic, kind, cure in _OTHER_FILES:
+            if start.startswith(magic):
+                raise JsonRowError(f"is {kind}, not JSON: {cure}")
         self._read()
         # A byte order mark, as Windows editors write it, is no error.
         self.at = len(self.text) - len(self.text.removeprefix("\ufeff"))
@@ -92,40 +132,54 @@ class _Reader:
         while self._next_symbol():
             row = self._row()
             if self.count == 1:
-                if not isinstance(row.value, dict):
-                    kind = type(row.value).__name__
+                first = row.value.value if isinstance(row.value, MalformedRow) else row.value
+                if not isinstance(first, dict):
+                    kind = type(first).__name__
                     raise JsonRowError(f"starts with a JSON {kind}, not with an array or with an object per line")
                 if "\n" in self.text[: self.at].lstrip("\ufeff" + _SPACE):
-                    raise JsonRowError(
-                        f"is one JSON object with the keys {sorted(row.value)[:20]}, not a list of rows"
-                    )
+                    raise JsonRowError(f"is one JSON object with the keys {sorted(first)[:20]}, not a list of rows")
             yield row
 
     def _row(self) -> JsonRow:
-        decoder = json.JSONDecoder()
         while True:
             failure = None
+            self.repeated.clear()
             try:
-                value, end = decoder.raw_decode(self.text, self.at)
+                value, end = self.json.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 failure = error
                 if not _may_go_on(error, self.text):
                     raise self._wrong(error) from error
+            except RecursionError as error:
+                raise JsonRowError(f"{self._place()}: nested too deeply to be read; no conversation is") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise JsonRowError(f"{self._place()}: {error}") from error
             else:
+                if self.repeated:
+                    value = MalformedRow(value, f"the key {self.repeated[0]!r} stands twice in one object: keep one")
                 start = self._bytes_to(self.at)
                 self.at, self.count = end, self.count + 1
                 return JsonRow(value, start, self._bytes_to(end) - start)
             if len(self.text) - self.at > _LONGEST_ROW:
-                place = f"row {self.count}, byte {self._bytes_to(self.at)}"
-                raise JsonRowError(f"{place}: no row ends within {_LONGEST_ROW >> 20} million characters") from failure
+                longest = f"{_LONGEST_ROW >> 20} million characters"
+                raise JsonRowError(f"{self._place()}: no row ends within {longest}") from failure
             if not self._read():
                 raise self._wrong(failure) from failure
 
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """What the parser makes of an object: for a key that stands twice it would take the last value unsaid."""
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            self.repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        return made
+
+    def _place(self) -> str:
+        return f"row {self.count}, byte {self._bytes_to(self.at)}"
+
     def _wrong(self, error: json.JSONDecodeError) -> JsonRowError:
-        place = f"row {self.count}, byte {self._bytes_to(self.at)}"
         if error.pos >= len(self.text):
-            return JsonRowError(f"{place}: the file breaks off inside the row")
-        return JsonRowError(f"{place}: {error.msg} at {self.text[error.pos : error.pos + 40]!r}")
+            return JsonRowError(f"{self._place()}: the file breaks off inside the row")
+        return JsonRowError(f"{self._place()}: {error.msg} at {self.text[error.pos : error.pos + 40]!r}")
 
     def _next_symbol(self) -> str:
         """The next character that is no white space, "" at the end of the file."""
@@ -149,7 +203,8 @@ class _Reader:
         try:
             more = self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise JsonRowError(f"is not UTF-8 text: {error.reason} after row {self.count - 1}") from error
+            where = f"after row {self.count - 1}" if self.count else "before its first row ends"
+            raise JsonRowError(f"is not UTF-8 text: {error.reason} {where}; save it as UTF-8") from error
         self.text = self.text[self.at :] + more
         self.at = self.counted = 0
         return bool(block)

@@ -6,13 +6,16 @@ on neither the order of the file nor its formatting, and a smaller fraction is c
 
 import hashlib
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 
+from data.drops import BadSample, DropLog
 from data.errors import UserError
+from data.images import BadImage, resolve_image_path
 from data.instructions import Conversation
 
 TEXT_ONLY = "(text only)"
@@ -24,7 +27,9 @@ def source_of(conversation: Conversation) -> str:
     if not conversation.images:
         return TEXT_ONLY
     first = conversation.images[0]
-    parts = PurePosixPath(first if isinstance(first, str) else "").parts
+    named = first if isinstance(first, str) else ""
+    # Windows writes backslashes, and reads both.
+    parts = (PureWindowsPath if "\\" in named else PurePosixPath)(named).parts
     return parts[0] if len(parts) > 1 else NO_FOLDER
 
 
@@ -80,11 +85,13 @@ class Ranking:
         """Numbers of the chosen rows, rising.
 
         Raises:
-            ValueError: the fraction is not above 0 and at most 1.
+            UserError: the fraction is not above 0 and at most 1, or is less than one row.
         """
         if not 0 < fraction <= 1:
             raise UserError(f"fraction is {fraction}; above 0 and at most 1")
         wanted = quotas(self.counts(), fraction)
+        if self.ranks and not any(wanted.values()):
+            raise UserError(too_small(fraction, len(self.ranks)))
         by_number = {number: wanted[name] for name, number in self.names.items()}
         chosen: list[int] = []
         for place in sorted(range(len(self.ranks)), key=self.ranks.__getitem__):
@@ -94,13 +101,65 @@ class Ranking:
         return sorted(chosen)
 
 
-def draw(conversations: Sequence[Conversation], fraction: float, seed: int) -> list[Conversation]:
-    """A share of conversations in memory, as `prepare_subset` would choose it, in their order.
+def too_small(fraction: float, rows: int) -> str:
+    """What to say of a fraction that chooses nothing."""
+    return f"fraction {fraction:g} of {rows} usable rows chooses no row: give {1 / rows:.2g} or more"
+
+
+def check_drawable(
+    conversation: Conversation,
+    source: str = "",
+    image_root: str | os.PathLike[str] | None = None,
+    keep_text_only: bool = False,
+) -> None:
+    """Refuse a row that no share of the rows is to hold.
 
     Raises:
-        ValueError: the fraction is not above 0 and at most 1.
+        BadSample: it has no answer, no image (that the projector could learn from), or an image outside the root.
     """
+    if not any(text for role, text in conversation.turns if role == "assistant"):
+        raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from", source)
+    if not conversation.images and not keep_text_only:
+        raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
+    try:
+        for path in conversation.images:
+            # Without an image root, nobody can say what lies outside of it, but `..` shows.
+            if isinstance(path, str) and (image_root is not None or not os.path.isabs(path)):
+                resolve_image_path(path, image_root or "image root")
+    except BadImage as error:
+        raise BadSample(error.problem, conversation.id, str(error), source) from error
+
+
+def draw(
+    conversations: Sequence[Conversation],
+    fraction: float,
+    seed: int,
+    *,
+    drops: DropLog | None = None,
+    source: str = "",
+    image_root: str | os.PathLike[str] | None = None,
+) -> list[Conversation]:
+    """A share of conversations in memory: those that `prepare_subset` would choose, in their order.
+
+    Args:
+        conversations: all of them.
+        fraction: share of those that can be drawn (`check_drawable`), above 0 and at most 1.
+        seed: another seed draws others.
+        drops: where the others go; None: the first bad one raises.
+        source: the file they are from, for messages.
+        image_root: the folder that image paths are relative to.
+
+    Raises:
+        BadSample: a row that cannot be drawn and is the data's fault, where `drops` does not skip it.
+        UserError: the fraction is not above 0 and at most 1, or is less than one row.
+    """
+    drops = DropLog() if drops is None else drops
     ranking = Ranking()
     for number, conversation in enumerate(conversations):
-        ranking.add(conversation, number, seed)
+        try:
+            check_drawable(conversation, source, image_root)
+        except BadSample as error:
+            drops.add(error)
+        else:
+            ranking.add(conversation, number, seed)
     return [conversations[number] for number in ranking.select(fraction)]

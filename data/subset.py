@@ -9,11 +9,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
+from data.data_uris import InlineImage
 from data.drops import BadSample, DropLog
 from data.errors import UserError
 from data.images import (
@@ -22,13 +23,14 @@ from data.images import (
     ImageProblem,
     check_image_file,
     image_bytes,
+    image_name,
     image_suffix,
     open_image,
     resolve_image_path,
 )
-from data.instructions import EXPECTED, Conversation, UnknownFormat, parser_for
+from data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
 from data.json_rows import JsonRowError, iterate_json_rows
-from data.strata import Ranking, source_of
+from data.strata import Ranking, check_drawable, source_of, too_small
 from data.subset_folder import IMAGES, REPORT, SUBSET, new_subset
 from data.tables import iterate_table
 
@@ -166,8 +168,11 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
     problems = _image_problems(picked, root, options, progress)
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
     kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
+    if ranking.ranks and not selected:
+        raise UserError(too_small(options.fraction, len(ranking.ranks)))
     if not kept:
         raise UserError(f"no row is left for the subset. {drops.summary()}.")
+    drops.placed = sum(conversation.is_placed for conversation, _ in kept)
     images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
     if embedded:
@@ -188,6 +193,7 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
         "selected": sum(selected.values()),
         "written": len(kept),
         "dropped": drops.counts,
+        "images_placed_at_the_start": drops.placed,
         "sources": {
             name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)
         },
@@ -207,34 +213,20 @@ Picked = list[tuple[Conversation, dict[str, Any]]]
 
 def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:
     """Number, conversation and row of every row that could be chosen; the others are dropped."""
-    parse: Callable[[Any, int, str], Conversation] | None = None
     source, root = reader.options.instructions, reader.options.image_root
     number = -1
-    for number, row in enumerate(reader.all()):
+    for number, (row, found) in enumerate(parse_rows(reader.all(), source)):
         if number % 4096 == 0:
             progress("reading", number, None)
-        parse = parse or parser_for(row, source)
         try:
-            conversation = parse(row, number, source)
-            if not any(text for role, text in conversation.turns if role == "assistant"):
-                raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from", source)
-            if not conversation.images and not reader.options.keep_text_only:
-                raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
-            for path in conversation.images:
-                if isinstance(path, str) and path.splitlines() != [path]:
-                    raise BadSample("malformed_row", conversation.id, f"a line break in the name {path!r}", source)
-                # Without an image root, nobody can say what lies outside of it, but `..` shows.
-                if isinstance(path, str) and (root is not None or not os.path.isabs(path)):
-                    resolve_image_path(path, root or "image root")
-        except BadImage as error:
-            drops.add(BadSample(error.problem, conversation.id, str(error), source))
+            if isinstance(found, BadSample):
+                raise found
+            check_drawable(found, source, root, reader.options.keep_text_only)
         except BadSample as error:
             drops.add(error)
             drops.check(number + 1)
         else:
-            yield number, conversation, row
-    if number < 0:
-        raise UserError(f"{source} holds no rows. {EXPECTED}.")
+            yield number, found, row
     progress("reading", number + 1, number + 1)
     drops.check(number + 1, minimum=1)
 
@@ -245,10 +237,8 @@ def _pick(reader: _Reader, images: Path, drops: DropLog, progress: Progress) -> 
         ranking.add(conversation, number, reader.options.seed)
     numbers = ranking.select(reader.options.fraction)
     picked: Picked = []
-    parse: Callable[[Any, int, str], Conversation] | None = None
     for done, (number, row) in enumerate(zip(numbers, reader.chosen(numbers), strict=True)):
-        parse = parse or parser_for(row, reader.options.instructions)
-        _take(picked, parse(row, number, reader.options.instructions), row, number, images, drops)
+        _take(picked, parse_row(row, number, reader.options.instructions), row, number, images, drops)
         if done % 1024 == 0:
             progress("fetching the chosen rows", done, len(numbers))
     progress("fetching the chosen rows", len(numbers), len(numbers))
@@ -267,12 +257,15 @@ def _pick_from_stream(reader: _Reader, images: Path, drops: DropLog, progress: P
 
 
 def _take(picked: Picked, conversation: Conversation, row: Any, number: int, folder: Path, drops: DropLog) -> None:
-    """Put a chosen row on the list. Embedded images become files in `folder`, and their row one that names them."""
-    if all(isinstance(image, str) for image in conversation.images):
-        picked.append((conversation, row))
-        return
+    """Put a chosen row on the list. A table's images become files in `folder`, and their row one that names them."""
     files: dict[str, bytes] = {}
     try:
+        if all(isinstance(image, str | InlineImage) for image in conversation.images):
+            for image in conversation.images:
+                if isinstance(image, InlineImage):
+                    image_suffix(image)  # is it an image at all?
+            picked.append((conversation, row))
+            return
         for place, image in enumerate(conversation.images):
             if isinstance(image, str):
                 raise BadImage("missing_image", image, "stands beside embedded images in the same row")
@@ -284,7 +277,7 @@ def _take(picked: Picked, conversation: Conversation, row: Any, number: int, fol
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    renamed = Conversation(conversation.id, tuple(files), conversation.turns)
+    renamed = replace(conversation, images=tuple(files))
     picked.append((renamed, as_llava_row(renamed)))
 
 
@@ -294,7 +287,7 @@ def _embedded(picked: Picked, folder: Path, options: SubsetOptions) -> bool:
         return False
     written = set(os.listdir(folder))
     for conversation, _ in picked:
-        if not written.issuperset(conversation.images):
+        if not written.issuperset(image for image in conversation.images if isinstance(image, str)):
             raise UserError(
                 f"{options.instructions}: row {conversation.id!r} names the image {conversation.images[0]!r}, while "
                 "others hold their images: divide them into two tables"
@@ -357,8 +350,13 @@ def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Prob
 def _drop_for_images(conversation: Conversation, problems: Problems, options: SubsetOptions, drops: DropLog) -> bool:
     for path in conversation.images:
         problem, detail = problems.get(path, (None, "")) if isinstance(path, str) else (None, "")
+        if options.verify_images and isinstance(path, InlineImage):
+            try:
+                open_image(path)
+            except BadImage as error:
+                problem, detail = error.problem, error.detail
         if problem is not None and not (problem == "missing_image" and options.missing == "keep"):
-            drops.add(BadSample(problem, conversation.id, f"{path!s}: {detail}", options.instructions))
+            drops.add(BadSample(problem, conversation.id, f"{image_name(path)}: {detail}", options.instructions))
             return True
     return False
 

@@ -13,10 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import LlavaNextProcessor, LlavaProcessor
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from data.chat_template import TemplateError, compiled, render
 from data.drops import BadSample
 from data.errors import MissingFile, UserError
 from data.instructions import Conversation
@@ -24,6 +23,7 @@ from data.instructions import Conversation
 Processor = LlavaProcessor | LlavaNextProcessor
 
 IGNORE_INDEX = -100
+_SPACE = "\u2581"  # how sentencepiece writes a space
 TEMPLATES = ("vicuna_v1", "chatml", "mistral_instruct", "plain")
 # How a question about an image and its answer look in templates that releases come with. In llava-hf's, Mistral's end
 # token is misspelt, and ChatML has spaces that no LLaVA was trained with.
@@ -155,6 +155,10 @@ class Supervision:
             )
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length is {max_length}; at least 2 tokens, or null for no limit")
+        try:
+            compiled(template)
+        except TemplateError as error:
+            raise UserError(f"{error}. Mend it, or give another as data.chat_template") from error
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template
@@ -162,6 +166,9 @@ class Supervision:
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         opening = self.tokenizer("x").input_ids[:1]
         self._bos = opening if opening == [self.tokenizer.bos_token_id] else []
+        # transformers' Llama tokenizer takes a leading space for the one that sentencepiece puts before every text.
+        bare, spaced = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
+        self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
         self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)
         self._placeholders: dict[tuple[int, int], int] = {}
 
@@ -253,18 +260,10 @@ class Supervision:
         self, conversation: Conversation, messages: list[dict[str, Any]], marks: bool = False, prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            # Annotated as str in transformers, which returns both lists.
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except jinja2.TemplateError as error:
-            raise BadSample("template", conversation.id, f"the chat template refuses it: {error}") from error
-        texts, spans = rendered
-        return texts[0], [(start, end) for start, end in spans[0]] if marks else []
+            special = self.tokenizer.special_tokens_map
+            return render(self.template, messages, special, add_generation_prompt=prompt, marks=marks)
+        except TemplateError as error:
+            raise BadSample("template", conversation.id, str(error)) from error
 
     def _tokenize(
         self, conversation: Conversation, text: str, image_sizes: Sequence[tuple[int, int]] | None
@@ -296,9 +295,12 @@ class Supervision:
                 ids += [self.processor.image_token_id] * count
                 characters += [(at, at + len(mark))] * count
                 at += len(mark)
-            tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            extra = self._takes_space and piece.startswith((" ", _SPACE))
+            text_of = " " * extra + piece
+            tokens = self.tokenizer(text_of, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids += tokens["input_ids"]
-            characters += [(at + start, at + end) for start, end in tokens["offset_mapping"]]
+            first = at - extra
+            characters += [(max(first + start, at), first + end) for start, end in tokens["offset_mapping"]]
             at += len(piece)
         return ids, characters, images
 

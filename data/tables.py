@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,17 @@ def iterate_table(source: str, split: str, streaming: bool = False) -> Iterator[
     images = {name: table.select_columns([name]) for name in table.column_names if _holds_images(table, name)}
     number = 0
     for batch in table.iter(batch_size=256):
-        counts = {name: _images_per_row(batch.column(name)) for name in images}
+        held = {name: _images_per_row(batch.column(name)) for name in images}
         for place, row in enumerate(batch.drop_columns(list(images)).to_pylist()):
             for name, column in images.items():
-                count = counts[name][place]
-                if count is None:
+                there = held[name][place]
+                if there is None:
                     row[name] = TableImage(column, name, number, None)
                 else:
-                    row[name] = [TableImage(column, name, number, image) for image in range(count)]
+                    row[name] = [
+                        TableImage(column, name, number, image) if is_there else None
+                        for image, is_there in enumerate(there)
+                    ]
             yield row
             number += 1
 
@@ -132,11 +136,14 @@ def _holds_images(table: Any, name: str) -> bool:
     return pyarrow.types.is_binary(held) or pyarrow.types.is_large_binary(held)
 
 
-def _images_per_row(cells: Any) -> list[int | None]:
-    """Images in each cell of a list column; for a column of single images None, or 0 where there is none."""
+def _images_per_row(cells: Any) -> list[list[bool] | None]:
+    """For each cell of a list column, which of its images are there (one may be null); for a cell that is a single
+    image None, or nothing where there is none."""
     import pyarrow
     import pyarrow.compute
 
     if pyarrow.types.is_list(cells.type) or pyarrow.types.is_large_list(cells.type):
-        return [length or 0 for length in pyarrow.compute.list_value_length(cells).to_pylist()]
-    return [None if valid else 0 for valid in cells.is_valid().to_pylist()]
+        there = iter(pyarrow.compute.list_flatten(cells).is_valid().to_pylist())
+        lengths = pyarrow.compute.list_value_length(cells).to_pylist()
+        return [list(islice(there, length or 0)) for length in lengths]
+    return [None if valid else [] for valid in cells.is_valid().to_pylist()]

@@ -113,6 +113,9 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     console.print(table)
     for reason, count in report["dropped"].items():
         say(f"dropped, {reason}: {count:,}")
+    if report["images_placed_at_the_start"]:
+        placed = report["images_placed_at_the_start"]
+        say(f"rows that name no place for their images, put at the start of the first question: {placed:,}")
     lengths = ", ".join(f"{length}: {count:,}" for length, count in report["answer_characters"].items())
     say(f"answers by characters: {lengths}")
     say(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")

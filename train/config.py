@@ -130,7 +130,8 @@ class DataConfig:
     image_root: str | None = None
     """Folder that image paths start from; null means the folder of the instructions."""
     fraction: float = 1.0
-    """Share of the conversations to train on, drawn with `seed`, in proportion to their sources."""
+    """Share of the conversations to train on, drawn with `seed`, in proportion to their sources: below 1, of those
+    with an image and an answer, as scripts/prepare_subset.py draws them."""
     eval_instructions: str | None = None
     """Held-out conversations; null means none."""
     eval_image_root: str | None = None

@@ -25,7 +25,7 @@ from data.errors import UserError
 from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
-from train.samples import with_prompt
+from train.samples import check_positions, with_prompt
 from train.step_cost import synchronise
 
 WARM_UPS, TIMED_RUNS = 2, 5
@@ -88,10 +88,11 @@ def evaluate(
 
     Every process calls it with the whole dataset and takes its share; all get the same result, the answers in the
     dataset's order. `progress` is called with batches done and batches in all, first of the loss, then of the answers.
-    Raises `ValueError` if no conversation can be read.
+    Raises `UserError` if no conversation can be read, or one is longer than the model has positions.
     """
     start = time.perf_counter()
     config: Any = model.config
+    check_positions(config, dataset, held_out=True)
     sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "shown", "prompts"), 0.0)
     answers: list[tuple[int, Answer]] = []
     still_open: list[_Question] = []

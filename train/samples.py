@@ -44,7 +44,9 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
         conversations = read_instructions(config.instructions, drops=drops)
         if config.fraction < 1:
             _refuse_a_part_of_a_subset(config)
-            conversations = draw(conversations, config.fraction, seed)
+            conversations = draw(
+                conversations, config.fraction, seed, drops=drops, source=config.instructions, image_root=root
+            )
     supervision = Supervision(processor, max_length=config.max_length)
     return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
 
@@ -73,6 +75,31 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
         conversations = read_instructions(config.eval_instructions, drops=drops)
     supervision = Supervision(processor, max_length=None)
     return ConversationDataset(conversations[: config.eval_samples], supervision, root, drops=drops)
+
+
+def check_positions(model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False) -> None:
+    """Refuses rows of more tokens than the language model has positions: what it says there means nothing.
+
+    Raises `UserError`, naming the longest row, the limit and the cure.
+    """
+    if dataset is None:
+        return
+    text = model_config.text_config
+    rope = text.rope_parameters or {}
+    # Scaled positions reach further than the model was first trained for.
+    factor = rope.get("factor", 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 1
+    limit = int(text.max_position_embeddings * factor)
+    longest = int(dataset.lengths.argmax())
+    if dataset.lengths[longest] <= limit:
+        return
+    cure = f"set data.max_length (now {dataset.supervision.max_length}) to {limit} or less"
+    if held_out:
+        cure = "held-out rows are not cut: leave them out of data.eval_instructions"
+    raise UserError(
+        f"{int((dataset.lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
+        f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {dataset.lengths[longest]} "
+        f"tokens, visual ones included: {cure}"
+    )
 
 
 def check_instructions(config: DataConfig) -> None:

@@ -71,7 +71,15 @@ from train.run_folder import (
     prepare_folder,
     write_status,
 )
-from train.samples import check_instructions, choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
+from train.samples import (
+    check_instructions,
+    check_positions,
+    choose_layers,
+    draw_demo_scenes,
+    fingerprint,
+    held_out_set,
+    training_set,
+)
 from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
 from train.tracking import Trackers
 
@@ -180,6 +188,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     dataset = training_set(config.data, processor, config.seed)
     held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
+    check_positions(model.config, dataset)
+    check_positions(model.config, held_out, held_out=True)
     if config.data.cache_features is not None:
         store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
     limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)

@@ -71,3 +71,15 @@ def test_a_missing_image_costs_no_listing_and_many_of_them_no_search(
         f"ocr/{number}.jpg" for number in range(5)
     ]
     assert len(looked) < HINTS * 60
+
+
+def test_a_name_that_the_locale_cannot_write_is_not_called_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under LC_ALL=C without Python's own coercion to UTF-8."""
+
+    def stat(file: Path) -> None:
+        str(file).encode("ascii")
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(BadImage, match="names in ascii cannot have: set PYTHONUTF8=1"):
+        check_image_file(Path("café.png"))

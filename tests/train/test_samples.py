@@ -42,7 +42,7 @@ def test_a_fraction_of_other_instructions_is_drawn_with_the_seed(tiny_release: P
         config = DataConfig(instructions=str(tiny_instructions), fraction=0.25)
         return [c.id for c in training_set(config, processor, seed).conversations]
 
-    assert len(ids(0)) == 10
+    assert len(ids(0)) == 8  # of 32 rows with an image
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
 

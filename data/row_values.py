@@ -1,0 +1,105 @@
+"""Values of a row: its texts and images, each usable or refused in words that name it."""
+
+import json
+import re
+from typing import Any
+
+from data.data_uris import inline_image, is_address, is_data_uri
+from data.drops import BadSample
+from data.images import EmbeddedImage, ImageSource
+
+_MEDIA = re.compile(r"(?<!`)(<(?:video|audio|speech|sound)>)(?!`| tag| element)", re.IGNORECASE)
+_CODE = re.compile(r"```.*?(```|\Z)", re.DOTALL)
+_LONGEST_PATH = 4096  # bytes: PATH_MAX of Linux
+
+
+def check_text(text: str, what: str, sample_id: str, source: str) -> None:
+    """Half of a surrogate pair, as a cut emoji leaves it in JSON, is no text: neither a tokenizer nor a file takes it.
+
+    Raises:
+        BadSample: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1]
+        raise malformed(
+            sample_id,
+            source,
+            f"{what} has {half!r} at character {error.start}, half of a surrogate pair (a cut emoji?)",
+        ) from None
+
+
+def stray_media(role: str, text: str) -> str | None:
+    """A placeholder of a video or sound in a text, if there is one.
+
+    Questions about HTML have the same tags: quoted as code, or with an end tag. In an answer a placeholder could
+    only stand first.
+    """
+    if "<" not in text:
+        return None
+    text = _CODE.sub("", text)
+    found = _MEDIA.match(text.lstrip()) if role == "assistant" else _MEDIA.search(text)
+    return found[1] if found and f"</{found[1][1:]}" not in text else None
+
+
+def images_of(row: dict[str, Any], sample_id: str, source: str) -> tuple[ImageSource, ...]:
+    """The images that stand beside the turns, in `images` or `image`. Raises BadSample for one that is none."""
+    given = [row[key] for key in ("images", "image") if row.get(key) is not None and row[key] not in ("", [])]
+    many = [list(held) if isinstance(held, list | tuple) else [held] for held in given]
+    if len(many) == 2 and many[0] != many[1]:
+        raise malformed(sample_id, source, "'image' and 'images' hold different images: keep one column")
+    return tuple(image_of(one, sample_id, source) for one in many[0]) if many else ()
+
+
+def image_of(held: Any, sample_id: str, source: str) -> ImageSource:
+    """An image as a row holds it: a path, a data: URI, or encoded. Raises BadSample for what is none of these."""
+    # The form that `datasets` gives an image in when it does not decode it.
+    if isinstance(held, dict) and (held.get("bytes") or held.get("path")):
+        held = held.get("bytes") or held["path"]
+    if isinstance(held, str) and held:
+        return _named_image(held, sample_id, source)
+    if (isinstance(held, bytes) and held) or isinstance(held, EmbeddedImage):
+        return held
+    raise malformed(sample_id, source, f"an image is {found_in_words(held)}, neither a path nor an encoded image")
+
+
+def _named_image(name: str, sample_id: str, source: str) -> ImageSource:
+    """An image that a text gives: by its path, or as a data: URI."""
+    if is_data_uri(name):
+        try:
+            return inline_image(name)
+        except ValueError as error:
+            raise malformed(sample_id, source, f"an image cannot be used: {error}") from error
+    shown = f"{name[:60]!r}{'…' if len(name) > 60 else ''}"
+    if is_address(name):
+        raise malformed(
+            sample_id, source, f"the image {shown} is an address: fetch the images, and name them by their paths"
+        )
+    if "\0" in name:
+        raise malformed(sample_id, source, f"the image path {shown} has a NUL character")
+    if name.splitlines() != [name]:
+        raise malformed(sample_id, source, f"the image path {shown} has a line break")
+    check_text(name, f"the image path {shown}", sample_id, source)
+    if len(name.encode()) > _LONGEST_PATH:
+        raise malformed(
+            sample_id,
+            source,
+            f"an image has a path of {len(name)} characters, {shown}: an image that is written out as base64 begins "
+            "with data:image/png;base64,",
+        )
+    return name
+
+
+def malformed(sample_id: str, source: str, detail: str) -> BadSample:
+    """The error that leaves a row out because of what stands in it."""
+    return BadSample("malformed_row", sample_id, detail, source)
+
+
+def found_in_words(value: Any) -> str:
+    """A value that is not what was expected, cut to a line."""
+    if isinstance(value, dict):
+        return f"an object with the keys {sorted(map(str, value))}"
+    # Half of a surrogate pair can be shown, but not written.
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "backslashreplace").decode()
+    return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"

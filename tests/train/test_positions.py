@@ -1,0 +1,53 @@
+"""Rows longer than the language model has positions are neither trained on nor evaluated without a word."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from train.config import DataConfig
+from train.evaluation import evaluate
+from train.release import load_release
+from train.samples import check_positions, held_out_set, training_set
+
+
+@pytest.fixture(scope="module")
+def release(tiny_release: Path) -> tuple[Any, Any]:
+    """512 positions."""
+    return load_release(str(tiny_release), visionzip={"dominant": 3, "contextual": 1})
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rows of one exchange; one of them has an answer of some thousand tokens."""
+    said = [("short", "yes"), ("endless", "it is red " * 500), ("other", "no")]
+    file = tmp_path_factory.mktemp("rows") / "rows.json"
+    turns = [(name, [{"from": "human", "value": "Q"}, {"from": "gpt", "value": text}]) for name, text in said]
+    file.write_text(json.dumps([{"id": name, "conversations": found} for name, found in turns]))
+    return file
+
+
+def test_training_names_max_length_and_the_models_limit(release: tuple[Any, Any], rows: Path) -> None:
+    model, processor = release
+    dataset = training_set(DataConfig(str(rows), max_length=5000), processor, 0)
+    with pytest.raises(ValueError, match=r"1 of 3 rows.* 512 .*'endless'.*max_length \(now 5000\) to 512 or less"):
+        check_positions(model.config, dataset)
+    for limit in (512, 100):
+        check_positions(model.config, training_set(DataConfig(str(rows), max_length=limit), processor, 0))
+
+
+def test_evaluation_names_the_row_and_the_models_limit(release: tuple[Any, Any], rows: Path) -> None:
+    model, processor = release
+    held_out = held_out_set(DataConfig(str(rows), eval_instructions=str(rows)), processor)
+    with pytest.raises(ValueError, match=r"'endless'.*held-out rows are not cut.*data\.eval_instructions"):
+        evaluate("x", model, held_out, Accelerator(), batch_size=2, max_new_tokens=4)
+
+
+def test_scaled_positions_reach_further(release: tuple[Any, Any], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = release
+    held_out = held_out_set(DataConfig(str(rows), eval_instructions=str(rows)), processor)
+    rope = model.config.text_config.rope_parameters
+    monkeypatch.setattr(model.config.text_config, "rope_parameters", rope | {"rope_type": "linear", "factor": 100.0})
+    check_positions(model.config, held_out, held_out=True)
