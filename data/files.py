@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -130,7 +131,7 @@ def sweep(folder: Path, name: str = "") -> None:
 
     What another machine left, and what lies on a file system without locks, stays: its owner cannot be proved dead.
     """
-    for path in folder.glob(f"{_PREFIX}{name}*"):
+    for path in folder.glob(f"{_PREFIX}{glob.escape(name)}*"):
         with suppress(OSError):  # another process was faster, or it cannot be removed
             descriptor = os.open(path, os.O_RDONLY)
             try:
