@@ -180,8 +180,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
         try:
-            sizes = [image_size(source, self.image_root) for source in conversation.images]
-            encoded = self.supervision.encode(conversation, sizes if self.supervision.needs_image_sizes else None)
+            sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
+            if self.supervision.needs_image_sizes:
+                sizes = [image_size(source, self.image_root) for source in conversation.images]
+            encoded = self.supervision.encode(conversation, sizes)
             found = []
             for source in conversation.images[: encoded.images]:
                 known = features.find(source, self.image_root)
