@@ -383,8 +383,8 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def load_processor(release: Release) -> Any:
-    """The processor of a reduced checkpoint as it was saved, without its model."""
-    config_class, _, processor_class = model_classes(release.config["model_type"])
-    model_config = config_class.from_pretrained(release.folder)
-    return build_processor(release.folder, release.config, processor_class, model_config, "release")
+def load_processor(release: Release, *, visionzip: Reduction = "saved", chat_template: str = "release") -> Any:
+    """The processor that `load_release` gives with the model for these arguments, without reading weights."""
+    _, _, processor_class = model_classes(release.config["model_type"])
+    model_config = reduced_config(release, visionzip=visionzip, shortv=None, fastv=None)
+    return build_processor(release.folder, release.config, processor_class, model_config, chat_template)
