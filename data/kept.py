@@ -74,9 +74,9 @@ class Kept:
         write_atomically(self.path(name), json.dumps(entry, indent=1) + "\n")
 
     def get(self, name: str, parts: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """The result that was kept for these parts, or the one that `make` gives, which is kept."""
+        """The result that was kept for these parts, or the one that `make` gives, which is kept; as JSON has it."""
         found = self.find(name, parts)
         if found is None:
-            found = make()
+            found = json.loads(json.dumps(make()))
             self.keep(name, parts, found)
         return found

@@ -150,9 +150,8 @@ class Asked(NamedTuple):
 def asked_of(settings: CalibrateConfig, budget: Reduction) -> Asked:
     """The prompts under one budget. Raises what opening the release and reading the conversations raises."""
     release = open_release(settings.model, settings.revision)
-    supervision = Supervision(
-        load_processor(release, visionzip=budget, chat_template=settings.chat_template), max_length=None
-    )
+    processor = load_processor(release, visionzip=budget, chat_template=settings.chat_template)
+    supervision = Supervision(processor, max_length=None)
     drops = DropLog(settings.on_bad_sample)
     conversations, root = _conversations(settings, drops)
     chosen = choose_prompts(
@@ -167,7 +166,7 @@ def asked_of(settings: CalibrateConfig, budget: Reduction) -> Asked:
         },
     }
     dataset = dataset_of(chosen, supervision, root)
-    return Asked(release, chosen, dataset, drops, supervision.processor.visionzip, content)
+    return Asked(release, chosen, dataset, drops, processor.visionzip, content)
 
 
 def measure(settings: CalibrateConfig, budget: Reduction, done: Partial, asked: Asked | None = None) -> Measurement:

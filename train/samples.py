@@ -24,7 +24,7 @@ from data.supervision import Supervision
 from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
-from train.choosing import choose_prompts, dataset_of, load_sample
+from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
 from train.release import Release, load_release
 from train.run_folder import LAYERS
@@ -72,16 +72,24 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
 
     Raises as `training_set` does.
     """
-    assert config.eval_instructions is not None
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    conversations, root = held_out_conversations(config, drops)
+    return ConversationDataset(conversations, Supervision(processor, max_length=None), root, drops=drops)
+
+
+def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:
+    """The held-out conversations, `config.eval_samples` of them, and the folder that image paths start from.
+
+    Raises as `training_set` does.
+    """
+    assert config.eval_instructions is not None
     if config.eval_instructions == DEMO:
         folder = demo_folder(config.demo_scenes, held_out=True)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
         root = config.eval_image_root or config.image_root or folder_of(config.eval_instructions)
         conversations = read_instructions(config.eval_instructions, drops=drops)
-    supervision = Supervision(processor, max_length=None)
-    return ConversationDataset(conversations[: config.eval_samples], supervision, root, drops=drops)
+    return conversations[: config.eval_samples], root
 
 
 def check_instructions(config: DataConfig) -> None:
@@ -152,12 +160,20 @@ def choose_layers(
     return chosen
 
 
-def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
-    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
+def calibration_prompts(
+    config: TuneConfig, supervision: Supervision, count: int, drops: DropLog
+) -> tuple[list[Chosen], str]:
+    """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
     conversations, root = training_conversations(config.data, config.seed, drops)
-    supervision = Supervision(processor, max_length=None)
     source = config.data.instructions
     chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
+    return chosen, root
+
+
+def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
+    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
+    supervision = Supervision(processor, max_length=None)
+    chosen, root = calibration_prompts(config, supervision, count, drops)
     dataset = dataset_of(chosen, supervision, root)
     samples: list[CalibrationSample] = []
     for item in chosen:
@@ -166,7 +182,7 @@ def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list
         except BadSample as error:
             drops.add(error)
     if not samples:
-        raise UserError(f"{source}: no image could be read to measure LC on: {drops.summary()}")
+        raise UserError(f"{config.data.instructions}: no image could be read to measure LC on: {drops.summary()}")
     return samples
 
 
