@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.dataset import ConversationDataset
 from data.errors import UserError
 from data.files import replace_file, sweep, write_atomically, writing
-from data.images import BadImage, ImageSource, image_bytes, open_image, resolve_image_path
+from data.images import BadImage, ImageSource, image_bytes, image_name, open_image, resolve_image_path
 from data.kept import Kept, identity_of
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested
@@ -52,7 +52,10 @@ class DamagedShard(UserError):
 
 def image_key(source: ImageSource, image_root: str | os.PathLike[str] | None) -> str:
     """SHA-256 of an image's bytes. Raises `BadImage` if it cannot be read."""
-    return hashlib.sha256(image_bytes(source, image_root)).hexdigest()
+    try:
+        return hashlib.sha256(image_bytes(source, image_root)).hexdigest()
+    except OSError as error:  # a table's cell that holds no bytes
+        raise BadImage("missing_image", image_name(source), str(error)) from error
 
 
 def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
