@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +27,7 @@ from data.images import (
     resolve_image_path,
 )
 from data.instructions import Conversation
+from data.kept import Kept, identity_of
 from data.supervision import Encoded, Supervision
 
 _CACHE_FORMAT = 3
@@ -105,8 +104,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         supervision: how they become tokens.
         image_root: the folder that image paths are relative to.
         drops: where rows that cannot be used go; None: the first bad one raises.
-        cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits;
-            None: nowhere.
+        cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits, and
+            as many placeholders for each image; None: nowhere.
         progress: called with the rows tokenized so far and with their number; not called for rows from the cache.
 
     Attributes:
@@ -135,11 +134,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.image_root = image_root
         self.features: FeatureSource | None = None
         self.drops = DropLog() if drops is None else drops
-        cache = None if cache_dir is None else Path(cache_dir) / f"lengths-{_key(conversations, supervision)}.json"
-        counted = _read_cache(cache) or self._count(conversations, progress or (lambda done, total: None))
-        # An image that is missing today may be there tomorrow.
-        if cache is not None and not any(drop["reason"] in IMAGE_REASONS for drop in counted["drops"]):
-            _write_cache(cache, counted)
+        counted = self._counted(conversations, cache_dir, progress or (lambda done, total: None))
         self.drops.extend(Drop(**drop) for drop in counted["drops"])
         present = self._present(conversations, counted)
         self.drops.check(len(conversations), minimum=1)
@@ -196,8 +191,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
         try:
-            sizes = [image_size(source, self.image_root) for source in conversation.images]
-            encoded = self.supervision.encode(conversation, sizes if self.supervision.needs_image_sizes else None)
+            sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
+            if self.supervision.needs_image_sizes:
+                sizes = [image_size(source, self.image_root) for source in conversation.images]
+            encoded = self.supervision.encode(conversation, sizes)
             found = []
             for source in conversation.images[: encoded.images]:
                 known = features.find(source, self.image_root)
@@ -212,6 +209,25 @@ class ConversationDataset(Dataset[Sample | Drop]):
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
         return Sample(conversation.id, encoded, [], sizes[: encoded.images], found)
+
+    def _counted(
+        self,
+        conversations: Sequence[Conversation],
+        cache_dir: str | os.PathLike[str] | None,
+        progress: Callable[[int, int], None],
+    ) -> dict[str, list[Any]]:
+        """What `_count` gives: as kept in `cache_dir`, or counted now and kept there."""
+        if cache_dir is None:
+            return self._count(conversations, progress)
+        kept, parts = Kept(cache_dir), lengths_depend_on(conversations, self.supervision, self.image_root)
+        name = f"lengths-{identity_of(parts)[:24]}"
+        counted = kept.find(name, parts)
+        if counted is None:
+            counted = self._count(conversations, progress)
+            # An image that is missing today may be there tomorrow.
+            if not any(drop["reason"] in IMAGE_REASONS for drop in counted["drops"]):
+                kept.keep(name, parts, counted)
+        return counted
 
     def _count(
         self, conversations: Sequence[Conversation], progress: Callable[[int, int], None]
@@ -331,37 +347,31 @@ def encode_unread(
     return supervision.encode(conversation, sizes)
 
 
-def _key(conversations: Sequence[Conversation], supervision: Supervision) -> str:
-    """What the lengths depend on, hashed."""
-    tokenizer = supervision.tokenizer
-    sizes = () if supervision.needs_image_sizes else (supervision.placeholders((0, 0)),)
-    settings = [
-        _CACHE_FORMAT,
-        supervision.template,
-        supervision.max_length,
-        sizes,
-        tokenizer.backend_tokenizer.to_str(),
-    ]
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
+def lengths_depend_on(
+    conversations: Sequence[Conversation], supervision: Supervision, image_root: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """All that `Supervision.encode` reads of conversations, as the parts of an identity.
+
+    Of an image that is the number of its placeholders, which processor, budget and (of LLaVA-NeXT) its size decide.
+    """
+    tokenizer, digest = supervision.tokenizer, hashlib.sha256()
     for conversation in conversations:
-        names = [image_name(source) for source in conversation.images]
-        digest.update(json.dumps([conversation.id, names, conversation.turns]).encode())
-    return digest.hexdigest()
-
-
-def _read_cache(path: Path | None) -> dict[str, Any] | None:
-    if path is None or not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        # Whatever happened to it, counting again mends it.
-        return None
-
-
-def _write_cache(path: Path, counted: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside and renamed: several processes may write it at once, and a reader never sees half of it.
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        json.dump(counted, file)
-    os.replace(file.name, path)
+        images: list[int | str] = []
+        for source in conversation.images:
+            try:
+                size = image_size(source, image_root) if supervision.needs_image_sizes else (0, 0)
+                images.append(supervision.placeholders(size))
+            except BadImage as error:
+                images.append(error.problem)
+        digest.update(json.dumps([conversation.id, images, conversation.turns]).encode() + b"\n")
+    return {
+        "format": _CACHE_FORMAT,
+        "conversations and placeholders": digest.hexdigest(),
+        "template": supervision.template,
+        "max_length": supervision.max_length,
+        "image token": [supervision.processor.image_token, supervision.processor.image_token_id],
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "opening": tokenizer("x").input_ids[:1],
+        "splits special tokens": tokenizer.split_special_tokens,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }

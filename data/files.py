@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -76,20 +77,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, which then takes its place in one step. Raises `CannotWrite`.
+    """Lets `write` make a file of the same name in a folder beside `path`, whose place it then takes in one step.
 
-    Where `path` is a link, the file that it names is replaced.
+    The folder is what is locked: `write` may make the file as it likes, as safetensors does with a file of its own
+    that it renames. Where `path` is a link, the file that it names is replaced. Raises `CannotWrite`.
     """
     path = Path(os.path.realpath(path))
     with writing(path):
-        partial, lock = _claim(lambda: _new_file(path))
+        partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{path.name}-", dir=path.parent)))
         try:
-            write(partial)
-            flush_to_disk(partial)
-            partial.chmod(0o666 & ~_umask())
-            partial.replace(path)
+            file = partial / path.name
+            write(file)
+            flush_to_disk(file)
+            file.chmod(0o666 & ~_umask())
+            file.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
 
 
@@ -130,7 +133,7 @@ def sweep(folder: Path, name: str = "") -> None:
 
     What another machine left, and what lies on a file system without locks, stays: its owner cannot be proved dead.
     """
-    for path in folder.glob(f"{_PREFIX}{name}*"):
+    for path in folder.glob(f"{_PREFIX}{glob.escape(name)}*"):
         with suppress(OSError):  # another process was faster, or it cannot be removed
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -197,14 +200,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _new_file(path: Path) -> Path:
-    descriptor, name = tempfile.mkstemp(prefix=f"{_PREFIX}{path.name}-", dir=path.parent)
-    os.close(descriptor)
-    return Path(name)
-
-
 def _claim(make: Callable[[], Path]) -> tuple[Path, int]:
-    """Makes a temporary file or folder and locks it; a `sweep` may come in between, then another one is made."""
+    """Makes a temporary folder and locks it; a `sweep` may come in between, then another one is made."""
     while True:
         path = make()
         try:

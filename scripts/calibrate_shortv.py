@@ -15,6 +15,7 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,37 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from PIL import Image
 
 from data.drops import BadSample, TooManyBadSamples
-from data.files import write_atomically
+from data.errors import FileInTheWay, UserError
+from data.files import replace_file, write_atomically, writing
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
 from reduction.parsing import parse_budget
-from train.calibration import CalibrateConfig, Partial, budget_name, measure, refuse_other_settings
+from train.calibration import (
+    ANEW_OR_ELSEWHERE,
+    CalibrateConfig,
+    Partial,
+    asked_of,
+    budget_name,
+    measure,
+    measured_digest,
+    read_measured,
+    refuse_other_content,
+    refuse_other_settings,
+)
 from train.command_line import parse_config
 from train.release import Reduction
 
 INK = "#222222"
+DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
 
 
 def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
     """The settings that a measurement depends on."""
-    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full",
-             "text_tokens", "dtype", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
+    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full", "dtype",
+             "text_tokens", "load_in_4bit", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 
 
@@ -50,21 +65,32 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     """
     matters = settings_that_matter(settings)
     partial_path = settings.output.with_name(settings.output.name + ".partial")
-    result = json.loads(settings.output.read_text()) if settings.output.is_file() and not settings.overwrite else None
+    is_there = settings.output.is_file() and not settings.overwrite
+    result = read_measured(settings.output) if is_there else None
+    check_outputs(settings, result)
     if result is not None:
-        refuse_other_settings(result.get("settings", {}), matters, settings.output)
-        print(f"{settings.output} holds these measurements already; layers are picked from it")
+        refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
+    own: Reduction = "saved" if settings.budget is None else None
+    budget = parse_budget(settings.budget) if settings.budget not in (None, "none") else own
+    asked = asked_of(settings, budget)
+    if settings.compare_full and asked.visionzip is None:
+        raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")
+    if result is not None:
+        if "measured on" in result:
+            refuse_other_content(result["measured on"], asked.content, settings.output)
+            print(f"{settings.output} holds these measurements already; layers are picked from it")
+        else:
+            print(
+                f"{settings.output} is of a version that did not note what it measured on: whether model and "
+                f"conversations are still the same is not known; to be sure, {ANEW_OR_ELSEWHERE}"
+            )
     else:
         partial = Partial(partial_path, matters, settings.overwrite)
-        own: Reduction = "saved" if settings.budget is None else None
-        first = measure(
-            settings, parse_budget(settings.budget) if settings.budget not in (None, "none") else own, partial
-        )
+        first = measure(settings, budget, partial, asked)
         measured = [first]
         if settings.compare_full:
-            if first.budget is None:
-                raise ValueError("compare_full compares a budget with all visual tokens, and the model has none.")
             measured.append(measure(settings, None, partial))
+        summaries = [item.summary() for item in measured]
         result = {
             "settings": matters,
             "model": settings.model,
@@ -74,15 +100,52 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
             "num_layers": first.visual.shape[2],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(sum(item.seconds for item in measured), 3),
-            "measurements": [item.summary() for item in measured],
+            "measurements": summaries,
+            "digest": measured_digest(summaries),
+            "measured on": asked.content,
         }
     ranking = result["measurements"][0]["visual"][settings.direction]["ranking"]
     layers = sorted(pick_layers(ranking, settings.freeze)) if settings.freeze is not None else None
     result |= {"direction": settings.direction, "ranking": ranking, "freeze": settings.freeze, "layers": layers}
     write_atomically(settings.output, json.dumps(result, indent=1) + "\n")
-    draw_contributions(result, settings.output.with_suffix(".png"))
+    draw_contributions(result, chart_of(settings.output))
     partial_path.unlink(missing_ok=True)
     return result
+
+
+def chart_of(output: Path) -> Path:
+    """Where the chart of a layers.json lies."""
+    return output.with_suffix(".png")
+
+
+def check_outputs(settings: CalibrateConfig, result: dict[str, Any] | None) -> None:
+    """Raises ValueError, before anything is measured, for outputs that would replace what is not theirs, and
+    `CannotWrite` for a place that cannot be written to. `result`: what the output holds already."""
+    output, chart = settings.output, chart_of(settings.output)
+    if output == chart:
+        raise UserError(f"--output {output} is the name of the chart: give the JSON file's, {output.stem}.json, say")
+    for path in (output, chart):
+        if path.is_dir():
+            raise FileInTheWay(f"{path} is a folder, and a file of that name is to be written: give another --output")
+    is_from_unmarked = result is not None and "digest" not in result  # whose chart bears no mark
+    if chart.exists() and not settings.overwrite and not is_from_unmarked and not is_own_chart(chart):
+        raise FileInTheWay(
+            f"{chart} is another picture, and the chart would replace it: move it, give another --output, or "
+            "--overwrite true"
+        )
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent) as probe:
+            probe.write(b"0" * 4096)
+
+
+def is_own_chart(path: Path) -> bool:
+    """Whether a picture was drawn by `draw_contributions`."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == DRAWN_BY
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def report(result: dict[str, Any], output: Path) -> str:
@@ -111,7 +174,7 @@ def report(result: dict[str, Any], output: Path) -> str:
         lines += ["", f"shortv: {{layers: {result['layers']}}}"]
     else:
         lines += ["", "To pick layers: the same command with --freeze 60% (or a number of layers)."]
-    lines.append(f"written: {output} and {output.with_suffix('.png')}")
+    lines.append(f"written: {output} and {chart_of(output)}")
     return "\n".join(lines)
 
 
@@ -161,7 +224,7 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
     panels[0].legend(handles=handles, fontsize=8.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
     figure.suptitle("How much the answer changes when a layer leaves tokens as they are", fontsize=11, color=INK)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    replace_file(Path(path), lambda file: figure.savefig(file, metadata={"Software": DRAWN_BY}))
 
 
 def _bar_color(number: int, is_frozen: bool = False) -> str:

@@ -28,10 +28,12 @@ from typing import Any
 import torch
 import yaml
 
-from data.files import write_atomically
-from train.checkpoint import stamp_of
+from data.errors import UserError
+from data.files import read_json, write_atomically
+from data.kept import identity_of
 from train.command_line import parse_config
 from train.config import ConfigError
+from train.content import release_content
 from train.papers_table import (
     TRAINING_FREE,
     TUNED,
@@ -189,14 +191,20 @@ def digest_of(task: Task, config: PapersConfig) -> str:
 def identity(row: Row, release: Release, asked: str, config: PapersConfig) -> str:
     """What kept results belong to: what is asked (`digest_of`), model and arguments, and the kind of device.
 
-    A model is known by its commit on the Hub, or by its files' sizes and times: weights, configs, tokenizer, template.
+    A model is known by its commit on the Hub, or by the content of its files: weights, configs, tokenizer, template.
     """
-    folders = {release.source, release.folder}
-    kinds = ("*.safetensors", "*.json", "*.jinja", "*.model")
-    files = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
-    files += [release.projector] if release.projector else []
-    parts = [asked, model_arguments(row, config), computed_on(config), release.revision or stamp_of(files)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    known_by = release.revision or release_content(release)
+    return identity_of([asked, model_arguments(row, config), computed_on(config), known_by])[:20]
+
+
+def kept_results(path: Path) -> dict[str, Any] | None:
+    """lmms-eval's results as they were kept; None where there are none that can be read."""
+    try:
+        results = read_json(path).get("results")
+    except UserError:
+        return None
+    is_whole = isinstance(results, dict) and all(isinstance(block, dict) for block in results.values())
+    return results if is_whole else None
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -251,11 +259,11 @@ def run_all(
             key = identity(row, checked.release, asked[task.name], config)
             kept = Path(config.output) / "results" / f"{task.task}-{key}.json"
             what = f"[{number}/{total}] {row.title}, {row.settings}: {task.name}"
-            say(f"{what}: kept" if kept.is_file() else what)
+            results = kept_results(kept)
+            say(what if results is None else f"{what}: kept")
             try:
-                if not kept.is_file():
-                    _run(command_of(row, task, config, kept.with_suffix("")), task, kept, stop)
-                results = json.loads(kept.read_text(encoding="utf-8"))["results"]
+                if results is None:
+                    results = _run(command_of(row, task, config, kept.with_suffix("")), task, kept, stop)
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:
                 failures.append(f"{what}: {error}")
@@ -263,7 +271,7 @@ def run_all(
     return scores, failures
 
 
-def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> None:
+def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> dict[str, Any]:
     folder, start = kept.with_suffix(""), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
@@ -281,6 +289,7 @@ def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> N
         check_judged(task, [file for file in fresh if file.match("*_samples_*.jsonl")], path)
     results = json.loads(max(written, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))["results"]
     write_atomically(kept, json.dumps({"command": command, "results": results}, indent=1) + "\n")
+    return results
 
 
 def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:

@@ -21,19 +21,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.drops import BadSample, TooManyBadSamples
+from data.drops import BadSample, DropLog, TooManyBadSamples
 from data.files import write_atomically
+from data.kept import Kept, conversations_digest, identity_of
+from data.supervision import Supervision
 from reduction.parsing import parse_budget
-from train.checkpoint import stamp_of
 from train.command_line import dump_config, load_config, parse_config
 from train.comparison import Candidate, check_candidates, compare, describe_machine, prefill_times
-from train.config import DEMO, ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from train.content import release_content
 from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
 from train.frontier_report import draw, show, summarise
 from train.processes import StopRequest, StopRequested, run_until_stopped
-from train.release import dtype_of, open_release
+from train.release import dtype_of, load_processor, open_release
 from train.run_folder import FINAL, STATUS, read_status
-from train.samples import check_instructions, choose_layers, demo_folder, draw_demo_scenes
+from train.samples import (
+    calibration_prompts,
+    check_instructions,
+    choose_layers,
+    draw_demo_scenes,
+    held_out_conversations,
+    training_conversations,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "eval" / "frontier-demo.yaml"
@@ -44,26 +53,26 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
 
     They are kept in frozen-layers.json beside what they were measured with, and measured again when that has changed.
     """
-    path = Path(config.output) / "frozen-layers.json"
-    known_settings = recipe.shortv or ShortVConfig(freeze=1)
+    kept, known_settings = Kept(config.output), recipe.shortv or ShortVConfig(freeze=1)
     settings = ("model", "revision", "mm_projector", "vision_tower", "mixed_precision", "load_in_4bit")
-    measured_with = json.loads(
-        json.dumps(
-            {
-                **{key: getattr(recipe, key) for key in settings},
-                "files": stamp_of([*_weights(recipe.model), *_conversations(recipe.data, held_out=False)]),
-                "data": asdict(recipe.data),
-                "calibration_samples": known_settings.calibration_samples,
-            }
-        )
-    )
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = kept["layers"] if kept.get("measured_with") == measured_with else {}
-    accelerator = Accelerator()
     release = open_release(
         recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
     )
-    first = config.seeds[0]
+    first, count = config.seeds[0], known_settings.calibration_samples
+    measured_with = {
+        **{key: getattr(recipe, key) for key in settings},
+        **release_content(release),
+        "data": asdict(recipe.data),
+        "calibration_samples": count,
+    }
+    if any(freeze not in ("0", "0%") for freeze in config.freeze):
+        processor = load_processor(release, visionzip=None, chat_template=recipe.data.chat_template)
+        drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
+        supervision = Supervision(processor, max_length=None)
+        chosen, root = calibration_prompts(replace(recipe, seed=first), supervision, count, drops)
+        measured_with["conversations"] = conversations_digest([item.conversation for item in chosen], root)
+    known = kept.find("frozen-layers", measured_with) or {}
+    accelerator = Accelerator()
     wanted = [("lc", freeze, budget, first) for freeze in config.freeze for budget in ("all", *config.budgets)]
     for ranking in config.rankings:
         seeds = config.seeds if ranking == "random" else [first]
@@ -78,7 +87,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                 shortv = ShortVConfig(
                     freeze=freeze,
                     ranking=ranking,  # type: ignore[arg-type]  # one of the Literal's, as the config checks
-                    calibration_samples=known_settings.calibration_samples,
+                    calibration_samples=count,
                 )
                 visionzip = None if budget == "all" else VisionZipConfig(**parse_budget(budget))  # type: ignore[arg-type]  # two numbers
                 folder = Path(config.output) / "layers"
@@ -87,7 +96,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                     recipe, visionzip=visionzip, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder)
                 )
                 known[key] = choose_layers(asked, release, dtype_of(recipe.mixed_precision), accelerator) or []
-            write_atomically(path, json.dumps({"measured_with": measured_with, "layers": known}, indent=1) + "\n")
+            kept.keep("frozen-layers", measured_with, known)
         found[ranking, freeze, budget, seed] = known[key]
     return found
 
@@ -96,8 +105,19 @@ class TuningFailed(RuntimeError):
     """A run that tunes a point ended with an error; the end of what it printed is said."""
 
 
-def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path:
-    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe.
+def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
+    """The content of what a tuned point is made of: the release's files, the conversations and their images."""
+    release = open_release(
+        recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
+    )
+    drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
+    conversations, root = training_conversations(recipe.data, point.seed or 0, drops)
+    return {**release_content(release), "conversations": conversations_digest(conversations, root)}
+
+
+def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content: Mapping[str, Any]) -> Path:
+    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe on the same
+    `content` (`tuned_on`).
 
     Raises `TuningFailed` when the run fails, and `StopRequested`, with the run stopped, when this process is asked to
     stop meanwhile.
@@ -123,10 +143,11 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
         hub_model_id=None,
     )
     given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
-    is_begun = given.is_file() and given.read_text(encoding="utf-8") == text and (folder / STATUS).is_file()
+    kept, parts = Kept(given.parent), {"recipe": text, **content}
+    is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
     if is_begun and read_status(folder)["state"] == "finished":
         return folder
-    given.parent.mkdir(parents=True, exist_ok=True)
+    kept.keep(point.name, parts, "begun")
     write_atomically(given, text)
     how = ["--resume_from_checkpoint", "latest"] if is_begun else ["--overwrite_output_dir", "true"]
     command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(given), *how]
@@ -159,34 +180,36 @@ def evaluate_point(
 ) -> dict[str, Any]:
     """The point's values; kept from before where model, reduction, settings and conversations are the same."""
     data, candidate = held_out_data(config, recipe), candidate_of(point, model, recipe)
-    settings = (
-        recipe.mixed_precision,
-        recipe.load_in_4bit,
-        recipe.eval_batch_size,
-        recipe.max_new_tokens,
-        str(accelerator.device),
+    drops = DropLog(data.on_bad_sample, data.max_bad_fraction)
+    release = open_release(
+        model, candidate.revision, mm_projector=candidate.mm_projector, vision_tower=candidate.vision_tower
     )
-    files = stamp_of([*_weights(model), *_conversations(data, held_out=True)])
-    identity = repr((asdict(candidate), asdict(data), settings, files))
-    kept = Path(config.output) / "points" / f"{point.name}.json"
-    if kept.is_file():
-        entry = json.loads(kept.read_text(encoding="utf-8"))
-        if entry["identity"] == identity:
-            return entry
-    found = compare(
-        [candidate],
-        data,
-        accelerator,
-        dtype=dtype_of(recipe.mixed_precision),
-        load_in_4bit=recipe.load_in_4bit,
-        batch_size=recipe.eval_batch_size,
-        max_new_tokens=recipe.max_new_tokens,
-        answers=Path(config.output) / "answers",
-    )[0]
-    entry = {"point": asdict(point), "evaluation": asdict(found), "identity": identity}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(entry, indent=1) + "\n")
-    return entry
+    parts = {
+        "candidate": asdict(candidate),
+        "data": asdict(data),
+        "mixed_precision": recipe.mixed_precision,
+        "load_in_4bit": recipe.load_in_4bit,
+        "batch_size": recipe.eval_batch_size,
+        "max_new_tokens": recipe.max_new_tokens,
+        "device": str(accelerator.device),
+        **release_content(release),
+        "conversations": conversations_digest(*held_out_conversations(data, drops)),
+    }
+
+    def measured() -> dict[str, Any]:
+        found = compare(
+            [candidate],
+            data,
+            accelerator,
+            dtype=dtype_of(recipe.mixed_precision),
+            load_in_4bit=recipe.load_in_4bit,
+            batch_size=recipe.eval_batch_size,
+            max_new_tokens=recipe.max_new_tokens,
+            answers=Path(config.output) / "answers",
+        )[0]
+        return {"point": asdict(point), "evaluation": asdict(found), "identity": identity_of(parts)}
+
+    return Kept(Path(config.output) / "points").get(point.name, parts, measured)
 
 
 def time_prefill(
@@ -197,12 +220,11 @@ def time_prefill(
     accelerator: Accelerator,
 ) -> None:
     """Sets the entries' prefill time to one measured side by side; kept until one of the points is another."""
-    path = Path(config.output) / "prefill.json"
-    identity = [config.prefill_rounds, *(entry["identity"] for entry in entries)]
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if kept.get("identity") != identity:
+    parts = {"rounds": config.prefill_rounds, "points": [entry["identity"] for entry in entries]}
+
+    def measured() -> list[float]:
         print("prefill of all untuned points, side by side", flush=True)
-        times = prefill_times(
+        return prefill_times(
             [candidate_of(point, recipe.model, recipe) for point in points],
             held_out_data(config, recipe),
             accelerator,
@@ -211,9 +233,9 @@ def time_prefill(
             batch_size=recipe.eval_batch_size,
             rounds=config.prefill_rounds,
         )
-        kept = {"identity": identity, "prefill_ms": times}
-        write_atomically(path, json.dumps(kept, indent=1) + "\n")
-    for entry, milliseconds in zip(entries, kept["prefill_ms"], strict=True):
+
+    times = Kept(config.output).get("prefill", parts, measured)
+    for entry, milliseconds in zip(entries, times, strict=True):
         entry["evaluation"]["prefill_ms"] = milliseconds
 
 
@@ -222,31 +244,18 @@ def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
     return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
 
 
-def _weights(model: str) -> list[Path]:
-    """The files of the weights in a folder; none for a release of the Hub, which has a revision."""
-    return sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-
-
-def _conversations(data: DataConfig, *, held_out: bool) -> list[Path]:
-    """The file of the conversations; none where they are no file."""
-    source = data.eval_instructions if held_out else data.instructions
-    assert source is not None
-    file = Path(source)
-    if source == DEMO:
-        folder = (
-            demo_folder(data.demo_scenes, True) if held_out else demo_folder(data.demo_scenes, False, data.fraction)
-        )
-        file = folder / "instructions.json"
-    return [file] if file.is_file() else []
-
-
 def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig) -> list[dict[str, Any]]:
     """The entries of the points, and of those tuned: what is not kept is tuned and evaluated, and prefill is timed."""
     accelerator, entries = Accelerator(), []
+    contents: dict[int | None, dict[str, Any]] = {}
     points = [*untuned, *(tuned_points(config, untuned) if config.tune else [])]
     for number, point in enumerate(points, start=1):
         print(f"[{number}/{len(points)}] {point.name}", flush=True)
-        model = str(tune_point(point, config, recipe) / FINAL) if point.tuned else recipe.model
+        model = recipe.model
+        if point.tuned:
+            if point.seed not in contents:
+                contents[point.seed] = tuned_on(point, recipe)
+            model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
         entries.append(evaluate_point(point, model, config, recipe, accelerator))
     time_prefill(untuned, entries[: len(untuned)], config, recipe, accelerator)
     return entries

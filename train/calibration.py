@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -14,16 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from data.batching import permutation
-from data.dataset import Collator, ConversationDataset, encode_unread
+from data.dataset import ConversationDataset
 from data.drops import BadSample, DropLog
 from data.errors import UserError
-from data.files import write_atomically
+from data.files import read_json, write_atomically, writing
 from data.instructions import Conversation, read_instructions
+from data.kept import conversations_digest, identity_of
 from data.supervision import Supervision
 from reduction.layer_contribution import (
     DIRECTIONS,
-    CalibrationSample,
     Direction,
     LayerContributionMeter,
     embed_prompt,
@@ -32,9 +30,13 @@ from reduction.layer_contribution import (
 )
 from reduction.parsing import format_budget, parse_budget, parse_freeze
 from train.checkpoint import differing_settings
+from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig
-from train.release import Reduction, load_release
-from train.samples import demo_folder, draw_demo_scenes, folder_of, with_prompt
+from train.content import release_content
+from train.release import Reduction, Release, load_processor, load_release, open_release
+from train.samples import demo_folder, draw_demo_scenes, folder_of
+
+ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
 
 
 def budget_name(visionzip: Mapping[str, Any] | None) -> str:
@@ -71,7 +73,7 @@ class CalibrateConfig:
     output: Path = Path("layers.json")
     """The JSON file; the chart gets the same name with .png."""
     overwrite: bool = False
-    """Whether a file of other settings may be replaced."""
+    """Whether to measure anew what is there of other settings, weights or conversations, and to replace a picture."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the model computes in; the LM head and the softmax are float32 in any case."""
     device: str = "auto"
@@ -97,13 +99,6 @@ class CalibrateConfig:
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(parse_freeze(self.freeze, 10**6), list):
             raise UserError(f"freeze {self.freeze!r}: LC picks the layers; write how many (19) or a share (60%).")
-
-
-class Chosen(NamedTuple):
-    """A conversation and its prompt: token ids up to the first answer after an image."""
-
-    conversation: Conversation
-    prompt: list[int]
 
 
 @dataclass
@@ -140,51 +135,46 @@ def _spread(lc: torch.Tensor) -> dict[str, list[Any]]:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def choose_prompts(
-    conversations: list[Conversation], supervision: Supervision, image_root: str | None, settings: CalibrateConfig,
-    drops: DropLog,
-) -> list[Chosen]:  # fmt: skip
-    """The first `samples` conversations, in an order drawn with `seed`, that answer something after an image.
+class Asked(NamedTuple):
+    """What LC is to be measured on, before weights are read."""
 
-    Raises ValueError if there is none, BadSample for a bad row where bad samples raise.
-    """
-    found: list[Chosen] = []
-    image_token = supervision.processor.image_token_id
-    for index in permutation(len(conversations), settings.seed, 0).tolist():
-        if len(found) == settings.samples:
-            break
-        conversation = conversations[index]
-        if not conversation.images:
-            continue
-        try:
-            encoded = encode_unread(conversation, supervision, image_root)
-        except BadSample as error:
-            drops.add(error)
-            continue
-        first_image = encoded.input_ids.index(image_token) if image_token in encoded.input_ids else len(encoded.labels)
-        starts = [start for start, _ in encoded.answers if start > first_image]
-        if starts:
-            found.append(Chosen(conversation, encoded.input_ids[: starts[0]]))
-    if not found:
-        raise UserError(
-            f"{settings.instructions}: none of the {len(conversations)} conversations answers something after an "
-            "image, so LC cannot be measured on them."
-        )
-    return found
+    release: Release
+    chosen: list[Chosen]
+    dataset: ConversationDataset
+    drops: DropLog
+    visionzip: dict[str, Any] | None
+    content: dict[str, Any]
+    """All that the measurement depends on beside the settings: the release's files, the prompts and their images."""
 
 
-def load_sample(chosen: Chosen, dataset: ConversationDataset) -> CalibrationSample:
-    """Its prompt with the pixels of the images in it. Raises BadSample for an image that cannot be read."""
-    sample = with_prompt(dataset.load(chosen.conversation), dataset.supervision, chosen.prompt)
-    inputs = Collator.of(dataset.supervision)([sample]).inputs
-    return CalibrationSample(torch.tensor(chosen.prompt), inputs["pixel_values"], inputs.get("image_sizes"))
+def asked_of(settings: CalibrateConfig, budget: Reduction) -> Asked:
+    """The prompts under one budget. Raises what opening the release and reading the conversations raises."""
+    release = open_release(settings.model, settings.revision)
+    processor = load_processor(release, visionzip=budget, chat_template=settings.chat_template)
+    supervision = Supervision(processor, max_length=None)
+    drops = DropLog(settings.on_bad_sample)
+    conversations, root = _conversations(settings, drops)
+    chosen = choose_prompts(
+        conversations, supervision, root, drops, count=settings.samples, seed=settings.seed,
+        source=settings.instructions,
+    )  # fmt: skip
+    content = {
+        **release_content(release),
+        "conversations": {
+            "texts and images": conversations_digest([item.conversation for item in chosen], root),
+            "prompts": identity_of([item.prompt for item in chosen]),
+        },
+    }
+    dataset = dataset_of(chosen, supervision, root)
+    return Asked(release, chosen, dataset, drops, processor.visionzip, content)
 
 
-def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Measurement:
-    """LC under one budget, going on from the batches that `done` holds, and adding to them."""
-    model, processor = load_release(
-        settings.model,
-        revision=settings.revision,
+def measure(settings: CalibrateConfig, budget: Reduction, done: Partial, asked: Asked | None = None) -> Measurement:
+    """LC under one budget, going on from the batches that `done` holds, and adding to them. `asked`: what `asked_of`
+    gave, where it was called already."""
+    release, chosen, dataset, drops, _, content = asked or asked_of(settings, budget)
+    model, _ = load_release(
+        release,
         visionzip=budget,
         shortv=None,
         fastv=None,
@@ -195,15 +185,10 @@ def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Meas
     if not settings.load_in_4bit:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(automatic if settings.device == "auto" else settings.device)
-    drops = DropLog(settings.on_bad_sample)
-    conversations, root = _conversations(settings, drops)
-    supervision = Supervision(processor)
-    chosen = choose_prompts(conversations, supervision, root, settings, drops)
-    dataset = ConversationDataset([item.conversation for item in chosen], supervision, root, drops=DropLog("skip", 1))
     prompts = [torch.tensor(item.prompt) for item in chosen]
     plan = plan_batches(prompts, model.config.image_token_id, settings.samples_per_batch)
     name = budget_name(model.config.visionzip)
-    batches = done.begin(name, _identity(model, chosen, plan), len(plan))
+    batches = done.begin(name, identity_of([content, plan]), len(plan))
     meter = LayerContributionMeter(
         model.model.language_model,
         model.lm_head,
@@ -257,16 +242,6 @@ def _conversations(settings: CalibrateConfig, drops: DropLog) -> tuple[list[Conv
     return read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
 
 
-def _identity(model: Any, chosen: list[Chosen], plan: list[list[int]]) -> str:
-    """Equal for equal work: the prompts, in their batches, and the weights (the projector's and the last norm's)."""
-    digest = hashlib.sha256(json.dumps([plan, [[item.conversation.id, item.prompt] for item in chosen]]).encode())
-    parts = [*model.model.multi_modal_projector.parameters(), model.model.language_model.norm.weight]
-    for tensor in parts:
-        if not tensor.is_meta:
-            digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _progress(what: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{what}: {done}/{total} batches", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -279,16 +254,15 @@ class Partial:
     """What an interrupted run has measured: JSON lines, the settings first, then one line per finished batch."""
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
-        """Raises ValueError when the file is of other settings and may not be replaced."""
+        """Raises ValueError when the file is of other settings, or none of these, and may not be replaced."""
         self.path = path
         self._entries: list[dict[str, Any]] = []
-        lines = path.read_bytes().split(b"\n") if path.is_file() and not overwrite else []
-        # Every line ends with a line break: what stands behind the last one was being written.
-        whole = [json.loads(line) for line in lines[:-1]]
+        whole = _lines_of(path) if path.is_file() and not overwrite else []
         if whole:
             refuse_other_settings(whole[0]["settings"], settings, path)
             self._entries = whole[1:]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         kept = [{"settings": settings}, *self._entries]
         write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -302,8 +276,7 @@ class Partial:
             return {}
         if started[0]["identity"] != identity:
             raise UserError(
-                f"{self.path} was begun with other conversations or weights than are found now: "
-                "give --overwrite true to begin anew, or another --output."
+                f"{self.path} was begun with other conversations or weights than are found now: {ANEW_OR_ELSEWHERE}"
             )
         finished = {entry["batch"]: entry for entry in own if "batch" in entry}
         if finished:
@@ -311,21 +284,71 @@ class Partial:
         return finished
 
     def add(self, name: str, batch: int, entry: dict[str, Any]) -> None:
-        """Keeps a finished batch, on the disk when this returns."""
+        """Keeps a finished batch, on the disk when this returns. Raises `CannotWrite`."""
         self._write({"budget": name, "batch": batch, **entry})
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._entries.append(entry)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _lines_of(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `Partial`. Raises ValueError for what is none."""
+    # Every line ends with a line break: what stands behind the last one was being written.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        whole = [json.loads(line) for line in lines]
+        if whole and isinstance(whole[0]["settings"], dict) and all(_is_entry(entry) for entry in whole[1:]):
+            return whole
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path} is not what an interrupted calibration leaves: remove it, or {ANEW_OR_ELSEWHERE}")
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    is_batch = isinstance(entry.get("batch"), int) and isinstance(entry.get("visual"), list)
+    return isinstance(entry["budget"], str) and (is_batch or isinstance(entry.get("identity"), str))
+
+
+def measured_digest(measurements: list[dict[str, Any]]) -> str:
+    """SHA-256 (hex) of what layers.json holds under `measurements`, but for the time that it took."""
+    return identity_of([{**item, "seconds": None} for item in measurements])
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """A layers.json. Raises ValueError for a file that is none, or was changed."""
+    try:
+        result = read_json(path)
+        visual = [item["visual"] for item in result["measurements"]]
+        rankings = [kind[direction]["ranking"] for kind in visual for direction in DIRECTIONS]
+        if not rankings or not isinstance(result["settings"], dict):
+            raise KeyError("measurements")
+        if "digest" in result and result["digest"] != measured_digest(result["measurements"]):
+            raise UserError(f"{path} holds other measurements than were written into it")
+    except UserError as error:
+        raise UserError(f"{error}. To replace it: {ANEW_OR_ELSEWHERE}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no LC measurements: {ANEW_OR_ELSEWHERE}") from error
+    return result
+
+
+def refuse_other_content(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError that names what is not as it was when it was measured on."""
+    changed = [
+        f"{file} of the {part}" if part != "conversations" else f"the conversations' {file}"
+        for part in wanted
+        for file in {**found.get(part, {}), **wanted[part]}
+        if found.get(part, {}).get(file) != wanted[part].get(file)
+    ]
+    if changed:
+        raise UserError(f"{path} was measured before these changed: {', '.join(changed)}. {ANEW_OR_ELSEWHERE}")
 
 
 def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Raises ValueError that names each setting that differs."""
     differing = differing_settings(found, wanted)
     if differing:
-        raise UserError(
-            f"{path} is of other settings: {differing}. Give --overwrite true to replace it, or another --output."
-        )
+        raise UserError(f"{path} is of other settings: {differing}. {ANEW_OR_ELSEWHERE}")

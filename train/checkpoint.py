@@ -19,7 +19,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,12 +270,6 @@ def versions(packages: Sequence[str] = ("torch", "transformers", "accelerate", "
     from importlib.metadata import version
 
     return {name: version(name) for name in packages}
-
-
-def stamp_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """What changes when a file does, without reading it: name, size in bytes and time of change of each, in ns."""
-    stats = [(file.name, file.stat()) for file in files]
-    return [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,9 +23,10 @@ from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
 from data.errors import UserError
 from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from train.choosing import with_prompt
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
-from train.samples import check_positions, with_prompt
+from train.samples import check_positions
 from train.step_cost import synchronise
 
 WARM_UPS, TIMED_RUNS = 2, 5

@@ -2,46 +2,60 @@
 
 A folder holds shards, safetensors files of a few hundred images each. Their names and contents depend on what is in
 them alone; they are written beside and renamed, so that processes never see half of one and a kill loses at most the
-images since the last shard. Nothing is ever changed: another image, tower, processor or budget has another key.
+images since the last shard. Nothing is ever changed: another image, tower, processor or budget has another key. A
+shard holds a digest of what it holds: a damaged one counts as not there, and its images are computed anew.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import ConversationDataset
 from data.errors import UserError
-from data.files import replace_file, write_atomically
-from data.images import BadImage, ImageSource, image_bytes, open_image, pixel_values
+from data.files import replace_file, sweep, write_atomically, writing
+from data.images import BadImage, ImageSource, image_bytes, image_name, open_image, pixel_values, resolve_image_path
+from data.kept import Kept, identity_of
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested
 from train.release import Release
 from train.report import Reporter
 from train.tensor_files import read_safetensors_specs
-from train.towers import load_tower, read_digest, tower_digest, tower_record
+from train.towers import load_tower, tensors_digest, tower_digest, tower_parts
 
-FORMAT = 1  # of shards, and of what data/images.py makes of a file: to be raised when either changes
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
 SHARD_IMAGES = 256
 SHARD_SECONDS = 60.0
-STALE_SECONDS = 3600.0  # a partial file this old has no writer any more
+_NOT_OF_FEATURES = ("transformers_version", "_name_or_path", "dtype")  # the tower's digest holds its dtype
+
+
+class DamagedShard(UserError):
+    """A shard that does not hold what was written; the message says what to do."""
 
 
 def image_key(source: ImageSource, image_root: str | os.PathLike[str] | None) -> str:
     """SHA-256 of an image's bytes. Raises `BadImage` if it cannot be read."""
-    return hashlib.sha256(image_bytes(source, image_root)).hexdigest()
+    try:
+        return hashlib.sha256(image_bytes(source, image_root)).hexdigest()
+    except OSError as error:  # a table's cell that holds no bytes
+        raise BadImage("missing_image", image_name(source), str(error)) from error
 
 
 def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
@@ -55,10 +69,11 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
             "features can be cached for a reduced budget only: all visual tokens of an image take nine times its "
             "file's size. Set visionzip, or data.cache_features to null"
         )
-    images = processor.image_processor
+    images, of_tower = processor.image_processor, config.vision_config.to_dict()
     return {
         "format": FORMAT,
         "tower": tower or tower_digest(model.model.vision_tower),
+        "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         "layer": config.vision_feature_layer,
         "visionzip": dict(config.visionzip),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
@@ -72,13 +87,14 @@ class FeatureCache:
     """
 
     def __init__(self, root: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True, indent=1)
-        self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "identity.json", text + "\n")
+        self.folder = Path(root) / identity_of(identity)[:16]
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "identity.json", json.dumps(identity, sort_keys=True, indent=1) + "\n")
         self._places: dict[str, tuple[str, int]] = {}
-        self._read: set[str] = set()
+        self._shards: dict[str, bool] = {}  # those taken in, and whether their digest was compared
         self._open: dict[str, Any] = {}
+        self.known_files: dict[str, tuple[int, str]] = {}  # by path: what tells that a file has changed, and its key
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,32 +107,54 @@ class FeatureCache:
         return key in self._places
 
     def refresh(self) -> None:
-        """Takes in the shards that were written since. A damaged one counts as not there."""
+        """Takes in the shards that were written since. One whose header is damaged counts as not there."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._read:
-                continue
-            try:
-                read_safetensors_specs(path)
-            except ValueError:
-                continue
-            with safe_open(path, "pt") as shard:
-                keys = shard.metadata()["images"].split(",")
-            self._places.update({key: (path.name, number) for number, key in enumerate(keys)})
-            self._read.add(path.name)
+            if path.name not in self._shards and (header := _header(path)) is not None:
+                keys, _ = header
+                self._places.update({key: (path.name, number) for number, key in enumerate(keys)})
+                self._shards[path.name] = False
+
+    def damaged(self, share: slice = slice(None)) -> list[str]:
+        """Those of a share of the shards whose content is not what was written: reads each whole."""
+        return [name for name in sorted(self._shards)[share] if not _is_whole(self.folder / name)]
+
+    def drop(self, damaged: Sequence[str]) -> None:
+        """Counts shards as not there, and all others as whole."""
+        self._shards = {name: True for name in self._shards if name not in damaged}
+        self._places = {key: place for key, place in self._places.items() if place[0] in self._shards}
+
+    def key_of(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> str:
+        """As `image_key`; of a file that has not changed since it was asked for last, without reading it."""
+        if not isinstance(source, str):
+            return image_key(source, image_root)
+        path = resolve_image_path(source, image_root)
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            return image_key(source, image_root)  # says what is wrong with it
+        stamp = hash((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+        known = self.known_files.get(str(path))
+        if known is None or known[0] != stamp:
+            known = self.known_files[str(path)] = (stamp, image_key(source, image_root))
+        return known[1]
 
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         """`visual_tokens` [tiles, budget, H of the tower] and `visual_kept` [tiles, D] int64 of an image, or None.
 
-        Raises `BadImage` if it cannot be read.
+        Raises `BadImage` if it cannot be read, and `DamagedShard`.
         """
-        key = image_key(source, image_root)
+        key = self.key_of(source, image_root)
         return self.get(key) if key in self else None
 
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""
         name, number = self._places[key]
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, "pt").__enter__()
+            path = self.folder / name
+            if not self._shards[name] and not _is_whole(path):
+                raise DamagedShard(f"{path} is damaged: start the run again, its images are then computed anew")
+            self._shards[name] = True
+            self._open[name] = safe_open(path, "pt").__enter__()
         shard = self._open[name]
         start, stop = shard.get_slice("offsets")[number : number + 2].tolist()
         return {
@@ -125,7 +163,7 @@ class FeatureCache:
         }
 
     def write(self, images: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Stores (tokens, kept), as `find` gives them, by key, as one shard."""
+        """Stores (tokens, kept), as `find` gives them, by key, as one shard. Raises `CannotWrite`."""
         keys = sorted(images)
         counts = [len(images[key][0]) for key in keys]
         tensors = {
@@ -133,39 +171,69 @@ class FeatureCache:
             "kept": torch.cat([images[key][1] for key in keys]).cpu().contiguous(),
             "offsets": torch.tensor([0, *counts]).cumsum(0),
         }
-        name = hashlib.sha256(",".join(keys).encode()).hexdigest()[:24]
-        metadata = {"images": ",".join(keys)}
-        replace_file(self.folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
-
-    def remove_stale(self) -> None:
-        """Removes what killed writers left."""
-        for path in self.folder.glob(".partial-*"):
-            try:
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink(missing_ok=True)
-            except FileNotFoundError:  # another process was faster
-                continue
+        # One entry: safetensors writes several in any order, and equal shards shall have equal bytes.
+        metadata = {"shard": json.dumps({"images": keys, "digest": tensors_digest(tensors)})}
+        replace_file(self.folder / _name(keys), lambda path: save_file(tensors, path, metadata))
 
 
-class _Missing(Dataset[tuple[str, Tensor] | None]):
-    """Pixels of images that are not in the cache; None for those that are, and for those that cannot be read."""
+def _name(keys: Sequence[str]) -> str:
+    return hashlib.sha256(",".join(keys).encode()).hexdigest()[:24] + ".safetensors"
+
+
+def _header(path: Path) -> tuple[list[str], str] | None:
+    """The images of a shard and the digest of its tensors; None for what is no shard, or was damaged there."""
+    try:
+        if not path.is_file():
+            return None
+        read_safetensors_specs(path)
+        with safe_open(path, "pt") as shard:
+            metadata = shard.metadata() or {}
+        entry = json.loads(metadata["shard"])
+        return (entry["images"], entry["digest"]) if _name(entry["images"]) == path.name else None
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError):
+        return None
+
+
+def _is_whole(path: Path) -> bool:
+    header = _header(path)
+    if header is None:
+        return False
+    try:
+        with safe_open(path, "pt") as shard:
+            return tensors_digest({name: shard.get_tensor(name) for name in shard.keys()}) == header[1]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+class _Seen(NamedTuple):
+    """An image that was read: its key, its pixels if it is not in the cache, and what is new in `known_files`."""
+
+    key: str
+    pixels: Tensor | None
+    known_files: dict[str, tuple[int, str]]
+
+
+class _Images(Dataset[_Seen | None]):
+    """What a worker sees of each image; None for those that cannot be read."""
 
     def __init__(self, sources: Sequence[tuple[ImageSource, Any]], cache: FeatureCache, image_processor: Any) -> None:
-        self.sources, self.cache, self.image_processor = sources, cache, image_processor
+        self.sources, self.cache, self.image_processor = sources, copy.copy(cache), image_processor
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> tuple[str, Tensor] | None:
+    def __getitem__(self, index: int) -> _Seen | None:
         source, root = self.sources[index]
+        known: dict[str, tuple[int, str]] = {}
+        self.cache.known_files = known
         try:
-            key = image_key(source, root)
+            key = self.cache.key_of(source, root)
             if key in self.cache:
-                return None
+                return _Seen(key, None, known)
             pixels = pixel_values(open_image(source, root), self.image_processor)
         except BadImage:
             return None  # it is dropped, or refused, with its row when that is read
-        return key, pixels if pixels.dim() == 4 else pixels[None]
+        return _Seen(key, pixels if pixels.dim() == 4 else pixels[None], known)
 
 
 def _sources(datasets: Sequence[ConversationDataset]) -> list[tuple[ImageSource, Any]]:
@@ -197,16 +265,20 @@ def fill_cache(
     Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
-    cache.remove_stale()
+    sweep(cache.folder)
+    _leave_out_damaged(cache, accelerator)
     sources = _sources(datasets)
     share = sources[accelerator.process_index :: accelerator.num_processes]
     loader: Any = DataLoader(
-        _Missing(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
+        _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
     )
     computed, waiting, written = 0, {}, time.monotonic()
     for number, batch in enumerate(loader):
         progress(number * batch_size, len(share))
-        found = {key: pixels for key, pixels in filter(None, batch) if key not in waiting}
+        seen = [image for image in batch if image is not None]
+        for image in seen:
+            cache.known_files.update(image.known_files)
+        found = {image.key: image.pixels for image in seen if image.pixels is not None and image.key not in waiting}
         if found:
             prepare()
             computed += len(found)
@@ -220,8 +292,25 @@ def fill_cache(
         cache.write(waiting)
     accelerator.wait_for_everyone()
     cache.refresh()
+    cache.drop([])  # what was written since it was looked at is whole
     counted = torch.tensor(computed, device=accelerator.device)
     return int(accelerator.reduce(counted))
+
+
+def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
+    """Has every process count as not there what one of them, each reading its share, found damaged; says so."""
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    damaged = sorted(gather_object(cache.damaged(share)))
+    cache.drop(damaged)
+    if damaged and accelerator.is_main_process:
+        logger.warning(
+            "%d of the shards in %s are damaged (%s): their images are computed anew",
+            len(damaged),
+            cache.folder,
+            ", ".join(damaged[:3]),
+        )
+        for name in damaged:
+            (cache.folder / name).unlink(missing_ok=True)
 
 
 def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -233,11 +322,18 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, T
     return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
 
 
+def _kept_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> tuple[Kept, str, dict[str, Any]] | None:
+    """Where the digest of the release's tower is kept, under which name and parts; None where none can be."""
+    root, parts = config.data.cache_features, tower_parts(release.folder, dtype)
+    return None if root is None or parts is None else (Kept(root), f"tower-{identity_of(parts)[:16]}", parts)
+
+
 def known_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> str | None:
     """The digest of the release's tower, if features are cached and an earlier run left it."""
-    if config.data.cache_features is None:
+    if config.data.cache_features is None or (where := _kept_tower(config, release, dtype)) is None:
         return None
-    return read_digest(tower_record(config.data.cache_features, release.folder, dtype))
+    kept, name, parts = where
+    return kept.find(name, parts)
 
 
 def store_features(
@@ -263,20 +359,19 @@ def store_features(
     identity = features_identity(model, processor, tower)
     cache = FeatureCache(config.data.cache_features, identity)
     dtype = model.get_input_embeddings().weight.dtype
-    record = tower_record(config.data.cache_features, release.folder, dtype)
-    if tower is None and record is not None:
-        text = json.dumps({"tower": identity["tower"], "release": str(release.folder)}, indent=1) + "\n"
-        write_atomically(record, text)
+    if tower is None and (where := _kept_tower(config, release, dtype)) is not None:
+        kept, name, parts = where
+        kept.keep(name, parts, identity["tower"])
 
     def tower_on_device() -> None:
         if isinstance(model.model.vision_tower, nn.Identity):
             model.model.vision_tower = load_tower(release.folder, model.config, dtype)
             if tower_digest(model.model.vision_tower) != tower:
-                if record is not None:
-                    record.unlink(missing_ok=True)
+                if (where := _kept_tower(config, release, dtype)) is not None:
+                    where[0].path(where[1]).unlink(missing_ok=True)
                 raise UserError(
-                    f"{release.folder}: the tower has changed, though its files have the same size and time. The "
-                    "features of the one before are left alone: start the run again"
+                    f"{release.folder}: the tower has changed where its samples do not show it. The features of the "
+                    "one before are left alone: start the run again"
                 )
         model.model.vision_tower.to(accelerator.device)
 

@@ -6,17 +6,13 @@ processor are loaded (`load_release`). LLaVA's own layout is converted once into
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from huggingface_hub import constants
 from transformers import BitsAndBytesConfig
 
@@ -32,7 +28,8 @@ from reduction import (
 )
 from reduction.base_release import PROJECTOR_FILE
 from reduction.configuration_reduced_llava import validate
-from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config
+from train.conversions import keep_conversion
+from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config
 from train.hub import fetch
 from train.original_release import (
     PROJECTOR_NAMES,
@@ -43,8 +40,6 @@ from train.original_release import (
 from train.processors import build_processor
 from train.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
 from train.towers import TOWERLESS, load_tower
-
-logger = logging.getLogger(__name__)
 
 MM_PROJECTOR_FILE = "mm_projector.bin"
 _NEXT = ("llava_next", "reduced_llava_next")
@@ -265,19 +260,9 @@ def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
 
 def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:
     """The conversion of an original release: from the cache, or made now by the first process that asks."""
-    config = merged_config(source, projector)
-    tower = resolve_tower(config, source, vision_tower)
-    files = [*weight_files(source), *weight_files(tower), *([projector] if projector else [])]
-    identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([identity, config], sort_keys=True).encode()).hexdigest()[:16]
+    tower = resolve_tower(merged_config(source, projector), source, vision_tower)
     cache = (cache_dir or Path(constants.HF_HOME) / "shortzip" / "converted").expanduser()
-    target = cache / f"{source.resolve().name}-{key}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if not (target / "config.json").is_file():
-            logger.warning("%s has LLaVA's own layout: converting it once into %s", source, target)
-            convert_to_transformers(source, target, tower=tower, projector=projector)
-    return target
+    return keep_conversion(source, cache, tower=tower, projector=projector)
 
 
 def load_release(
@@ -398,8 +383,8 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def load_processor(release: Release) -> Any:
-    """The processor of a reduced checkpoint as it was saved, without its model."""
-    config_class, _, processor_class = model_classes(release.config["model_type"])
-    model_config = config_class.from_pretrained(release.folder)
-    return build_processor(release.folder, release.config, processor_class, model_config, "release")
+def load_processor(release: Release, *, visionzip: Reduction = "saved", chat_template: str = "release") -> Any:
+    """The processor that `load_release` gives with the model for these arguments, without reading weights."""
+    _, _, processor_class = model_classes(release.config["model_type"])
+    model_config = reduced_config(release, visionzip=visionzip, shortv=None, fastv=None)
+    return build_processor(release.folder, release.config, processor_class, model_config, chat_template)

@@ -12,12 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from data.batching import permutation
-from data.dataset import Collator, ConversationDataset, Sample
-from data.drops import Drop, DropLog
+from data.dataset import ConversationDataset
+from data.drops import BadSample, DropLog
 from data.errors import UserError
 from data.files import write_atomically, written_whole
-from data.instructions import read_instructions
+from data.instructions import Conversation, read_instructions
 from data.scene_questions import write_scenes
 from data.strata import draw
 from data.subset_folder import subset_report
@@ -25,6 +24,7 @@ from data.supervision import Supervision
 from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
+from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
 from train.release import Release, load_release
 from train.run_folder import LAYERS
@@ -36,6 +36,16 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
     Raises `FileNotFoundError`, `data.drops.BadSample` and `ValueError` for instructions that cannot be used.
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    conversations, root = training_conversations(config, seed, drops)
+    supervision = Supervision(processor, max_length=config.max_length)
+    return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+
+
+def training_conversations(config: DataConfig, seed: int, drops: DropLog) -> tuple[list[Conversation], str]:
+    """The conversations to train on, `config.fraction` of them, and the folder that image paths start from.
+
+    Raises as `training_set` does.
+    """
     if config.instructions == DEMO:
         folder = demo_folder(config.demo_scenes, held_out=False, fraction=config.fraction)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
@@ -47,8 +57,7 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
             conversations = draw(
                 conversations, config.fraction, seed, drops=drops, source=config.instructions, image_root=root
             )
-    supervision = Supervision(processor, max_length=config.max_length)
-    return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+    return conversations, root
 
 
 def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
@@ -65,16 +74,24 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
 
     Raises as `training_set` does.
     """
-    assert config.eval_instructions is not None
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    conversations, root = held_out_conversations(config, drops)
+    return ConversationDataset(conversations, Supervision(processor, max_length=None), root, drops=drops)
+
+
+def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:
+    """The held-out conversations, `config.eval_samples` of them, and the folder that image paths start from.
+
+    Raises as `training_set` does.
+    """
+    assert config.eval_instructions is not None
     if config.eval_instructions == DEMO:
         folder = demo_folder(config.demo_scenes, held_out=True)
         conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
     else:
         root = config.eval_image_root or config.image_root or folder_of(config.eval_instructions)
         conversations = read_instructions(config.eval_instructions, drops=drops)
-    supervision = Supervision(processor, max_length=None)
-    return ConversationDataset(conversations[: config.eval_samples], supervision, root, drops=drops)
+    return conversations[: config.eval_samples], root
 
 
 def check_positions(model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False) -> None:
@@ -127,37 +144,6 @@ def draw_demo_scenes(config: DataConfig) -> None:
                 write_scenes(partial, seed, count, fraction)
 
 
-def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> Sample:
-    """The sample with only the images that stand in `prompt`, a beginning of its tokens."""
-    left, images = prompt.count(supervision.processor.image_token_id), 0
-    while left > 0:
-        left -= supervision.placeholders(sample.image_sizes[images])
-        images += 1
-    return Sample(sample.id, sample.encoded, sample.pixels[:images], sample.image_sizes[:images])
-
-
-def calibration_samples(dataset: ConversationDataset, count: int, seed: int) -> list[CalibrationSample]:
-    """Prompts up to the first answer, of `count` conversations that begin with an image, drawn with `seed`.
-
-    Raises `ValueError` if there is none.
-    """
-    found: list[CalibrationSample] = []
-    for index in permutation(len(dataset), seed, 0).tolist():
-        if len(found) == count:
-            break
-        sample = dataset[index] if dataset.conversations[index].images else None
-        if sample is None or isinstance(sample, Drop):
-            continue
-        prompt = sample.encoded.input_ids[: sample.encoded.answers[0][0]]
-        shown = with_prompt(sample, dataset.supervision, prompt)
-        if shown.pixels:
-            inputs = Collator.of(dataset.supervision)([shown]).inputs
-            found.append(CalibrationSample(torch.tensor(prompt), inputs["pixel_values"], inputs.get("image_sizes")))
-    if not found:
-        raise UserError("no conversation begins with an image: LC cannot be measured. Give shortv.layers instead")
-    return found
-
-
 def choose_layers(
     config: TuneConfig, release: Release, dtype: torch.dtype, accelerator: Accelerator
 ) -> list[int] | None:
@@ -178,13 +164,13 @@ def choose_layers(
         release,
         visionzip=visionzip,
         shortv=None,
+        fastv=None,
         dtype=dtype,
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,
     )
     model.to(accelerator.device)
-    dataset = training_set(config.data, processor, config.seed)
-    samples = calibration_samples(dataset, config.shortv.calibration_samples, config.seed)
+    samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
     share = samples[accelerator.process_index :: accelerator.num_processes]
     if config.shortv.ranking == "cosine":
         measured = cosine_changes(model, share)
@@ -199,6 +185,32 @@ def choose_layers(
         found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
         write_atomically(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
     return chosen
+
+
+def calibration_prompts(
+    config: TuneConfig, supervision: Supervision, count: int, drops: DropLog
+) -> tuple[list[Chosen], str]:
+    """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
+    conversations, root = training_conversations(config.data, config.seed, drops)
+    source = config.data.instructions
+    chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
+    return chosen, root
+
+
+def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
+    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
+    supervision = Supervision(processor, max_length=None)
+    chosen, root = calibration_prompts(config, supervision, count, drops)
+    dataset = dataset_of(chosen, supervision, root)
+    samples: list[CalibrationSample] = []
+    for item in chosen:
+        try:
+            samples.append(load_sample(item, dataset))
+        except BadSample as error:
+            drops.add(error)
+    if not samples:
+        raise UserError(f"{config.data.instructions}: no image could be read to measure LC on: {drops.summary()}")
+    return samples
 
 
 def fingerprint(dataset: ConversationDataset, projector: Mapping[str, torch.Tensor]) -> dict[str, str]:

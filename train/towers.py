@@ -1,13 +1,13 @@
 """Vision towers apart from their models: left out where cached features take their place, recognised, loaded alone.
 
-Which features belong to a tower is told by its weights, whose hash takes reading them. So the hash is kept beside the
-features under the weight files' names, sizes and times: a later run on the same files knows it without opening them.
+Which features belong to a tower is told by its weights, whose hash takes loading them. So the hash is kept beside the
+features under the content of the weight files (train/content.py): a later run on the same ones loads no tower.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from data.errors import UserError
 from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
+from train.content import content_of
 from train.tensor_files import open_tensors, read_specs, weight_files
 
 PREFIX = "vision_tower."
@@ -46,33 +47,23 @@ TOWERLESS: dict[Any, Any] = {
 
 def tower_digest(tower: nn.Module) -> str:
     """SHA-256 of a tower's weights, their names and dtypes."""
+    return tensors_digest(tower.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) of tensors, their names, dtypes and shapes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def tower_record(root: str | Path, release: Path, dtype: torch.dtype) -> Path | None:
-    """Where beneath `root` the digest of the tower in `release`, a folder, is kept for this dtype; None for a release
-    whose tower lies elsewhere."""
+def tower_parts(release: Path, dtype: torch.dtype) -> dict[str, Any] | None:
+    """All that the digest of the tower in `release`, a folder, depends on when it is loaded in this dtype; None for a
+    release whose tower lies elsewhere."""
     weights = weight_files(release)
-    if not weights:
-        return None
-    files = [(str(file.resolve()), file.stat()) for file in [*weights, release / "config.json"]]
-    identity = [[name, status.st_size, status.st_mtime_ns] for name, status in files]
-    key = hashlib.sha256(json.dumps([identity, str(dtype)]).encode()).hexdigest()[:16]
-    return Path(root) / f"tower-{key}.json"
-
-
-def read_digest(record: Path | None) -> str | None:
-    """The digest that a record holds; None if there is none that can be read."""
-    if record is None:
-        return None
-    try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["tower"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    return {"files": content_of([*weights, release / "config.json"]), "dtype": str(dtype)} if weights else None
 
 
 def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:

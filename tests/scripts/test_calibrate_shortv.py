@@ -17,7 +17,8 @@ from PIL import Image
 from reduction.layer_contribution import measure_layer_contributions
 from scripts.calibrate_shortv import calibrate, report
 from train import calibration
-from train.calibration import CalibrateConfig, Partial, budget_name, measure
+from train.calibration import CalibrateConfig, Partial, asked_of, budget_name, measure
+from train.choosing import load_sample
 from train.release import load_release
 
 ROOT = Path(__file__).parents[2]
@@ -82,17 +83,15 @@ def test_file_chart_and_choice(settings, tiny_release, tiny_instructions):
 
 def test_values_are_those_of_the_prompts_up_to_the_first_answer(settings):
     result = calibrate(changed(settings, text_tokens=False))
-    model, processor = load_release(settings.model, visionzip={"dominant": 5, "contextual": 3}, shortv=None)
-    conversations, root = calibration._conversations(settings, calibration.DropLog())
-    supervision = calibration.Supervision(processor)
-    chosen = calibration.choose_prompts(conversations, supervision, root, settings, calibration.DropLog())
-    assert len(chosen) == 12
-    for item in chosen:
+    budget = {"dominant": 5, "contextual": 3}
+    model, processor = load_release(settings.model, visionzip=budget, shortv=None)
+    asked = asked_of(settings, budget)
+    assert len(asked.chosen) == 12
+    for item in asked.chosen:
         text = processor.tokenizer.decode(item.prompt, skip_special_tokens=True)
         assert text.endswith("ASSISTANT:")
         assert item.conversation.images
-    dataset = calibration.ConversationDataset([item.conversation for item in chosen], supervision, root)
-    samples = [calibration.load_sample(item, dataset) for item in chosen]
+    samples = [load_sample(item, asked.dataset) for item in asked.chosen]
     expected = measure_layer_contributions(model, samples).visual[:, 0].mean(dim=0)
     found = torch.tensor(result["measurements"][0]["visual"]["full_to_frozen"]["mean"], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)

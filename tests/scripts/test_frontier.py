@@ -200,7 +200,7 @@ def test_it_draws_and_continues(
     assert rows[GRID_OF_POINTS, "6+3", 2]["llm_flops"] < rows[GRID_OF_POINTS, "6+3", 0]["llm_flops"]
     assert len(rows["random layers", "all", 2]["exact_match"]) == 2
     measured = tmp_path / "out" / "frozen-layers.json"
-    layers = json.loads(measured.read_text())["layers"]
+    layers = json.loads(measured.read_text())["result"]
     assert all(0 <= layer < LLM_LAYERS for chosen in layers.values() for layer in chosen)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert "FastV, K = 2, 25 % kept" in (tmp_path / "out" / "table.md").read_text()
@@ -210,7 +210,7 @@ def test_it_draws_and_continues(
     main(["--config", str(written)])
     assert [path for path in points if path.stat().st_mtime_ns != times[path]] == points[:1]
 
-    times = json.loads((tmp_path / "out" / "prefill.json").read_text())["prefill_ms"]
+    times = json.loads((tmp_path / "out" / "prefill.json").read_text())["result"]
     assert len(times) == len(points)
     assert rows["all tokens", "all", 0]["prefill_ms"] == times[0]
 
@@ -278,16 +278,16 @@ def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch:
         return int(len(given) == 4)
 
     monkeypatch.setattr("scripts.frontier.run_until_stopped", run)
-    recipe = load_config(["--max_steps", "7"])
-    folder = tune_point(point, config(output=str(tmp_path)), recipe)
-    tune_point(point, config(output=str(tmp_path)), recipe)
+    recipe, content = load_config(["--max_steps", "7"]), {"release": {"model.safetensors": "a digest"}}
+    folder = tune_point(point, config(output=str(tmp_path)), recipe, content)
+    tune_point(point, config(output=str(tmp_path)), recipe, content)
     write_status(folder, "finished", 7)
-    tune_point(point, config(output=str(tmp_path)), recipe)
+    tune_point(point, config(output=str(tmp_path)), recipe, content)
     assert [command[-2] for command in given] == ["--overwrite_output_dir", "--resume_from_checkpoint"]
-    tune_point(point, config(output=str(tmp_path)), replace(recipe, learning_rate=0.5))
+    tune_point(point, config(output=str(tmp_path)), replace(recipe, learning_rate=0.5), content)
     assert [command[-2] for command in given[2:]] == ["--overwrite_output_dir"], "finished, but by another recipe"
     with pytest.raises(TuningFailed, match=r"ended with 1 \(all of it: .*\.log\):\nthe disk is full"):
-        tune_point(point, config(output=str(tmp_path)), recipe)
+        tune_point(point, config(output=str(tmp_path)), recipe, content)
 
 
 def test_asked_to_stop_it_stops_the_run_too(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:

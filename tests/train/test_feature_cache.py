@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
 
 from data.dataset import Collator, ConversationDataset
 from data.drops import BadSample
+from data.files import sweep
 from data.instructions import read_instructions
+from data.kept import identity_of
 from data.supervision import Supervision
 from train.config import ConfigError, DataConfig, TuneConfig
-from train.feature_cache import FeatureCache, features_identity, fill_cache, image_key
+from train.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
 from train.objective import SupervisedLoss, projector_parameters, train_only_projector
 from train.release import load_release
 
@@ -123,16 +127,170 @@ def test_a_torn_shard_counts_as_missing_and_is_computed_again(
     (shard,) = cache.folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    old = cache.folder / ".partial-left-by-a-kill"
-    old.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    fresh = cache.folder / ".partial-of-another-process"
-    fresh.write_bytes(b"half")
     assert len(FeatureCache(tmp_path, features_identity(*loaded))) == 0
     assert len(filled(tmp_path, loaded, dataset)) == len(cache)
     assert shard.read_bytes() == whole
-    assert fresh.exists()
-    assert not old.exists()
+
+
+def test_what_a_live_writer_writes_stays_however_old_it_looks(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's clock may be ahead; what nobody on this one holds is of the dead."""
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    cache = FeatureCache(tmp_path, features_identity(*loaded))
+    foreign = cache.folder / ".partial-another_host-0.safetensors-abcd"
+    foreign.write_bytes(b"half")
+    os.utime(foreign, (0, 0))
+    left: list[Path] = []
+
+    def fill_meanwhile(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        os.utime(path.parent, (0, 0))
+        if not left:
+            dead = path.parent.with_name(f"{path.parent.name}-dead")
+            dead.mkdir()
+            left.append(dead)
+            filled(tmp_path, loaded, dataset)
+
+    monkeypatch.setattr("train.feature_cache.save_file", fill_meanwhile)
+    cache.write({"a": (torch.ones(1, 8, 24), torch.zeros(1, 5, dtype=torch.int64))})
+    assert foreign.exists()
+    assert not left[0].exists()
+    cache.refresh()
+    assert "a" in cache
+
+
+def damage(shard: Path) -> None:
+    """Half of the tensors' bytes become 0, at the same size and time."""
+    times, content = shard.stat(), shard.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    half = start + (len(content) - start) // 2
+    shard.write_bytes(content[:start] + bytes(half - start) + content[half:])
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_is_computed_anew_and_that_is_said(
+    tmp_path: Path,
+    loaded: tuple[Any, Any],
+    tiny_instructions: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+) -> None:
+    monkeypatch.setattr("train.feature_cache.SHARD_IMAGES", 9)
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    cache = filled(tmp_path, loaded, dataset, batch_size=3, num_workers=workers)
+    expected = {key: cache.get(key)["visual_tokens"].clone() for key in cache._places}
+    shards = sorted(cache.folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    damage(shards[0])
+    reader = FeatureCache(tmp_path, features_identity(*loaded))
+    with pytest.raises(DamagedShard, match="start the run again"):
+        reader.get(next(key for key, place in reader._places.items() if place[0] == shards[0].name))
+    again = FeatureCache(tmp_path, features_identity(*loaded))
+    model, processor = loaded
+    computed = fill_cache(again, model, processor.image_processor, [dataset], Accelerator(cpu=True))
+    assert 0 < computed <= 12, "those of the damaged one alone"
+    assert "1 of the shards" in caplog.text
+    assert again._places.keys() == expected.keys()
+    for key, tokens in expected.items():
+        torch.testing.assert_close(again.get(key)["visual_tokens"], tokens)
+    caplog.clear()
+    filled(tmp_path, loaded, dataset)
+    assert not caplog.text
+
+
+def test_what_is_no_shard_is_left_alone(tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path) -> None:
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    cache = filled(tmp_path, loaded, dataset)
+    (shard,) = cache.folder.glob("*.safetensors")
+    (cache.folder / "a.safetensors").mkdir()
+    save_file({"x": torch.ones(2)}, cache.folder / "b.safetensors")
+    shutil.copy(shard, cache.folder / "c.safetensors")
+    (cache.folder / "d.safetensors").write_bytes(b"")
+    (cache.folder / "e.safetensors").symlink_to(tmp_path / "nowhere")
+    save_file({"x": torch.ones(2)}, cache.folder / "f.safetensors", {"shard": '{"images": ["a"]}'})
+    again = filled(tmp_path, loaded, dataset)
+    assert again._places == cache._places
+    assert len(list(cache.folder.iterdir())) == 8
+
+
+def test_every_input_of_the_features_is_part_of_their_identity(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    identities = [features_identity(model, processor)]
+
+    def note() -> None:
+        identities.append(features_identity(model, processor))
+
+    model.config.vision_feature_layer = -3
+    note()
+    for visionzip in (
+        {"dominant": 8, "contextual": 0},
+        {"dominant": 8, "contextual": 0, "method": "random"},
+        {"dominant": 8, "contextual": 0, "method": "random", "seed": 4},
+    ):
+        model.config.visionzip = visionzip
+        note()
+    model.config.vision_config.hidden_act = "gelu"
+    note()
+    model.config.vision_config.layer_norm_eps = 0.5
+    note()
+    for key, value in (("image_mean", [0.1, 0.2, 0.3]), ("resample", 0), ("size", {"shortest_edge": 12})):
+        setattr(processor.image_processor, key, value)
+        note()
+    model.to(torch.bfloat16)
+    note()
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[-1].self_attn.q_proj.weight[-1, -1] += 1
+    note()
+    assert len({identity_of(identity) for identity in identities}) == len(identities)
+    assert [identity_of(features_identity(model, processor))] == [identity_of(identities[-1])]
+
+
+def test_files_are_hashed_once_and_again_when_they_have_changed(
+    tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    for workers in (0, 1):
+        dataset.features = filled(tmp_path / str(workers), loaded, dataset, num_workers=workers)
+        with monkeypatch.context() as patched:
+            patched.setattr("train.feature_cache.image_bytes", None)
+            for index in range(len(dataset)):
+                dataset.load(dataset.conversations[index])
+    file = tmp_path / "a.bmp"
+    Image.new("RGB", (8, 8), "red").save(file)
+    cache = FeatureCache(tmp_path, features_identity(*loaded))
+    key, times = cache.key_of("a.bmp", tmp_path), file.stat()
+    Image.new("RGB", (8, 8), "blue").save(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert cache.key_of("a.bmp", tmp_path) != key
+    assert cache.key_of("a.bmp", tmp_path) == image_key("a.bmp", tmp_path)
+
+
+def test_two_processes_fill_one_cache(tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path) -> None:
+    """Two runs at once, each of all images, as two jobs of a sweep that start together."""
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    children = []
+    for first in (0, 20):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                conversations = dataset.conversations
+                dataset.conversations = [*conversations[first:], *conversations[:first]]
+                filled(tmp_path, loaded, dataset, batch_size=4)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    cache = FeatureCache(tmp_path, features_identity(*loaded))
+    alone = filled(tmp_path / "alone", loaded, dataset)
+    assert cache._places.keys() == alone._places.keys()
+    for key in alone._places:
+        torch.testing.assert_close(cache.get(key)["visual_tokens"], alone.get(key)["visual_tokens"])
+    assert not cache.damaged()
 
 
 KILLED = """
@@ -158,6 +316,8 @@ def test_a_kill_while_writing_leaves_what_was_written_before(tmp_path: Path) -> 
     assert "a" in cache
     assert "b" not in cache
     assert len(list(cache.folder.glob(".partial-*"))) == 1
+    sweep(cache.folder)
+    assert not list(cache.folder.glob(".partial-*"))
 
 
 def test_images_of_several_tiles_and_another_process(tmp_path: Path) -> None:

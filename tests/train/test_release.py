@@ -272,6 +272,9 @@ def test_a_conversion_is_kept_and_made_anew_when_the_release_changes(tmp_path: P
     assert open_release(str(tmp_path / "llava"), cache_dir=tmp_path / "cache").folder == first
     assert (first / "config.json").stat().st_mtime_ns == stamp
     os.utime(tmp_path / "llava" / "pytorch_model-00002-of-00003.bin")
+    assert open_release(str(tmp_path / "llava"), cache_dir=tmp_path / "cache").folder == first, "the content decides"
+    config = tmp_path / "llava" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 99}))
     assert open_release(str(tmp_path / "llava"), cache_dir=tmp_path / "cache").folder != first
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the drawn scenes, the calibration prompts, the layers LC chooses."""
+"""What a run starts from: the drawn scenes, the conversations, the layers LC chooses."""
 
 import json
 from dataclasses import replace
@@ -10,9 +10,11 @@ from accelerate import Accelerator
 
 from data.subset import SubsetOptions, prepare_subset
 from reduction.layer_contribution import measure_layer_contributions
+from train.calibration import CalibrateConfig, asked_of
+from train.choosing import load_sample
 from train.config import ConfigError, DataConfig, DemoScenesConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.release import load_release, open_release
-from train.samples import calibration_samples, choose_layers, draw_demo_scenes, held_out_set, training_set
+from train.samples import choose_layers, draw_demo_scenes, held_out_set, training_set
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +62,6 @@ def test_a_part_of_a_subset_is_refused(tiny_release: Path, tiny_instructions: Pa
         training_set(replace(whole, fraction=0.1), processor, seed=0)
 
 
-def test_calibration_prompts_end_before_the_first_answer(tiny_release: Path, tiny_instructions: Path) -> None:
-    _, processor = load_release(str(tiny_release), visionzip={"dominant": 3, "contextual": 1})
-    dataset = training_set(DataConfig(instructions=str(tiny_instructions)), processor, seed=0)
-    samples = calibration_samples(dataset, 7, seed=0)
-    assert len(samples) == 7
-    for sample in samples:
-        text = processor.tokenizer.decode(sample.input_ids)
-        assert text.endswith("ASSISTANT:")
-        assert text.count("ASSISTANT:") == 1
-        assert (sample.input_ids == processor.image_token_id).sum() == 4 * len(sample.pixel_values)
-    assert len(calibration_samples(dataset, 1000, seed=0)) == 32  # the other eight are text alone
-
-
 def test_lc_chooses_the_layers_that_matter_least(
     tiny_release: Path, tiny_instructions: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
@@ -86,9 +75,11 @@ def test_lc_chooses_the_layers_that_matter_least(
     )
     release = open_release(str(tiny_release))
     chosen = choose_layers(config, release, torch.float32, accelerator)
-    model, processor = load_release(release, visionzip={"dominant": 5, "contextual": 2}, shortv=None)
-    samples = calibration_samples(training_set(config.data, processor, 0), 5, 0)
-    mean = measure_layer_contributions(model, samples).mean()
+    budget = {"dominant": 5, "contextual": 2}
+    model, _ = load_release(release, visionzip=budget, shortv=None)
+    calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
+    asked = asked_of(calibrate, budget)
+    mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.chosen]).mean()
     assert chosen == sorted(sorted(range(4), key=mean.__getitem__)[:2])
     found = json.loads((tmp_path / "layers.json").read_text())
     assert found["layers"] == chosen
