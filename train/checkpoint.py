@@ -37,7 +37,7 @@ from data.files import flush_to_disk, sha256
 FILES = ("projector.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 CHECKSUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
-_LEFT = re.compile(r"\.(writing-step-\d{6,}|removing-.+)")  # half-written or half-removed
+_LEFT = re.compile(r"\.((writing|replaced)-step-\d{6,}|removing-.+)")
 _REPLACED = re.compile(r"\.replaced-(step-\d{6,})")
 
 
@@ -65,9 +65,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(
-    run: Path, checkpoint: Checkpoint, keep: int | None, say: Callable[[str], None] = print
-) -> Path:
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None, say: Callable[[str], None] = print) -> Path:
     """Writes `run/step-N` (N from the state) so that it appears whole or not at all, then removes all but `keep`.
 
     An older one that cannot be removed is told to `say`. Raises `CheckpointError` if the disk refuses the new one; the
@@ -112,14 +110,18 @@ def save_checkpoint(
 
 def sweep(run: Path, say: Callable[[str], None] = print) -> None:
     """Removes what a killed process left half-written or half-removed; for the only process that writes in `run`."""
+    put_back_replaced(run)
     for path in sorted(run.glob(".*")):
         if _LEFT.fullmatch(path.name):
             discard(path, say)
-        elif match := _REPLACED.fullmatch(path.name):  # killed between two renames: the old one is the best there is
-            if os.path.lexists(run / match[1]):
-                discard(path, say)
-            else:
-                path.rename(run / match[1])
+
+
+def put_back_replaced(run: Path) -> None:
+    """Renames what a process left that was killed between two renames: the old checkpoint is the best there is."""
+    for path in run.glob(".replaced-*"):
+        match = _REPLACED.fullmatch(path.name)
+        if match and not os.path.lexists(run / match[1]):
+            path.rename(run / match[1])
 
 
 def discard(path: Path, say: Callable[[str], None]) -> None:
