@@ -95,10 +95,10 @@ class RunFolder:
         if not self._certain:
             self.say(f"{folder}: this file system knows no locks. See to it that no other run writes there meanwhile")
         check_folder(self.config)  # once more: another process may have had the folder in between
-        if not is_settled(folder):
-            with writing(folder):
+        with writing(folder):
+            if not is_settled(folder):
                 put_back(folder, self.say)
-        put_back_replaced(folder)
+            put_back_replaced(folder)
 
     def _leave_folder(self, folder: Path, made: list[Path], before: os.stat_result | None) -> None:
         if not self._accepted:
@@ -162,6 +162,9 @@ class RunFolder:
         except BaseException:
             if is_overwriting:
                 self._give_back()
+            elif self.config.resume_from_checkpoint is None:
+                for path in own_files(folder):
+                    discard(path, self.say)
             raise
         if is_overwriting:
             self.say(f"the run that {folder} held lies in {EARLIER} until this one's first checkpoint is written")

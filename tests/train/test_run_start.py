@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from data.errors import Busy
-from data.files import held_alone
+from data.errors import Busy, CannotWrite
+from data.files import held_alone, temporary_folder, written_whole
 from train.command_line import load_config
 from train.config import DataConfig, TuneConfig
 from train.processes import StopRequested
@@ -81,6 +81,16 @@ def test_a_run_that_is_not_accepted_leaves_no_trace(config: TuneConfig, tmp_path
         assert not (tmp_path / "runs").exists()
     else:
         assert contents(tmp_path / "runs") == before
+
+
+def test_a_start_that_the_disk_refuses_leaves_no_trace(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise CannotWrite(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr("train.run_start.write_status", refuse)
+    with pytest.raises(CannotWrite, match="No space"), folder_of(config) as run:
+        run.accept()
+    assert not Path(config.output_dir).exists()
 
 
 def test_how_a_run_ends_is_written_down(config: TuneConfig) -> None:
@@ -294,6 +304,47 @@ def test_a_lock_that_its_holder_removes_is_made_anew(tmp_path: Path) -> None:
         (tmp_path / "lock").unlink()
         child = in_another_process(lambda: held_alone(tmp_path / "lock", "it").__enter__())
         assert status_of(child) == 0
+
+
+def test_what_killed_writers_left_is_swept_and_what_lives_or_is_another_s_stays(config: TuneConfig) -> None:
+    folder = write_run(config)
+
+    def write_final(then: Callable[[], object]) -> None:
+        with written_whole(folder / "final") as partial:
+            (partial / "model").write_text("half")
+            then()
+
+    child = in_another_process(lambda: write_final(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert status_of(child) == -signal.SIGKILL
+    (left,) = folder.glob(".partial-*-final-*")
+    for name in (".writing-step-000003", ".removing-step-000001", ".writing-index", ".partial-elsewhere-final-1"):
+        (folder / name).mkdir()
+    with (
+        written_whole(folder / "evaluation") as alive,
+        folder_of(replace(config, resume_from_checkpoint="latest")) as run,
+    ):
+        run.accept()
+        assert alive.is_dir()
+        assert not left.exists()
+        hidden = {path.name for path in folder.iterdir() if path.name.startswith(".") and path != alive}
+        assert hidden == {LOCK, ".writing-index", ".partial-elsewhere-final-1"}
+
+
+def test_a_killed_process_s_temporary_folder_goes_with_the_next_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def publish() -> None:
+        with temporary_folder("shortzip-publish"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    status_of(in_another_process(publish))
+    (left,) = tmp_path.iterdir()
+    with temporary_folder("shortzip-publish") as first, temporary_folder("shortzip-publish") as second:
+        assert set(tmp_path.iterdir()) == {first, second}
+        assert not left.exists()
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what could not be written at the end is refused at the beginning
