@@ -192,7 +192,7 @@ class RunFolder:
         except OSError as error:
             self.say(f"the run that was to be overwritten lies in {self.path / EARLIER} ({error})")
         else:
-            self.say(f"{self.path} holds again the run that was to be overwritten")
+            self.say(f"{self.path} holds again the run that was to be overwritten, and nothing of the one that failed")
 
 
 def check_folder(config: TuneConfig) -> None:
