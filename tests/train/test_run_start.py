@@ -128,6 +128,17 @@ def test_a_run_that_failed_before_its_first_step_is_no_hindrance(config: TuneCon
     (folder / "metrics.jsonl").touch()
     write_run(replace(config, seed=5))
     assert load_config(["--config", str(folder / "config.yaml")]).seed == 5
+    write_status(folder, "failed", 0, "no such release")
+
+    def fail_again() -> None:
+        with folder_of(replace(config, overwrite_output_dir=True)) as run:
+            run.accept()
+            run.failed("no memory")
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail_again()
+    assert read_status(folder)["reason"] == "no memory", "the newer word"
     for state, step, metrics in (("running", 0, ""), ("stopped", 0, ""), ("failed", 3, ""), ("failed", 0, "{}\n")):
         write_status(folder, state, step)  # type: ignore[arg-type]  # one of the Literal's
         (folder / "metrics.jsonl").write_text(metrics)
