@@ -13,7 +13,7 @@ import pytest
 from accelerate import Accelerator
 
 from data.errors import Busy, CannotWrite
-from data.files import held_alone, temporary_folder, written_whole
+from data.files import held_alone, written_whole
 from train.command_line import load_config
 from train.config import DataConfig, TuneConfig
 from train.processes import StopRequested
@@ -339,23 +339,6 @@ def test_what_killed_writers_left_is_swept_and_what_lives_or_is_another_s_stays(
         assert not left.exists()
         hidden = {path.name for path in folder.iterdir() if path.name.startswith(".") and path != alive}
         assert hidden == {LOCK, ".writing-index", ".partial-elsewhere-final-1"}
-
-
-def test_a_killed_process_s_temporary_folder_goes_with_the_next_one_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
-    def publish() -> None:
-        with temporary_folder("shortzip-publish"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    status_of(in_another_process(publish))
-    (left,) = tmp_path.iterdir()
-    with temporary_folder("shortzip-publish") as first, temporary_folder("shortzip-publish") as second:
-        assert set(tmp_path.iterdir()) == {first, second}
-        assert not left.exists()
-    assert not list(tmp_path.iterdir())
 
 
 # ---- what could not be written at the end is refused at the beginning
