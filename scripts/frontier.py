@@ -34,7 +34,7 @@ from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tune
 from train.frontier_report import draw, show, summarise
 from train.processes import StopRequest, StopRequested, run_until_stopped
 from train.release import dtype_of, load_processor, open_release
-from train.run_folder import FINAL, STATUS, read_status
+from train.run_folder import FINAL, STATUS, is_finished
 from train.samples import (
     calibration_prompts,
     check_instructions,
@@ -145,7 +145,7 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content
     given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
     kept, parts = Kept(given.parent), {"recipe": text, **content}
     is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
-    if is_begun and read_status(folder)["state"] == "finished":
+    if is_begun and is_finished(folder):
         return folder
     kept.keep(point.name, parts, "begun")
     write_atomically(given, text)

@@ -12,8 +12,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,15 +62,8 @@ from train.processes import (
 from train.publish import check_publishable
 from train.release import dtype_of, load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
-from train.run_folder import (
-    DROPPED,
-    NONFINITE,
-    Metrics,
-    RunFolderError,
-    checkpoint_to_continue,
-    prepare_folder,
-    write_status,
-)
+from train.run_folder import DROPPED, NONFINITE, Metrics, RunFolderError
+from train.run_start import RunFolder
 from train.samples import (
     check_instructions,
     check_positions,
@@ -121,37 +114,36 @@ def main(argv: Sequence[str]) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     report = Reporter(accelerator.is_main_process)
-    folder = on_main_process(accelerator, lambda: prepare_folder(config))
-    with StopRequest() as stop, failures_recorded(folder, accelerator):
-        try:
-            tune(config, folder, accelerator, report, stop)
+    try:
+        with StopRequest() as stop, held_folder(config, accelerator, report) as run:
+            tune(config, run, accelerator, report, stop)
             if config.control:
                 report.heading("control: the same tuning with all visual tokens")
-                control = control_of(config, folder)
-                tune(control, on_main_process(accelerator, lambda: prepare_folder(control)), accelerator, report, stop)
-            compare_and_draw(config, folder, accelerator, report, stop)
-            publish_if_asked(config, folder, accelerator, report)
-        except StopRequested as request:
-            if accelerator.is_main_process:
-                write_status(folder, "stopped", reason=str(request))
-            sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
-        if accelerator.is_main_process:
-            write_status(folder, "finished")
+                control = control_of(config, run.path)
+                with held_folder(control, accelerator, report) as beneath:
+                    tune(control, beneath, accelerator, report, stop)
+            compare_and_draw(config, run.path, accelerator, report, stop)
+            publish_if_asked(config, run.path, accelerator, report)
+    except StopRequested as request:
+        sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
     accelerator.end_training()
 
 
-def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
-    """One run, from the release to `folder`/final. Raises `StopRequested`, after saving, if asked to stop."""
-    device = accelerator.device
+@contextmanager
+def held_folder(config: TuneConfig, accelerator: Accelerator, report: Reporter) -> Iterator[RunFolder]:
+    """The run's folder, for this run alone, which says afterwards how the run ended."""
+    with RunFolder(config, accelerator, report.say) as run, failures_recorded(run.failed, accelerator):
+        yield run
+
+
+def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
+    """One run, from the release to final/ in its folder. Raises `StopRequested`, after saving, if asked to stop."""
+    device, folder = accelerator.device, run.path
     set_seed(config.seed)
 
     # ---- the checkpoint to continue from, if any
-    checkpoint: Checkpoint | None = None
-    if config.resume_from_checkpoint is not None:
-        checkpoint = on_main_process(accelerator, lambda: checkpoint_to_continue(config, folder, report.say))
+    checkpoint = run.checkpoint()
     state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
-    if accelerator.is_main_process:
-        write_status(folder, "running", state.step)
 
     # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
     check_instructions(config.data)
@@ -161,9 +153,12 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
     )
     check_publishable(config, release)
+    run.check_base(release.config.get("base_release"))
     visionzip = config.visionzip.as_key() if config.visionzip else None
     fastv = asdict(config.fastv) if config.fastv else None
-    layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
+    layers = (
+        checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator, run.write)
+    )
     shortv = None if layers is None else {"layers": layers}
     tower = known_tower(config, release, dtype)
     model, processor = load_release(
@@ -190,7 +185,11 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     state.evaluation_due &= held_out is not None
     check_positions(model.config, dataset)
     check_positions(model.config, held_out, held_out=True)
+    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    if checkpoint:
+        check_same_run(checkpoint.state["settings"], settings, folder)
     if config.data.cache_features is not None:
+        run.accept(state.step)  # what follows may take hours
         store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
     limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)
     if limits.gradient_checkpointing:
@@ -212,10 +211,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
     )
     report.say(limits_said)
-    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
-    if checkpoint:
-        check_same_run(checkpoint.state["settings"], settings, folder)
-        dataset.drops.extend(Drop(**drop) for drop in state.dropped)
+    dataset.drops.extend(Drop(**drop) for drop in state.dropped)
 
     # ---- optimizer and schedule, as they were
     from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
@@ -234,7 +230,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     engine = start_engine(accelerator, SupervisedLoss(model), adamw, parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
-    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None)
+    run.accept(state.step)
+    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None, run.say)
     trackers = Trackers(accelerator, config, folder, report.say)
 
     def save() -> None:
@@ -252,9 +249,9 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
                 "versions": versions(),
             },
         )
-        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit))
+        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit, run.say))
         if accelerator.is_main_process:
-            write_status(folder, "running", state.step)
+            run.saved(state.step)
 
     def evaluate() -> None:
         assert held_out is not None
