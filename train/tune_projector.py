@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from data.batching import BatchPlan, MicroBatchSampler
 from data.dataset import Collator, ConversationDataset, MicroBatch
 from data.drops import BadSample, Drop, TooManyBadSamples
-from data.errors import UserError
+from data.errors import ToldElsewhere, UserError
 from data.files import write_atomically
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
@@ -397,5 +397,7 @@ def loader_of(
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except ToldElsewhere:
+        sys.exit(1)
     except MENDABLE as error:
         sys.exit(f"error: {type(error).__name__}: {error}")
