@@ -42,6 +42,7 @@ from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
 from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
+from train.identity import changed_versions, check_same_origin, run_identity
 from train.micro_batch import plan_micro_batches
 from train.objective import (
     SupervisedLoss,
@@ -203,8 +204,15 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     )
     report.say(limits_said)
     settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
     if checkpoint:
         check_same_run(checkpoint.state["settings"], settings, folder)
+        for unlike in (
+            check_same_origin(checkpoint.state.get("identity"), identity, dataset, folder),
+            changed_versions(checkpoint.state["versions"], versions()),
+        ):
+            if unlike is not None:
+                report.say(unlike)
         dataset.drops.extend(Drop(**drop) for drop in state.dropped)
 
     # ---- optimizer and schedule, as they were
@@ -238,6 +246,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
                 "schedule": schedule.state_dict(),
                 "layers": layers,
                 "settings": settings,
+                "identity": identity,
                 "num_processes": accelerator.num_processes,
                 "versions": versions(),
             },
