@@ -22,7 +22,7 @@ from data.dataset import ConversationDataset
 from data.files import read_json, sampled_digest
 from data.images import ImageSource, image_bytes, image_name, resolve_image_path
 from reduction.base_release import fetch_base
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, versions
 from train.release import Release, release_projector
 from train.tensor_files import open_tensors, weight_files
 
@@ -104,13 +104,17 @@ def release_identity(release: Release) -> dict[str, str]:
 
 
 def check_same_origin(
-    saved: Mapping[str, str] | None, found: Mapping[str, str], dataset: ConversationDataset, path: Path
-) -> str | None:
-    """Raises `CheckpointError` naming each part of `found` that is another than in `saved`.
+    state: Mapping[str, Any],
+    found: Mapping[str, str],
+    dataset: ConversationDataset,
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Raises `CheckpointError` naming each part of the identity `found` that is another than in a checkpoint's state.
 
-    Returns what is to be said of parts that an older ShortZip did not note, or None. `path`: of the run.
+    Parts that an older ShortZip did not note, and libraries of other versions, are said. `path`: of the run.
     """
-    saved = saved or {}
+    saved = state.get("identity", {})
     changed = [part for part, digest in found.items() if saved.get(part, digest) != digest]
     if changed:
         said = [_changed_images(saved[part], found[part], dataset) if part == IMAGES else part for part in changed]
@@ -119,9 +123,12 @@ def check_same_origin(
             "start another run in another output_dir"
         )
     unknown = [part for part in found if part not in saved]
-    if not unknown:
-        return None
-    return f"{path} was begun by an older ShortZip: whether these have changed cannot be checked: {', '.join(unknown)}"
+    if unknown:
+        names = ", ".join(unknown)
+        say(f"{path} was begun by an older ShortZip: whether these have changed cannot be checked: {names}")
+    versions_said = changed_versions(state["versions"], versions())
+    if versions_said is not None:
+        say(versions_said)
 
 
 def _changed_images(saved: str, found: str, dataset: ConversationDataset) -> str:
