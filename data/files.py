@@ -125,6 +125,20 @@ def written_whole(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary files that vanishes after the block, or with the next one of this name."""
+    among = Path(tempfile.gettempdir())
+    with writing(among):
+        sweep(among, name)
+        partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=among)))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
 def sweep(folder: Path, name: str = "") -> None:
     """Removes what killed writers left in `folder` (of the target `name`): what nobody on this machine holds.
 
@@ -141,26 +155,38 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 @contextmanager
-def held_alone(lock: Path, what: str) -> Iterator[bool]:
+def held_alone(lock: Path, what: str, *, signed: bool = True) -> Iterator[bool]:
     """Holds the lock file for this process alone; yields False where the file system knows no locks.
 
-    The lock ends with the process, however it ends, and is not inherited by a fork. The file stays: it says who held
-    it last. Raises `Busy`, naming `what` and the holder.
+    The lock ends with the process, however it ends, and is not inherited by a fork. The file stays; `signed`: it says
+    who held it last, otherwise it stays as it is. Whoever opens and closes it in the same process gives the lock up.
+    Raises `Busy`, naming `what` and the holder, and `CannotWrite`.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor, certain = _locked(lock, what)
     try:
-        certain = True
+        if signed:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield certain
+    finally:
+        os.close(descriptor)
+
+
+def _locked(lock: Path, what: str) -> tuple[int, bool]:
+    """The lock file's descriptor, and whether it is locked. One that its holder removes meanwhile is made anew."""
+    while True:
+        with writing(lock):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-                raise Busy(f"{what} is in use by {holder}: wait for its end, or stop it") from error
-            certain = False
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield certain
-    finally:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return descriptor, False
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(descriptor)
+            raise Busy(f"{what} is in use by {holder}: wait for its end, or stop it") from error
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            return descriptor, True
         os.close(descriptor)
 
 

@@ -32,7 +32,7 @@ from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tune
 from train.frontier_report import draw, show, summarise
 from train.processes import StopRequest, StopRequested, run_until_stopped
 from train.release import dtype_of, open_release
-from train.run_folder import FINAL, STATUS, read_status
+from train.run_folder import FINAL, STATUS, is_finished
 from train.samples import check_instructions, choose_layers, demo_folder, draw_demo_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
     )
     given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
     is_begun = given.is_file() and given.read_text(encoding="utf-8") == text and (folder / STATUS).is_file()
-    if is_begun and read_status(folder)["state"] == "finished":
+    if is_begun and is_finished(folder):
         return folder
     given.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given, text)

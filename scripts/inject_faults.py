@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import damage, list_checkpoints
-from train.run_folder import NONFINITE, read_metrics, read_status
+from train.run_folder import NONFINITE, is_finished, read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "tune_projector.py"
@@ -101,7 +101,7 @@ class Laboratory:
 
     def prepare(self) -> None:
         output = self.start(self.whole).communicate()[0]
-        if read_status(self.whole)["state"] != "finished":
+        if not is_finished(self.whole):
             raise RuntimeError(f"the run without faults failed:\n{output}")
 
 

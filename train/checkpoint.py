@@ -15,11 +15,13 @@ damage that comes later is found by the checksums.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from data.files import flush_to_disk, sha256
 FILES = ("projector.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 CHECKSUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
+_LEFT = re.compile(r"\.((writing|replaced)-step-\d{6,}|removing-.+)")
+_REPLACED = re.compile(r"\.replaced-(step-\d{6,})")
 
 
 class CheckpointError(UserError):
@@ -61,15 +65,16 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None) -> Path:
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None, say: Callable[[str], None] = print) -> Path:
     """Writes `run/step-N` (N from the state) so that it appears whole or not at all, then removes all but `keep`.
 
-    Raises `CheckpointError` if the disk refuses; the checkpoints that were there stay as they were.
+    An older one that cannot be removed is told to `say`. Raises `CheckpointError` if the disk refuses the new one; the
+    checkpoints that were there stay as they were.
     """
     final = checkpoint_path(run, checkpoint.state["step"])
     beside = run / f".writing-{final.name}"
-    shutil.rmtree(beside, ignore_errors=True)
     try:
+        discard(beside, say)
         beside.mkdir(parents=True)
         save_file(_contiguous(checkpoint.projector), beside / FILES[0])
         save_file(_contiguous(checkpoint.optimizer), beside / FILES[1])
@@ -82,12 +87,12 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None) -> Path
         for path in (*beside.iterdir(), beside):
             flush_to_disk(path)
         replaced = run / f".replaced-{final.name}"
-        if final.exists():  # a step that is taken again, after resuming from an older one
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(final):  # a step that is taken again, after resuming from an older one
+            discard(replaced, say)
             final.rename(replaced)
         beside.rename(final)
         flush_to_disk(run)
-        shutil.rmtree(replaced, ignore_errors=True)
+        discard(replaced, say)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         older = list_checkpoints(run)
@@ -99,22 +104,47 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None) -> Path
     if keep is not None:
         others = [path for path in list_checkpoints(run) if path != final]
         for path in others[: max(0, len(others) + 1 - keep)]:
-            _remove(path)
+            discard(path, say)
     return final
 
 
-def sweep(run: Path) -> None:
-    """Removes what a killed process left half-written or half-removed."""
-    for pattern in (".writing-*", ".removing-*"):
-        for path in run.glob(pattern):
-            _delete(path)
-    for path in run.glob(".replaced-*"):  # killed between the two renames: the old one is still the best there is
-        final = run / path.name.removeprefix(".replaced-")
-        shutil.rmtree(path) if final.exists() else path.rename(final)
+def sweep(run: Path, say: Callable[[str], None] = print) -> None:
+    """Removes what a killed process left half-written or half-removed; for the only process that writes in `run`."""
+    put_back_replaced(run)
+    for path in sorted(run.glob(".*")):
+        if _LEFT.fullmatch(path.name):
+            discard(path, say)
 
 
-def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+def put_back_replaced(run: Path) -> None:
+    """Renames what a process left that was killed between two renames: the old checkpoint is the best there is."""
+    for path in run.glob(".replaced-*"):
+        match = _REPLACED.fullmatch(path.name)
+        if match and not os.path.lexists(run / match[1]):
+            path.rename(run / match[1])
+
+
+def discard(path: Path, say: Callable[[str], None]) -> None:
+    """Removes a file, a link (never what it names) or a folder, if it is there.
+
+    A folder is renamed first, so that a half-removed one never looks like a whole one. What cannot be removed is told
+    to `say`, and stays.
+    """
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir():
+            if not path.name.startswith(".removing-"):
+                path = path.rename(unused(path.with_name(f".removing-{path.name}")))
+            shutil.rmtree(path)
+    except OSError as error:
+        say(f"{path} cannot be removed ({error.strerror}): left there, remove it by hand")
+
+
+def unused(path: Path) -> Path:
+    """`path`, with a number behind it if there is something of that name."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def damage(path: Path) -> str | None:
@@ -171,9 +201,7 @@ def find_checkpoint(run: Path, wanted: str) -> tuple[Path | None, dict[Path, str
 
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint to `damaged-step-N`, out of the way of the run that continues before it."""
-    aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    return path.rename(unused(path.with_name(f"damaged-{path.name}")))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -284,9 +312,3 @@ def stamp_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _remove(path: Path) -> None:
-    doomed = path.with_name(f".removing-{path.name}")  # so that a half-removed one never looks like a checkpoint
-    path.rename(doomed)
-    shutil.rmtree(doomed)

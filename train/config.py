@@ -243,7 +243,8 @@ class TuneConfig:
     run_name: str | None = None
     """Name shown by trackers; null means the folder's name."""
     overwrite_output_dir: bool = False
-    """Delete the run that output_dir holds, and begin anew."""
+    """Begin anew in an output_dir that holds a run. That one is moved aside when settings, release and data have been
+    checked, deleted after the new one's first checkpoint, and put back if the new one fails before."""
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a step-... folder, to continue the run in output_dir."""
     save_steps: int = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 
 from data.images import open_image
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
+from train.checkpoint import discard
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
@@ -40,7 +40,8 @@ def write_final(
     An adapter is merged into the projector, and saved beside it in `folder`/final/adapter.
     """
     target = folder / FINAL
-    shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
+    if not target.is_symlink():  # of a run that ended here before, and is continued from an older step
+        discard(target, say)
     projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
     write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv, fastv=fastv)
     if isinstance(trained, ProjectorAdapter):

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from data.batching import permutation
 from data.dataset import ConversationDataset
 from data.files import read_json, sampled_digest
 from data.images import ImageSource, image_bytes, image_name, resolve_image_path
 from reduction.base_release import fetch_base
 from train.checkpoint import CheckpointError, versions
 from train.release import Release, release_projector
+from train.run_folder import read_status
 from train.tensor_files import open_tensors, weight_files
 
 FORMAT = 1  # to be raised when the same parts give another result than before
@@ -112,15 +114,25 @@ def check_same_origin(
 ) -> None:
     """Raises `CheckpointError` naming each part of the identity `found` that is another than in a checkpoint's state.
 
-    Parts that an older ShortZip did not note, and libraries of other versions, are said. `path`: of the run.
+    Images that no step has seen may have been mended, if it was a bad one that the run failed over. That, parts that
+    an older ShortZip did not note, and libraries of other versions are said. `path`: of the run.
     """
     saved = state.get("identity", {})
-    changed = [part for part, digest in found.items() if saved.get(part, digest) != digest]
+    changed = {part: part for part, digest in found.items() if saved.get(part, digest) != digest}
+    if IMAGES in changed:
+        then, images = len(saved[IMAGES]) // IMAGE_DIGITS, images_of(dataset)
+        changed[IMAGES] = f"{IMAGES} ({then} then, {len(images)} now)"
+        if then == len(images):
+            others = {source for at, source in enumerate(images) if _digest_at(saved, at) != _digest_at(found, at)}
+            name = image_name(next(source for source in images if source in others))
+            changed[IMAGES] = f"{IMAGES} ({len(others)} of {len(images)}, such as {name})"
+            if "BadSample" in read_status(path)["reason"] and not others & _seen_images(state, dataset):
+                say(f"{len(others)} images that no step has seen were mended since the run failed, such as {name}")
+                del changed[IMAGES]
     if changed:
-        said = [_changed_images(saved[part], found[part], dataset) if part == IMAGES else part for part in changed]
         raise CheckpointError(
-            f"{path} began with something else. Changed since: {', '.join(said)}. Put back what it began with, or "
-            "start another run in another output_dir"
+            f"{path} began with something else. Changed since: {', '.join(changed.values())}. Put back what it began "
+            "with, or start another run in another output_dir"
         )
     unknown = [part for part in found if part not in saved]
     if unknown:
@@ -131,13 +143,14 @@ def check_same_origin(
         say(versions_said)
 
 
-def _changed_images(saved: str, found: str, dataset: ConversationDataset) -> str:
-    sources = images_of(dataset)
-    places = [slice(number * IMAGE_DIGITS, (number + 1) * IMAGE_DIGITS) for number in range(len(sources))]
-    names = [image_name(source) for source, at in zip(sources, places, strict=True) if saved[at] != found[at]]
-    if len(saved) != len(found) or not names:
-        return f"{IMAGES} ({len(saved) // IMAGE_DIGITS} then, {len(found) // IMAGE_DIGITS} now)"
-    return f"{IMAGES} ({len(names)} of {len(sources)}, such as {names[0]})"
+def _digest_at(parts: Mapping[str, str], place: int) -> str:
+    return parts[IMAGES][place * IMAGE_DIGITS : (place + 1) * IMAGE_DIGITS]
+
+
+def _seen_images(state: Mapping[str, Any], dataset: ConversationDataset) -> set[ImageSource]:
+    """The images of the rows that a checkpoint's steps have seen."""
+    order = permutation(len(dataset), state["settings"]["seed"], 0)[: state["run"]["samples_seen"]]
+    return {source for row in order.tolist() for source in dataset.conversations[row].images}
 
 
 def changed_versions(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:

@@ -28,7 +28,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data.errors import ToldElsewhere
 from train.config import ConfigError, TuneConfig
 from train.engine import check_engine, deepspeed_wanted
-from train.run_folder import read_status, write_status
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting
@@ -176,8 +175,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Writes the reason into status.json if the block raises, unless another process has written one already.
+def failures_recorded(record: Callable[[str], None], accelerator: Accelerator) -> Iterator[None]:
+    """Hands the reason to `record` if the block raises.
 
     Launchers turn every exit code into 1, and only the first process to fail knows the cause.
     """
@@ -192,9 +191,7 @@ def failures_recorded(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         except RuntimeError:  # raised on entering it; a DataLoader's dead workers are told of once
             ignore_worker_deaths()
         with suppress(OSError, ValueError):  # the disk may be what failed, and the error itself is on its way up
-            if read_status(folder)["state"] == "running":
-                reason = f"process {accelerator.process_index}: {type(error).__name__}: {error}"
-                write_status(folder, "failed", reason=reason)
+            record(f"process {accelerator.process_index}: {type(error).__name__}: {error}")
         kill_workers()  # one that hangs does not follow the SIGTERM that Python sends before it waits for its end
         raise
 

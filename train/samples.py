@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,17 @@ def calibration_samples(dataset: ConversationDataset, count: int, seed: int) -> 
 
 
 def choose_layers(
-    config: TuneConfig, release: Release, dtype: torch.dtype, accelerator: Accelerator
+    config: TuneConfig,
+    release: Release,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    write: Callable[[Path, str], None] = write_atomically,
 ) -> list[int] | None:
     """The layers to freeze: those listed, or the first of a ranking of all; None for none.
 
     LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
-    are what will be frozen. Each process measures its share of the conversations; the values are written to the run's
-    folder.
+    are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
+    by `write`.
     """
     if config.shortv is None or config.shortv.freeze is None:
         return config.shortv.layers if config.shortv else None
@@ -180,7 +184,7 @@ def choose_layers(
     chosen = sorted(pick_layers(ranking, config.shortv.freeze))
     if accelerator.is_main_process:
         found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
-        write_atomically(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
+        write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
     return chosen
 
 

@@ -11,21 +11,37 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data.files import write_atomically
+from data.errors import UserError
+from data.files import read_json, write_atomically
 from train.config import TuneConfig
 from train.run_folder import TRACKER
 
 PROJECT = "shortzip"
 
 
-def wandb_run_id(folder: Path) -> str:
-    """The id of the folder's W&B run: made once and kept in the folder, so that a resumed run goes on in it."""
+def wandb_run_id(folder: Path, say: Callable[[str], None] = print) -> str:
+    """The id of the folder's W&B run: made once and kept in the folder, so that a resumed run goes on in it.
+
+    A copy of the folder has a run of its own: the file names its folder, by path and inode, and one of the two is the
+    same wherever the folder is moved.
+    """
     path = folder / TRACKER
+    place = {"folder": str(folder.resolve()), "inode": folder.stat().st_ino}
+    kept: dict[str, Any] = {}
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
-    made = uuid.uuid4().hex[:12]
-    write_atomically(path, json.dumps({"id": made}) + "\n")
-    return made
+        try:
+            kept = read_json(path)
+        except UserError as error:
+            say(f"W&B: this run goes on as a new one there: {error}")
+    if not isinstance(kept.get("id"), str):
+        kept = {}
+    elif "inode" in kept and not any(kept.get(key) == value for key, value in place.items()):
+        say(f"W&B: {folder} is a copy of {kept.get('folder')}, and a new run there; {kept['id']} stays the original's")
+        kept = {}
+    run_id = str(kept.get("id") or uuid.uuid4().hex[:12])
+    if kept != {"id": run_id, **place}:
+        write_atomically(path, json.dumps({"id": run_id, **place}) + "\n")
+    return run_id
 
 
 class Trackers:
@@ -41,7 +57,7 @@ class Trackers:
         if not self._active:
             return
         if "wandb" in config.report_to:
-            self._start(config, folder, {"id": wandb_run_id(folder), "name": config.name, "resume": "allow"})
+            self._start(config, folder, {"id": wandb_run_id(folder, say), "name": config.name, "resume": "allow"})
         else:
             self._start(config, folder, None)
 

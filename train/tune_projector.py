@@ -11,9 +11,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,15 +63,8 @@ from train.processes import (
 from train.publish import check_publishable
 from train.release import dtype_of, load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
-from train.run_folder import (
-    DROPPED,
-    NONFINITE,
-    Metrics,
-    RunFolderError,
-    checkpoint_to_continue,
-    prepare_folder,
-    write_status,
-)
+from train.run_folder import DROPPED, NONFINITE, Metrics, RunFolderError
+from train.run_start import RunFolder
 from train.samples import check_instructions, choose_layers, draw_demo_scenes, fingerprint, held_out_set, training_set
 from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
 from train.tracking import Trackers
@@ -114,37 +107,36 @@ def main(argv: Sequence[str]) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     report = Reporter(accelerator.is_main_process)
-    folder = on_main_process(accelerator, lambda: prepare_folder(config))
-    with StopRequest() as stop, failures_recorded(folder, accelerator):
-        try:
-            tune(config, folder, accelerator, report, stop)
+    try:
+        with StopRequest() as stop, held_folder(config, accelerator, report) as run:
+            tune(config, run, accelerator, report, stop)
             if config.control:
                 report.heading("control: the same tuning with all visual tokens")
-                control = control_of(config, folder)
-                tune(control, on_main_process(accelerator, lambda: prepare_folder(control)), accelerator, report, stop)
-            compare_and_draw(config, folder, accelerator, report, stop)
-            publish_if_asked(config, folder, accelerator, report)
-        except StopRequested as request:
-            if accelerator.is_main_process:
-                write_status(folder, "stopped", reason=str(request))
-            sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
-        if accelerator.is_main_process:
-            write_status(folder, "finished")
+                control = control_of(config, run.path)
+                with held_folder(control, accelerator, report) as beneath:
+                    tune(control, beneath, accelerator, report, stop)
+            compare_and_draw(config, run.path, accelerator, report, stop)
+            publish_if_asked(config, run.path, accelerator, report)
+    except StopRequested as request:
+        sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
     accelerator.end_training()
 
 
-def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
-    """One run, from the release to `folder`/final. Raises `StopRequested`, after saving, if asked to stop."""
-    device = accelerator.device
+@contextmanager
+def held_folder(config: TuneConfig, accelerator: Accelerator, report: Reporter) -> Iterator[RunFolder]:
+    """The run's folder, for this run alone, which says afterwards how the run ended."""
+    with RunFolder(config, accelerator, report.say) as run, failures_recorded(run.failed, accelerator):
+        yield run
+
+
+def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
+    """One run, from the release to final/ in its folder. Raises `StopRequested`, after saving, if asked to stop."""
+    device, folder = accelerator.device, run.path
     set_seed(config.seed)
 
     # ---- the checkpoint to continue from, if any
-    checkpoint: Checkpoint | None = None
-    if config.resume_from_checkpoint is not None:
-        checkpoint = on_main_process(accelerator, lambda: checkpoint_to_continue(config, folder, report.say))
+    checkpoint = run.checkpoint()
     state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
-    if accelerator.is_main_process:
-        write_status(folder, "running", state.step)
 
     # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
     check_instructions(config.data)
@@ -154,9 +146,12 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
     )
     check_publishable(config, release)
+    run.check_base(release.config.get("base_release"))
     visionzip = config.visionzip.as_key() if config.visionzip else None
     fastv = asdict(config.fastv) if config.fastv else None
-    layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator)
+    layers = (
+        checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator, run.write)
+    )
     shortv = None if layers is None else {"layers": layers}
     tower = known_tower(config, release, dtype)
     model, processor = load_release(
@@ -181,7 +176,14 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     dataset = training_set(config.data, processor, config.seed)
     held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
+    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
+    if checkpoint:
+        check_same_run(checkpoint.state["settings"], settings, folder)
+        state_then = checkpoint.state
+        on_main_process(accelerator, lambda: check_same_origin(state_then, identity, dataset, folder, report.say))
     if config.data.cache_features is not None:
+        run.accept(state.step)  # what follows may take hours
         store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
     limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)
     if limits.gradient_checkpointing:
@@ -203,12 +205,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
         f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
     )
     report.say(limits_said)
-    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
-    identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
-    if checkpoint:
-        check_same_run(checkpoint.state["settings"], settings, folder)
-        check_same_origin(checkpoint.state, identity, dataset, folder, report.say)
-        dataset.drops.extend(Drop(**drop) for drop in state.dropped)
+    dataset.drops.extend(Drop(**drop) for drop in state.dropped)
 
     # ---- optimizer and schedule, as they were
     from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
@@ -217,6 +214,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
     check_learns(schedule, plan, dataset, total_steps)
+    check_shared_memory(dataset, plan, config.data.num_workers)
     if checkpoint:
         for name, parameter in parameters.items():
             parameter.data.copy_(checkpoint.projector[name])
@@ -228,7 +226,8 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     engine = start_engine(accelerator, SupervisedLoss(model), adamw, parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
-    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None)
+    run.accept(state.step)
+    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None, run.say)
     trackers = Trackers(accelerator, config, folder, report.say)
 
     def save() -> None:
@@ -247,9 +246,9 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
                 "versions": versions(),
             },
         )
-        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit))
+        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit, run.say))
         if accelerator.is_main_process:
-            write_status(folder, "running", state.step)
+            run.saved(state.step)
 
     def evaluate() -> None:
         assert held_out is not None
@@ -268,7 +267,6 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
             report.say(f"step {state.step}: held-out loss {loss:.4f}")
 
     # ---- the loop: one turn is one global batch
-    check_shared_memory(dataset, plan, config.data.num_workers)
     micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
     stopping = out_of_memory = halved = has_learned = False
     flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))

@@ -21,7 +21,7 @@ from train.config import ConfigError, FastVConfig, TuneConfig
 from train.frontier_points import FrontierConfig, Point, points_of, tuned_points
 from train.frontier_report import GRID_OF_POINTS, Summary, show, summarise
 from train.processes import StopRequest
-from train.run_folder import prepare_folder, read_status, write_status
+from train.run_folder import read_status, write_status
 
 LAYERS = {("lc", "0", budget, 0): [] for budget in ("all", "6+3", "9+3")}
 LAYERS |= {("lc", "60%", "all", 0): [1, 2], ("lc", "60%", "6+3", 0): [0, 1], ("lc", "60%", "9+3", 0): [0, 2]}
@@ -272,8 +272,9 @@ def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch:
 
     def run(command: list[str], log: Path, _: StopRequest) -> int:
         given.append(command)
-        prepare_folder(load_config(command[2:]))
-        write_status(tmp_path / "runs" / point.name, "running", 3)
+        folder = Path(load_config(command[2:]).output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_status(folder, "running", 3)
         log.write_text("the disk is full\n")
         return int(len(given) == 4)
 

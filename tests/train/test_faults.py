@@ -6,7 +6,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from data.drops import BadSample, TooManyBadSamples
 from train.checkpoint import CheckpointError
-from train.command_line import load_config
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.objective import SupervisedLoss
 from train.processes import failures_recorded, start_accelerator, watched
-from train.run_folder import RunFolderError, prepare_folder, read_metrics, read_status, write_status
+from train.run_folder import RunFolderError, read_metrics, read_status
 from train.tune_projector import NonFiniteLoss
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
@@ -101,7 +99,7 @@ def test_what_the_user_can_mend_is_said_in_one_line_before_anything_is_fetched(r
     assert process.returncode == 1
     assert "error: MissingFile: nowhere.json is neither a file, nor a folder" in output
     assert "Traceback" not in output
-    assert read_status(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run").exists(), "refused without a trace"
 
 
 @pytest.mark.parametrize(
@@ -171,35 +169,32 @@ def test_a_run_computes_with_the_threads_it_was_given(tmp_path: Path) -> None:
         TuneConfig(**settings, cpu_threads=0)
 
 
-def test_the_reason_is_written_though_workers_go_on_dying(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reason_is_written_though_workers_go_on_dying() -> None:
     """torch raises from its SIGCHLD handler, wherever the main thread is."""
 
     def raise_as_torch_does(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker is killed")
 
-    def read_while_a_worker_dies(folder: Path) -> dict[str, object]:
-        os.kill(os.getpid(), signal.SIGCHLD)
-        return read_status(folder)
+    reasons: list[str] = []
 
-    prepare_folder(replace(load_config(["--config", str(recipe)]), output_dir=str(tmp_path / "run")))
-    write_status(tmp_path / "run", "running", 3)
-    monkeypatch.setattr("train.processes.read_status", read_while_a_worker_dies)
+    def record_while_a_worker_dies(reason: str) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        reasons.append(reason)
+
     before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
     try:
         with (
             pytest.raises(RuntimeError, match="worker 1"),
-            failures_recorded(tmp_path / "run", Accelerator(mixed_precision="no")),
+            failures_recorded(record_while_a_worker_dies, Accelerator(mixed_precision="no")),
         ):
             raise RuntimeError("worker 1 is dead")
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert "worker 1 is dead" in read_status(tmp_path / "run")["reason"]
+    assert reasons == ["process 0: RuntimeError: worker 1 is dead"]
 
 
 def test_the_reason_is_written_though_a_worker_dies_as_its_handler_is_taken_away(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`signal.signal` runs the handlers of signals that have arrived."""
     before = signal.getsignal(signal.SIGCHLD)
@@ -210,19 +205,18 @@ def test_the_reason_is_written_though_a_worker_dies_as_its_handler_is_taken_away
             raise RuntimeError("DataLoader worker is killed")
         set_handler(number, handler)
 
-    prepare_folder(replace(load_config(["--config", str(recipe)]), output_dir=str(tmp_path / "run")))
-    write_status(tmp_path / "run", "running", 3)
+    reasons: list[str] = []
     try:
         with monkeypatch.context() as patched:
             patched.setattr("train.processes.signal.signal", signal_in_between)
             with (
                 pytest.raises(EOFError),
-                failures_recorded(tmp_path / "run", Accelerator(mixed_precision="no")),
+                failures_recorded(reasons.append, Accelerator(mixed_precision="no")),
             ):
                 raise EOFError
         assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
         assert next(arrivals, None) is None
-        assert "process 0: EOFError" in read_status(tmp_path / "run")["reason"]
+        assert reasons == ["process 0: EOFError: "]
     finally:
         signal.signal(signal.SIGCHLD, before)
 

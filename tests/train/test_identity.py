@@ -16,7 +16,9 @@ from runs import copy_until, run_here, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import write_release
 
+from data.batching import permutation
 from data.dataset import ConversationDataset
+from data.drops import BadSample
 from data.files import sha256
 from data.instructions import read_instructions
 from data.supervision import Supervision
@@ -245,6 +247,40 @@ def test_a_run_does_not_go_on_over_something_else(stopped: tuple[Path, Path], tm
     said = r"Changed since: the vision tower's weights, the images \(1 of \d+, such as images/0-0-0.png\)\. Put back"
     with pytest.raises(CheckpointError, match=said):
         run_here(recipe, run, *RESUME, *arguments)
+
+
+def test_an_image_that_a_run_failed_over_may_be_mended(
+    tiny_release: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless a step has seen it; and in a run that failed over nothing of the kind, none may change."""
+    instructions = rows / "instructions.json"
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, instructions, max_steps=3, save_steps=1)
+    order = permutation(40, 0, 0).tolist()
+    conversations = read_instructions(instructions)
+    last, first = (
+        rows / str(next(conversations[row].images[0] for row in part if conversations[row].images))
+        for part in (order[12:18], order[:6])
+    )
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadSample, match=last.name):
+        run_here(recipe, tmp_path / "run")
+    last.write_bytes(whole)
+    mended, changed = tmp_path / "mended", tmp_path / "changed"
+    shutil.copytree(tmp_path / "run", mended)
+    shutil.copytree(tmp_path / "run", changed)
+    run_here(recipe, mended, *RESUME)
+    assert f"1 images that no step has seen were mended since the run failed, such as images/{last.name}" in (
+        capsys.readouterr().out
+    )
+    status = json.loads((changed / "status.json").read_text())
+    (changed / "status.json").write_text(json.dumps({**status, "reason": "SIGTERM"}))
+    with pytest.raises(CheckpointError, match=rf"the images \(1 of \d+, such as images/{last.name}\)"):
+        run_here(recipe, changed, *RESUME)
+    (changed / "status.json").write_text(json.dumps(status))
+    ImageOps.mirror(Image.open(first)).save(first)
+    with pytest.raises(CheckpointError, match=r"the images \(2 of \d+"):
+        run_here(recipe, changed, *RESUME)
 
 
 def test_a_checkpoint_of_an_older_version_goes_on_and_says_what_is_not_known(

@@ -60,7 +60,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 def test_what_a_run_leaves_behind(uninterrupted: Path, learned_release: Path) -> None:
     assert {path.name for path in uninterrupted.iterdir()} == {
-        "config.yaml", "status.json", "metrics.jsonl", "loss.png", "final",
+        "config.yaml", "status.json", "metrics.jsonl", "loss.png", "final", ".run.lock",
         *(f"step-{step:06d}" for step in range(2, 11, 2)),
     }  # fmt: skip
     assert read_status(uninterrupted)["state"] == "finished"

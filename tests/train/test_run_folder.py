@@ -1,72 +1,12 @@
-"""The run's folder: no other run is harmed, and what was measured stays readable."""
+"""The run's folder: what was measured stays readable, and how the run stands is told."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from train.command_line import load_config
-from train.config import DataConfig, TuneConfig
-from train.run_folder import Metrics, RunFolderError, prepare_folder, read_metrics, write_status
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TuneConfig:
-    return TuneConfig(model="m", data=DataConfig(instructions="i"), output_dir=str(tmp_path / "run"))
-
-
-def test_a_new_run_writes_its_config(config: TuneConfig) -> None:
-    folder = prepare_folder(config)
-    assert load_config(["--config", str(folder / "config.yaml")]) == config
-
-
-def test_another_run_is_not_touched(config: TuneConfig) -> None:
-    folder = prepare_folder(config)
-    (folder / "metrics.jsonl").write_text("precious")
-    with pytest.raises(RunFolderError, match=r"holds another run.*--resume_from_checkpoint latest"):
-        prepare_folder(replace(config, seed=5))
-    assert (folder / "metrics.jsonl").read_text() == "precious"
-    assert load_config(["--config", str(folder / "config.yaml")]).seed == 0
-
-
-def test_a_run_that_failed_before_its_first_step_is_no_hindrance(config: TuneConfig) -> None:
-    folder = prepare_folder(config)
-    write_status(folder, "failed", 0, "no such release")
-    (folder / "metrics.jsonl").touch()
-    assert load_config(["--config", str(prepare_folder(replace(config, seed=5)) / "config.yaml")]).seed == 5
-    for state, step, metrics in (("running", 0, ""), ("stopped", 0, ""), ("failed", 3, ""), ("failed", 0, "{}\n")):
-        write_status(folder, state, step)  # type: ignore[arg-type]  # one of the Literal's
-        (folder / "metrics.jsonl").write_text(metrics)
-        with pytest.raises(RunFolderError, match="holds another run"):
-            prepare_folder(config)
-
-
-def test_overwriting_deletes_the_run_and_nothing_else(config: TuneConfig) -> None:
-    folder = prepare_folder(config)
-    (folder / "metrics.jsonl").write_text("old")
-    (folder / "notes.txt").write_text("mine")
-    (folder / "step-000001").mkdir()
-    prepare_folder(replace(config, overwrite_output_dir=True))
-    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "notes.txt"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_other_things_is_never_used(config: TuneConfig, overwrite: bool) -> None:
-    folder = Path(config.output_dir)
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("x")
-    with pytest.raises(RunFolderError, match="holds no run"):
-        prepare_folder(replace(config, overwrite_output_dir=overwrite))
-    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
-
-
-def test_resuming_needs_a_run(config: TuneConfig) -> None:
-    with pytest.raises(RunFolderError, match="holds no run"):
-        prepare_folder(replace(config, resume_from_checkpoint="latest"))
-    Path(config.output_dir).write_text("a file")
-    with pytest.raises(RunFolderError, match="is a file"):
-        prepare_folder(config)
+from data.errors import UserError
+from train.run_folder import Metrics, is_finished, read_metrics, read_status, write_status
 
 
 def test_metrics_after_the_resumed_step_are_dropped_with_a_half_line(tmp_path: Path) -> None:
@@ -85,6 +25,19 @@ def test_metrics_after_the_resumed_step_are_dropped_with_a_half_line(tmp_path: P
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = {"kind": "train", "step": 1, "loss": 0.5}
+    nested = "[" * 100_000
+    path.write_text("\n".join(["garbage", json.dumps(good), "[1]", '{"step": "2"}', "", nested, '{"kind": "tr']))
+    assert read_metrics(path) == [good]
+    said: list[str] = []
+    resumed = Metrics(tmp_path, 1, said.append)
+    resumed.close()
+    assert said == [f"{path}: 5 of its lines cannot be read, and were left out"]
+    assert path.read_text() == json.dumps(good) + "\n"
+
+
 def test_metrics_are_of_the_main_process_and_finite(tmp_path: Path) -> None:
     Metrics(None, None).write("train", 1, loss=1.0)
     assert not list(tmp_path.iterdir())
@@ -96,3 +49,14 @@ def test_the_status_says_why(tmp_path: Path) -> None:
     write_status(tmp_path, "stopped", 7, "SIGTERM")
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["reason"]) == ("stopped", 7, "SIGTERM")
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", '{"state": "finished"}', '{"state": "lost", "step": 1}'])
+def test_a_damaged_status_is_said_and_counts_as_unfinished(tmp_path: Path, text: str) -> None:
+    assert not is_finished(tmp_path)
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(UserError, match=r"status\.json"):
+        read_status(tmp_path)
+    assert not is_finished(tmp_path)
+    write_status(tmp_path, "finished")
+    assert is_finished(tmp_path)
