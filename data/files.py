@@ -125,20 +125,6 @@ def written_whole(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-@contextmanager
-def temporary_folder(name: str) -> Iterator[Path]:
-    """A folder among the system's temporary files that vanishes after the block, or with the next one of this name."""
-    among = Path(tempfile.gettempdir())
-    with writing(among):
-        sweep(among, name)
-        partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=among)))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-
-
 def sweep(folder: Path, name: str = "") -> None:
     """Removes what killed writers left in `folder` (of the target `name`): what nobody on this machine holds.
 

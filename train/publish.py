@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from data.errors import UserError
-from data.files import temporary_folder
 from train.adapters import ADAPTER_FOLDER
 from train.config import TuneConfig
 from train.hub import retrying
@@ -133,13 +133,13 @@ def prepare(
     record = read_run(run)
     final = open_release(str(run))
     commit: str | None = None
-    with temporary_folder("shortzip-publish") as scratch:
+    with tempfile.TemporaryDirectory(prefix="shortzip-publish-") as scratch:
         folder = final.source
         if shape != "full":
             release = _release_of(record)
             _check_base(release, shape, base)
             commit = _same_on_hub(release, base, say) if base and shape == "projector" else None
-            folder = scratch / repo_id.split("/")[1]
+            folder = Path(scratch) / repo_id.split("/")[1]
             write_reduced_checkpoint(
                 folder,
                 release,

@@ -59,8 +59,7 @@ def is_run(folder: Path) -> bool:
     try:
         read_status(folder)
     except UserError:
-        with (folder / CONFIG).open(encoding="utf-8", errors="replace") as file:
-            return file.readline() == MARK and (folder / LOCK).is_file()
+        return (folder / CONFIG).read_bytes().startswith(MARK.encode()) and (folder / LOCK).is_file()
     return True
 
 

@@ -150,7 +150,10 @@ class RunFolder:
         if self._certain:
             sweep(folder, self.say)
         is_overwriting = self.config.resume_from_checkpoint is None and is_run(folder)
-        if is_overwriting:
+        if is_overwriting and failed_to_start(folder) and not (folder / EARLIER).is_dir():
+            is_overwriting = False  # the word of a failure is not worth coming back to
+            self._discard_own()
+        elif is_overwriting:
             move_aside(folder, self.say)
         try:
             for path in self._damaged:
@@ -163,8 +166,7 @@ class RunFolder:
             if is_overwriting:
                 self._give_back()
             elif self.config.resume_from_checkpoint is None:
-                for path in own_files(folder):
-                    discard(path, self.say)
+                self._discard_own()
             raise
         if is_overwriting:
             self.say(f"the run that {folder} held lies in {EARLIER} until this one's first checkpoint is written")
@@ -186,13 +188,17 @@ class RunFolder:
         if self._accepted and read_status(self.path)["state"] == "running":
             write_status(self.path, "failed", reason=reason)
 
+    def _discard_own(self) -> None:
+        for path in own_files(self.path):
+            discard(path, self.say)
+
     def _give_back(self) -> None:
         try:
             put_back(self.path, self.say)
         except OSError as error:
             self.say(f"the run that was to be overwritten lies in {self.path / EARLIER} ({error})")
         else:
-            self.say(f"{self.path} holds again the run that was to be overwritten")
+            self.say(f"{self.path} holds again the run that was to be overwritten, and nothing of the one that failed")
 
 
 def check_folder(config: TuneConfig) -> None:

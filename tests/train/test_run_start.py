@@ -13,7 +13,7 @@ import pytest
 from accelerate import Accelerator
 
 from data.errors import Busy, CannotWrite
-from data.files import held_alone, temporary_folder, written_whole
+from data.files import held_alone, written_whole
 from train.command_line import load_config
 from train.config import DataConfig, TuneConfig
 from train.processes import StopRequested
@@ -128,6 +128,17 @@ def test_a_run_that_failed_before_its_first_step_is_no_hindrance(config: TuneCon
     (folder / "metrics.jsonl").touch()
     write_run(replace(config, seed=5))
     assert load_config(["--config", str(folder / "config.yaml")]).seed == 5
+    write_status(folder, "failed", 0, "no such release")
+
+    def fail_again() -> None:
+        with folder_of(replace(config, overwrite_output_dir=True)) as run:
+            run.accept()
+            run.failed("no memory")
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail_again()
+    assert read_status(folder)["reason"] == "no memory", "the newer word"
     for state, step, metrics in (("running", 0, ""), ("stopped", 0, ""), ("failed", 3, ""), ("failed", 0, "{}\n")):
         write_status(folder, state, step)  # type: ignore[arg-type]  # one of the Literal's
         (folder / "metrics.jsonl").write_text(metrics)
@@ -328,23 +339,6 @@ def test_what_killed_writers_left_is_swept_and_what_lives_or_is_another_s_stays(
         assert not left.exists()
         hidden = {path.name for path in folder.iterdir() if path.name.startswith(".") and path != alive}
         assert hidden == {LOCK, ".writing-index", ".partial-elsewhere-final-1"}
-
-
-def test_a_killed_process_s_temporary_folder_goes_with_the_next_one_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
-    def publish() -> None:
-        with temporary_folder("shortzip-publish"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    status_of(in_another_process(publish))
-    (left,) = tmp_path.iterdir()
-    with temporary_folder("shortzip-publish") as first, temporary_folder("shortzip-publish") as second:
-        assert set(tmp_path.iterdir()) == {first, second}
-        assert not left.exists()
-    assert not list(tmp_path.iterdir())
 
 
 # ---- what could not be written at the end is refused at the beginning
