@@ -43,6 +43,10 @@ class Busy(UserError):
     """A folder in which another process is at work."""
 
 
+class ToldElsewhere(UserError):
+    """What another process tells the user: this one ends without a word."""
+
+
 def printable(text: str) -> str:
     """A message without control characters, which a terminal would obey: a file's name may hold any.
 

@@ -29,7 +29,8 @@ settings.load_profile("repeatable")  # what fails in one run of the suite fails 
 @pytest.fixture(autouse=True)
 def _signal_handlers_left_as_they_were() -> Iterator[None]:
     """A handler that outlives its test is inherited by the processes of later ones, which then hang now and then."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
     of_data_workers = signal.getsignal(signal.SIGCHLD)
     yield
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:  # as a run that failed leaves it; torch sets its own once

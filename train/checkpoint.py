@@ -294,7 +294,11 @@ def restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def versions(packages: Sequence[str] = ("torch", "transformers", "accelerate", "safetensors")) -> dict[str, str]:
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+def versions(packages: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """The installed version of each package."""
     from importlib.metadata import version
 
     return {name: version(name) for name in packages}

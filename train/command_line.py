@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from data.errors import UserError, printable
+from data.errors import ToldElsewhere, UserError, printable
 from reduction.errors import ReductionError
 from train.config import ConfigError, TuneConfig
 
@@ -137,6 +137,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
+    except ToldElsewhere:
+        sys.exit(1)
     except MENDABLE as error:
         sys.exit(f"error: {printable(str(error))}")
     except Exception:

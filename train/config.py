@@ -118,7 +118,7 @@ class DemoScenesConfig:
     def __post_init__(self) -> None:
         if self.train_seed == self.eval_seed:
             raise ConfigError("data.demo_scenes: train_seed and eval_seed are equal, so nothing would be held out")
-        _at_least(self, "data.demo_scenes.", train_scenes=1, eval_scenes=1)
+        _within(self, "data.demo_scenes.", train_scenes=(1, 1_000_000), eval_scenes=(1, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ class DataConfig:
             raise ConfigError(f"data.fraction is {self.fraction}: a share above 0 and up to 1 is needed")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}: a share from 0 to 1 is needed")
-        _at_least(self, "data.", max_length=2, num_workers=0, worker_timeout=0, eval_samples=1)
+        _at_least(self, "data.", eval_samples=1)
+        _within(self, "data.", max_length=(2, 1 << 20), num_workers=(0, 512), worker_timeout=(0, 7 * 24 * 3600))
         if self.eval_instructions is None and (self.eval_image_root or self.eval_samples):
             raise ConfigError("data.eval_image_root and data.eval_samples need data.eval_instructions")
 
@@ -282,11 +283,18 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1,
-            max_tokens_per_micro_batch=1, max_nonfinite_steps=1, cpu_threads=1,
-            save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
-            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0, lora_r=1, lora_alpha=0,
+            self, "", per_device_train_batch_size=1, max_tokens_per_micro_batch=1, max_nonfinite_steps=1,
+            save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1,
+            learning_rate=0, weight_decay=0, max_grad_norm=0, lora_alpha=0,
         )  # fmt: skip
+        _within(
+            self, "", max_steps=(1, 1_000_000_000), global_batch_size=(1, 1_000_000), cpu_threads=(1, 1024),
+            eval_batch_size=(1, 65_536), max_new_tokens=(1, 1 << 20), pictures=(0, 1000), lora_r=(1, 65_536),
+            seed=(0, 2**32 - 1),
+        )  # fmt: skip
+        for key in ("learning_rate", "lora_alpha"):
+            if getattr(self, key) == 0:
+                raise ConfigError(f"{key} is 0, with which nothing is learned: more than 0 is needed")
         if self.max_memory is not None:
             try:
                 parse_bytes(self.max_memory)
@@ -294,8 +302,8 @@ class TuneConfig:
                 raise ConfigError(f"max_memory: {error}") from error
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio is {self.warmup_ratio}: a share from 0 up to, but not including, 1")
-        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
-            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}: more than 0 is needed")
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs <= 100_000:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}: more than 0, up to 100000, is needed")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError(
                 f"max_steps ({self.max_steps}) and num_train_epochs ({self.num_train_epochs}) both say how long: "
@@ -365,3 +373,11 @@ def _at_least(section: Any, prefix: str, **minima: float) -> None:
         value = getattr(section, key)
         if value is not None and not minimum <= value < float("inf"):  # NaN too
             raise ConfigError(f"{prefix}{key} is {value}: at least {minimum} is needed, and finite")
+
+
+def _within(section: Any, prefix: str, **ranges: tuple[int, int]) -> None:
+    """Bounds of what costs memory or time by its size alone: a slip of the keyboard is no machine that was bought."""
+    for key, (least, most) in ranges.items():
+        value = getattr(section, key)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{prefix}{key} is {value}: at least {least}, and at most {most}, is needed")

@@ -25,6 +25,7 @@ from accelerate.utils import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data.errors import ToldElsewhere
 from train.config import ConfigError, TuneConfig
 from train.engine import check_engine, deepspeed_wanted
 
@@ -33,6 +34,10 @@ PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large mo
 POLL_S = 0.2
 CONSENT_S = 60  # torchrun gives the processes that it started 30 seconds
 GRACE = 5.0  # seconds after a DataLoader's own timeout, which says more
+# What schedulers, terminals and shells announce the end with. The optional ones stay ignored where they are (nohup).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OPTIONAL_STOP_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+FEW_THREADS = 8  # are harmless on any machine, so that a recipe may go from one to another
 
 
 def start_accelerator(config: TuneConfig) -> Accelerator:
@@ -43,6 +48,12 @@ def start_accelerator(config: TuneConfig) -> Accelerator:
     """
     check_engine(config)
     if config.cpu_threads is not None:
+        most = max(os.cpu_count() or 1, FEW_THREADS)
+        if config.cpu_threads > most:
+            raise ConfigError(
+                f"cpu_threads is {config.cpu_threads}, and this machine has {os.cpu_count()} cores: 1 to {most} are "
+                "allowed here"
+            )
         torch.set_num_threads(config.cpu_threads)
     with_deepspeed = deepspeed_wanted()
     # Without a GPU Accelerate names no backend for DeepSpeed, and every process would believe to be alone.
@@ -79,7 +90,8 @@ def start_accelerator(config: TuneConfig) -> Accelerator:
 def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Runs `action` on the main process while the others wait, and gives its result to all.
 
-    If it raises, every process raises: none is left waiting for a main process that is gone.
+    If it raises, every process raises: none is left waiting for a main process that is gone. The others raise
+    `ToldElsewhere`, for the main process tells the user.
     """
     outcome: list[Any] = [None, None]
     error: Exception | None = None
@@ -92,12 +104,15 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> R
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RuntimeError(f"the main process failed: {outcome[1]}")
+        raise ToldElsewhere(f"the main process failed: {outcome[1]}")
     return outcome[0]
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the step at hand is finished and saved. A second SIGINT interrupts at once.
+    """Notes what asks a run to end: the step at hand is finished and saved. A second SIGINT interrupts at once.
+
+    That is SIGTERM and SIGINT; and SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2 and SIGXCPU (what schedulers send
+    before the time is over) unless they are ignored on entry, as nohup has SIGHUP ignored.
 
     As a context manager it listens from entry to exit, and leaves the handlers as it found them: processes forked
     later would inherit a SIGTERM that ends nothing, which hangs whoever waits for them (multiprocessing.Pool does).
@@ -108,7 +123,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        ignored = [number for number in OPTIONAL_STOP_SIGNALS if signal.getsignal(number) in (signal.SIG_IGN, None)]
+        listened = [number for number in (*STOP_SIGNALS, *OPTIONAL_STOP_SIGNALS) if number not in ignored]
+        self._before = {number: signal.signal(number, self._note) for number in listened}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,6 +182,9 @@ def failures_recorded(record: Callable[[str], None], accelerator: Accelerator) -
     """
     try:
         yield
+    except ToldElsewhere:  # and written down there
+        kill_workers()
+        raise
     except Exception as error:
         try:
             ignore_worker_deaths()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,11 +20,19 @@ from train.run_folder import read_metrics
 LEFT_OUT = 3  # first steps, in which caches and allocators fill
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # instead of ending the process
+
+
 class Reporter:
-    """Messages, tables and progress for the user; silent on every process but the main one."""
+    """Messages, tables and progress for the user; silent on every process but the main one.
+
+    Once nobody can see them any more (a terminal that is gone, a pipe whose reader has ended) they stop, not the run.
+    """
 
     def __init__(self, is_main: bool) -> None:
-        self.console = Console(quiet=not is_main, highlight=False)
+        self.console = _Console(quiet=not is_main, highlight=False)
         if not self.console.is_terminal:
             self.console.width = 140  # a log file has no edge
             disable_progress_bar()
@@ -30,13 +40,16 @@ class Reporter:
         self._line_shown = 0.0
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False, soft_wrap=True)
+        with self._unless_unseen():
+            self.console.print(message, markup=False, soft_wrap=True)
 
     def heading(self, message: str) -> None:
-        self.console.rule(message)
+        with self._unless_unseen():
+            self.console.rule(message)
 
     def table(self, table: Table) -> None:
-        self.console.print(table)
+        with self._unless_unseen():
+            self.console.print(table)
 
     def progress(self, what: str, done: int, total: int, details: str = "") -> None:
         """Shows how far `what` is: a bar on a terminal, else a line now and then."""
@@ -46,19 +59,30 @@ class Reporter:
                 self._line_shown = now
                 self.say(f"{what}: {done}/{total} {details}".rstrip())
             return
-        if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._progress = Progress(*columns, TextColumn("{task.fields[details]}"), console=self.console)
-            self._progress.start()
-        tasks = {task.description: task.id for task in self._progress.tasks}
-        if what not in tasks:
-            tasks[what] = self._progress.add_task(what, total=total, details=details)
-        self._progress.update(tasks[what], completed=done, total=total, details=details)
+        with self._unless_unseen():
+            if self._progress is None:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                self._progress = Progress(*columns, TextColumn("{task.fields[details]}"), console=self.console)
+                self._progress.start()
+            tasks = {task.description: task.id for task in self._progress.tasks}
+            if what not in tasks:
+                tasks[what] = self._progress.add_task(what, total=total, details=details)
+            self._progress.update(tasks[what], completed=done, total=total, details=details)
 
     def end_progress(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with self._unless_unseen():
+                self._progress.stop()
             self._progress = None
+
+    @contextmanager
+    def _unless_unseen(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
+            with suppress(OSError, ValueError):  # or what is left in its buffer fails again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
 
 
 class Speed:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from data.dataset import ConversationDataset
 from data.drops import BadSample, DropLog
-from data.errors import UserError
+from data.errors import FileInTheWay, UserError
 from data.files import write_atomically, written_whole
 from data.instructions import Conversation, read_instructions
 from data.scene_questions import write_scenes
@@ -26,6 +26,7 @@ from reduction.layer_contribution import CalibrationSample, measure_layer_contri
 from reduction.layer_cosine import cosine_changes
 from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
+from train.preflight import check_sees_images
 from train.release import Release, load_release
 from train.run_folder import LAYERS
 
@@ -38,7 +39,9 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = training_conversations(config, seed, drops)
     supervision = Supervision(processor, max_length=config.max_length)
-    return ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+    dataset = ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+    check_sees_images(dataset)
+    return dataset
 
 
 def training_conversations(config: DataConfig, seed: int, drops: DropLog) -> tuple[list[Conversation], str]:
@@ -129,7 +132,8 @@ def check_instructions(config: DataConfig) -> None:
 def draw_demo_scenes(config: DataConfig) -> None:
     """Draws the scenes that `demo` stands for, where the config names it and they are not there yet.
 
-    For one process; afterwards every process can read them.
+    For one process of a run; afterwards every process can read them. Of two runs that draw the same ones at a time,
+    the one that ends later takes what the other has written.
     """
     scenes = config.demo_scenes
     wanted = []
@@ -138,10 +142,16 @@ def draw_demo_scenes(config: DataConfig) -> None:
     if config.eval_instructions == DEMO:
         wanted.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
     for folder, seed, count in wanted:
-        if not folder.exists():
-            fraction = config.fraction if seed == scenes.train_seed else 1.0
+        drawn = folder / "instructions.json"
+        if drawn.is_file():
+            continue
+        fraction = config.fraction if seed == scenes.train_seed else 1.0
+        try:
             with written_whole(folder) as partial:
                 write_scenes(partial, seed, count, fraction)
+        except FileInTheWay:
+            if not drawn.is_file():
+                raise
 
 
 def choose_layers(

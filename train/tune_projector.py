@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from torch.utils.data import DataLoader
 
-from data.batching import BatchPlan, MicroBatchSampler
-from data.dataset import Collator, ConversationDataset, MicroBatch
+from data.batching import BatchPlan
+from data.dataset import MicroBatch
 from data.drops import BadSample, Drop, TooManyBadSamples
-from data.errors import UserError
+from data.errors import ToldElsewhere, UserError
 from data.files import write_atomically
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
@@ -42,6 +41,8 @@ from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
 from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
+from train.identity import check_same_origin, run_identity
+from train.loading import check_shared_memory, loader_of
 from train.micro_batch import plan_micro_batches
 from train.objective import (
     SupervisedLoss,
@@ -51,13 +52,13 @@ from train.objective import (
     recompute_layers,
     train_only_projector,
 )
+from train.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
 from train.processes import (
     StopRequest,
     StopRequested,
     failures_recorded,
     on_main_process,
     start_accelerator,
-    watched,
 )
 from train.publish import check_publishable
 from train.release import dtype_of, load_release, open_release
@@ -186,8 +187,11 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     check_positions(model.config, dataset)
     check_positions(model.config, held_out, held_out=True)
     settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
     if checkpoint:
         check_same_run(checkpoint.state["settings"], settings, folder)
+        state_then = checkpoint.state
+        on_main_process(accelerator, lambda: check_same_origin(state_then, identity, dataset, folder, report.say))
     if config.data.cache_features is not None:
         run.accept(state.step)  # what follows may take hours
         store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
@@ -206,7 +210,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     )
     total_steps = config.max_steps or plan.total_steps
     assert total_steps is not None
-    report.say(f"{len(dataset)} conversations. {dataset.drops.summary()}.")
+    report.say(f"{conversations_in_words(dataset)}. {dataset.drops.summary()}.")
     report.say(
         f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
     )
@@ -219,6 +223,8 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
+    check_learns(schedule, plan, dataset, total_steps)
+    check_shared_memory(dataset, plan, config.data.num_workers)
     if checkpoint:
         for name, parameter in parameters.items():
             parameter.data.copy_(checkpoint.projector[name])
@@ -245,6 +251,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
                 "schedule": schedule.state_dict(),
                 "layers": layers,
                 "settings": settings,
+                "identity": identity,
                 "num_processes": accelerator.num_processes,
                 "versions": versions(),
             },
@@ -271,7 +278,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
 
     # ---- the loop: one turn is one global batch
     micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
-    stopping = out_of_memory = halved = False
+    stopping = out_of_memory = halved = has_learned = False
     flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
     if state.evaluation_due:
         evaluate()
@@ -302,8 +309,9 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
             micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
             continue
         drops = [asdict(drop) for micro in mine for drop in micro.dropped]
-        local = torch.tensor([loss_sum, stop.signal is not None, len(drops)], dtype=torch.float64, device=device)
-        total_loss, stops, dropped = accelerator.reduce(local).tolist()
+        counts = [stop.signal is not None, len(drops), answer_images(mine, model.config.image_token_id)]
+        local = torch.tensor([loss_sum, *counts], dtype=torch.float64, device=device)
+        total_loss, stops, dropped, images = accelerator.reduce(local).tolist()
 
         # Every process has the same loss by now, and will have the same gradient: it decides as the others do.
         learning_rate = schedule.get_last_lr()[0]
@@ -311,6 +319,8 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         state.samples_seen = batch.next_position
         norm = engine.update(finite=math.isfinite(total_loss))
         finite = math.isfinite(total_loss) and math.isfinite(norm)
+        if images and not has_learned:
+            has_learned = refuse_zero_gradient(norm, state.step)
         if finite:
             state.nonfinite_streak = []
             state.interval_loss += total_loss
@@ -385,24 +395,10 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     accelerator.free_memory()
 
 
-def loader_of(
-    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int = 0
-) -> Iterator[MicroBatch]:
-    """This process's micro-batches of the plan from a position on."""
-    workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
-    loader: DataLoader[MicroBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
-        batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
-        collate_fn=Collator.of(dataset.supervision),
-        num_workers=workers,
-        timeout=patience,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    return watched(iter(loader), patience) if patience else iter(loader)
-
-
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except ToldElsewhere:
+        sys.exit(1)
     except MENDABLE as error:
         sys.exit(f"error: {type(error).__name__}: {error}")

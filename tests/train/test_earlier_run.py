@@ -275,7 +275,7 @@ def test_overwriting_gives_the_old_run_back_or_leaves_the_new_one_alone(
         with pytest.raises(UserError, match="NaN"):
             run_here(recipe, run, *OVERWRITE, "--max_nonfinite_steps", "1", "--save_steps", "1")
     assert contents(run) == before
-    run_here(recipe, run, *OVERWRITE, "--max_steps", "1", "--save_steps", "1")
+    run_here(recipe, run, *OVERWRITE, "--max_steps", "1", "--warmup_ratio", "0", "--save_steps", "1")
     assert [path.name for path in list_checkpoints(run)] == ["step-000001"]
     assert (finished / "step-000002" / "state.json").is_file()
     assert not [path for path in run.iterdir() if path.name.startswith(".") and path.name != ".run.lock"]

@@ -376,7 +376,7 @@ def test_a_run_whose_hub_refuses_ends_well(
     hub: Hub, forks: Forks, tiny_release: Path, tiny_instructions: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(
-        tmp_path / "recipe.yaml", tiny_release, tiny_instructions, max_steps=1, push_to_hub=True,
+        tmp_path / "recipe.yaml", tiny_release, tiny_instructions, max_steps=1, warmup_ratio=0.0, push_to_hub=True,
         hub_model_id="user/tuned", hub_shape="full",
     )  # fmt: skip
     arguments = [TUNE, "--config", str(recipe), "--output_dir"]
