@@ -12,6 +12,11 @@ TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
 
 
+def reductions_of(config: Any) -> dict[str, Any]:
+    """What a config says of the three reductions, by key."""
+    return {"visionzip": config.visionzip, "shortv": config.shortv, "fastv": config.fastv}
+
+
 def validate(config: Any) -> None:
     """Refuse reductions that this model cannot take.
 
