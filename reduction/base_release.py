@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
 from .errors import ReductionError
@@ -124,25 +123,3 @@ def open_base(
     projector = Path(str(cached_file(checkpoint, PROJECTOR_FILE, **place, **hub)))
     folder = fetch_base(base_release, str(checkpoint), **hub)
     return folder, projector, {key: value for key, value in kwargs.items() if key not in (*_HUB, *_PLACE)}
-
-
-def lay_projector(model: Any, path: Path) -> None:
-    """Puts a projector's file into a loaded model, whose config then names no base any more: it is whole.
-
-    Raises:
-        ValueError: tensors that do not fit, or a projector that is quantised or offloaded.
-    """
-    projector = model.model.multi_modal_projector
-    for name, parameter in projector.named_parameters():
-        if parameter.is_meta or not parameter.dtype.is_floating_point:
-            raise ReductionError(
-                f"the projector's {name} is {'offloaded' if parameter.is_meta else parameter.dtype}: the tuned one "
-                "cannot be laid over it; leave it out (llm_int8_skip_modules=['model.multi_modal_projector'], or a "
-                "device_map that keeps model.multi_modal_projector on a device), or load a full checkpoint"
-            )
-    tensors = load_state_dict(str(path))
-    try:
-        projector.load_state_dict({name.rsplit("multi_modal_projector.", 1)[-1]: t for name, t in tensors.items()})
-    except RuntimeError as error:
-        raise ReductionError(f"{path} does not fit the release's projector: {error}") from error
-    model.config.base_release = None

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel, SiglipVisionModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .base_release import find_base, lay_projector, open_base
+from .base_release import find_base, open_base
 from .baselines import downsample_images, downsampled_tokens, grid_shape, keep_patches
 from .configuration_reduced_llava import (
     TOWER_HAS_CLS,
@@ -26,6 +25,7 @@ from .configuration_reduced_llava import (
 )
 from .errors import ReductionError
 from .fastv import Pruning, last_attended, prompt_end, prune_in_decoder, refuse_cache, refuse_chunks
+from .projector import PROJECTOR, DtypeProjector, lay_projector, settle_projector, was_reduced
 from .refusals import (
     refuse_changed,
     refuse_mismatch,
@@ -54,14 +54,6 @@ class VisualTokens(ModelOutput):
     targets: Tensor | None = None
     groups: Tensor | None = None
     attention: Tensor | None = None
-
-
-class DtypeProjector(LlavaMultiModalProjector):
-    """LLaVA's projector in a dtype of its own: float32 while it is trained, whatever the tower computes in."""
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        dtype = self.linear_1.weight.dtype
-        return super().forward(image_features.to(dtype) if dtype.is_floating_point else image_features)
 
 
 class ReducedModelMixin:
@@ -266,7 +258,7 @@ class ReducedForGenerationMixin:
         if fastv_query is not None:
             embeds = inputs.get("inputs_embeds")
             whole, given = (input_ids, inputs["input_ids"]) if embeds is None else (inputs_embeds, embeds)
-            cached = whole.shape[1] - given.shape[1]
+            cached = whole.shape[1] - given.shape[1]  # type: ignore[union-attr]
             inputs["fastv_query"] = (fastv_query - cached).clamp(min=0)
         return inputs
 
@@ -275,9 +267,17 @@ class ReducedForGenerationMixin:
         own = {key: value for key, value in model_kwargs.items() if key != "fastv_query"}
         return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)  # type: ignore[misc]
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The projector of a reduced checkpoint comes in the dtype of its file, whatever the rest is loaded in."""
+        plan: dict[str, Any] = super()._get_dtype_plan(dtype)  # type: ignore[misc]
+        return {**plan, **({PROJECTOR: None} if was_reduced(self.config) else {})}
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' method, with `visionzip` and `shortv` among the keyword arguments.
+
+        `dtype` is of everything but a tuned projector: what a reduced checkpoint holds in float32, as it was tuned,
+        stays float32. A plain release is loaded as transformers' own class loads it.
 
         Raises:
             ValueError: missing, unexpected or misshapen weights, by name; an impossible reduction; another release
@@ -302,6 +302,8 @@ class ReducedForGenerationMixin:
             )
         if projector is not None:
             lay_projector(model, projector)
+        else:
+            settle_projector(model)
         return (model, info) if with_info else model
 
 
