@@ -5,6 +5,7 @@ The weights have the names of transformers' LLaVA: a release loads here, and a r
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .refusals import (
 )
 from .shortv import active_rows, freeze_visual_tokens
 from .visionzip import at_least_float32, reduce_tokens
+from .weight_files import check_json, check_weights
 
 
 @dataclass
@@ -288,6 +290,8 @@ class ReducedForGenerationMixin:
         base_release = find_base(cls.config_class, source, kwargs)  # type: ignore[attr-defined]
         if base_release is not None:
             source, projector, kwargs = open_base(cls.config_class, base_release, source, kwargs)  # type: ignore[attr-defined]
+        check_json(source, ("generation_config.json",), kwargs.get("subfolder"))
+        check_weights(Path(str(source), kwargs.get("subfolder") or ""))
         # Misshapen weights are let through to be refused below, by name: transformers only logs which they are.
         kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]

@@ -7,6 +7,23 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.processing_utils import MultiModalData
 
 from .configuration_reduced_llava import validate_visionzip
+from .errors import ReductionError
+from .weight_files import check_json
+
+_FILES = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def _check_patch_size(patch_size: Any) -> None:
+    if patch_size is not None and (not isinstance(patch_size, int) or patch_size < 1):
+        raise ReductionError(f"processor: patch_size is {patch_size!r}; it must be a whole number from 1, or null")
 
 
 class ReducedProcessorMixin:
@@ -18,12 +35,24 @@ class ReducedProcessorMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' method; `visionzip`, if given, overrides what the folder says (None: every visual token).
 
+        Code of the folder is run only with `trust_remote_code=True`, and nobody is asked.
+
         Raises:
-            ValueError: `visionzip` is neither None nor a budget.
+            ValueError: `visionzip` is neither None nor a budget, a file is damaged, or a part is code of its own.
         """
         # Kept from transformers, which would also hand it to the tokenizer, to be saved in its config.
         override = {key: kwargs.pop(key) for key in ("visionzip",) if key in kwargs}
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        kwargs = {"trust_remote_code": False, **kwargs}
+        check_json(pretrained_model_name_or_path, _FILES, kwargs.get("subfolder"))
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if kwargs["trust_remote_code"] or "trust_remote_code" not in str(error):
+                raise
+            raise ReductionError(
+                f"{pretrained_model_name_or_path}: its image processor or tokenizer is code of its own (auto_map), "
+                "which is never run: take a release whose parts are transformers' own"
+            ) from None
         for visionzip in override.values():
             validate_visionzip(visionzip)
             processor.visionzip = visionzip
@@ -37,7 +66,7 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         visionzip: the model's, {"dominant": int, "contextual": int} or None; saved in processor_config.json.
 
     Raises:
-        ValueError: `visionzip` is anything else.
+        ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
     """
 
     def __init__(
@@ -52,6 +81,7 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         visionzip: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_patch_size(patch_size)
         validate_visionzip(visionzip)
         self.visionzip = visionzip
         super().__init__(
@@ -85,7 +115,7 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
         visionzip: the model's, {"dominant": int, "contextual": int} or None; saved in processor_config.json.
 
     Raises:
-        ValueError: `visionzip` is anything else.
+        ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
     """
 
     def __init__(
@@ -100,6 +130,7 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
         visionzip: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_patch_size(patch_size)
         validate_visionzip(visionzip)
         self.visionzip = visionzip
         super().__init__(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
+from data.errors import UserError
 from data.files import read_json
 from data.supervision import choose_template
 from train.original_release import split_after_images
@@ -21,7 +22,9 @@ def build_processor(
     It writes as many placeholders as that model fills, pads images as the release was trained, and carries the chat
     template that `chat_template` names.
     """
-    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip)
+    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
+    # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
     combined = folder / "processor_config.json"
     given = read_json(combined) if combined.is_file() else {}
     settings = given.get("image_processor")
@@ -50,11 +53,22 @@ def _image_processor(folder: Path, settings: Mapping[str, Any], config: Mapping[
     """
     kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
     kind = kind.removesuffix("Pil").removesuffix("Fast")
-    plain = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
+    plain = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("image_processor_type", "processor_class", "auto_map")
+    }
     if "llava_next" in config["model_type"] and kind in ("LlavaNextImageProcessor", ""):
         return LlavaNextImageProcessorPil.from_dict(plain)
     if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
         return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
     if kind == "LlavaImageProcessor":
         return LlavaImageProcessorPil.from_dict(plain)
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    try:
+        known = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: its image processor {kind!r} is none of transformers' own, and code of a release is never "
+            "run: take a LLaVA-1.5 or LLaVA-NeXT release"
+        ) from error
+    return type(known).from_dict({key: value for key, value in known.to_dict().items() if key != "auto_map"})

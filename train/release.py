@@ -31,8 +31,8 @@ from reduction import (
     ReducedLlavaProcessor,
 )
 from reduction.base_release import PROJECTOR_FILE
-from reduction.configuration_reduced_llava import validate
-from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config
+from reduction.configuration_reduced_llava import check_parts, validate
+from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, convert_to_transformers, merged_config, refuse_adapter
 from train.hub import fetch
 from train.original_release import (
     PROJECTOR_NAMES,
@@ -135,6 +135,7 @@ def open_release(
             )
         source = source / "final"
     projector = find_projector_file(mm_projector) if mm_projector else None
+    refuse_adapter(source)
     config = read_json(source / "config.json")
     has_weights = bool(weight_files(source))
     if is_original(config) or (projector is not None and "text_config" not in config):
@@ -188,6 +189,7 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
             "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
         )
+    check_parts(folder, config)
     if not has_weights:
         if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
             return
