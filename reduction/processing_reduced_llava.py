@@ -47,11 +47,12 @@ class ReducedProcessorMixin:
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         except ValueError as error:
-            if kwargs["trust_remote_code"] or "trust_remote_code" not in str(error):
+            foreign = "trust_remote_code" in str(error) or str(error).startswith("Unrecognized image processor")
+            if kwargs["trust_remote_code"] or not foreign:
                 raise
             raise ReductionError(
-                f"{pretrained_model_name_or_path}: its image processor or tokenizer is code of its own (auto_map), "
-                "which is never run: take a release whose parts are transformers' own"
+                f"{pretrained_model_name_or_path}: its image processor or tokenizer is none of transformers' own, and "
+                "code of a release (auto_map) is never run: take a release whose parts are"
             ) from None
         for visionzip in override.values():
             validate_visionzip(visionzip)
