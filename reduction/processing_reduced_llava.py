@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from transformers import LlavaNextProcessor, LlavaProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.processing_utils import MultiModalData
+from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .configuration_reduced_llava import validate_visionzip
 from .errors import ReductionError
@@ -21,6 +23,24 @@ _FILES = (
 )
 
 
+def _as_bytes(images: Any) -> tuple[Any, bool]:
+    """Pictures as floats from 0 to 1 (torchvision's ToTensor) in uint8, 0 to 255, and whether there are any such.
+
+    The image processors pad with values from 0 to 255 before they rescale, so that is what they take. Anything else is
+    left as it is.
+    """
+    if isinstance(images, (list, tuple)):
+        found = [_as_bytes(image) for image in images]
+        return [image for image, _ in found], any(scaled for _, scaled in found)
+    if not is_torch_tensor(images) and not is_numpy_array(images):
+        return images, False
+    values = torch.as_tensor(images)
+    if not values.is_floating_point() or not values.numel() or values.min() < 0 or values.max() > 1:
+        return images, False
+    whole = (values.float() * 255).round().to(torch.uint8)
+    return whole if is_torch_tensor(images) else whole.numpy(), True
+
+
 def _check_patch_size(patch_size: Any) -> None:
     if patch_size is not None and (not isinstance(patch_size, int) or patch_size < 1):
         raise ReductionError(f"processor: patch_size is {patch_size!r}; it must be a whole number from 1, or null")
@@ -30,6 +50,18 @@ class ReducedProcessorMixin:
     """What the reduced processors have in common; goes before the transformers class."""
 
     visionzip: dict[str, int] | None
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As transformers' method. Pictures may be PIL images, tensors or arrays of 0 to 255, and also of floats from
+        0 to 1, with `do_rescale=False` or without it."""
+        whole, scaled = _as_bytes(images)
+        if not scaled:
+            return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+        kwargs = {key: value for key, value in kwargs.items() if key != "do_rescale"}
+        if "images_kwargs" in kwargs:
+            within = kwargs["images_kwargs"].items()
+            kwargs["images_kwargs"] = {key: value for key, value in within if key != "do_rescale"}
+        return super().__call__(images=whole, text=text, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
