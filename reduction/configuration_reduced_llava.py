@@ -9,7 +9,7 @@ from .baselines import METHODS, ON_A_GRID, grid_shape
 from .errors import ReductionError
 from .weight_files import check_json
 
-# Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (modeling).
+# Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
 _SIZES = {

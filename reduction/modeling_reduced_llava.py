@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel, SiglipVisionModel
+from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -35,7 +35,8 @@ from .refusals import (
     visual_of_token_types,
 )
 from .shortv import active_rows, freeze_visual_tokens
-from .visionzip import at_least_float32, reduce_tokens
+from .tower import embed_patches, queries_and_keys
+from .visionzip import reduce_tokens
 from .weight_files import check_json, check_weights
 
 
@@ -103,7 +104,7 @@ class ReducedModelMixin:
         for block in blocks[:selected]:
             hidden = block(hidden, None)
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
-        queries, keys = _queries_and_keys(blocks[selected], hidden, has_cls)
+        queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
         reduced = reduce_tokens(
             blocks[selected](hidden, None),
             queries,
@@ -372,53 +373,6 @@ class ReducedLlavaForConditionalGeneration(  # type: ignore[misc]
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-
-
-def embed_patches(tower: Any, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
-    """What the tower's first block reads: [N, T, H] of images [N, 3, S, S].
-
-    With `interpolate`, images may be of another size, and the position embeddings are interpolated.
-
-    Raises:
-        ValueError: a tower of an unsupported family.
-    """
-    if isinstance(tower, CLIPVisionModel):
-        return tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate))
-    if isinstance(tower, SiglipVisionModel):
-        return tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
-    raise ReductionError(
-        f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel"
-    )
-
-
-@torch.no_grad()
-def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor, Tensor]:
-    """Queries [N, heads, Q, d] (Q = 1 with CLS: its own, else T) and keys [N, heads, T, d] of a block.
-
-    In float32 or better, so that a tower in bfloat16 or float16 keeps the patches that float32 keeps.
-    """
-    attention, norm = block.self_attn, block.layer_norm1
-    linears = (attention.q_proj, attention.k_proj)
-    # Without autocast, as in reduce_tokens.
-    with torch.autocast(hidden.device.type, enabled=False):
-        if all(type(linear) is nn.Linear for linear in linears) and not norm.weight.is_meta:
-            weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
-            normed = nn.functional.layer_norm(at_least_float32(hidden), norm.normalized_shape, weight, bias, norm.eps)
-            project = _project_in_float32
-        else:  # Quantised, adapted or offloaded weights are not to be had: the modules run as they are.
-            normed = norm(hidden)
-            project = nn.Module.__call__
-        queries = project(linears[0], normed[:, :1] if has_cls else normed)
-        keys = project(linears[1], normed)
-
-    def split_heads(states: Tensor) -> Tensor:
-        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    return split_heads(queries), split_heads(keys)
-
-
-def _project_in_float32(linear: nn.Linear, states: Tensor) -> Tensor:
-    return nn.functional.linear(states, at_least_float32(linear.weight), at_least_float32(linear.bias))
 
 
 def register_key_mapping(reduced: str, plain: str) -> None:

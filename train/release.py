@@ -319,6 +319,7 @@ def load_release(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        trust_remote_code=False,
         **reductions,
         **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
     )
