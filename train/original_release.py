@@ -159,10 +159,12 @@ def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str
 def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hidden: int, where: str) -> None:
     """Refuses a projector that does not fit between the vision tower and the language model.
 
-    `shapes`: of linear_1.weight and linear_2.weight; `tower` and `hidden`: widths of the tower and the LLM.
+    `shapes`: of linear_1.weight and linear_2.weight, and of their biases if there are any; `tower` and `hidden`:
+    widths of the tower and the LLM.
     """
     wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
-    for name, shape in wanted.items():
+    biases = {name: (hidden,) for name in ("linear_1.bias", "linear_2.bias") if name in shapes}
+    for name, shape in {**wanted, **biases}.items():
         if tuple(shapes[name]) != shape:
             raise UserError(
                 f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "

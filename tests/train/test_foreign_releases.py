@@ -102,6 +102,22 @@ def test_a_compressed_projector_is_refused_before_it_is_unpacked(tmp_path: Path)
             read(path)
 
 
+def test_a_projector_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+    """A bias of one number, a trillion times in a row, would be written out when it is read."""
+    path = tmp_path / "mm_projector.bin"
+    torch.save(
+        {
+            "model.mm_projector.0.weight": torch.zeros(64, 48),
+            "model.mm_projector.0.bias": torch.zeros(1).expand(10**12),
+            "model.mm_projector.2.weight": torch.zeros(64, 64),
+            "model.mm_projector.2.bias": torch.zeros(64),
+        },
+        path,
+    )
+    with pytest.raises(ValueError, match=r"the projector's linear_1.bias is \(1000000000000,\), needed is \(64,\)"):
+        convert_to_transformers(RELEASE, tmp_path / "out", tower=TOWER, projector=path)
+
+
 def test_the_weights_are_those_that_transformers_takes(tmp_path: Path) -> None:
     for name in ("model.safetensors", "a.safetensors", "pytorch_model.bin"):
         (tmp_path / name).touch()
