@@ -12,16 +12,15 @@ it touches nearly everywhere, the first bytes included; a file altered on purpos
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
 from .errors import ReductionError
+from .weight_files import INDEX_FILE, SINGLE_FILE, is_inside, read_header, weight_names
 
 PROJECTOR_FILE = "projector.safetensors"
 _SAMPLE = 4096
@@ -31,22 +30,16 @@ _PLACE = ("revision", "subfolder")
 
 def digest(path: Path) -> str:
     """SHA-256 (hex) of a file, by parts as the module says. Raises ValueError for a damaged safetensors file."""
-    size = path.stat().st_size
-    summary = hashlib.sha256(str(size).encode())
+    summary = hashlib.sha256(str(path.stat().st_size).encode())
+    if path.suffix != ".safetensors":
+        summary.update(path.read_bytes())
+        return summary.hexdigest()
+    header, entries = read_header(path)
+    summary.update(header)
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            summary.update(file.read())
-            return summary.hexdigest()
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= size else b""
-        try:
-            entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-        except ValueError as error:
-            raise ReductionError(f"{path} is no safetensors file, or was cut short: download it again") from error
-        summary.update(header)
-        for start, end in sorted(tuple(entry["data_offsets"]) for entry in entries):
-            file.seek(8 + length + start)
-            summary.update(file.read(min(_SAMPLE, end - start)))
+        for first, end in sorted(entry[2:] for entry in entries.values()):
+            file.seek(8 + len(header) + first)
+            summary.update(file.read(min(_SAMPLE, end - first)))
     return summary.hexdigest()
 
 
@@ -71,11 +64,10 @@ def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
         ValueError: the key is malformed, or a file is not the one that the projector was tuned over.
         OSError: a file that cannot be found or fetched.
     """
-    if not isinstance(base_release, dict) or not {"name", "revision", "files"} <= base_release.keys():
-        raise ReductionError(f"base_release must hold name, revision and files; got {base_release!r}")
+    files = _files_of(base_release, checkpoint)
     name, revision = base_release["name"], base_release["revision"]
     folder: Path | None = None
-    for expected in base_release["files"]:
+    for expected in files:
         file = expected["file"]
         try:
             path = Path(str(cached_file(name, file, revision=revision, **hub)))
@@ -92,9 +84,52 @@ def fetch_base(base_release: Any, checkpoint: str, **hub: Any) -> Path:
                 f"{f', revision {revision}' if revision else ''}, or load a full checkpoint"
             )
         folder = path.parent
-    if folder is None:
-        raise ReductionError(f"base_release of {checkpoint} lists no files")
+    assert folder is not None
+    _refuse_unlisted(folder, {expected["file"] for expected in files}, checkpoint)
     return folder
+
+
+def _files_of(base_release: Any, checkpoint: str) -> list[dict[str, Any]]:
+    """`files` of a config's `base_release`, each entry looked at: the key comes from whoever published it."""
+    if not isinstance(base_release, dict) or not {"name", "revision", "files"} <= base_release.keys():
+        raise ReductionError(f"{checkpoint}: base_release must hold name, revision and files; got {base_release!r}")
+    name, revision, files = base_release["name"], base_release["revision"], base_release["files"]
+    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
+        raise ReductionError(
+            f"{checkpoint}: base_release must name a Hub id or a folder, and a revision or null; got name {name!r}, "
+            f"revision {revision!r}"
+        )
+    for entry in files if isinstance(files, list) else [files]:
+        if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("file", "size", "digest")] != [
+            str,
+            int,
+            str,
+        ]:
+            raise ReductionError(
+                f"{checkpoint}: base_release must list files as {{file, size, digest}}: a name, bytes and SHA-256; "
+                f"got {entry!r}"
+            )
+        if not is_inside(entry["file"]) or "/" in entry["file"]:
+            raise ReductionError(
+                f"{checkpoint}: base_release lists the file {entry['file']!r}, needed is the name of a file in the "
+                "release's own folder"
+            )
+    if not {SINGLE_FILE, INDEX_FILE} & {entry["file"] for entry in files}:
+        raise ReductionError(
+            f"{checkpoint}: base_release lists no weights ({SINGLE_FILE}, or {INDEX_FILE} and the files it names), so "
+            "that any release would pass for it: publish the checkpoint again, or load a full one"
+        )
+    return list(files)
+
+
+def _refuse_unlisted(folder: Path, listed: set[str], checkpoint: str) -> None:
+    """Refuses a folder from which weights would be loaded that were not compared."""
+    unlisted = sorted(set(weight_names(folder)) - listed)
+    if unlisted:
+        raise ReductionError(
+            f"{checkpoint}: base_release does not list {', '.join(unlisted[:3])}, of which {folder} would be loaded: "
+            "publish the checkpoint again, or load a full one"
+        )
 
 
 def find_base(config_class: Any, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
@@ -124,25 +159,3 @@ def open_base(
     projector = Path(str(cached_file(checkpoint, PROJECTOR_FILE, **place, **hub)))
     folder = fetch_base(base_release, str(checkpoint), **hub)
     return folder, projector, {key: value for key, value in kwargs.items() if key not in (*_HUB, *_PLACE)}
-
-
-def lay_projector(model: Any, path: Path) -> None:
-    """Puts a projector's file into a loaded model, whose config then names no base any more: it is whole.
-
-    Raises:
-        ValueError: tensors that do not fit, or a projector that is quantised or offloaded.
-    """
-    projector = model.model.multi_modal_projector
-    for name, parameter in projector.named_parameters():
-        if parameter.is_meta or not parameter.dtype.is_floating_point:
-            raise ReductionError(
-                f"the projector's {name} is {'offloaded' if parameter.is_meta else parameter.dtype}: the tuned one "
-                "cannot be laid over it; leave it out (llm_int8_skip_modules=['model.multi_modal_projector'], or a "
-                "device_map that keeps model.multi_modal_projector on a device), or load a full checkpoint"
-            )
-    tensors = load_state_dict(str(path))
-    try:
-        projector.load_state_dict({name.rsplit("multi_modal_projector.", 1)[-1]: t for name, t in tensors.items()})
-    except RuntimeError as error:
-        raise ReductionError(f"{path} does not fit the release's projector: {error}") from error
-    model.config.base_release = None

@@ -1,15 +1,26 @@
 """Configs of the reduced models, and the one place that says which reductions a model can take."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from .baselines import METHODS, ON_A_GRID, grid_shape
 from .errors import ReductionError
+from .weight_files import check_json
 
-# Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (modeling).
+# Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
+_SIZES = {
+    "vision_config": ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    "text_config": ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+}
+
+
+def reductions_of(config: Any) -> dict[str, Any]:
+    """What a config says of the three reductions, by key."""
+    return {"visionzip": config.visionzip, "shortv": config.shortv, "fastv": config.fastv}
 
 
 def validate(config: Any) -> None:
@@ -32,6 +43,9 @@ def validate(config: Any) -> None:
         selected_block(config.vision_feature_layer, tower.num_hidden_layers)
         method = config.visionzip.get("method", "visionzip")
         cls = int(TOWER_HAS_CLS[tower.model_type] and method == "visionzip")
+        for key, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
+            if not _is_whole(value) or value < 1:
+                raise ReductionError(f"visionzip: the tower's {key} is {value!r}; it must be a whole number from 1")
         side = tower.image_size // tower.patch_size
         limit = side * side + cls
         dominant, contextual = config.visionzip["dominant"], config.visionzip["contextual"]
@@ -164,8 +178,32 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_parts(name: Any, config_dict: Mapping[str, Any]) -> None:
+    """Refuses what transformers would stumble over without a file's name: a part that is no object or of a type that
+    it does not know (code of a release is never run), and sizes that it would divide by.
+
+    Args:
+        name: of the release, for messages.
+        config_dict: its config.json.
+    """
+    for part, keys in _SIZES.items():
+        values: Any = config_dict.get(part, {})
+        if not isinstance(values, dict):
+            raise ReductionError(f"{name}: {part} in config.json is {values!r}, needed is an object")
+        if "model_type" in values and values["model_type"] not in CONFIG_MAPPING:
+            raise ReductionError(
+                f"{name}: {part}.model_type in config.json is {values['model_type']!r}, which transformers does not "
+                "know, and code of a release is never run: take a release whose parts are transformers' own"
+            )
+        for key in keys:
+            value: Any = values.get(key)
+            if _is_whole(value) and value < 1:
+                raise ReductionError(f"{name}: {part}.{key} in config.json is {value}, needed is at least 1")
+
+
 def _as_reduced(config_dict: dict[str, Any], name: Any, own: str, plain: str) -> dict[str, Any]:
     """The config.json of a release or of a reduced checkpoint, as the reduced config reads it."""
+    check_parts(name, config_dict)
     found = config_dict.get("model_type", own)
     if found not in (own, plain):
         raise ReductionError(f"{name} holds a model of type {found!r}; this class loads {plain!r} and {own!r}")
@@ -205,6 +243,7 @@ class ReducedLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava"), kwargs
 
@@ -225,6 +264,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_next"), kwargs
 

@@ -5,6 +5,8 @@ it see the highest-ranked share of them, and all text. That is the authors' code
 attention of all later tokens. Kept tokens keep their positions.
 
 What is pruned leaves exact zeros in the cache of the later layers, which is how a later step, beam or turn knows it.
+So a cache must give keys back as it got them (SUPPORTED_CACHE_LAYERS), and visual tokens and the query that ranks them
+must come in one pass.
 """
 
 from dataclasses import dataclass
@@ -12,13 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from .errors import ReductionError
 from .shortv import SUPPORTED_LAYERS, ActiveRows, active_rows
+
+SUPPORTED_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass
@@ -78,9 +90,13 @@ class FastVLayer(GradientCheckpointingLayer):
         if fastv is None or position_embeddings is None:
             raise ReductionError("a FastV layer runs inside a reduced model, which tells it what is pruned")
         batch, length, width = hidden_states.shape
+        attention = self.self_attn
+        start = _first_key(past_key_values, attention.layer_idx, length)
         normed = self.input_layernorm(hidden_states)
         if self.ranks and fastv.visual is not None:
-            fastv.choose(self._attention_of_query(normed, fastv, attention_mask, position_embeddings))
+            # What earlier turns left in a cache takes no part, nor does what a static one has room for.
+            recent = None if attention_mask is None else attention_mask[..., int(start) : int(start) + length]
+            fastv.choose(self._attention_of_query(normed, fastv, recent, position_embeddings))
         rows = None if self.ranks else fastv.rows
         if rows is None:
             every = torch.arange(length, device=hidden_states.device).expand(batch, -1)
@@ -92,7 +108,6 @@ class FastVLayer(GradientCheckpointingLayer):
         queries, keys, values = self._project(normed.gather(1, at.expand(-1, -1, width)))
         queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
         keys, values = (_spread(part, rows, length) for part in (keys, values))
-        attention = self.self_attn
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
@@ -101,7 +116,7 @@ class FastVLayer(GradientCheckpointingLayer):
             queries,
             keys,
             values,
-            _mask(attention_mask, rows.positions, keys, length, queries.dtype),
+            _mask(attention_mask, rows.positions, keys, start, queries.dtype),
             dropout=attention.attention_dropout if attention.training else 0.0,
             scaling=attention.scaling,
         )
@@ -120,7 +135,10 @@ class FastVLayer(GradientCheckpointingLayer):
     def _attention_of_query(
         self, normed: Tensor, fastv: Pruning, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """[B, L] float32: what `fastv.query` pays to each position of this pass, mean over heads; 0 to later ones."""
+        """[B, L] float32: what `fastv.query` pays to each position of this pass, mean over heads; 0 to later ones.
+
+        `attention_mask`: of this pass's keys alone.
+        """
         length = normed.shape[1]
         last = torch.full((normed.shape[0],), length - 1, device=normed.device)
         query = last if fastv.query is None else fastv.query
@@ -129,9 +147,8 @@ class FastVLayer(GradientCheckpointingLayer):
         keys = repeat_kv(keys, queries.shape[1] // keys.shape[1])
         at = query[:, None, None, None].expand(-1, queries.shape[1], 1, queries.shape[-1])
         logits = (queries.gather(2, at).float() * self.self_attn.scaling) @ keys.float().transpose(-1, -2)
-        # What earlier turns left in a cache takes no part.
-        recent = None if attention_mask is None else attention_mask[..., -length:]
-        return (logits + _mask(recent, query[:, None], keys, length, torch.float32)).softmax(dim=-1).mean(dim=1)[:, 0]
+        allowed = _mask(attention_mask, query[:, None], keys, 0, torch.float32)
+        return (logits + allowed).softmax(dim=-1).mean(dim=1)[:, 0]
 
 
 def prune_in_decoder(language_model: Any, layer: int) -> None:
@@ -157,6 +174,54 @@ def last_attended(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return (attention_mask[:, -length:].bool() * places).argmax(dim=1)
 
 
+def prompt_end(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, pad: int | None) -> Tensor | None:
+    """[B] int64, the last position of each prompt [B, L] or [B, L, H] that is no padding; None without a prompt."""
+    prompts = ids if embeds is None else embeds
+    if prompts is None:
+        return None
+    if mask is None and embeds is None and pad is not None:
+        mask = prompts != pad
+    end = last_attended(mask, prompts.shape[1])
+    return prompts.new_full(prompts.shape[:1], prompts.shape[1] - 1, dtype=torch.long) if end is None else end
+
+
+def refuse_chunks(size: int | None) -> None:
+    """Refuses a prompt in chunks: the visual tokens of one cannot be ranked by the end of another."""
+    if size is not None:
+        raise ReductionError(
+            f"fastv: prefill_chunk_size is {size}, but the prompt's last token ranks all visual tokens, in one pass: "
+            "leave it out, or load the model with fastv=None"
+        )
+
+
+def refuse_cache(cache: Any) -> None:
+    """Refuses a cache whose keys may come back changed, or that holds more than keys and values of attention.
+
+    Raises:
+        ReductionError: naming the cache's or its layer's class.
+    """
+    if cache is None:
+        return
+    # Exactly these: what a subclass gives back is its own business.
+    whole = type(cache) in (DynamicCache, StaticCache)
+    for kind in {type(layer) for layer in cache.layers} - set(SUPPORTED_CACHE_LAYERS) if whole else {type(cache)}:
+        raise ReductionError(
+            f"fastv: a {kind.__name__} may change the zeros by which pruned tokens are known: generate with the "
+            "dynamic or static cache (cache_implementation 'dynamic' or 'static'), or load the model with fastv=None"
+        )
+
+
+def _first_key(cache: Cache | None, layer: int, length: int) -> int | Tensor:
+    """The column of attention at which a pass's keys will begin, asked before they are put into a layer's cache.
+
+    A static cache gives it as a tensor, which is not waited for here.
+    """
+    if cache is None:
+        return 0
+    _, offset = cache.get_mask_sizes(length, layer)
+    return cache.get_seq_length(layer) - offset
+
+
 def _spread(states: Tensor, rows: ActiveRows, length: int) -> Tensor:
     """[B, heads, A, d] to [B, heads, L, d], zeros where nothing is left."""
     states = states * rows.is_active[:, None, :, None]
@@ -164,12 +229,11 @@ def _spread(states: Tensor, rows: ActiveRows, length: int) -> Tensor:
     return whole.scatter(2, rows.positions[:, None, :, None].expand_as(states), states)
 
 
-def _mask(mask: Tensor | None, positions: Tensor, keys: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, A, K] additive: what the queries at `positions` [B, A] of this pass may see of keys [B, heads, K, d]."""
-    total = keys.shape[-2]
+def _mask(mask: Tensor | None, positions: Tensor, keys: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, A, K] additive: what the queries at `positions` [B, A] of this pass may see of keys [B, heads, K, d], of
+    which this pass's begin at `start`."""
     if mask is None:
-        past = total - length
-        allowed = (positions + past)[:, None, :, None] >= torch.arange(total, device=keys.device)
+        allowed = (positions + start)[:, None, :, None] >= torch.arange(keys.shape[-2], device=keys.device)
     else:
         mask = mask.expand(positions.shape[0], -1, -1, -1)
         mask = mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))

@@ -3,25 +3,41 @@
 The weights have the names of transformers' LLaVA: a release loads here, and a reduced checkpoint loads there.
 """
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel, SiglipVisionModel
+from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.import_utils import torch_compilable_check
 
-from .base_release import find_base, lay_projector, open_base
+from .base_release import find_base, open_base
 from .baselines import downsample_images, downsampled_tokens, grid_shape, keep_patches
-from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, selected_block, validate
+from .configuration_reduced_llava import (
+    TOWER_HAS_CLS,
+    ReducedLlavaConfig,
+    reductions_of,
+    selected_block,
+    validate,
+)
 from .errors import ReductionError
-from .fastv import Pruning, last_attended, prune_in_decoder
-from .shortv import SUPPORTED_ATTENTION, active_rows, freeze_visual_tokens
-from .visionzip import at_least_float32, reduce_tokens
+from .fastv import Pruning, last_attended, prompt_end, prune_in_decoder, refuse_cache, refuse_chunks
+from .projector import PROJECTOR, DtypeProjector, lay_projector, settle_projector, was_reduced
+from .refusals import (
+    refuse_changed,
+    refuse_mismatch,
+    refuse_missing_images,
+    refuse_unmasked_attention,
+    visual_of_token_types,
+)
+from .shortv import active_rows, freeze_visual_tokens
+from .tower import embed_patches, queries_and_keys
+from .visionzip import reduce_tokens
+from .weight_files import check_json, check_weights
 
 
 @dataclass
@@ -43,14 +59,6 @@ class VisualTokens(ModelOutput):
     attention: Tensor | None = None
 
 
-class DtypeProjector(LlavaMultiModalProjector):
-    """LLaVA's projector in a dtype of its own: float32 while it is trained, whatever the tower computes in."""
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        dtype = self.linear_1.weight.dtype
-        return super().forward(image_features.to(dtype) if dtype.is_floating_point else image_features)
-
-
 class ReducedModelMixin:
     """What the reduced LLaVA and LLaVA-NeXT models have in common; goes before the transformers class."""
 
@@ -60,13 +68,14 @@ class ReducedModelMixin:
     multi_modal_projector: Any
     get_input_embeddings: Any
     post_init: Any
+    _token_counts: Any
 
     def __init__(self, config: Any) -> None:
         validate(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.multi_modal_projector = DtypeProjector(config)
-        self._frozen_layers = [] if config.shortv is None else list(config.shortv["layers"])
-        freeze_visual_tokens(self.language_model, self._frozen_layers)
+        self._reductions = copy.deepcopy(reductions_of(config))
+        freeze_visual_tokens(self.language_model, [] if config.shortv is None else list(config.shortv["layers"]))
         if config.fastv is not None:
             prune_in_decoder(self.language_model, config.fastv["layer"])
         self.post_init()
@@ -83,6 +92,7 @@ class ReducedModelMixin:
         """
         if self.config.visionzip is None:
             raise ReductionError("visionzip is null: this model keeps every visual token and chooses none")
+        validate(self.config)  # it may have been changed: pictures look at several budgets
         tower = self.vision_tower
         blocks = tower.encoder.layers
         if vision_feature_layer is None:
@@ -94,7 +104,7 @@ class ReducedModelMixin:
         for block in blocks[:selected]:
             hidden = block(hidden, None)
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
-        queries, keys = _queries_and_keys(blocks[selected], hidden, has_cls)
+        queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
         reduced = reduce_tokens(
             blocks[selected](hidden, None),
             queries,
@@ -124,12 +134,9 @@ class ReducedModelMixin:
         return VisualTokens(targets=found.kept[:, :0], **found._asdict())
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        if self.config.visionzip is None:
+        if not self._checks_rows():
             return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
-        mask = self._placeholders(input_ids, inputs_embeds)
-        placeholders, features = mask.sum(), image_features.shape[0]
-        torch_compilable_check(placeholders == features, lambda: self._mismatch(int(placeholders), features))
-        return mask.unsqueeze(-1)
+        return self._placeholders(input_ids, inputs_embeds).unsqueeze(-1)
 
     def forward(
         self,
@@ -137,6 +144,7 @@ class ReducedModelMixin:
         pixel_values: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        image_sizes: Any = None,
         mm_token_type_ids: Tensor | None = None,
         fastv_query: Tensor | None = None,
         **kwargs: Any,
@@ -150,30 +158,58 @@ class ReducedModelMixin:
         visual: ShortV, and `inputs_embeds` into which the image is merged already.
 
         Raises:
-            ValueError: placeholders and visual tokens do not match, or ShortV cannot know which positions are visual.
+            ValueError: a row's placeholders are not filled by whole images, ShortV cannot know which positions are
+                visual, FastV cannot work with the cache, or the config's reductions are not those it was loaded with.
         """
+        refuse_changed(self.config, self._reductions)
         in_decoder = self.config.shortv is not None or self.config.fastv is not None
+        if isinstance(image_sizes, Tensor):
+            image_sizes = image_sizes.tolist()  # read several times, waited for once
         if self.config.visionzip is not None or in_decoder:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
-            if input_ids is not None and not has_image:
-                self._refuse_missing_images(input_ids, kwargs.get("past_key_values"))
+            visual = None
+            if has_image:
+                visual = self._placeholders(input_ids, inputs_embeds)
+                if self._checks_rows():
+                    lengths = (
+                        self._token_counts(pixel_values, image_sizes, kwargs.get("vision_feature_select_strategy"))
+                        if features is None
+                        else [len(image) for image in features.pooler_output]
+                    )
+                    # A chunk of a prompt has been given its part of all images' tokens in one piece, and these alone.
+                    in_pieces = features is not None and features.last_hidden_state is None
+                    refuse_mismatch(self.config.visionzip, visual, lengths, whole_images=not in_pieces)
+            elif input_ids is not None:
+                refuse_missing_images(self.config, input_ids, kwargs.get("past_key_values"))
             if in_decoder:
-                visual = None
-                if has_image:
-                    visual = self._placeholders(input_ids, inputs_embeds)
-                elif inputs_embeds is not None:
-                    visual = _from_token_types(mm_token_type_ids, inputs_embeds)
-                self._refuse_unmasked_attention(kwargs)
+                key = "fastv" if self.config.shortv is None else "shortv"
+                if visual is None and inputs_embeds is not None:
+                    visual = visual_of_token_types(key, mm_token_type_ids, inputs_embeds)
+                refuse_unmasked_attention(key, self.language_model.config, kwargs.get("output_attentions"))
                 if self.config.fastv is not None:
+                    refuse_cache(kwargs.get("past_key_values"))
                     length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
                     query = last_attended(kwargs.get("attention_mask"), length) if fastv_query is None else fastv_query
                     kwargs["fastv"] = Pruning(self.config.fastv["keep"], visual, query)
                 elif visual is not None:
                     kwargs["active_rows"] = active_rows(visual)
+        if image_sizes is not None:
+            kwargs["image_sizes"] = image_sizes
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _checks_rows(self) -> bool:
+        """Whether `forward` knows how many tokens each image gives, and compares them with each row's placeholders."""
+        reduced = any(reduction is not None for reduction in reductions_of(self.config).values())
+        return reduced and self.config.vision_config.model_type in TOWER_HAS_CLS
+
+    def _patches_given(self, strategy: str | None) -> int:
+        """How many tokens the tower gives of an image (a tile) when every one is kept."""
+        tower = self.config.vision_config
+        tokens = (tower.image_size // tower.patch_size) ** 2 + TOWER_HAS_CLS[tower.model_type]
+        return tokens - ((strategy or self.config.vision_feature_select_strategy) == "default")
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """[B, L] bool, True where a visual token goes."""
@@ -183,50 +219,6 @@ class ReducedModelMixin:
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _mismatch(self, placeholders: int, features: int) -> str:
-        visionzip = self.config.visionzip
-        return (
-            f"the prompts hold {placeholders} image placeholders, the images give {features} visual tokens: this "
-            f"model keeps {visionzip['dominant'] + visionzip['contextual']} per image (per tile in LLaVA-NeXT). Build "
-            f"the inputs with the processor saved beside this model or with from_pretrained(…, visionzip={visionzip})"
-        )
-
-    def _refuse_missing_images(self, input_ids: Tensor, past_key_values: Any) -> None:
-        if input_ids.shape[1] == 1:
-            return
-        allowed = 0
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            # After the prompt, a few may be what the model itself wrote or assisted decoding guessed; an image is not.
-            visionzip, tower = self.config.visionzip, self.config.vision_config
-            patches = (tower.image_size // tower.patch_size) ** 2
-            allowed = (patches if visionzip is None else visionzip["dominant"] + visionzip["contextual"]) - 1
-        placeholders = (input_ids == self.config.image_token_id).sum()
-        torch_compilable_check(
-            placeholders <= allowed,
-            lambda: (
-                f"the prompts hold {int(placeholders)} image placeholders and there are 0 visual tokens: "
-                "pass the pixel_values of their images"
-            ),
-        )
-
-    def _refuse_unmasked_attention(self, kwargs: dict[str, Any]) -> None:
-        text, key = self.language_model.config, "fastv" if self.config.shortv is None else "shortv"
-        if text._attn_implementation not in SUPPORTED_ATTENTION:
-            raise ReductionError(
-                f"{key}: attention {text._attn_implementation!r} cannot leave out the queries of visual tokens: "
-                f"load the language model with attn_implementation one of {list(SUPPORTED_ATTENTION)}"
-            )
-        if key == "shortv" and sorted(self.config.shortv["layers"]) != sorted(self._frozen_layers):
-            raise ReductionError(
-                f"shortv: config.shortv now says layers {self.config.shortv['layers']}, but this model was loaded "
-                f"with {self._frozen_layers} frozen: load it again with from_pretrained(…, shortv=…)"
-            )
-        if kwargs.get("output_attentions", text.output_attentions):
-            raise ReductionError(
-                "shortv: output_attentions is not available, visual tokens have no attention in frozen layers: "
-                "load the model with shortv=None to look at attention"
-            )
-
 
 class ReducedForGenerationMixin:
     """What the reduced models with a head have in common; goes before the transformers class.
@@ -235,21 +227,60 @@ class ReducedForGenerationMixin:
     release that its config names (base_release.py).
     """
 
+    config: Any
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' method. With FastV, the end of the prompt ranks the visual tokens in every pass that holds
+        them: also without a cache, and where guesses are appended to it (assisted decoding).
+
+        Raises:
+            ValueError: FastV and `prefill_chunk_size`, whose chunks before the last do not hold the end.
+        """
+        if self.config.fastv is not None:
+            settings = self.generation_config if generation_config is None else generation_config  # type: ignore[attr-defined]
+            refuse_chunks(kwargs.get("prefill_chunk_size", settings.prefill_chunk_size))
+            if kwargs.get("fastv_query") is None:
+                ids = kwargs.get("input_ids", inputs)
+                embeds = kwargs.get("inputs_embeds")
+                kwargs["fastv_query"] = prompt_end(ids, embeds, kwargs.get("attention_mask"), settings.pad_token_id)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        fastv_query: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`."""
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`, and
+        `fastv_query`, a position of the whole prompt."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
         )
+        if fastv_query is not None:
+            embeds = inputs.get("inputs_embeds")
+            whole, given = (input_ids, inputs["input_ids"]) if embeds is None else (inputs_embeds, embeds)
+            cached = whole.shape[1] - given.shape[1]  # type: ignore[union-attr]
+            inputs["fastv_query"] = (fastv_query - cached).clamp(min=0)
+        return inputs
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # An assistant finds its own prompt's end, and one that is no reduced model does not know the argument.
+        own = {key: value for key, value in model_kwargs.items() if key != "fastv_query"}
+        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)  # type: ignore[misc]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The projector of a reduced checkpoint comes in the dtype of its file, whatever the rest is loaded in."""
+        plan: dict[str, Any] = super()._get_dtype_plan(dtype)  # type: ignore[misc]
+        return {**plan, **({PROJECTOR: None} if was_reduced(self.config) else {})}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' method, with `visionzip` and `shortv` among the keyword arguments.
+
+        `dtype` is of everything but a tuned projector: what a reduced checkpoint holds in float32, as it was tuned,
+        stays float32. A plain release is loaded as transformers' own class loads it.
 
         Raises:
             ValueError: missing, unexpected or misshapen weights, by name; an impossible reduction; another release
@@ -260,6 +291,8 @@ class ReducedForGenerationMixin:
         base_release = find_base(cls.config_class, source, kwargs)  # type: ignore[attr-defined]
         if base_release is not None:
             source, projector, kwargs = open_base(cls.config_class, base_release, source, kwargs)  # type: ignore[attr-defined]
+        check_json(source, ("generation_config.json",), kwargs.get("subfolder"))
+        check_weights(Path(str(source), kwargs.get("subfolder") or ""))
         # Misshapen weights are let through to be refused below, by name: transformers only logs which they are.
         kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
@@ -274,6 +307,8 @@ class ReducedForGenerationMixin:
             )
         if projector is not None:
             lay_projector(model, projector)
+        else:
+            settle_projector(model)
         return (model, info) if with_info else model
 
 
@@ -296,6 +331,7 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
 
         Under VisionZip `vision_feature_select_strategy` plays no part: the budget counts CLS and always contains it.
         """
+        refuse_changed(self.config, self._reductions)
         if self.config.visionzip is None:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -311,6 +347,12 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
     def project(self, tokens: Tensor, kept: Tensor | None = None, image_sizes: Tensor | None = None) -> list[Tensor]:
         """Projected visual tokens of each image, [budget, H of the decoder], of `get_visual_tokens`' tokens."""
         return list(self.multi_modal_projector(tokens))
+
+    def _token_counts(self, pixel_values: Tensor, image_sizes: Any, strategy: str | None) -> list[int]:
+        """How many visual tokens each image gives."""
+        visionzip = self.config.visionzip
+        each = self._patches_given(strategy) if visionzip is None else visionzip["dominant"] + visionzip["contextual"]
+        return [each] * pixel_values.shape[0]
 
 
 class ReducedLlavaForConditionalGeneration(  # type: ignore[misc]
@@ -331,67 +373,6 @@ class ReducedLlavaForConditionalGeneration(  # type: ignore[misc]
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-
-
-def embed_patches(tower: Any, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
-    """What the tower's first block reads: [N, T, H] of images [N, 3, S, S].
-
-    With `interpolate`, images may be of another size, and the position embeddings are interpolated.
-
-    Raises:
-        ValueError: a tower of an unsupported family.
-    """
-    if isinstance(tower, CLIPVisionModel):
-        return tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate))
-    if isinstance(tower, SiglipVisionModel):
-        return tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
-    raise ReductionError(
-        f"visionzip: the tower is a {type(tower).__name__}, not a CLIPVisionModel or SiglipVisionModel"
-    )
-
-
-@torch.no_grad()
-def _queries_and_keys(block: Any, hidden: Tensor, has_cls: bool) -> tuple[Tensor, Tensor]:
-    """Queries [N, heads, Q, d] (Q = 1 with CLS: its own, else T) and keys [N, heads, T, d] of a block.
-
-    In float32 or better, so that a tower in bfloat16 or float16 keeps the patches that float32 keeps.
-    """
-    attention, norm = block.self_attn, block.layer_norm1
-    linears = (attention.q_proj, attention.k_proj)
-    # Without autocast, as in reduce_tokens.
-    with torch.autocast(hidden.device.type, enabled=False):
-        if all(type(linear) is nn.Linear for linear in linears) and not norm.weight.is_meta:
-            weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
-            normed = nn.functional.layer_norm(at_least_float32(hidden), norm.normalized_shape, weight, bias, norm.eps)
-            project = _project_in_float32
-        else:  # Quantised, adapted or offloaded weights are not to be had: the modules run as they are.
-            normed = norm(hidden)
-            project = nn.Module.__call__
-        queries = project(linears[0], normed[:, :1] if has_cls else normed)
-        keys = project(linears[1], normed)
-
-    def split_heads(states: Tensor) -> Tensor:
-        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    return split_heads(queries), split_heads(keys)
-
-
-def _project_in_float32(linear: nn.Linear, states: Tensor) -> Tensor:
-    return nn.functional.linear(states, at_least_float32(linear.weight), at_least_float32(linear.bias))
-
-
-def _from_token_types(mm_token_type_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-    if mm_token_type_ids is None:
-        raise ReductionError(
-            "shortv: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
-            "mm_token_type_ids (1 at visual tokens, else 0) of the same length"
-        )
-    if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
-        raise ReductionError(
-            f"shortv: mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}, "
-            f"inputs_embeds is {tuple(inputs_embeds.shape[:2])} positions"
-        )
-    return mm_token_type_ids == 1
 
 
 def register_key_mapping(reduced: str, plain: str) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 from .configuration_reduced_llava import ReducedLlavaNextConfig
 from .errors import ReductionError
 from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin, register_key_mapping
+from .refusals import refuse_changed
 
 
 class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
@@ -27,7 +28,7 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
     def get_image_features(
         self,
         pixel_values: Tensor,
-        image_sizes: Tensor,
+        image_sizes: Any = None,
         vision_feature_layer: Any = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
@@ -43,8 +44,10 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
             image_sizes: [N, 2] int, height and width of the images before tiling.
 
         Raises:
-            ValueError: the tiles in `pixel_values` are not those that `image_sizes` says.
+            ValueError: the tiles in `pixel_values` are not those that `image_sizes` says, or there are no sizes.
         """
+        refuse_changed(self.config, self._reductions)
+        tiles = self._tiles(image_sizes)
         if self.config.visionzip is None:
             return super().get_image_features(
                 pixel_values,
@@ -53,7 +56,7 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
-        pixel_values = _stack_tiles(pixel_values, self._tiles(image_sizes))
+        pixel_values = _stack_tiles(pixel_values, tiles)
         visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
         features: Any = self.project(visual.tokens, visual.kept, image_sizes)
         return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
@@ -74,7 +77,23 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
             for image, places, size in zip(projected, kept.split(tiles), image_sizes, strict=True)
         ]
 
+    def _token_counts(self, pixel_values: Tensor, image_sizes: Any, strategy: str | None) -> list[int]:
+        """How many visual tokens each image gives."""
+        tiles, visionzip = self._tiles(image_sizes), self.config.visionzip
+        if visionzip is not None:
+            budget = visionzip["dominant"] + visionzip["contextual"]
+            return [count * budget + (count == 1) for count in tiles]  # one tile alone is followed by image_newline
+        strategy = strategy or self.config.vision_feature_select_strategy
+        nothing = [torch.empty(count, self._patches_given(strategy), 1, device="meta") for count in tiles]
+        packed, _ = self.pack_image_features(nothing, image_sizes, strategy, torch.empty(1, device="meta"))
+        return [len(image) for image in packed]
+
     def _tiles(self, image_sizes: Any) -> list[int]:
+        if image_sizes is None:
+            raise ReductionError(
+                "pixel_values are given without image_sizes, by which LLaVA-NeXT knows an image's tiles: pass both, "
+                "as the processor gives them"
+            )
         tower: Any = self.config.vision_config
         return [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, tower.image_size) for size in image_sizes

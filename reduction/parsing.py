@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reduction.errors import ReductionError
@@ -50,24 +50,44 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(match[2], 2**30))
 
 
-def parse_freeze(text: str, num_layers: int) -> int | list[int]:
-    """What ``--freeze`` says: ``"19"`` -> 19, ``"60%"`` -> that share of ``num_layers``, ``"31,29,30"`` -> that list.
+def read_freeze(text: str) -> int | float | list[int]:
+    """What ``--freeze`` says, of any model: ``"19"`` -> 19, ``"60%"`` -> 0.6, ``"31,29,30"`` -> that list.
 
-    Raises ValueError for anything else, for layers that are not there, and for a number that is not 0..num_layers.
+    Raises ValueError for anything else, for a share above 100 % and for a layer given twice.
     """
     stripped = text.strip().removeprefix("[").removesuffix("]")
     share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", stripped)
     if share is not None:
-        number = round(float(share[1]) / 100 * num_layers)
-    elif re.fullmatch(r"\d+", stripped) and stripped == text.strip():
-        number = int(stripped)
-    elif re.fullmatch(r"\d+(\s*,\s*\d+)*", stripped):
+        if float(share[1]) > 100:
+            raise ReductionError(f"freeze {text!r}: a share of the layers is at most 100%.")
+        return float(share[1]) / 100
+    if re.fullmatch(r"\d+", stripped) and stripped == text.strip():
+        return int(stripped)
+    if re.fullmatch(r"\d+(\s*,\s*\d+)*", stripped):
         layers = [int(layer) for layer in stripped.split(",")]
-        if len(set(layers)) != len(layers) or max(layers) >= num_layers:
-            raise ReductionError(f"freeze {text!r}: must be distinct layers from 0 to {num_layers - 1}.")
+        if len(set(layers)) != len(layers):
+            raise ReductionError(f"freeze {text!r}: must be distinct layers.")
         return layers
-    else:
-        raise ReductionError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
-    if number > num_layers or (share is not None and float(share[1]) > 100):  # 101 % of 8 layers rounds to 8
+    raise ReductionError(f"freeze {text!r}: write a number of layers (19), a share (60%) or a list (31,29,30).")
+
+
+def parse_freeze(text: str, num_layers: int) -> int | list[int]:
+    """What ``--freeze`` says of a model with ``num_layers``: ``"19"`` -> 19, ``"60%"`` -> that share of them,
+    ``"31,29,30"`` -> that list. None frozen is 0, and null in a config: see `format_shortv`.
+
+    Raises ValueError for anything else, for layers that are not there, and for a number that is not 0..num_layers.
+    """
+    found = read_freeze(text)
+    if isinstance(found, list):
+        if max(found) >= num_layers:
+            raise ReductionError(f"freeze {text!r}: must be distinct layers from 0 to {num_layers - 1}.")
+        return found
+    number = found if isinstance(found, int) else round(found * num_layers)
+    if number > num_layers:
         raise ReductionError(f"freeze {text!r}: the language model has {num_layers} layers.")
     return number
+
+
+def format_shortv(layers: Sequence[int] | None) -> str:
+    """``[2, 5]`` -> ``{layers: [2, 5]}``, and no layer -> ``null``, as a config wants it."""
+    return f"{{layers: {list(layers)}}}" if layers else "null"

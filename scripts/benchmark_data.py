@@ -134,7 +134,7 @@ def wait(
         size: side of the model's image in pixels.
         model: whose tokenizer is used.
     """
-    processor = AutoProcessor.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     processor.image_processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )

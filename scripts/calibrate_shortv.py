@@ -30,7 +30,7 @@ from data.errors import FileInTheWay, UserError
 from data.files import replace_file, write_atomically, writing
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
-from reduction.parsing import parse_budget
+from reduction.parsing import format_shortv, parse_budget
 from train.calibration import (
     ANEW_OR_ELSEWHERE,
     CalibrateConfig,
@@ -105,7 +105,8 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
             "measured on": asked.content,
         }
     ranking = result["measurements"][0]["visual"][settings.direction]["ranking"]
-    layers = sorted(pick_layers(ranking, settings.freeze)) if settings.freeze is not None else None
+    # None picked is null, as in a config, which takes no empty list.
+    layers = (sorted(pick_layers(ranking, settings.freeze)) or None) if settings.freeze is not None else None
     result |= {"direction": settings.direction, "ranking": ranking, "freeze": settings.freeze, "layers": layers}
     write_atomically(settings.output, json.dumps(result, indent=1) + "\n")
     draw_contributions(result, chart_of(settings.output))
@@ -170,8 +171,8 @@ def report(result: dict[str, Any], output: Path) -> str:
             lines.append(f"  {layer:>5}  {cells[0]}  {cells[1]}{'  frozen' if layer in frozen else ''}")
         if item["dropped"]:
             lines.append(f"  left out: {', '.join(f'{count} {reason}' for reason, count in item['dropped'].items())}")
-    if result["layers"] is not None:
-        lines += ["", f"shortv: {{layers: {result['layers']}}}"]
+    if result["freeze"] is not None:
+        lines += ["", f"shortv: {format_shortv(result['layers'])}"]
     else:
         lines += ["", "To pick layers: the same command with --freeze 60% (or a number of layers)."]
     lines.append(f"written: {output} and {chart_of(output)}")

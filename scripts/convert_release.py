@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.files import read_json
-from train.convert import convert_to_transformers, merged_config
+from train.convert import convert_to_transformers, merged_config, refuse_adapter
 from train.hub import fetch
 from train.original_release import is_original
 from train.reduced_checkpoint import write_reduced_checkpoint
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
 def to_transformers(given: argparse.Namespace) -> None:
     source, _ = fetch(given.model, given.revision)
     projector = find_projector_file(given.mm_projector) if given.mm_projector else None
+    refuse_adapter(source)
     config = read_json(source / "config.json")
     if not is_original(config) and projector is None:
         raise ValueError(

@@ -28,7 +28,7 @@ from reduction.layer_contribution import (
     plan_batches,
     rank_layers,
 )
-from reduction.parsing import format_budget, parse_budget, parse_freeze
+from reduction.parsing import format_budget, parse_budget, read_freeze
 from train.checkpoint import differing_settings
 from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig
@@ -97,7 +97,7 @@ class CalibrateConfig:
             parse_budget(str(self.budget))
         if self.compare_full and self.budget == "none":
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
-        if self.freeze is not None and isinstance(parse_freeze(self.freeze, 10**6), list):
+        if self.freeze is not None and isinstance(read_freeze(self.freeze), list):
             raise UserError(f"freeze {self.freeze!r}: LC picks the layers; write how many (19) or a share (60%).")
 
 

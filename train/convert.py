@@ -18,6 +18,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 import data
 from data.errors import MissingFile, UserError
 from data.files import read_json, written_whole
+from reduction.weight_files import weight_names
 from train.original_release import (
     PROJECTOR_KEYS,
     PROJECTOR_NAMES,
@@ -180,8 +181,27 @@ def convert_to_transformers(
         build_generation_config(source, config, vocabulary).save_pretrained(folder)
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuses the folder of a LoRA without weights of its own, saying what it is and what to do."""
+    if not (folder / "adapter_config.json").is_file() or weight_names(folder):
+        return
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its base"
+    alone = (
+        f", or keep {base} as the model and take the LoRA's projector alone: mm_projector "
+        f"{folder / 'non_lora_trainables.bin'}"
+        if (folder / "non_lora_trainables.bin").is_file()
+        else ""
+    )
+    raise UserError(
+        f"{folder} is a LoRA over {base} (adapter_config.json), not a whole release: merge the two into one folder "
+        "and give that (a LLaVA's with LLaVA's scripts/merge_lora_weights.py, others with PEFT's merge_and_unload)"
+        f"{alone}"
+    )
+
+
 def merged_config(source: Path, projector: Path | None) -> dict[str, Any]:
     """The original config; for a plain Vicuna, with the `mm_*` keys from beside the projector."""
+    refuse_adapter(source)
     config = read_json(source / "config.json")
     if "mm_vision_tower" in config:
         return config

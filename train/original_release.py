@@ -33,6 +33,7 @@ from transformers import (
 
 from data.errors import MissingFile, UserError
 from data.files import read_json
+from reduction.weight_files import check_json
 from train.tensor_files import TensorSpec
 
 IMAGE_TOKEN = "<image>"
@@ -44,7 +45,17 @@ PROJECTOR_NAMES = {
     "2.bias": "linear_2.bias",
 }
 _MODEL_TYPES = ("llava", "llava_llama")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA_KEYS = (
     *_REQUIRED,
     "attention_bias",
@@ -85,6 +96,7 @@ def check_original_config(config: Mapping[str, Any], where: str) -> None:
     missing = [key for key in (*_REQUIRED, "mm_vision_tower") if config.get(key) is None]
     if missing:
         raise UserError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
+    _check_sizes(config, _SIZES, f"{where}: config.json")
     projector = config.get("mm_projector_type", "linear")
     resampler = config.get("mm_resampler_type")
     if resampler is not None:
@@ -115,6 +127,14 @@ def check_original_config(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _check_sizes(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Refuses sizes that are there and are no whole number from 1: transformers would divide by them."""
+    for key in keys:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"{where}: {key} is {value!r}, needed is a whole number from 1")
+
+
 def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str]:
     """The projector's tensor names in an original file: `0.weight` → the name there.
 
@@ -139,10 +159,12 @@ def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str
 def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hidden: int, where: str) -> None:
     """Refuses a projector that does not fit between the vision tower and the language model.
 
-    `shapes`: of linear_1.weight and linear_2.weight; `tower` and `hidden`: widths of the tower and the LLM.
+    `shapes`: of linear_1.weight and linear_2.weight, and of their biases if there are any; `tower` and `hidden`:
+    widths of the tower and the LLM.
     """
     wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
-    for name, shape in wanted.items():
+    biases = {name: (hidden,) for name in ("linear_1.bias", "linear_2.bias") if name in shapes}
+    for name, shape in {**wanted, **biases}.items():
         if tuple(shapes[name]) != shape:
             raise UserError(
                 f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "
@@ -166,8 +188,13 @@ def tower_config(folder: Path) -> CLIPVisionConfig:
     """The vision config of a CLIP folder (CLIPModel or CLIPVisionModel). Raises ValueError for other towers."""
     config = read_json(folder / "config.json")
     if config.get("model_type") == "clip":
-        return CLIPVisionConfig.from_dict(config["vision_config"])
+        part = config.get("vision_config", {})
+        if not isinstance(part, dict):
+            raise UserError(f"{folder}: vision_config in config.json is {part!r}, needed is an object")
+        _check_sizes(part, _TOWER_SIZES, f"{folder}: vision_config in config.json")
+        return CLIPVisionConfig.from_dict(part)
     if config.get("model_type") == "clip_vision_model":
+        _check_sizes(config, _TOWER_SIZES, f"{folder}: config.json")
         return CLIPVisionConfig.from_dict(config)
     raise UserError(
         f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"
@@ -234,7 +261,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         raise MissingFile(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
-    slow = LlamaTokenizer.from_pretrained(folder)
+    check_json(folder, _TOKENIZER_FILES)
+    slow = LlamaTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(slow) > rows:
         raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
@@ -251,9 +279,10 @@ def build_config(
 ) -> LlavaConfig | LlavaNextConfig:
     """The transformers config of an original one. A release with `anyres` images becomes LLaVA-NeXT."""
     image_size, patch_size = vision.image_size, vision.patch_size
-    if not isinstance(image_size, int) or not isinstance(patch_size, int):
+    if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 0 < patch_size <= image_size:
         raise UserError(
-            f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares"
+            f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares, the one "
+            "in the other: needed are two whole numbers"
         )
     common: dict[str, Any] = {
         "vision_config": vision,
@@ -282,7 +311,11 @@ def build_processor(
     config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, vocabulary: Vocabulary, chat_template: str
 ) -> LlavaProcessor | LlavaNextProcessor:
     """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""
-    given = read_json(tower / "preprocessor_config.json")
+    path = tower / "preprocessor_config.json"
+    given = read_json(path)
+    missing = [key for key in ("image_mean", "image_std") if key not in given]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: download the vision tower again")
     size, crop = given.get("size", vision.image_size), given.get("crop_size", vision.image_size)
     shared: dict[str, Any] = {
         "size": {"shortest_edge": size} if isinstance(size, int) else size,

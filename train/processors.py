@@ -20,7 +20,9 @@ def build_processor(
     It writes as many placeholders as that model fills, pads images as the release was trained, and carries the chat
     template that `chat_template` names.
     """
-    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip)
+    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
+    # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
     combined = folder / "processor_config.json"
     given = read_json(combined) if combined.is_file() else {}
     settings = given.get("image_processor")

@@ -27,9 +27,9 @@ from reduction import (
     ReducedLlavaProcessor,
 )
 from reduction.base_release import PROJECTOR_FILE
-from reduction.configuration_reduced_llava import validate
+from reduction.configuration_reduced_llava import check_parts, validate
 from train.conversions import keep_conversion
-from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config
+from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
 from train.hub import fetch
 from train.original_release import (
     PROJECTOR_NAMES,
@@ -130,6 +130,7 @@ def open_release(
             )
         source = source / "final"
     projector = find_projector_file(mm_projector) if mm_projector else None
+    refuse_adapter(source)
     config = read_json(source / "config.json")
     has_weights = bool(weight_files(source))
     if is_original(config) or (projector is not None and "text_config" not in config):
@@ -183,6 +184,7 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
             "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
         )
+    check_parts(folder, config)
     if not has_weights:
         if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
             return
@@ -302,6 +304,7 @@ def load_release(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        trust_remote_code=False,
         **reductions,
         **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
     )

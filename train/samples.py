@@ -172,7 +172,7 @@ def choose_layers(
     if config.shortv.ranking == "random":
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-        return sorted(pick_layers(drawn, config.shortv.freeze))
+        return sorted(pick_layers(drawn, config.shortv.freeze)) or None
     visionzip = config.visionzip.as_key() if config.visionzip else None
     model, processor = load_release(
         release,
@@ -198,7 +198,7 @@ def choose_layers(
     if accelerator.is_main_process:
         found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
         write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
-    return chosen
+    return chosen or None
 
 
 def calibration_prompts(

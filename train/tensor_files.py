@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.errors import MissingFile, UserError
+from reduction.weight_files import read_header, refuse_compressed, weight_names
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -62,20 +63,9 @@ def read_safetensors_specs(path: Path) -> dict[str, TensorSpec]:
     cut short is found without reading the tensors.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        header_bytes = file.read(length) if len(start) == 8 and length <= size else b""
-    try:
-        header = json.loads(header_bytes)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        shapes = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no safetensors file, or was cut short within its header ({size} bytes): "
-            "download or convert it again"
-        ) from error
+    header, entries = read_header(path)
+    end = 8 + len(header) + max((entry[3] for entry in entries.values()), default=0)
+    shapes = {name: (shape, dtype) for name, (dtype, shape, _, _) in entries.items()}
     if size != end:
         raise UserError(
             f"{path} was cut short or damaged: its header announces {end} bytes, the file has {size}: "
@@ -89,8 +79,11 @@ def read_safetensors_specs(path: Path) -> dict[str, TensorSpec]:
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a .bin file, memory-mapped where the format allows it (everything since torch 1.6)."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        refuse_compressed(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it holds something other than tensors, and loading that could run code "
@@ -164,24 +157,19 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder in loading order: those of its index, or the single file; safetensors first.
+    """The weight files of a folder, as transformers chooses them: one file, or those of an index; safetensors first.
 
     An empty list when the folder holds none. Raises FileNotFoundError for a shard that the index names and the
-    folder lacks.
+    folder lacks, ValueError for an index that is damaged or leads out of the folder.
     """
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise MissingFile(
-                    f"{folder} lacks {', '.join(missing)}, which {index.name} names: download the release again"
-                )
-            return [folder / name for name in names]
-        if (folder / f"{stem}{suffix}").is_file():
-            return [folder / f"{stem}{suffix}"]
-    return []
+    names = weight_names(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        index = "model.safetensors" if missing[0].endswith(".safetensors") else "pytorch_model.bin"
+        raise MissingFile(
+            f"{folder} lacks {', '.join(missing)}, which {index}.index.json names: download the release again"
+        )
+    return [folder / name for name in names]
 
 
 def folder_specs(folder: Path) -> dict[str, TensorSpec]:

@@ -2,7 +2,16 @@
 
 import pytest
 
-from reduction.parsing import format_budget, parse_budget, parse_bytes, parse_fastv, parse_freeze, parse_layers
+from reduction.parsing import (
+    format_budget,
+    format_shortv,
+    parse_budget,
+    parse_bytes,
+    parse_fastv,
+    parse_freeze,
+    parse_layers,
+    read_freeze,
+)
 
 
 def test_budget():
@@ -67,7 +76,7 @@ def test_freeze(text, layers, expected):
     ("text", "message"),
     [
         ("9", "has 8 layers"),
-        ("101%", "has 8 layers"),
+        ("101%", "a share of the layers is at most 100%"),
         ("1,8", "from 0 to 7"),
         ("1,1", "distinct"),
         ("-1", "a number of layers"),
@@ -86,3 +95,17 @@ def test_fastv_is_a_layer_and_a_share() -> None:
     for bad in ("2", "0.5", "a+b", "2+", ""):
         with pytest.raises(ValueError, match=r"like 2\+0\.5, or none"):
             parse_fastv(bad)
+
+
+def test_freeze_of_any_model() -> None:
+    assert [read_freeze(text) for text in ("19", "60%", "[3]", "31, 29")] == [19, 0.6, [3], [31, 29]]
+    for text in ("250%", "100.5 %"):
+        with pytest.raises(ValueError, match=r"a share of the layers is at most 100%\.$"):
+            read_freeze(text)
+    with pytest.raises(ValueError, match="distinct layers"):
+        read_freeze("1,1")
+
+
+def test_no_layer_is_null_as_configs_want_it() -> None:
+    assert format_shortv([2, 5]) == "{layers: [2, 5]}"
+    assert format_shortv([]) == format_shortv(None) == "null"

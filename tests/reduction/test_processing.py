@@ -1,5 +1,6 @@
 """The processors write exactly as many placeholders as the models fill."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -110,3 +111,19 @@ def test_the_budget_is_saved_and_can_be_overridden(tmp_path, tiny_release, next_
     assert "visionzip" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
     assert cls.from_pretrained(tmp_path / "saved").visionzip == VISIONZIP
     assert cls.from_pretrained(tmp_path / "saved", visionzip=None).visionzip is None
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["padded", "square"])
+@pytest.mark.parametrize("given", [{}, {"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}], ids=str)
+def test_floats_from_0_to_1_are_the_same_picture(tiny_release, square, given):
+    """As torchvision's ToTensor gives them, one by one, in a list or stacked."""
+    processor = ReducedLlavaProcessor.from_pretrained(tiny_release, visionzip=VISIONZIP)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 30 if square else 40, 3), dtype=np.uint8)
+    expected = processor(images=Image.fromarray(pixels), text="<image>", return_tensors="pt")["pixel_values"]
+    floats = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    for images in (floats, [floats], floats[None], floats.numpy(), pixels.astype(np.float64) / 255):
+        found = processor(images=images, text="<image>", return_tensors="pt", **given)["pixel_values"]
+        assert torch.equal(found, expected)
+    if not given:  # and what is no such picture is left as it is
+        for images in (pixels, floats * 255):
+            assert torch.equal(processor(images=images, text="<image>", return_tensors="pt")["pixel_values"], expected)

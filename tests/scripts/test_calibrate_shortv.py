@@ -190,6 +190,9 @@ def test_picking_again_measures_nothing(settings, monkeypatch):
     again = calibrate(changed(settings, freeze="1"))
     assert again["layers"] == first["ranking"][:1]
     assert again["measurements"] == first["measurements"]
+    none = calibrate(changed(settings, freeze="0"))
+    assert none["layers"] is None
+    assert "shortv: null" in report(none, settings.output).splitlines()
 
 
 def test_other_settings_are_refused(settings):

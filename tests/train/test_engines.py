@@ -223,7 +223,8 @@ def test_micro_batches_are_sized_for_the_engine(
 ) -> None:
     """Engines that spread weights take every token through every layer: of the same memory, fewer fit at a time."""
     settings = ("--per_device_train_batch_size", "null", "--max_steps", "1", "--max_memory", "1026MiB")
-    settings += ("--gradient_checkpointing", "false", "--eval_steps", "null", "--save_steps", "1", "--warmup_ratio", "0")
+    settings += ("--gradient_checkpointing", "false", "--eval_steps", "null", "--save_steps", "1")
+    settings += ("--warmup_ratio", "0")
 
     def tokens(folder: Path) -> int:
         state = json.loads((folder / "step-000001" / "state.json").read_text())
