@@ -27,10 +27,9 @@ from data.drops import BadSample, TooManyBadSamples
 from data.files import write_atomically
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
-from reduction.parsing import parse_budget
+from reduction.reductions import Reductions
 from train.calibration import CalibrateConfig, Partial, budget_name, measure, refuse_other_settings
 from train.command_line import parse_config
-from train.release import Reduction
 
 INK = "#222222"
 
@@ -56,15 +55,13 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
         print(f"{settings.output} holds these measurements already; layers are picked from it")
     else:
         partial = Partial(partial_path, matters, settings.overwrite)
-        own: Reduction = "saved" if settings.budget is None else None
-        first = measure(
-            settings, parse_budget(settings.budget) if settings.budget not in (None, "none") else own, partial
-        )
+        asked = None if settings.budget is None else Reductions.parse(settings.budget)
+        first = measure(settings, asked, partial)
         measured = [first]
         if settings.compare_full:
             if first.budget is None:
                 raise ValueError("compare_full compares a budget with all visual tokens, and the model has none.")
-            measured.append(measure(settings, None, partial))
+            measured.append(measure(settings, Reductions(), partial))
         result = {
             "settings": matters,
             "model": settings.model,

@@ -67,14 +67,12 @@ def to_llava(given: argparse.Namespace) -> None:
     release = open_release(
         given.model, given.revision, mm_projector=given.mm_projector, vision_tower=given.vision_tower
     )
-    saved = release.saved_reductions
     write_reduced_checkpoint(
         given.output,
         release,
         release_projector(release),
         load_processor(release),
-        visionzip=saved["visionzip"],
-        shortv=saved["shortv"],
+        release.saved_reductions,
         shape="llava",
         base=given.base,
         vision_tower=given.vision_tower,

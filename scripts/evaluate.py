@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +19,18 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from data.drops import TooManyBadSamples
+from reduction.reductions import Reductions
 from train.command_line import load_config, parse_config
 from train.comparison import Candidate, check_candidates, compare, table_of, write_results
-from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from train.config import (
+    ConfigError,
+    DataConfig,
+    FastVConfig,
+    ShortVConfig,
+    TuneConfig,
+    VisionZipConfig,
+    reductions_of,
+)
 from train.finish import candidates_of
 from train.processes import PATIENCE
 from train.release import dtype_of, open_release
@@ -126,18 +135,16 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
             rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), saved)]
             continue
         saved = open_release(model, config.revision).saved_reductions
-        if any(saved.values()):
+        if not saved.is_empty:
             rows.append(Candidate(model, model, revision=config.revision))
             continue
-        release = Candidate(several + "all tokens", model, visionzip=None, shortv=None, revision=config.revision)
+        release = Candidate(several + "all tokens", model, Reductions(), revision=config.revision)
         rows.append(release)
         if reduces:
             given = True
-            visionzip = config.visionzip.as_key() if config.visionzip else None
-            fastv = asdict(config.fastv) if config.fastv else None
-            shortv = {"layers": config.shortv.layers} if config.shortv else None
-            name = several + "reduced, untuned"
-            rows.append(replace(release, name=name, visionzip=visionzip, shortv=shortv, fastv=fastv))
+            layers = config.shortv.layers if config.shortv else None
+            reductions = reductions_of(config.visionzip, layers, config.fastv)
+            rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
     if reduces and not given:
         raise ConfigError(
             f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "

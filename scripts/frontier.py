@@ -105,9 +105,9 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig) -> Path
     folder = Path(config.output) / "runs" / point.name
     run = replace(
         recipe,
-        visionzip=VisionZipConfig(**point.visionzip) if point.visionzip else None,
-        shortv=ShortVConfig(layers=list(point.layers)) if point.layers else None,
-        fastv=FastVConfig(**point.fastv) if point.fastv else None,
+        visionzip=VisionZipConfig(**point.reductions.visionzip) if point.reductions.visionzip else None,
+        shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
+        fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         seed=point.seed or 0,
         output_dir=str(folder),
         run_name=None,
@@ -144,9 +144,7 @@ def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
     return Candidate(
         point.name,
         model,
-        visionzip="saved" if point.tuned else point.visionzip,
-        shortv="saved" if point.tuned else ({"layers": list(point.layers)} if point.layers else None),
-        fastv="saved" if point.tuned else point.fastv,
+        None if point.tuned else point.reductions,
         revision=None if point.tuned else recipe.revision,
         mm_projector=None if point.tuned else recipe.mm_projector,
         vision_tower=None if point.tuned else recipe.vision_tower,

@@ -31,9 +31,10 @@ from reduction.layer_contribution import (
     rank_layers,
 )
 from reduction.parsing import format_budget, parse_budget, parse_freeze
+from reduction.reductions import Reductions
 from train.checkpoint import differing_settings
 from train.config import DEMO, DataConfig, DemoScenesConfig
-from train.release import Reduction, load_release
+from train.release import load_release, open_release
 from train.samples import demo_folder, draw_demo_scenes, folder_of, with_prompt
 
 
@@ -180,14 +181,13 @@ def load_sample(chosen: Chosen, dataset: ConversationDataset) -> CalibrationSamp
     return CalibrationSample(torch.tensor(chosen.prompt), inputs["pixel_values"], inputs.get("image_sizes"))
 
 
-def measure(settings: CalibrateConfig, budget: Reduction, done: Partial) -> Measurement:
-    """LC under one budget, going on from the batches that `done` holds, and adding to them."""
+def measure(settings: CalibrateConfig, reductions: Reductions | None, done: Partial) -> Measurement:
+    """LC under the budget of `reductions` (None: as the model was saved), going on from the batches that `done` holds,
+    and adding to them."""
+    release = open_release(settings.model, settings.revision)
     model, processor = load_release(
-        settings.model,
-        revision=settings.revision,
-        visionzip=budget,
-        shortv=None,
-        fastv=None,
+        release,
+        (release.saved_reductions if reductions is None else reductions).before_the_llm,
         dtype=getattr(torch, settings.dtype),
         chat_template=settings.chat_template,
         load_in_4bit=settings.load_in_4bit,

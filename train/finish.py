@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from data.images import open_image
+from reduction.reductions import Reductions
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import TuneConfig
@@ -30,9 +31,7 @@ def write_final(
     release: Release,
     trained: Mapping[str, torch.Tensor] | ProjectorAdapter,
     processor: Any,
-    visionzip: Mapping[str, int] | None,
-    shortv: Mapping[str, Any] | None,
-    fastv: Mapping[str, Any] | None,
+    reductions: Reductions,
     say: Callable[[str], None],
 ) -> None:
     """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
@@ -42,7 +41,7 @@ def write_final(
     target = folder / FINAL
     shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
     projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
-    write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv, fastv=fastv)
+    write_reduced_checkpoint(target, release, projector, processor, reductions)
     if isinstance(trained, ProjectorAdapter):
         trained.save(target / ADAPTER_FOLDER, release.name)
     specs = folder_specs(target)
@@ -71,24 +70,23 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
     )
 
 
-def candidates_of(config: TuneConfig, folder: Path, saved: Mapping[str, Any]) -> list[Candidate]:
+def candidates_of(config: TuneConfig, folder: Path, saved: Reductions) -> list[Candidate]:
     """The rows of a run's table: its release with all tokens and reduced, what was tuned, and the control.
 
-    `saved`: `visionzip`, `shortv` and `fastv` of the reduced checkpoint.
+    `saved`: those of the reduced checkpoint.
     """
     release = Candidate(
         "all tokens",
         config.model,
-        visionzip=None,
-        shortv=None,
+        Reductions(),
         revision=config.revision,
         mm_projector=config.mm_projector,
         vision_tower=config.vision_tower,
         chat_template=config.data.chat_template,
     )
     rows = [release]
-    if any(saved.values()):
-        rows.append(replace(release, name="reduced, untuned", **saved))
+    if not saved.is_empty:
+        rows.append(replace(release, name="reduced, untuned", reductions=saved))
         rows.append(Candidate("reduced + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
     else:
         rows.append(Candidate("all tokens + tuned", str(folder / FINAL), chat_template=config.data.chat_template))

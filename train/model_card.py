@@ -15,7 +15,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from data.errors import MissingFile
 from data.files import read_json
 from data.subset import subset_report
-from reduction.parsing import format_budget
+from reduction.baselines import METHODS
+from reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from reduction.reductions import Reductions
 from train.config import DEMO, DataConfig, TuneConfig
 from train.hub import fetch
 from train.reduced_checkpoint import LINEAGE_FILE, Shape
@@ -35,7 +37,7 @@ class RunRecord:
 
     name: str
     config: dict[str, Any]
-    reductions: dict[str, Any]
+    reductions: Reductions
     lineage: list[dict[str, Any]]
     model_config: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -151,34 +153,57 @@ def _grid(run: RunRecord) -> str:
 
 
 def _budget(run: RunRecord) -> str:
-    visionzip = run.reductions["visionzip"]
-    if not visionzip:
+    visionzip = run.reductions.visionzip
+    if visionzip is None:
         return "all visual tokens"
     total = visionzip["dominant"] + visionzip["contextual"]
     unit = "tile" if "next" in run.model_config["model_type"] else "image"
-    return (
-        f"{total} of {_grid(run)} visual tokens per {unit} ({visionzip['dominant']} dominant, CLS counted among them, "
-        f"and {visionzip['contextual']} contextual)"
-    )
+    if run.reductions.method != METHODS[0]:
+        seed = f", seed {visionzip.get('seed', 0)}" if run.reductions.method == "random" else ""
+        how = f"chosen by the baseline {run.reductions.method}{seed}, not by VisionZip"
+    else:
+        tower = run.model_config["vision_config"].get("model_type", "clip_vision_model")
+        cls = ", CLS counted among them," if TOWER_HAS_CLS.get(tower) else ""
+        how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
+    return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
 
 
 def _frozen(run: RunRecord) -> str:
-    shortv = run.reductions["shortv"]
-    depth = run.model_config["text_config"].get("num_hidden_layers", 32)
-    if not shortv:
+    depth = _depth(run)
+    if not run.reductions.layers:
         return f"none of {depth}"
-    layers = ", ".join(str(layer) for layer in shortv["layers"])
-    return f"{len(shortv['layers'])} of {depth} (layers {layers})"
+    layers = ", ".join(str(layer) for layer in run.reductions.layers)
+    return f"{len(run.reductions.layers)} of {depth} (layers {layers})"
+
+
+def _depth(run: RunRecord) -> int:
+    return int(run.model_config["text_config"].get("num_hidden_layers", 32))
+
+
+def _pruning(run: RunRecord) -> str:
+    fastv = run.reductions.fastv
+    if fastv is None:
+        return "none"
+    return (
+        f"FastV, {float(fastv['keep']):.3g} of the visual tokens kept after {fastv['layer']} of {_depth(run)} layers"
+    )
 
 
 def _introduction(run: RunRecord) -> str:
     base = _base(run)
     name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else f"`{base['name']}`"
+    pruned = f"; pruned inside it: {_pruning(run)}" if run.reductions.fastv else ""
+    methods = []
+    if run.reductions.visionzip and run.reductions.method == METHODS[0]:
+        methods.append("The visual tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467).")
+    if run.reductions.shortv:
+        methods.append("Frozen layers are those of [ShortV](https://arxiv.org/abs/2504.00502).")
+    if run.reductions.fastv:
+        methods.append("The pruning is [FastV](https://arxiv.org/abs/2403.06764)'s.")
     return (
-        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}. "
-        "Only the multimodal projector was tuned; vision tower and language model are the release's own. The visual "
-        "tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467), frozen layers are those of "
-        "[ShortV](https://arxiv.org/abs/2504.00502), and the tuning was done with ShortZip."
+        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}"
+        f"{pruned}. Only the multimodal projector was tuned; vision tower and language model are the release's own. "
+        f"{' '.join(methods)} The tuning was done with ShortZip."
     )
 
 
@@ -295,6 +320,7 @@ def _recipe(run: RunRecord) -> str:
         f"## How it was made\n\n- base: {_base(run)['name']}"
         + (f" at {_base(run)['revision']}" if _base(run)["revision"] else "")
         + f"\n- data: {share}\n- budget: {_budget(run)}\n- frozen layers: {_frozen(run)}\n"
+        f"- pruned inside the language model: {_pruning(run)}\n"
         f"- tuned: {tuned}\n\n```bash\n{command_of(run.config)}\n```"
     )
 
@@ -342,11 +368,8 @@ def _lineage(run: RunRecord) -> str:
         return ""
     lines = []
     for entry in run.lineage:
-        visionzip, shortv = entry.get("visionzip"), entry.get("shortv")
-        kept = f"{format_budget(visionzip)} visual tokens" if visionzip else "all visual tokens"
-        frozen = f", {len(shortv['layers'])} frozen layers" if shortv else ""
         commit = f" at {entry['revision']}" if entry["revision"] else ""
-        lines.append(f"1. {entry['name']}{commit}: {kept}{frozen}")
+        lines.append(f"1. {entry['name']}{commit}: {Reductions.from_config(entry).describe()}")
     return "## Lineage\n\nThis checkpoint was tuned from another one; the oldest first:\n\n" + "\n".join(lines)
 
 
@@ -363,7 +386,7 @@ def _limits(run: RunRecord, shape: Shape) -> str:
             "is used there: with this processor's fewer placeholders, transformers then reports that image features "
             "and image tokens do not match.",
         )
-    if run.reductions["shortv"]:
+    if run.reductions.shortv:
         lines.append("- Frozen layers need `attn_implementation` `sdpa` or `eager`.")
     return "## Limits\n\n" + "\n".join(lines)
 

@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from data.errors import UserError
 from data.files import written_whole
 from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from reduction.reductions import Reductions
 from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from train.original_release import to_original_config
 from train.release import Release, model_classes
@@ -36,10 +37,8 @@ def write_reduced_checkpoint(
     release: Release,
     projector: Mapping[str, torch.Tensor],
     processor: Any,
+    reductions: Reductions,
     *,
-    visionzip: Mapping[str, int] | None,
-    shortv: Mapping[str, Any] | None,
-    fastv: Mapping[str, Any] | None = None,
     shape: Shape = "full",
     base: str | None = None,
     base_revision: str | None = None,
@@ -48,9 +47,10 @@ def write_reduced_checkpoint(
     """Writes `target` whole or not at all.
 
     `release`: what was tuned. `projector`: its tuned tensors, `linear_1.weight` … with or without a prefix; written in
-    float32. `processor`: the one it was tuned with. `base` and `base_revision`: for `projector`, a Hub id of the same
-    release (its files are compared by digest before anything is loaded) when the run used a folder; for `llava`, the
-    original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell it.
+    float32. `processor` and `reductions`: what it was tuned with. `base` and `base_revision`: for `projector`, a Hub
+    id of the same release (its files are compared by digest before anything is loaded) when the run used a folder; for
+    `llava`, the original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell
+    it.
 
     Raises FileExistsError when `target` holds something, ValueError for an unknown shape or a projector that does not
     fit.
@@ -58,11 +58,6 @@ def write_reduced_checkpoint(
     if shape not in SHAPES:
         raise UserError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
     tensors = {name.rsplit(_MARK, 1)[-1]: tensor.detach().cpu().float() for name, tensor in projector.items()}
-    reductions = {
-        "visionzip": dict(visionzip) if visionzip else None,
-        "shortv": {"layers": list(shortv["layers"])} if shortv else None,
-        **({"fastv": dict(fastv)} if fastv else {}),
-    }
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
@@ -71,11 +66,11 @@ def write_reduced_checkpoint(
         if original is None:
             plain_config = config_class.from_dict(plain)
             original = to_original_config(plain_config, vision_tower, release.name)
-        config = {**original, **reductions, "lineage": lineage(release, base, base_revision)}
+        config = {**original, **reductions.as_config(), "lineage": lineage(release, base, base_revision)}
         write_llava_projector(target, tensors, config, base=base or base_name(release))
         return
     weights = weights_folder(release)
-    config = config_class.from_dict({**plain, **reductions})
+    config = config_class.from_dict({**plain, **reductions.as_config()})
     config.architectures = [model_class.__name__]
     config.base_release = None
     if shape == "projector":
@@ -117,7 +112,7 @@ def lineage(release: Release, base: str | None = None, base_revision: str | None
         older = older or release.original_config.get("lineage", [])
     name = release.name if release.revision is not None else Path(release.name).resolve().name
     found = {"name": base or name, "revision": base_revision if base else release.revision}
-    return [*older, {**found, **release.saved_reductions}]
+    return [*older, {**found, **release.saved_reductions.as_config()}]
 
 
 def weights_folder(release: Release) -> Path:

@@ -16,7 +16,7 @@ from train.tensor_files import open_tensors, weight_files
 def check_untuned(release: Release) -> None:
     """Raises ConfigError for a release that is itself reduced or tuned: "all tokens" would not be what it shows."""
     older = lineage(release)[:-1]
-    if older or any(release.saved_reductions.values()):
+    if older or not release.saved_reductions.is_empty:
         base = f" ({older[-1]['name']})" if older else ""
         raise ConfigError(
             f"model {release.name} is a reduced or tuned checkpoint: needed is the release it was tuned from{base}; "

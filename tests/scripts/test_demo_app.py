@@ -27,6 +27,7 @@ from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
 from data.scenes import render_scene, sample_scene
+from reduction.reductions import Reductions
 from scripts import demo_app
 from scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
 from train.config import ConfigError
@@ -46,8 +47,8 @@ def write_tuned(folder: Path, base: Path, **keys: Any) -> Path:
     release = open_release(str(base))
     _, processor = load_release(release)
     projector = {name: tensor + 0.05 for name, tensor in read_release_projector(base).items()}
-    reductions = {"visionzip": BUDGET, "shortv": {"layers": [1, 2]}}
-    write_reduced_checkpoint(folder, release, projector, processor, **{**reductions, **keys})
+    reductions: dict[str, Any] = {"visionzip": BUDGET, "shortv": {"layers": [1, 2]}}
+    write_reduced_checkpoint(folder, release, projector, processor, Reductions(**{**reductions, **keys}))
     return folder
 
 
@@ -76,10 +77,8 @@ def test_the_models_share_their_weights_and_are_what_loads(
     models: Models, tiny_release: Path, tuned: Path, photograph: Image.Image
 ) -> None:
     loaded = {
-        ALL: load_release(str(tiny_release), visionzip=None, shortv=None)[0],
-        REDUCED: load_release(
-            str(tiny_release), visionzip={"dominant": 6, "contextual": 3}, shortv={"layers": [1, 2]}
-        )[0],
+        ALL: load_release(str(tiny_release), Reductions())[0],
+        REDUCED: load_release(str(tiny_release), Reductions({"dominant": 6, "contextual": 3}, {"layers": [1, 2]}))[0],
         TUNED: load_release(str(tuned))[0],
     }
     assert models.kinds == [ALL, REDUCED, TUNED]

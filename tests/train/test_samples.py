@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from data.subset import SubsetOptions, prepare_subset
 from reduction.layer_contribution import measure_layer_contributions
+from reduction.reductions import Reductions
 from train.config import ConfigError, DataConfig, DemoScenesConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.release import load_release, open_release
 from train.samples import calibration_samples, choose_layers, draw_demo_scenes, held_out_set, training_set
@@ -61,7 +62,7 @@ def test_a_part_of_a_subset_is_refused(tiny_release: Path, tiny_instructions: Pa
 
 
 def test_calibration_prompts_end_before_the_first_answer(tiny_release: Path, tiny_instructions: Path) -> None:
-    _, processor = load_release(str(tiny_release), visionzip={"dominant": 3, "contextual": 1})
+    _, processor = load_release(str(tiny_release), Reductions({"dominant": 3, "contextual": 1}))
     dataset = training_set(DataConfig(instructions=str(tiny_instructions)), processor, seed=0)
     samples = calibration_samples(dataset, 7, seed=0)
     assert len(samples) == 7
@@ -86,7 +87,7 @@ def test_lc_chooses_the_layers_that_matter_least(
     )
     release = open_release(str(tiny_release))
     chosen = choose_layers(config, release, torch.float32, accelerator)
-    model, processor = load_release(release, visionzip={"dominant": 5, "contextual": 2}, shortv=None)
+    model, processor = load_release(release, Reductions({"dominant": 5, "contextual": 2}))
     samples = calibration_samples(training_set(config.data, processor, 0), 5, 0)
     mean = measure_layer_contributions(model, samples).mean()
     assert chosen == sorted(sorted(range(4), key=mean.__getitem__)[:2])
