@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ from train.processes import PATIENCE
 from train.release import dtype_of, open_release
 from train.report import Reporter
 from train.run_folder import CONFIG, FINAL
+from train.tuned_from import check_run, check_settings, release_of
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         if model in runs:
             if config.revision is not None:
                 raise ConfigError(f"revision {config.revision!r} is of a Hub id, and {model} is a run: leave it out")
-            saved = open_release(str(Path(model) / FINAL)).saved_reductions
-            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), saved)]
+            final, settings, file = open_release(str(Path(model) / FINAL)), asdict(runs[model]), Path(model) / CONFIG
+            check_settings(final.source, settings, file)
+            check_run(final, release_of(final, settings), file)
+            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
             continue
         saved = open_release(model, config.revision).saved_reductions
         if not saved.is_empty:

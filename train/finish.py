@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,20 @@ from train.publish import PublishError, publish_run
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import Release, dtype_of, load_viewer, open_release
 from train.report import Reporter, draw_loss_curve
-from train.run_folder import ANSWERS, CONFIG, CONTROL, CURVE, FINAL, METRICS, PICTURES, RESULTS
+from train.run_folder import (
+    ANSWERS,
+    CONFIG,
+    CONTROL,
+    CURVE,
+    FINAL,
+    HELD_OUT_PICTURE,
+    METRICS,
+    PICTURES,
+    RESULTS,
+)
 from train.samples import held_out_set
 from train.tensor_files import folder_specs
+from train.tuned_from import base_revision, write_record
 
 
 def write_final(
@@ -32,11 +43,13 @@ def write_final(
     trained: Mapping[str, torch.Tensor] | ProjectorAdapter,
     processor: Any,
     reductions: Reductions,
+    settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
 
-    An adapter is merged into the projector, and saved beside it in `folder`/final/adapter.
+    An adapter is merged into the projector, and saved beside it in `folder`/final/adapter. `settings`: what the run
+    was tuned with, which is written beside them.
     """
     target = folder / FINAL
     shutil.rmtree(target, ignore_errors=True)  # of a run that ended here before, and is continued from an older step
@@ -44,6 +57,7 @@ def write_final(
     write_reduced_checkpoint(target, release, projector, processor, reductions)
     if isinstance(trained, ProjectorAdapter):
         trained.save(target / ADAPTER_FOLDER, release.name)
+    write_record(target, release, settings)
     specs = folder_specs(target)
     kept = sorted({str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n})
     size = sum(spec.nbytes for spec in specs.values()) / 1e6
@@ -70,16 +84,14 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
     )
 
 
-def candidates_of(config: TuneConfig, folder: Path, saved: Reductions) -> list[Candidate]:
-    """The rows of a run's table: its release with all tokens and reduced, what was tuned, and the control.
-
-    `saved`: those of the reduced checkpoint.
-    """
+def candidates_of(config: TuneConfig, folder: Path, final: Release) -> list[Candidate]:
+    """The rows of a run's table: its release with all tokens and reduced, `final`, and the control."""
+    saved = final.saved_reductions
     release = Candidate(
         "all tokens",
         config.model,
         Reductions(),
-        revision=config.revision,
+        revision=base_revision(final, asdict(config)),
         mm_projector=config.mm_projector,
         vision_tower=config.vision_tower,
         chat_template=config.data.chat_template,
@@ -91,8 +103,8 @@ def candidates_of(config: TuneConfig, folder: Path, saved: Reductions) -> list[C
     else:
         rows.append(Candidate("all tokens + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
     if config.control:
-        final = str(folder / CONTROL / FINAL)
-        rows.append(Candidate("all tokens + the same tuning", final, chat_template=config.data.chat_template))
+        control = str(folder / CONTROL / FINAL)
+        rows.append(Candidate("all tokens + the same tuning", control, chat_template=config.data.chat_template))
     return rows
 
 
@@ -108,9 +120,8 @@ def compare_and_draw(
 
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
     if config.final_evaluation and config.data.eval_instructions is not None:
-        saved = open_release(str(folder / FINAL)).saved_reductions
         results = compare(
-            candidates_of(config, folder, saved),
+            candidates_of(config, folder, open_release(str(folder / FINAL))),
             config.data,
             accelerator,
             dtype=dtype_of(config.mixed_precision),
@@ -155,7 +166,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
     if images:
         (folder / PICTURES).mkdir(exist_ok=True)
         maps = [map_tokens(model, processor, image)[0][0] for image in images]
-        draw_images(maps, folder / PICTURES / "held-out.png", [conversation.id for conversation in pictured])
+        draw_images(maps, folder / PICTURES / HELD_OUT_PICTURE, [conversation.id for conversation in pictured])
 
 
 def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:

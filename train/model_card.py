@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,15 @@ from data.subset import subset_report
 from reduction.baselines import METHODS
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from reduction.reductions import Reductions
-from train.config import DEMO, DataConfig, TuneConfig
+from train.card_command import command_of
+from train.card_text import fenced, inline, is_repository, licence_id, one_line
+from train.config import DEMO
 from train.hub import fetch
 from train.reduced_checkpoint import LINEAGE_FILE, Shape
 from train.release import open_release
 from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
 
 PICTURE = "kept_tokens.png"
-_NOT_IN_COMMAND = (
-    "output_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,14 @@ def _base(run: RunRecord) -> dict[str, Any]:
 
 
 def _on_hub(base: Mapping[str, Any]) -> bool:
-    return "/" in base["name"]  # of a folder, the lineage keeps the last part alone
+    return is_repository(str(base["name"]))  # of a folder, the lineage keeps the last part alone
 
 
 def _metadata(run: RunRecord, repo_id: str) -> str:
     tuned = _row(run, "tuned")
     results = []
     if tuned:
-        dataset = _dataset_name(run)
+        dataset = one_line(_dataset_name(run))
         for key, name, value in (
             ("exact_match", "Exact match", tuned["exact_match"]),
             ("loss", "Loss (nats per supervised token)", tuned["loss"]),
@@ -134,7 +132,7 @@ def _metadata(run: RunRecord, repo_id: str) -> str:
             )
     base = _base(run)
     data = ModelCardData(
-        license=run.licence or "unknown",
+        license=licence_id(run.licence),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava", "visual-token-reduction", "visionzip", "shortv", "shortzip"],
@@ -191,7 +189,7 @@ def _pruning(run: RunRecord) -> str:
 
 def _introduction(run: RunRecord) -> str:
     base = _base(run)
-    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else f"`{base['name']}`"
+    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else inline(base["name"])
     pruned = f"; pruned inside it: {_pruning(run)}" if run.reductions.fastv else ""
     methods = []
     if run.reductions.visionzip and run.reductions.method == METHODS[0]:
@@ -212,25 +210,25 @@ def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
     if shape == "llava":
         return (
             "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
-            f"VisionZip's patch is applied there):\n\n```bash\n{lines}\n```\n\nShortZip loads it as it is, reductions "
-            f"included: `load_release('{repo_id}')`."
+            f"VisionZip's patch is applied there):\n\n{fenced('bash', lines)}\n\nShortZip loads it as it is, "
+            f"reductions included: `load_release('{repo_id}')`."
         )
     fetched = (
         ""
         if shape == "full"
-        else f"\n\nThis repository holds the projector; the release it belongs to ({_base(run)['name']}, pinned to a "
-        "commit and to its files' digests) is fetched when it is loaded."
+        else f"\n\nThis repository holds the projector; the release it belongs to ({inline(_base(run)['name'])}, "
+        "pinned to a commit and to its files' digests) is fetched when it is loaded."
     )
-    return f"## Use\n\n```python\n{lines}\n```{fetched}"
+    return f"## Use\n\n{fenced('python', lines)}{fetched}"
 
 
 def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
     """What loads a published reduced checkpoint: three lines of transformers, or LLaVA's own commands."""
     if shape == "llava":
-        folder = repo_id.split("/")[-1]
+        folder, base = repo_id.split("/")[-1], shlex.quote(one_line(_base(run)["name"]))
         return (
             f"hf download {repo_id} --local-dir {folder}\n"
-            f"python -m llava.serve.cli --model-path {folder} --model-base {_base(run)['name']} --image-file IMAGE"
+            f"python -m llava.serve.cli --model-path {folder} --model-base {base} --image-file IMAGE"
         )
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
@@ -263,20 +261,22 @@ def _table(run: RunRecord) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['name']} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['visual_tokens']:g} | "
-            f"{row['frozen_layers']} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
+            f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['visual_tokens']:g} | "
+            f"{int(row['frozen_layers'])} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
             f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
         )
     share = run.evaluation.get("recovered_share")
     said = f" Tuning won back {share:.0%} of the exact match that the reduction cost." if share is not None else ""
     machine = run.evaluation.get("machine")
-    where = f" on {machine}" if machine else ""
+    where = f" on {inline(machine)}" if machine else ""
     precision = " in bf16 (projector fp32)" if run.config.get("mixed_precision", "bf16") == "bf16" else " in fp32"
+    if run.config.get("load_in_4bit"):
+        precision += ", the language model's layers in 4 bits (NF4)"
     return (
-        f"## What was measured\n\n{first['questions']} questions of {_dataset_name(run)}, answered greedily; an "
-        "answer is right when it equals the expected one. `scripts/evaluate.py` measured the published weights"
-        f"{precision}{where}; prefill is from pixels to the first token, {first['prefill_batch']} prompts at once."
-        f"{said}\n\n" + "\n".join(lines)
+        f"## What was measured\n\n{int(first['questions'])} questions of {inline(_dataset_name(run))}, answered "
+        "greedily; an answer is right when it equals the expected one. `scripts/evaluate.py` measured the published "
+        f"weights{precision}{where}; prefill is from pixels to the first token, {int(first['prefill_batch'])} prompts "
+        f"at once.{said}\n\n" + "\n".join(lines)
     )
 
 
@@ -307,60 +307,21 @@ def _recipe(run: RunRecord) -> str:
     data = run.config["data"]
     instructions = "drawn scenes" if data["instructions"] == DEMO else Path(str(data["instructions"])).name
     tuning = run.config.get("tuning", "full")
-    tuned = "all weights of the projector" if tuning == "full" else f"{tuning} on the projector, merged"
+    tuned = "all weights of the projector" if tuning == "full" else f"{inline(tuning)} on the projector, merged"
     subset = subset_report(str(data["instructions"]))
     if subset is None:
-        share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
+        share = f"{data.get('fraction', 1.0):.0%} of {inline(instructions)}"
     else:
-        source = Path(subset["instructions"]).name
-        share = (
-            f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} (prepare_subset, seed {subset['seed']})"
-        )
+        source = inline(Path(subset["instructions"]).name)
+        drawn = f"prepare_subset, seed {int(subset['seed'])}"
+        share = f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} ({drawn})"
     return (
-        f"## How it was made\n\n- base: {_base(run)['name']}"
-        + (f" at {_base(run)['revision']}" if _base(run)["revision"] else "")
+        f"## How it was made\n\n- base: {inline(_base(run)['name'])}"
+        + (f" at {inline(_base(run)['revision'])}" if _base(run)["revision"] else "")
         + f"\n- data: {share}\n- budget: {_budget(run)}\n- frozen layers: {_frozen(run)}\n"
         f"- pruned inside the language model: {_pruning(run)}\n"
-        f"- tuned: {tuned}\n\n```bash\n{command_of(run.config)}\n```"
+        f"- tuned: {tuned}\n\n{fenced('bash', command_of(run.config))}"
     )
-
-
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command that repeats a run: every setting that is not the default; of paths, the last part alone."""
-    defaults = dict(_flat_defaults(TuneConfig))
-    options = []
-    for name, value in _flat(config):
-        if name.split(".")[0] in _NOT_IN_COMMAND or (name in defaults and defaults[name] == value):
-            continue
-        if isinstance(value, str):
-            text = Path(value).name if Path(value).is_absolute() else value
-        else:
-            text = yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
-        options.append(f"  --{name} {shlex.quote(text)}")
-    return " \\\n".join(["accelerate launch train/tune_projector.py", *options])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _flat_defaults(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    assert is_dataclass(section)
-    for item in fields(section):
-        if item.name == "data":
-            yield from _flat_defaults(DataConfig, "data.")
-        elif item.default is not MISSING:
-            yield prefix + item.name, item.default
-        elif item.default_factory is not MISSING:
-            made = item.default_factory()
-            if is_dataclass(made):
-                yield from _flat_defaults(type(made), f"{prefix}{item.name}.")
-            else:
-                yield prefix + item.name, made
 
 
 def _lineage(run: RunRecord) -> str:
@@ -368,8 +329,8 @@ def _lineage(run: RunRecord) -> str:
         return ""
     lines = []
     for entry in run.lineage:
-        commit = f" at {entry['revision']}" if entry["revision"] else ""
-        lines.append(f"1. {entry['name']}{commit}: {Reductions.from_config(entry).describe()}")
+        commit = f" at {inline(entry['revision'])}" if entry["revision"] else ""
+        lines.append(f"1. {inline(entry['name'])}{commit}: {Reductions.from_config(entry).describe()}")
     return "## Lineage\n\nThis checkpoint was tuned from another one; the oldest first:\n\n" + "\n".join(lines)
 
 
@@ -392,9 +353,9 @@ def _limits(run: RunRecord, shape: Shape) -> str:
 
 
 def _licence(run: RunRecord) -> str:
-    name = _base(run)["name"]
+    name = inline(_base(run)["name"])
     said = (
-        f"The weights are derived from {name} and stand under its licence: {run.licence}."
+        f"The weights are derived from {name} and stand under its licence: {inline(run.licence)}."
         if run.licence
         else f"The weights are derived from {name}, whose card names no licence: ask its authors before you use them."
     )

@@ -37,6 +37,7 @@ CONFIG, STATUS, METRICS, FINAL = "config.yaml", "status.json", "metrics.jsonl", 
 RESULTS, CURVE, LAYERS, TRACKER = "evaluation.json", "loss.png", "layers.json", "wandb-run.json"
 DROPPED, NONFINITE = "dropped.jsonl", "nonfinite.json"
 ANSWERS, PICTURES, CONTROL = "answers", "pictures", "control"
+HELD_OUT_PICTURE = "held-out.png"
 # What a run writes beside its checkpoints, and what overwrite_output_dir may therefore delete.
 OWN_FILES = (STATUS, METRICS, RESULTS, CURVE, LAYERS, TRACKER, DROPPED, NONFINITE)
 OWN_FOLDERS = (FINAL, ANSWERS, PICTURES, CONTROL, "tensorboard", "wandb")

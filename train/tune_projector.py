@@ -369,7 +369,7 @@ def tune(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Rep
     tuned = adapter or engine.projector()
     on_main_process(
         accelerator,
-        lambda: write_final(folder, release, tuned, processor, reductions, report.say),
+        lambda: write_final(folder, release, tuned, processor, reductions, config.shaping_settings(), report.say),
     )
     accelerator.free_memory()
 

@@ -32,7 +32,7 @@ from scripts import demo_app
 from scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
 from train.config import ConfigError
 from train.prompts import batch_prompts, encode_prompt
-from train.reduced_checkpoint import write_reduced_checkpoint
+from train.reduced_checkpoint import Shape, write_reduced_checkpoint
 from train.release import load_release, open_release, read_release_projector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,13 +42,13 @@ INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"
 BUDGET = {"dominant": 6, "contextual": 3}
 
 
-def write_tuned(folder: Path, base: Path, **keys: Any) -> Path:
+def write_tuned(folder: Path, base: Path, shape: Shape = "full", **keys: Any) -> Path:
     """A checkpoint over the release `base`, its projector moved."""
     release = open_release(str(base))
     _, processor = load_release(release)
     projector = {name: tensor + 0.05 for name, tensor in read_release_projector(base).items()}
-    reductions: dict[str, Any] = {"visionzip": BUDGET, "shortv": {"layers": [1, 2]}}
-    write_reduced_checkpoint(folder, release, projector, processor, Reductions(**{**reductions, **keys}))
+    reductions = Reductions(**{"visionzip": BUDGET, "shortv": {"layers": [1, 2]}, **keys})
+    write_reduced_checkpoint(folder, release, projector, processor, reductions, shape=shape)
     return folder
 
 

@@ -35,7 +35,7 @@ VISIONZIP = {"dominant": 4, "contextual": 2}
 
 def test_a_viewer_chooses_the_tokens_of_the_whole_model_and_holds_its_tower_alone(tiny_release: Path) -> None:
     budget = {"dominant": 5, "contextual": 3}
-    viewer, processor = load_viewer(open_release(str(tiny_release)), budget)
+    viewer, processor = load_viewer(open_release(str(tiny_release)), Reductions(budget))
     model, _ = load_release(str(tiny_release), Reductions(budget))
     side = model.config.vision_config.image_size
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
