@@ -25,6 +25,7 @@ from train.hub import fetch
 from train.reduced_checkpoint import LINEAGE_FILE, Shape
 from train.release import open_release
 from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
+from train.tuned_from import base_revision
 
 PICTURE = "kept_tokens.png"
 
@@ -59,7 +60,7 @@ def read_run(folder: Path) -> RunRecord:
         model_config=release.config,
         metrics=read_metrics(folder / METRICS) if (folder / METRICS).is_file() else [],
         evaluation=read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None,
-        licence=_licence_of_base(str(config["model"]), lineage[-1]["revision"] if lineage else None),
+        licence=_licence_of_base(str(config["model"]), base_revision(release, config)),
     )
 
 

@@ -59,7 +59,7 @@ SECRETS: Mapping[str, re.Pattern[bytes]] = {
     ),
     "a password or key": re.compile(
         rb"(?i)(api_?key|secret_?key|access_?token|auth_?token|client_?secret|passw(or)?d)[\"']?\s{0,4}[:=]\s{0,4}"
-        rb"[\"']?(?=[a-z0-9_/+.-]*[0-9])[a-z0-9_/+.-]{16,}"
+        rb"[\"']?(?=[a-z0-9_/+.-]*[0-9])[a-z0-9_/+.-]{12,}"
     ),
 }
 _HEADER_LIMIT = 1 << 24
