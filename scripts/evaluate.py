@@ -225,7 +225,8 @@ def answer(
     report.end_progress()
     report.table(table_of(results, f"held-out conversations of {data.eval_instructions}"))
     if accelerator.is_main_process:
-        write_results(output / "evaluation.json", results)
+        precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
+        write_results(output / "evaluation.json", results, **precision)
     report.say(f"written: {output / 'evaluation.json'}, {output / 'answers'}/")
     accelerator.end_training()
 

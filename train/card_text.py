@@ -26,7 +26,8 @@ def inline(text: object) -> str:
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of code that nothing in the text ends before its time."""
+    """A block of code that nothing in the text ends before its time, without control characters."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

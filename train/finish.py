@@ -120,11 +120,12 @@ def compare_and_draw(
 
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
     if config.final_evaluation and config.data.eval_instructions is not None:
+        dtype = dtype_of(config.mixed_precision)
         results = compare(
             candidates_of(config, folder, open_release(str(folder / FINAL))),
             config.data,
             accelerator,
-            dtype=dtype_of(config.mixed_precision),
+            dtype=dtype,
             load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
@@ -135,7 +136,8 @@ def compare_and_draw(
         report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
         share = recovered_share(*results[:3]) if len(results) > 2 else None
         if accelerator.is_main_process:
-            write_results(folder / RESULTS, results, recovered_share=share)
+            precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": config.load_in_4bit}
+            write_results(folder / RESULTS, results, recovered_share=share, **precision)
         if share is not None:
             report.say(f"tuning won back {share:.0%} of the exact match that the reduction cost")
         if config.control:

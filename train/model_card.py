@@ -22,7 +22,7 @@ from train.card_command import command_of
 from train.card_text import fenced, inline, is_repository, licence_id, one_line
 from train.config import DEMO
 from train.hub import fetch
-from train.reduced_checkpoint import LINEAGE_FILE, Shape
+from train.reduced_checkpoint import Shape, read_lineage
 from train.release import open_release
 from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
 from train.tuned_from import base_revision
@@ -50,8 +50,7 @@ def read_run(folder: Path) -> RunRecord:
         raise MissingFile(f"{folder} is no run's folder (no {CONFIG}): name the output_dir of a run")
     release = open_release(str(folder))
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    lineage_path = release.source / LINEAGE_FILE
-    lineage = yaml.safe_load(lineage_path.read_text()) if lineage_path.is_file() else []
+    lineage = read_lineage(release.source)
     return RunRecord(
         name=folder.resolve().name,
         config=config,
@@ -76,8 +75,11 @@ def licence_of(release: Path) -> str | None:
     readme = release / "README.md"
     if not readme.is_file():
         return None
-    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
-    data = yaml.safe_load(found[1]) if found else None
+    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # others wrote it; a card that cannot be read names nothing
+        data = None
     licence = data.get("license") if isinstance(data, dict) else None
     return licence if isinstance(licence, str) else None
 
@@ -220,7 +222,9 @@ def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
         else f"\n\nThis repository holds the projector; the release it belongs to ({inline(_base(run)['name'])}, "
         "pinned to a commit and to its files' digests) is fetched when it is loaded."
     )
-    return f"## Use\n\n{fenced('python', lines)}{fetched}"
+    stored = inline(run.model_config.get("dtype") or "float32")
+    loaded = f"\n\nThe untrained weights are loaded in {stored}, as they are stored, and the projector in float32."
+    return f"## Use\n\n{fenced('python', lines)}{fetched}{loaded}"
 
 
 def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
@@ -270,8 +274,9 @@ def _table(run: RunRecord) -> str:
     said = f" Tuning won back {share:.0%} of the exact match that the reduction cost." if share is not None else ""
     machine = run.evaluation.get("machine")
     where = f" on {inline(machine)}" if machine else ""
-    precision = " in bf16 (projector fp32)" if run.config.get("mixed_precision", "bf16") == "bf16" else " in fp32"
-    if run.config.get("load_in_4bit"):
+    of_run = "bfloat16" if run.config.get("mixed_precision", "bf16") == "bf16" else "float32"
+    precision = " in bf16 (projector fp32)" if run.evaluation.get("dtype", of_run) == "bfloat16" else " in fp32"
+    if run.evaluation.get("load_in_4bit", run.config.get("load_in_4bit")):
         precision += ", the language model's layers in 4 bits (NF4)"
     return (
         f"## What was measured\n\n{int(first['questions'])} questions of {inline(_dataset_name(run))}, answered "

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from data.errors import UserError
-from data.files import written_whole
+from data.files import read_text, written_whole
 from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from reduction.errors import ReductionError
 from reduction.reductions import Reductions
 from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from train.original_release import to_original_config
@@ -106,13 +107,40 @@ def lineage(release: Release, base: str | None = None, base_revision: str | None
     Each with its name (of a folder, the last part alone: paths of this machine mean nothing elsewhere), its commit on
     the Hub if it has one, and its own reductions.
     """
-    kept = release.source / LINEAGE_FILE
-    older = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    if release.original_config is not None:
-        older = older or release.original_config.get("lineage", [])
+    older = read_lineage(release.source)
+    if release.original_config is not None and not older:
+        older = _as_lineage(release.original_config.get("lineage", []), release.source / "config.json")
     name = release.name if release.revision is not None else Path(release.name).resolve().name
     found = {"name": base or name, "revision": base_revision if base else release.revision}
     return [*older, {**found, **release.saved_reductions.as_config()}]
+
+
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
+    """The releases and checkpoints that a checkpoint descends from, the oldest first; none where it names none.
+
+    Raises UserError for a file that is no such list: it comes with a release, from whoever made that.
+    """
+    path = folder / LINEAGE_FILE
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable as JSON: fetch or write the checkpoint again") from error
+    return _as_lineage(entries, path)
+
+
+def _as_lineage(entries: Any, path: Path) -> list[dict[str, Any]]:
+    for entry in entries if isinstance(entries, list) else [entries]:
+        named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "revision" in entry
+        if not isinstance(entries, list) or not named or not isinstance(entry["revision"], str | None):
+            found = repr(entry)[:80]
+            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {found}")
+        try:
+            Reductions.from_config(entry)
+        except ReductionError as error:
+            raise UserError(f"{path}: lineage of {entry['name'][:80]!r}: {error}") from error
+    return list(entries)
 
 
 def weights_folder(release: Release) -> Path:

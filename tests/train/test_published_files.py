@@ -16,6 +16,7 @@ from data.errors import UserError
 from data.files import scratch_folder
 from reduction.reductions import Reductions
 from train.card_text import fenced, inline, licence_id
+from train.model_card import licence_of
 from train.publish import prepare
 from train.published_files import published_files, refuse_secrets
 
@@ -187,6 +188,7 @@ def test_others_text_stands_in_the_card_as_text(run: Path, tmp_path: Path, text:
     metadata = yaml.safe_load(card.split("\n---\n", 1)[0].removeprefix("---\n"))
     assert metadata["license"] == "other"
     assert "base_model" not in metadata
+    assert all(letter.isprintable() or letter == "\n" for letter in card)
     found = rendered(card)
     for sign in ("<", "](", "https://evil", "www.", "\x1b", "\u202e", "\r"):
         assert found.count(sign) == plain.count(sign), sign
@@ -215,6 +217,31 @@ def test_a_damaged_record_is_refused_in_words(run: Path) -> None:
     (run / "final" / "tuned_with.json").write_text("[]")
     with pytest.raises(UserError, match=r"tuned_with.json holds a list"):
         prepared(run)
+
+
+@pytest.mark.parametrize(
+    ("lineage", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"name": "x", "revision": null}', "must be a list"),
+        ('[{"name": "x"}]', "must be a list"),
+        ('["x"]', r"must be a list of \{name, revision"),
+        ('[{"name": 3, "revision": null}]', "must be a list"),
+        ('[{"name": "x", "revision": null, "fastv": {"layer": 0, "keep": 1}}]', "lineage of 'x': fastv must be"),
+    ],
+)
+def test_a_lineage_that_others_damaged(run: Path, lineage: str, message: str) -> None:
+    (run / "final" / "lineage.json").write_text(lineage)
+    with pytest.raises(UserError, match=f"lineage.json.*{message}"):
+        prepared(run)
+
+
+@pytest.mark.parametrize("readme", [b"---\nlicense: [\n---\n", b"---\nlicense: \xff\n---\n", b"---\n- a\n---\n"])
+def test_a_base_card_that_cannot_be_read_names_no_licence(tmp_path: Path, readme: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(readme)
+    assert licence_of(tmp_path) in (None, "\ufffd")
+    assert licence_id(licence_of(tmp_path)) in ("unknown", "other")
 
 
 # ---- scratch

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finished_runs import finish, with_lineage, with_setting
 from tiny import write_release
 
@@ -216,3 +217,21 @@ def test_the_release_is_looked_for_at_the_commit_that_was_tuned(run: Path, monke
     assert asked == [("maker/llava", COMMIT)]
     config = load_config(["--config", str(run / "config.yaml")])
     assert candidates_of(config, run, open_release(str(run)))[0].revision == COMMIT
+
+
+def test_the_card_says_in_which_precision_was_measured_and_is_loaded(tmp_path: Path) -> None:
+    release = write_release(tmp_path / "half", dtype=torch.float16)
+    run = finish(tmp_path / "run", release, Reductions.parse("5+3"))
+    row = {
+        "name": "reduced + tuned", "exact_match": 0.5, "loss": 1.0, "visual_tokens": 8, "frozen_layers": 0,
+        "llm_flops": 1, "prefill_ms": 1.0, "questions": 3, "prefill_batch": 1,
+    }  # fmt: skip
+    for entry, words in (
+        ({}, "the published weights in fp32;"),  # of a run that kept no such word: its own precision
+        ({"dtype": "bfloat16"}, "the published weights in bf16 (projector fp32);"),
+        ({"dtype": "float32", "load_in_4bit": True}, "in fp32, the language model's layers in 4 bits (NF4);"),
+    ):
+        (run / "evaluation.json").write_text(json.dumps({"rows": [row], **entry}))
+        card = published_config(run, "full")[1]
+        assert words in " ".join(card.split())
+        assert "The untrained weights are loaded in float16, as they are stored, and the projector in float32." in card
