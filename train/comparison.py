@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from data.files import write_atomically
-from reduction.reductions import Reductions
+from reduction.reductions import NONE, Reductions
 from train.config import DataConfig
 from train.evaluation import Evaluation, evaluate, measure_prefill, write_answers
 from train.release import Release, load_release, open_release, reduced_config
@@ -158,11 +158,14 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
     for heading in ("exact match", "loss", "visual tokens", "frozen layers", "LLM FLOPs", "prefill"):
         table.add_column(heading, justify="right")
     for row in results:
+        tokens = (
+            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}"
+        )
         table.add_row(
             row.name,
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}",
+            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",

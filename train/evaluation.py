@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
 from data.errors import UserError
-from reduction.reductions import Reductions
+from reduction.reductions import NONE, Reductions
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
 from train.samples import with_prompt
@@ -63,6 +63,8 @@ class Evaluation:
     prefill_batch: int
     seconds: float
     """Time that loss and answers took."""
+    fastv: str = NONE
+    """FastV's pruning inside the language model, like 2+0.5; none."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def evaluate(
         prefill_ms=prefill_ms,
         prefill_batch=prefill_batch,
         seconds=seconds,
+        fastv=reductions.fastv_words,
     )
     return evaluation, listed
 

@@ -17,7 +17,7 @@ from data.files import read_json
 from data.subset import subset_report
 from reduction.baselines import METHODS
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
-from reduction.reductions import Reductions
+from reduction.reductions import NONE, Reductions
 from train.card_command import command_of
 from train.card_text import fenced, inline, is_repository, licence_id, one_line
 from train.config import DEMO
@@ -265,9 +265,10 @@ def _table(run: RunRecord) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        pruned = f", FastV {inline(row['fastv'])}" if row.get("fastv", NONE) != NONE else ""
         lines.append(
-            f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['visual_tokens']:g} | "
-            f"{int(row['frozen_layers'])} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
+            f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | "
+            f"{row['visual_tokens']:g}{pruned} | {int(row['frozen_layers'])} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
             f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
         )
     share = run.evaluation.get("recovered_share")

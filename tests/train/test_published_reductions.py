@@ -1,6 +1,7 @@
 """What a run was tuned with is what is published, converted, evaluated and told, in every shape."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from reduction.reductions import Reductions
 from scripts.convert_release import main as convert
 from scripts.evaluate import candidates_for, read_arguments, runs_of
 from train.command_line import load_config
+from train.comparison import table_of
 from train.config import ConfigError
+from train.evaluation import Evaluation
 from train.finish import candidates_of
 from train.publish import prepare
 from train.reduced_checkpoint import SHAPES
@@ -224,7 +227,7 @@ def test_the_card_says_in_which_precision_was_measured_and_is_loaded(tmp_path: P
     run = finish(tmp_path / "run", release, Reductions.parse("5+3"))
     row = {
         "name": "reduced + tuned", "exact_match": 0.5, "loss": 1.0, "visual_tokens": 8, "frozen_layers": 0,
-        "llm_flops": 1, "prefill_ms": 1.0, "questions": 3, "prefill_batch": 1,
+        "llm_flops": 1, "prefill_ms": 1.0, "questions": 3, "prefill_batch": 1, "fastv": "2+0.5",
     }  # fmt: skip
     for entry, words in (
         ({}, "the published weights in fp32;"),  # of a run that kept no such word: its own precision
@@ -233,5 +236,15 @@ def test_the_card_says_in_which_precision_was_measured_and_is_loaded(tmp_path: P
     ):
         (run / "evaluation.json").write_text(json.dumps({"rows": [row], **entry}))
         card = published_config(run, "full")[1]
+        assert "| reduced + tuned | 50.0% | 1.0000 | 8, FastV 2+0.5 | 0 |" in card
         assert words in " ".join(card.split())
         assert "The untrained weights are loaded in float16, as they are stored, and the projector in float32." in card
+
+
+def test_the_runs_table_names_the_pruning() -> None:
+    row = Evaluation(
+        "reduced", 0.5, 1.0, questions=3, supervised_tokens=9, visual_tokens=8.0, frozen_layers=0, llm_flops=1.0,
+        prefill_ms=1.0, prefill_batch=1, seconds=1.0, fastv="2+0.5",
+    )  # fmt: skip
+    cells = [list(column.cells) for column in table_of([row, replace(row, fastv="none")], "t").columns]
+    assert cells[3] == ["8, FastV 2+0.5", "8"]
