@@ -268,7 +268,8 @@ def _table(run: RunRecord) -> str:
         pruned = f", FastV {inline(row['fastv'])}" if row.get("fastv", NONE) != NONE else ""
         lines.append(
             f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | "
-            f"{row['visual_tokens']:g}{pruned} | {int(row['frozen_layers'])} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
+            f"{row['visual_tokens']:g}{pruned} | {int(row['frozen_layers'])} | {row['llm_flops']:.3g} "
+            f"({row['llm_flops'] / first['llm_flops']:.0%}) | "
             f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
         )
     share = run.evaluation.get("recovered_share")

@@ -22,6 +22,7 @@ from data.errors import UserError
 from data.files import scratch_folder
 from train.command_line import printable
 from train.config import TuneConfig
+from train.foreign_code import refuse_foreign_code
 from train.hub import retrying
 from train.model_card import PICTURE, RunRecord, loading_lines, read_run, write_card
 from train.published_files import published_files, refuse_secrets
@@ -78,7 +79,7 @@ def check_publishable(config: TuneConfig, release: Release) -> None:
     check_repo_id(config.hub_model_id, config.hub_shape)
     if get_token() is None:
         raise PublishError("push_to_hub needs a token of the Hub: `hf auth login` with one that may write")
-    _check_base_is_used(config.hub_shape, config.hub_base)
+    _check_base_name(config.hub_shape, config.hub_base)
     _check_base(release, config.hub_shape, config.hub_base)
 
 
@@ -96,8 +97,14 @@ def check_repo_id(repo_id: str, shape: Shape) -> None:
         )
 
 
-def _check_base_is_used(shape: Shape, base: str | None) -> None:
-    if shape == "full" and base is not None:
+def _check_base_name(shape: Shape, base: str | None) -> None:
+    if base is None:
+        return
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise PublishError(f"base {base!r} is no name of a repository on the Hub: {error}") from error
+    if shape == "full":
         raise PublishError(f"base {base} is for shapes projector and llava: shape full holds its release's weights")
 
 
@@ -138,7 +145,7 @@ def prepare(
     if shape not in SHAPES:
         raise PublishError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
     check_repo_id(repo_id, shape)
-    _check_base_is_used(shape, base)
+    _check_base_name(shape, base)
     record = read_run(run)
     final = open_release(str(run))
     commit: str | None = None
@@ -162,6 +169,7 @@ def prepare(
                 vision_tower=record.config.get("vision_tower"),
             )
         files, left_out = published_files(folder)
+        refuse_foreign_code(folder)
         if left_out:
             say(f"not published, for they are no files of a checkpoint: {', '.join(map(printable, left_out))}")
         picture = run / PICTURES / HELD_OUT_PICTURE

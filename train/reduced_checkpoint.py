@@ -23,6 +23,7 @@ from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
 from reduction.errors import ReductionError
 from reduction.reductions import Reductions
 from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
+from train.foreign_code import leave_out_foreign_code
 from train.original_release import to_original_config
 from train.release import Release, model_classes
 from train.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
@@ -68,6 +69,7 @@ def write_reduced_checkpoint(
             plain_config = config_class.from_dict(plain)
             original = to_original_config(plain_config, vision_tower, release.name)
         config = {**original, **reductions.as_config(), "lineage": lineage(release, base, base_revision)}
+        config.pop("auto_map", None)
         write_llava_projector(target, tensors, config, base=base or base_name(release))
         return
     weights = weights_folder(release)
@@ -88,6 +90,7 @@ def write_reduced_checkpoint(
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
+        leave_out_foreign_code(folder)
         if shape == "projector":
             save_file({f"{_MARK}{name}": tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
         else:

@@ -208,9 +208,54 @@ def test_names_without_meaning_to_markdown_stay_as_they_are() -> None:
 
 
 def test_the_command_for_llavas_own_code_runs_nothing_of_a_name(run: Path) -> None:
-    with_setting(run, vision_tower="openai/clip")
-    with prepare(run, "user/llava-x", "llava", base="a b; rm -rf ~", say=lambda _: None) as publication:
-        assert "--model-base 'a b; rm -rf ~' --image-file" in publication.loading
+    from train.model_card import loading_lines, read_run
+
+    with_lineage(run, name="a b; rm -rf ~")
+    assert "--model-base 'a b; rm -rf ~' --image-file" in loading_lines("user/llava-x", "llava", read_run(run))
+    with (
+        pytest.raises(UserError, match="base 'a b; rm -rf ~' is no name of a repository"),
+        prepare(run, "user/llava-x", "llava", base="a b; rm -rf ~"),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def with_others_code(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release whose configs name classes of another repository, and of a file that it does not come with."""
+    folder = shutil.copytree(tiny_release, tmp_path_factory.mktemp("named") / "release")
+    for name, key in (("tokenizer_config", "AutoTokenizer"), ("processor_config", "AutoProcessor")):
+        path = folder / f"{name}.json"
+        config = json.loads(path.read_text())
+        config["auto_map"] = {key: ["evil/repo--code.Class", None]}
+        if "image_processor" in config:
+            config["image_processor"]["auto_map"] = {"AutoImageProcessor": "elsewhere.Class"}
+        path.write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["auto_map"] = {"AutoConfig": "evil/repo--code.Class"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_others_code_is_not_handed_on(with_others_code: Path, tmp_path: Path) -> None:
+    """Who loads a published checkpoint trusts the code in it: it names no other."""
+    final = finish(tmp_path / "run", with_others_code, Reductions.parse("5+3")) / "final"
+    for path in final.glob("*.json"):
+        assert "evil" not in path.read_text(), path
+        assert "elsewhere" not in path.read_text(), path
+    own = json.loads((final / "config.json").read_text())["auto_map"]
+    assert own["AutoModelForImageTextToText"] == "modeling_reduced_llava.ReducedLlavaForConditionalGeneration"
+    assert (
+        "ReducedLlavaProcessor"
+        in json.loads((final / "processor_config.json").read_text())["auto_map"]["AutoProcessor"]
+    )
+
+
+def test_a_checkpoint_that_names_others_code_is_not_published(run: Path) -> None:
+    path = run / "final" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil/x--y.Z", None]}}))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: its auto_map names code that is not in this folder"):
+        prepared(run)
 
 
 def test_a_damaged_record_is_refused_in_words(run: Path) -> None:
