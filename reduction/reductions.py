@@ -122,7 +122,7 @@ class Reductions:
         if self.layers:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
-            parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after {self.fastv['layer']} layers")
+            parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
         return ", ".join(parts)
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:

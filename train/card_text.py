@@ -6,7 +6,7 @@ import re
 
 _LENGTH = 120
 # No character that Markdown or HTML reads as anything; "www." alone makes a link of what follows.
-_HARMLESS = re.compile(r"(?!.*www\.)[A-Za-z0-9]([A-Za-z0-9 ,.+%/-]|_(?=[A-Za-z0-9]))*", re.IGNORECASE)
+_HARMLESS = re.compile(r"(?!.*www\.)[A-Za-z0-9]([A-Za-z0-9 ,.+%/()-]|_(?=[A-Za-z0-9]))*", re.IGNORECASE)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 

@@ -40,8 +40,8 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
         (EVERY_FORM[0], "all visual tokens"),
         (EVERY_FORM[1], "5+3 visual tokens, 2 frozen layers"),
         (EVERY_FORM[2], "9+0 visual tokens (baseline random, seed 4)"),
-        (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after 2 layers"),
-        (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after 1 layers"),
+        (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after layer 2"),
+        (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after layer 1"),
     ],
 )
 def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from reduction.reductions import Reductions
 from train.command_line import dump_config
 from train.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
@@ -35,8 +37,6 @@ def finish(folder: Path, model: Path, reductions: Reductions, **settings: Any) -
 
 def with_setting(folder: Path, **keys: Any) -> None:
     """Replaces settings in the run's config.yaml, as another run's would."""
-    import yaml
-
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}))
 

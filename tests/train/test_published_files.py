@@ -199,7 +199,14 @@ def test_others_text_stands_in_the_card_as_text(run: Path, tmp_path: Path, text:
 
 
 def test_names_without_meaning_to_markdown_stay_as_they_are() -> None:
-    for name in ("tiny-llava", "maker/llava-v1.5-7b", "reduced, untuned", "all tokens + tuned", "a_b 60%"):
+    for name in (
+        "tiny-llava",
+        "maker/llava-v1.5-7b",
+        "reduced, untuned",
+        "all tokens + tuned",
+        "a_b 60%",
+        "drawn scenes (held out)",
+    ):
         assert inline(name) == name
     assert inline("a" * 500) == "a" * 119 + "…" or inline("a" * 500) == "`" + "a" * 119 + "…`"
     assert inline("") == "(no name)"

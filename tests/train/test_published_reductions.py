@@ -83,7 +83,7 @@ def test_conversion_to_llavas_layout_keeps_every_part(runs: dict[str, Path], tmp
 def test_the_lineage_tells_every_part(runs: dict[str, Path], tmp_path: Path) -> None:
     again = finish(tmp_path / "again", runs["fastv"] / "final", Reductions.parse("4+2"))
     _, card = published_config(again, "full")
-    assert "final: 5+3 visual tokens, FastV: 0.5 of them kept after 2 layers" in card.split("## Lineage")[1]
+    assert "final: 5+3 visual tokens, FastV: 0.5 of them kept after layer 2" in card.split("## Lineage")[1]
 
 
 def test_all_tokens_means_no_reduction_at_all(runs: dict[str, Path], tmp_path: Path) -> None:
