@@ -128,6 +128,23 @@ def written_whole(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder among the machine's temporary files that vanishes with the block; those of killed processes are swept.
+
+    Raises `CannotWrite`.
+    """
+    place = Path(tempfile.gettempdir())
+    with writing(place / name):
+        sweep(place, name)
+        folder, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=place)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
 def sweep(folder: Path, name: str = "") -> None:
     """Removes what killed writers left in `folder` (of the target `name`): what nobody on this machine holds.
 

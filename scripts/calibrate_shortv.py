@@ -30,7 +30,8 @@ from data.errors import FileInTheWay, UserError
 from data.files import replace_file, write_atomically, writing
 from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
-from reduction.parsing import format_shortv, parse_budget
+from reduction.parsing import format_shortv
+from reduction.reductions import Reductions
 from train.calibration import (
     ANEW_OR_ELSEWHERE,
     CalibrateConfig,
@@ -44,7 +45,6 @@ from train.calibration import (
     refuse_other_settings,
 )
 from train.command_line import parse_config
-from train.release import Reduction
 
 INK = "#222222"
 DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
@@ -70,8 +70,7 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     check_outputs(settings, result)
     if result is not None:
         refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
-    own: Reduction = "saved" if settings.budget is None else None
-    budget = parse_budget(settings.budget) if settings.budget not in (None, "none") else own
+    budget = None if settings.budget is None else Reductions.parse(settings.budget)
     asked = asked_of(settings, budget)
     if settings.compare_full and asked.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")
@@ -89,7 +88,7 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
         first = measure(settings, budget, partial, asked)
         measured = [first]
         if settings.compare_full:
-            measured.append(measure(settings, None, partial))
+            measured.append(measure(settings, Reductions(), partial))
         summaries = [item.summary() for item in measured]
         result = {
             "settings": matters,

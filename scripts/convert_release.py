@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import UserError
 from data.files import read_json
 from train.convert import convert_to_transformers, merged_config, refuse_adapter
 from train.hub import fetch
@@ -48,12 +49,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def to_transformers(given: argparse.Namespace) -> None:
+    if given.base is not None:
+        raise UserError(f"--base {given.base} is for --to llava: to transformers' layout everything is converted")
     source, _ = fetch(given.model, given.revision)
     projector = find_projector_file(given.mm_projector) if given.mm_projector else None
     refuse_adapter(source)
     config = read_json(source / "config.json")
     if not is_original(config) and projector is None:
-        raise ValueError(
+        raise UserError(
             f"{given.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to convert"
         )
     tower = resolve_tower(merged_config(source, projector), source, given.vision_tower)
@@ -64,18 +67,16 @@ def to_transformers(given: argparse.Namespace) -> None:
 
 def to_llava(given: argparse.Namespace) -> None:
     if given.dtype is not None:
-        raise ValueError("--dtype is for --to transformers: a projector is written in float32")
+        raise UserError("--dtype is for --to transformers: a projector is written in float32")
     release = open_release(
         given.model, given.revision, mm_projector=given.mm_projector, vision_tower=given.vision_tower
     )
-    saved = release.saved_reductions
     write_reduced_checkpoint(
         given.output,
         release,
         release_projector(release),
         load_processor(release),
-        visionzip=saved["visionzip"],
-        shortv=saved["shortv"],
+        release.saved_reductions,
         shape="llava",
         base=given.base,
         vision_tower=given.vision_tower,

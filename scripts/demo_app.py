@@ -34,6 +34,7 @@ from data.instructions import PLACEHOLDER
 from data.supervision import Supervision
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from reduction.pictures import draw_images, map_tokens
+from reduction.reductions import Reductions
 from train.command_line import parse_config
 from train.config import ConfigError, DataConfig
 from train.prompts import batch_prompts, encode_prompt
@@ -93,10 +94,10 @@ def open_tuned(name: str, release: Release) -> Release:
     that the page's sliders do not set."""
     tuned = open_release(name)
     saved = tuned.saved_reductions
-    if saved["visionzip"] is None or saved["fastv"]:
-        method = "FastV" if saved["fastv"] else "all visual tokens"
+    if saved.visionzip is None or saved.fastv:
+        method = "FastV" if saved.fastv else "all visual tokens"
     else:
-        method = saved["visionzip"].get("method", "visionzip")
+        method = saved.method
     if method != "visionzip":
         raise ConfigError(
             f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
@@ -119,9 +120,7 @@ class Models:
         tuned = self._tuned(config, release)
         self.base, self.processor = load_release(
             release,
-            visionzip=None,
-            shortv=None,
-            fastv=None,
+            Reductions(),
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         )
         self.base.to(device)
@@ -131,7 +130,7 @@ class Models:
         self.patches = (vision.image_size // vision.patch_size) ** 2
         self.depth = int(self.base.config.text_config.num_hidden_layers)
         self.tuned_projector: dict[str, torch.Tensor] | None = None
-        self.saved: dict[str, Any] = {"visionzip": None, "shortv": None}
+        self.saved = Reductions()
         if tuned is not None:
             self.tuned_projector = {name: t.float().to(device) for name, t in release_projector(tuned).items()}
             self.saved = tuned.saved_reductions
@@ -153,7 +152,7 @@ class Models:
         if ranking is None and tuned is not None and (Path(tuned) / LAYERS).is_file():
             ranking = json.loads((Path(tuned) / LAYERS).read_text(encoding="utf-8"))["ranking"]
         if ranking is None:
-            first = list((self.saved["shortv"] or {"layers": []})["layers"])
+            first = self.saved.layers
             ranking = [*first, *(layer for layer in reversed(range(self.depth)) if layer not in first)]
         if sorted(ranking) != list(range(self.depth)):
             raise ValueError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
@@ -167,12 +166,11 @@ class Models:
     @property
     def defaults(self) -> tuple[int, int, int]:
         """Dominant, contextual and number of frozen layers to begin with."""
-        visionzip = self.saved["visionzip"] or {
+        visionzip = self.saved.visionzip or {
             "dominant": max(2, round(0.094 * self.patches)),
             "contextual": max(1, round(0.017 * self.patches)),
         }
-        layers = (self.saved["shortv"] or {"layers": []})["layers"]
-        return int(visionzip["dominant"]), int(visionzip["contextual"]), len(layers)
+        return int(visionzip["dominant"]), int(visionzip["contextual"]), len(self.saved.layers)
 
     def build(self, kind: str, dominant: int, contextual: int, frozen: int) -> tuple[Any, Supervision]:
         """The model of a kind and how it is prompted. Raises ValueError for a budget or layers that cannot be."""

@@ -19,14 +19,24 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from data.drops import TooManyBadSamples
+from reduction.reductions import Reductions
 from train.command_line import load_config, parse_config
 from train.comparison import Candidate, check_candidates, compare, table_of, write_results
-from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from train.config import (
+    ConfigError,
+    DataConfig,
+    FastVConfig,
+    ShortVConfig,
+    TuneConfig,
+    VisionZipConfig,
+    reductions_of,
+)
 from train.finish import candidates_of
 from train.processes import PATIENCE
 from train.release import dtype_of, open_release
 from train.report import Reporter
 from train.run_folder import CONFIG, FINAL
+from train.tuned_from import check_run, check_settings, release_of
 
 
 @dataclass(frozen=True)
@@ -122,22 +132,22 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         if model in runs:
             if config.revision is not None:
                 raise ConfigError(f"revision {config.revision!r} is of a Hub id, and {model} is a run: leave it out")
-            saved = open_release(str(Path(model) / FINAL)).saved_reductions
-            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), saved)]
+            final, settings, file = open_release(str(Path(model) / FINAL)), asdict(runs[model]), Path(model) / CONFIG
+            check_settings(final.source, settings, file)
+            check_run(final, release_of(final, settings), file)
+            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
             continue
         saved = open_release(model, config.revision).saved_reductions
-        if any(saved.values()):
+        if not saved.is_empty:
             rows.append(Candidate(model, model, revision=config.revision))
             continue
-        release = Candidate(several + "all tokens", model, visionzip=None, shortv=None, revision=config.revision)
+        release = Candidate(several + "all tokens", model, Reductions(), revision=config.revision)
         rows.append(release)
         if reduces:
             given = True
-            visionzip = config.visionzip.as_key() if config.visionzip else None
-            fastv = asdict(config.fastv) if config.fastv else None
-            shortv = {"layers": config.shortv.layers} if config.shortv else None
-            name = several + "reduced, untuned"
-            rows.append(replace(release, name=name, visionzip=visionzip, shortv=shortv, fastv=fastv))
+            layers = config.shortv.layers if config.shortv else None
+            reductions = reductions_of(config.visionzip, layers, config.fastv)
+            rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
     if reduces and not given:
         raise ConfigError(
             f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "
@@ -215,7 +225,8 @@ def answer(
     report.end_progress()
     report.table(table_of(results, f"held-out conversations of {data.eval_instructions}"))
     if accelerator.is_main_process:
-        write_results(output / "evaluation.json", results)
+        precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
+        write_results(output / "evaluation.json", results, **precision)
     report.say(f"written: {output / 'evaluation.json'}, {output / 'answers'}/")
     accelerator.end_training()
 

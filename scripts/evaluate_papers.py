@@ -112,7 +112,7 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
         else:
             check_untuned(release)
         try:
-            model_config = reduced_config(release, **row.reductions)
+            model_config = reduced_config(release, row.reductions)
         except ValueError as error:
             raise ConfigError(f"{row.title}, {row.settings}: {error}") from error
         rows[row] = Checked(release, llm_flops(model_config, row, config.text_tokens))

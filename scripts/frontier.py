@@ -66,7 +66,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
         "calibration_samples": count,
     }
     if any(freeze not in ("0", "0%") for freeze in config.freeze):
-        processor = load_processor(release, visionzip=None, chat_template=recipe.data.chat_template)
+        processor = load_processor(release, Reductions(), chat_template=recipe.data.chat_template)
         drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
         supervision = Supervision(processor, max_length=None)
         chosen, root = calibration_prompts(replace(recipe, seed=first), supervision, count, drops)
@@ -125,9 +125,9 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content
     folder = Path(config.output) / "runs" / point.name
     run = replace(
         recipe,
-        visionzip=VisionZipConfig(**point.visionzip) if point.visionzip else None,
-        shortv=ShortVConfig(layers=list(point.layers)) if point.layers else None,
-        fastv=FastVConfig(**point.fastv) if point.fastv else None,
+        visionzip=VisionZipConfig(**point.reductions.visionzip) if point.reductions.visionzip else None,
+        shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
+        fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         seed=point.seed or 0,
         output_dir=str(folder),
         run_name=None,
@@ -165,9 +165,7 @@ def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
     return Candidate(
         point.name,
         model,
-        visionzip="saved" if point.tuned else point.visionzip,
-        shortv="saved" if point.tuned else ({"layers": list(point.layers)} if point.layers else None),
-        fastv="saved" if point.tuned else point.fastv,
+        None if point.tuned else point.reductions,
         revision=None if point.tuned else recipe.revision,
         mm_projector=None if point.tuned else recipe.mm_projector,
         vision_tower=None if point.tuned else recipe.vision_tower,

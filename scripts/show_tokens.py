@@ -18,6 +18,7 @@ import torch
 from data.images import BadImage, open_image, squared
 from reduction.parsing import parse_budget
 from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
+from reduction.reductions import Reductions
 from train.command_line import parse_config
 from train.release import load_viewer, open_release
 
@@ -54,7 +55,7 @@ def show(settings: ShowConfig) -> list[Path]:
     budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
     images = [open_image(name) for name in settings.images]
     release = open_release(settings.model, settings.revision)
-    model, processor = load_viewer(release, budgets[0] if budgets else "saved")
+    model, processor = load_viewer(release, Reductions(budgets[0]) if budgets else None)
     if budgets is None:
         vision = model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2

@@ -29,11 +29,12 @@ from reduction.layer_contribution import (
     rank_layers,
 )
 from reduction.parsing import format_budget, parse_budget, read_freeze
+from reduction.reductions import Reductions
 from train.checkpoint import differing_settings
 from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from train.config import DEMO, DataConfig, DemoScenesConfig
 from train.content import release_content
-from train.release import Reduction, Release, load_processor, load_release, open_release
+from train.release import Release, load_processor, load_release, open_release
 from train.samples import demo_folder, draw_demo_scenes, folder_of
 
 ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
@@ -147,10 +148,13 @@ class Asked(NamedTuple):
     """All that the measurement depends on beside the settings: the release's files, the prompts and their images."""
 
 
-def asked_of(settings: CalibrateConfig, budget: Reduction) -> Asked:
-    """The prompts under one budget. Raises what opening the release and reading the conversations raises."""
+def asked_of(settings: CalibrateConfig, budget: Reductions | None) -> Asked:
+    """The prompts under one budget (None: as the model was saved).
+
+    Raises what opening the release and reading the conversations raises.
+    """
     release = open_release(settings.model, settings.revision)
-    processor = load_processor(release, visionzip=budget, chat_template=settings.chat_template)
+    processor = load_processor(release, budget, chat_template=settings.chat_template)
     supervision = Supervision(processor, max_length=None)
     drops = DropLog(settings.on_bad_sample)
     conversations, root = _conversations(settings, drops)
@@ -169,15 +173,15 @@ def asked_of(settings: CalibrateConfig, budget: Reduction) -> Asked:
     return Asked(release, chosen, dataset, drops, processor.visionzip, content)
 
 
-def measure(settings: CalibrateConfig, budget: Reduction, done: Partial, asked: Asked | None = None) -> Measurement:
-    """LC under one budget, going on from the batches that `done` holds, and adding to them. `asked`: what `asked_of`
-    gave, where it was called already."""
+def measure(
+    settings: CalibrateConfig, budget: Reductions | None, done: Partial, asked: Asked | None = None
+) -> Measurement:
+    """LC under one budget (None: as the model was saved), going on from the batches that `done` holds, and adding to
+    them. `asked`: what `asked_of` gave, where it was called already."""
     release, chosen, dataset, drops, _, content = asked or asked_of(settings, budget)
     model, _ = load_release(
         release,
-        visionzip=budget,
-        shortv=None,
-        fastv=None,
+        (release.saved_reductions if budget is None else budget).before_the_llm,
         dtype=getattr(torch, settings.dtype),
         chat_template=settings.chat_template,
         load_in_4bit=settings.load_in_4bit,

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from data.files import write_atomically
+from reduction.reductions import NONE, Reductions
 from train.config import DataConfig
 from train.evaluation import Evaluation, evaluate, measure_prefill, write_answers
-from train.release import Reduction, Release, load_release, open_release, reduced_config
+from train.release import Release, load_release, open_release, reduced_config
 from train.samples import held_out_set
 
 ROUNDS = 3  # of timing several models' prefill
@@ -33,9 +34,8 @@ class Candidate:
 
     name: str
     model: str
-    visionzip: Reduction = "saved"
-    shortv: Reduction = "saved"
-    fastv: Reduction = "saved"
+    reductions: Reductions | None = None
+    """None: as the model was saved."""
     revision: str | None = None
     mm_projector: str | None = None
     vision_tower: str | None = None
@@ -45,8 +45,7 @@ class Candidate:
 def check_candidates(candidates: Sequence[Candidate]) -> None:
     """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
     for candidate in candidates:
-        release = _opened(candidate)
-        reduced_config(release, visionzip=candidate.visionzip, shortv=candidate.shortv, fastv=candidate.fastv)
+        reduced_config(_opened(candidate), candidate.reductions)
 
 
 def compare(
@@ -139,9 +138,7 @@ def _opened(candidate: Candidate) -> Release:
 def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, load_in_4bit: bool) -> tuple[Any, Any]:
     model, processor = load_release(
         _opened(candidate),
-        visionzip=candidate.visionzip,
-        shortv=candidate.shortv,
-        fastv=candidate.fastv,
+        candidate.reductions,
         dtype=dtype,
         chat_template=candidate.chat_template,
         load_in_4bit=load_in_4bit,
@@ -161,11 +158,14 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
     for heading in ("exact match", "loss", "visual tokens", "frozen layers", "LLM FLOPs", "prefill"):
         table.add_column(heading, justify="right")
     for row in results:
+        tokens = (
+            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}"
+        )
         table.add_row(
             row.name,
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}",
+            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",

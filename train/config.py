@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from data.errors import UserError
 from reduction.parsing import parse_bytes
+from reduction.reductions import Reductions
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
 # Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
@@ -98,6 +99,17 @@ class ShortVConfig:
         if self.freeze is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(self.freeze)):
             raise ConfigError(f"shortv.freeze is {self.freeze!r}: a number of layers (19) or a share (60%) is needed")
         _at_least(self, "shortv.", calibration_samples=1)
+
+
+def reductions_of(
+    visionzip: VisionZipConfig | None, layers: Sequence[int] | None, fastv: FastVConfig | None
+) -> Reductions:
+    """What these settings reduce. `layers`: the frozen ones, as listed or chosen; None freezes nothing."""
+    return Reductions(
+        visionzip.as_key() if visionzip else None,
+        None if layers is None else {"layers": list(layers)},
+        asdict(fastv) if fastv else None,
+    )
 
 
 @dataclass(frozen=True)

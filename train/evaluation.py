@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
 from data.errors import UserError
-from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from reduction.reductions import NONE, Reductions
 from train.choosing import with_prompt
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 from train.processes import StopRequest
@@ -64,6 +64,8 @@ class Evaluation:
     prefill_batch: int
     seconds: float
     """Time that loss and answers took."""
+    fastv: str = NONE
+    """FastV's pruning inside the language model, like 2+0.5; none."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,8 @@ def evaluate(
     seconds = time.perf_counter() - start
     prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)
-    frozen = config.shortv["layers"] if config.shortv else []
+    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
     text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
-    if config.fastv:
-        flops = llm_prefill_flops_fastv(config.text_config, text, shown, **config.fastv)
-    else:
-        flops = llm_prefill_flops_grouped(config.text_config, text, shown, frozen)
     evaluation = Evaluation(
         name=name,
         exact_match=sum(answer.correct for answer in listed) / len(listed),
@@ -149,11 +147,12 @@ def evaluate(
         questions=len(listed),
         supervised_tokens=int(totals["tokens"]),
         visual_tokens=visual,
-        frozen_layers=len(frozen),
-        llm_flops=flops,
+        frozen_layers=len(reductions.layers),
+        llm_flops=reductions.prefill_flops(config.text_config, text, shown),
         prefill_ms=prefill_ms,
         prefill_batch=prefill_batch,
         seconds=seconds,
+        fastv=reductions.fastv_words,
     )
     return evaluation, listed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from data.images import open_image, squared
+from reduction.reductions import Reductions
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.checkpoint import discard
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
@@ -20,9 +21,20 @@ from train.publish import PublishError, publish_run
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import Release, dtype_of, load_viewer, open_release
 from train.report import Reporter, draw_loss_curve
-from train.run_folder import ANSWERS, CONFIG, CONTROL, CURVE, FINAL, METRICS, PICTURES, RESULTS
+from train.run_folder import (
+    ANSWERS,
+    CONFIG,
+    CONTROL,
+    CURVE,
+    FINAL,
+    HELD_OUT_PICTURE,
+    METRICS,
+    PICTURES,
+    RESULTS,
+)
 from train.samples import held_out_set
 from train.tensor_files import folder_specs
+from train.tuned_from import base_revision, write_record
 
 
 def write_final(
@@ -30,22 +42,23 @@ def write_final(
     release: Release,
     trained: Mapping[str, torch.Tensor] | ProjectorAdapter,
     processor: Any,
-    visionzip: Mapping[str, int] | None,
-    shortv: Mapping[str, Any] | None,
-    fastv: Mapping[str, Any] | None,
+    reductions: Reductions,
+    settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
 
-    An adapter is merged into the projector, and saved beside it in `folder`/final/adapter.
+    An adapter is merged into the projector, and saved beside it in `folder`/final/adapter. `settings`: what the run
+    was tuned with, which is written beside them.
     """
     target = folder / FINAL
     if not target.is_symlink():  # of a run that ended here before, and is continued from an older step
         discard(target, say)
     projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
-    write_reduced_checkpoint(target, release, projector, processor, visionzip=visionzip, shortv=shortv, fastv=fastv)
+    write_reduced_checkpoint(target, release, projector, processor, reductions)
     if isinstance(trained, ProjectorAdapter):
         trained.save(target / ADAPTER_FOLDER, release.name)
+    write_record(target, release, settings)
     specs = folder_specs(target)
     kept = sorted({str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n})
     size = sum(spec.nbytes for spec in specs.values()) / 1e6
@@ -72,30 +85,27 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
     )
 
 
-def candidates_of(config: TuneConfig, folder: Path, saved: Mapping[str, Any]) -> list[Candidate]:
-    """The rows of a run's table: its release with all tokens and reduced, what was tuned, and the control.
-
-    `saved`: `visionzip`, `shortv` and `fastv` of the reduced checkpoint.
-    """
+def candidates_of(config: TuneConfig, folder: Path, final: Release) -> list[Candidate]:
+    """The rows of a run's table: its release with all tokens and reduced, `final`, and the control."""
+    saved = final.saved_reductions
     release = Candidate(
         "all tokens",
         config.model,
-        visionzip=None,
-        shortv=None,
-        revision=config.revision,
+        Reductions(),
+        revision=base_revision(final, asdict(config)),
         mm_projector=config.mm_projector,
         vision_tower=config.vision_tower,
         chat_template=config.data.chat_template,
     )
     rows = [release]
-    if any(saved.values()):
-        rows.append(replace(release, name="reduced, untuned", **saved))
+    if not saved.is_empty:
+        rows.append(replace(release, name="reduced, untuned", reductions=saved))
         rows.append(Candidate("reduced + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
     else:
         rows.append(Candidate("all tokens + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
     if config.control:
-        final = str(folder / CONTROL / FINAL)
-        rows.append(Candidate("all tokens + the same tuning", final, chat_template=config.data.chat_template))
+        control = str(folder / CONTROL / FINAL)
+        rows.append(Candidate("all tokens + the same tuning", control, chat_template=config.data.chat_template))
     return rows
 
 
@@ -111,12 +121,12 @@ def compare_and_draw(
 
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
     if config.final_evaluation and config.data.eval_instructions is not None:
-        saved = open_release(str(folder / FINAL)).saved_reductions
+        dtype = dtype_of(config.mixed_precision)
         results = compare(
-            candidates_of(config, folder, saved),
+            candidates_of(config, folder, open_release(str(folder / FINAL))),
             config.data,
             accelerator,
-            dtype=dtype_of(config.mixed_precision),
+            dtype=dtype,
             load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
@@ -127,7 +137,8 @@ def compare_and_draw(
         report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
         share = recovered_share(*results[:3]) if len(results) > 2 else None
         if accelerator.is_main_process:
-            write_results(folder / RESULTS, results, recovered_share=share)
+            precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": config.load_in_4bit}
+            write_results(folder / RESULTS, results, recovered_share=share, **precision)
         if share is not None:
             report.say(f"tuning won back {share:.0%} of the exact match that the reduction cost")
         if config.control:
@@ -158,7 +169,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
     if images:
         (folder / PICTURES).mkdir(exist_ok=True)
         maps = [map_tokens(model, processor, squared(image, processor.image_processor))[0][0] for image in images]
-        draw_images(maps, folder / PICTURES / "held-out.png", [conversation.id for conversation in pictured])
+        draw_images(maps, folder / PICTURES / HELD_OUT_PICTURE, [conversation.id for conversation in pictured])
 
 
 def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:

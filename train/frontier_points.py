@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from reduction.parsing import parse_budget
+from reduction.reductions import ALL, Reductions
 from train.config import ConfigError, FastVConfig, repeated
 from train.frontier_report import GRID_OF_POINTS
 
@@ -71,12 +71,7 @@ class Point:
 
     series: str
     """What it is called in table and picture; points that differ in their seed alone share it."""
-    budget: str
-    """all, or dominant+contextual."""
-    frozen: int
-    visionzip: dict[str, Any] | None
-    layers: tuple[int, ...]
-    fastv: dict[str, Any] | None = None
+    reductions: Reductions
     seed: int | None = None
     tuned: bool = False
 
@@ -84,9 +79,20 @@ class Point:
         return hash(self.name)
 
     @property
+    def budget(self) -> str:
+        """all, or dominant+contextual."""
+        return self.reductions.budget_words
+
+    @property
+    def frozen(self) -> int:
+        """How many layers are frozen."""
+        return len(self.reductions.layers)
+
+    @property
     def name(self) -> str:
         """A folder's name, unlike every other point's."""
-        fastv = f"-{self.fastv['layer']}-{self.fastv['keep']:g}" if self.fastv else ""
+        pruned = self.reductions.fastv
+        fastv = f"-{pruned['layer']}-{pruned['keep']:g}" if pruned else ""
         parts = [self.series + fastv, self.budget, f"{self.frozen} frozen"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
@@ -98,27 +104,28 @@ Ranked = tuple[str, str, str, int]  # ranking, `freeze`, the budget whose visual
 
 def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) -> list[Point]:
     """All points, untuned, each once however often the config describes it ("0" and "0%", "4" and "50%" of 8)."""
-    points = [Point("all tokens", "all", 0, None, ())]
+    points = [Point("all tokens", Reductions())]
     for freeze in config.freeze:
-        for budget in ["all", *config.budgets]:
-            chosen = tuple(layers["lc", freeze, budget, config.seeds[0]])
-            visionzip = None if budget == "all" else parse_budget(budget)
-            if visionzip or chosen:
-                points.append(Point(GRID_OF_POINTS, budget, len(chosen), visionzip, chosen))
+        for budget in [ALL, *config.budgets]:
+            reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
+            if not reductions.is_empty:
+                points.append(Point(GRID_OF_POINTS, reductions))
     for method in config.methods:
         count = sum(parse_budget(config.budgets[0]).values())
         for seed in config.seeds if method in DRAWN else [None]:
-            drawn = {} if seed is None else {"seed": seed}
             kind = {} if method == DOMINANT_ONLY else {"method": method}
-            visionzip = {"dominant": count, "contextual": 0, **kind, **drawn}
-            points.append(Point(method, f"{count}+0", 0, visionzip, (), seed=seed))
-    points += [Point("FastV", "all", 0, None, (), fastv=asdict(fastv)) for fastv in config.fastv]
+            points.append(Point(method, Reductions.parse(f"{count}+0", seed=seed or 0, **kind), seed))
+    points += [Point("FastV", Reductions(fastv=asdict(fastv))) for fastv in config.fastv]
     for ranking in config.rankings:
         freeze = config.freeze[-1]
         for seed in config.seeds if ranking == "random" else [None]:
-            chosen = tuple(layers[ranking, freeze, "all", config.seeds[0] if seed is None else seed])
-            points.append(Point(f"{ranking} layers", "all", len(chosen), None, chosen, seed=seed))
+            chosen = layers[ranking, freeze, ALL, config.seeds[0] if seed is None else seed]
+            points.append(Point(f"{ranking} layers", _frozen(Reductions(), chosen), seed))
     return list({point.name: point for point in points}.values())
+
+
+def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:
+    return replace(reductions, shortv={"layers": list(layers)}) if layers else reductions
 
 
 def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> Iterator[Point]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reduction.reductions import Reductions
 from train.report import print_table
 
 GRID_OF_POINTS = "VisionZip + ShortV"
@@ -48,14 +48,15 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for entry in entries:
         point = entry["point"]
-        fastv = json.dumps(point["fastv"])
-        groups.setdefault((point["series"], point["budget"], point["frozen"], fastv, point["tuned"]), []).append(entry)
+        reductions = Reductions(**point["reductions"])
+        budget, frozen, fastv = reductions.budget_words, len(reductions.layers), reductions.fastv_words
+        groups.setdefault((point["series"], budget, frozen, fastv, point["tuned"]), []).append(entry)
     rows = []
     for (series, budget, frozen, fastv, tuned), group in groups.items():
         values = [entry["evaluation"] for entry in group]
         timed = [entry["evaluation"] for entry in groups.get((series, budget, frozen, fastv, False), group)]
-        if fastv != "null":
-            settings = json.loads(fastv)
+        settings = group[0]["point"]["reductions"]["fastv"]
+        if settings is not None:
             series = f"FastV, K = {settings['layer']}, {100 * settings['keep']:g} % kept"
         rows.append(
             Summary(

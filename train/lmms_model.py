@@ -29,9 +29,10 @@ from data.errors import UserError
 from data.images import open_image
 from data.instructions import PLACEHOLDER, Conversation
 from data.supervision import Supervision
-from reduction.parsing import parse_budget, parse_fastv, parse_layers
+from reduction.baselines import METHODS
+from reduction.reductions import ALL, NONE, Reductions
 from train.prompts import Prompt, batch_prompts, encode_prompt
-from train.release import Reduction, load_release, open_release
+from train.release import load_release, open_release
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_KEYS = (
@@ -122,9 +123,7 @@ class ReducedLlava(lmms):
         computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
         self._model, processor = load_release(
             release,
-            visionzip=_visionzip(budget, method, seed),
-            shortv=_shortv(layers),
-            fastv="saved" if fastv is None else parse_fastv(str(fastv)),
+            _reductions(release.saved_reductions, budget, method, seed, layers, fastv),
             dtype=computed,
             attn_implementation=attn_implementation,
             load_in_4bit=load_in_4bit,
@@ -278,22 +277,30 @@ class ReducedLlavaChat(ReducedLlava):
         return _Question(encode_prompt(self.supervision, turns, images))
 
 
-def _visionzip(budget: str | int | None, method: str | None, seed: int) -> Reduction:
-    if budget is None:
-        if method is not None:
-            raise UserError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
-        return "saved"
-    if budget in ("all", "none"):
-        return None
-    chosen = parse_budget(str(budget))
-    return chosen if method is None else {**chosen, "method": method, **({"seed": seed} if method == "random" else {})}
-
-
-def _shortv(layers: str | int | Sequence[int] | None) -> Reduction:
-    if layers is None:
-        return "saved"
-    found = parse_layers(str(layers)) if isinstance(layers, (str, int)) else list(layers)
-    return {"layers": found} if found else None
+def _reductions(
+    saved: Reductions,
+    budget: str | int | None,
+    method: str | None,
+    seed: int,
+    layers: str | int | Sequence[int] | None,
+    fastv: str | float | None,
+) -> Reductions:
+    """What the model's arguments ask for; what they do not name is as saved."""
+    if budget is None and method is not None:
+        raise UserError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
+    listed = layers if layers is None or isinstance(layers, (str, int)) else "+".join(map(str, layers)) or NONE
+    asked = Reductions.parse(
+        ALL if budget is None else str(budget),
+        NONE if listed is None else str(listed),
+        NONE if fastv is None else str(fastv),
+        method=method or METHODS[0],
+        seed=seed,
+    )
+    return Reductions(
+        saved.visionzip if budget is None else asked.visionzip,
+        saved.shortv if layers is None else asked.shortv,
+        saved.fastv if fastv is None else asked.fastv,
+    )
 
 
 def _as_image(visual: Any) -> Image.Image:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from huggingface_hub import EvalResult, ModelCardData
 from data.errors import MissingFile
 from data.files import read_json
 from data.subset_folder import subset_report
-from reduction.parsing import format_budget
-from train.config import DEMO, DataConfig, TuneConfig
+from reduction.baselines import METHODS
+from reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from reduction.reductions import NONE, Reductions
+from train.card_command import command_of
+from train.card_text import fenced, inline, is_repository, licence_id, one_line
+from train.config import DEMO
 from train.hub import fetch
-from train.reduced_checkpoint import LINEAGE_FILE, Shape
+from train.reduced_checkpoint import Shape, read_lineage
 from train.release import open_release
 from train.run_folder import CONFIG, METRICS, RESULTS, read_metrics
+from train.tuned_from import base_revision
 
 PICTURE = "kept_tokens.png"
-_NOT_IN_COMMAND = (
-    "output_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunRecord:
 
     name: str
     config: dict[str, Any]
-    reductions: dict[str, Any]
+    reductions: Reductions
     lineage: list[dict[str, Any]]
     model_config: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -49,8 +50,7 @@ def read_run(folder: Path) -> RunRecord:
         raise MissingFile(f"{folder} is no run's folder (no {CONFIG}): name the output_dir of a run")
     release = open_release(str(folder))
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    lineage_path = release.source / LINEAGE_FILE
-    lineage = yaml.safe_load(lineage_path.read_text()) if lineage_path.is_file() else []
+    lineage = read_lineage(release.source)
     return RunRecord(
         name=folder.resolve().name,
         config=config,
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> RunRecord:
         model_config=release.config,
         metrics=read_metrics(folder / METRICS) if (folder / METRICS).is_file() else [],
         evaluation=read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None,
-        licence=_licence_of_base(str(config["model"]), lineage[-1]["revision"] if lineage else None),
+        licence=_licence_of_base(str(config["model"]), base_revision(release, config)),
     )
 
 
@@ -75,8 +75,11 @@ def licence_of(release: Path) -> str | None:
     readme = release / "README.md"
     if not readme.is_file():
         return None
-    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
-    data = yaml.safe_load(found[1]) if found else None
+    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # others wrote it; a card that cannot be read names nothing
+        data = None
     licence = data.get("license") if isinstance(data, dict) else None
     return licence if isinstance(licence, str) else None
 
@@ -108,14 +111,14 @@ def _base(run: RunRecord) -> dict[str, Any]:
 
 
 def _on_hub(base: Mapping[str, Any]) -> bool:
-    return "/" in base["name"]  # of a folder, the lineage keeps the last part alone
+    return is_repository(str(base["name"]))  # of a folder, the lineage keeps the last part alone
 
 
 def _metadata(run: RunRecord, repo_id: str) -> str:
     tuned = _row(run, "tuned")
     results = []
     if tuned:
-        dataset = _dataset_name(run)
+        dataset = one_line(_dataset_name(run))
         for key, name, value in (
             ("exact_match", "Exact match", tuned["exact_match"]),
             ("loss", "Loss (nats per supervised token)", tuned["loss"]),
@@ -132,7 +135,7 @@ def _metadata(run: RunRecord, repo_id: str) -> str:
             )
     base = _base(run)
     data = ModelCardData(
-        license=run.licence or "unknown",
+        license=licence_id(run.licence),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava", "visual-token-reduction", "visionzip", "shortv", "shortzip"],
@@ -151,34 +154,57 @@ def _grid(run: RunRecord) -> str:
 
 
 def _budget(run: RunRecord) -> str:
-    visionzip = run.reductions["visionzip"]
-    if not visionzip:
+    visionzip = run.reductions.visionzip
+    if visionzip is None:
         return "all visual tokens"
     total = visionzip["dominant"] + visionzip["contextual"]
     unit = "tile" if "next" in run.model_config["model_type"] else "image"
-    return (
-        f"{total} of {_grid(run)} visual tokens per {unit} ({visionzip['dominant']} dominant, CLS counted among them, "
-        f"and {visionzip['contextual']} contextual)"
-    )
+    if run.reductions.method != METHODS[0]:
+        seed = f", seed {visionzip.get('seed', 0)}" if run.reductions.method == "random" else ""
+        how = f"chosen by the baseline {run.reductions.method}{seed}, not by VisionZip"
+    else:
+        tower = run.model_config["vision_config"].get("model_type", "clip_vision_model")
+        cls = ", CLS counted among them," if TOWER_HAS_CLS.get(tower) else ""
+        how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
+    return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
 
 
 def _frozen(run: RunRecord) -> str:
-    shortv = run.reductions["shortv"]
-    depth = run.model_config["text_config"].get("num_hidden_layers", 32)
-    if not shortv:
+    depth = _depth(run)
+    if not run.reductions.layers:
         return f"none of {depth}"
-    layers = ", ".join(str(layer) for layer in shortv["layers"])
-    return f"{len(shortv['layers'])} of {depth} (layers {layers})"
+    layers = ", ".join(str(layer) for layer in run.reductions.layers)
+    return f"{len(run.reductions.layers)} of {depth} (layers {layers})"
+
+
+def _depth(run: RunRecord) -> int:
+    return int(run.model_config["text_config"].get("num_hidden_layers", 32))
+
+
+def _pruning(run: RunRecord) -> str:
+    fastv = run.reductions.fastv
+    if fastv is None:
+        return "none"
+    return (
+        f"FastV, {float(fastv['keep']):.3g} of the visual tokens kept after {fastv['layer']} of {_depth(run)} layers"
+    )
 
 
 def _introduction(run: RunRecord) -> str:
     base = _base(run)
-    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else f"`{base['name']}`"
+    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else inline(base["name"])
+    pruned = f"; pruned inside it: {_pruning(run)}" if run.reductions.fastv else ""
+    methods = []
+    if run.reductions.visionzip and run.reductions.method == METHODS[0]:
+        methods.append("The visual tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467).")
+    if run.reductions.shortv:
+        methods.append("Frozen layers are those of [ShortV](https://arxiv.org/abs/2504.00502).")
+    if run.reductions.fastv:
+        methods.append("The pruning is [FastV](https://arxiv.org/abs/2403.06764)'s.")
     return (
-        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}. "
-        "Only the multimodal projector was tuned; vision tower and language model are the release's own. The visual "
-        "tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467), frozen layers are those of "
-        "[ShortV](https://arxiv.org/abs/2504.00502), and the tuning was done with ShortZip."
+        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}"
+        f"{pruned}. Only the multimodal projector was tuned; vision tower and language model are the release's own. "
+        f"{' '.join(methods)} The tuning was done with ShortZip."
     )
 
 
@@ -187,25 +213,27 @@ def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
     if shape == "llava":
         return (
             "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
-            f"VisionZip's patch is applied there):\n\n```bash\n{lines}\n```\n\nShortZip loads it as it is, reductions "
-            f"included: `load_release('{repo_id}')`."
+            f"VisionZip's patch is applied there):\n\n{fenced('bash', lines)}\n\nShortZip loads it as it is, "
+            f"reductions included: `load_release('{repo_id}')`."
         )
     fetched = (
         ""
         if shape == "full"
-        else f"\n\nThis repository holds the projector; the release it belongs to ({_base(run)['name']}, pinned to a "
-        "commit and to its files' digests) is fetched when it is loaded."
+        else f"\n\nThis repository holds the projector; the release it belongs to ({inline(_base(run)['name'])}, "
+        "pinned to a commit and to its files' digests) is fetched when it is loaded."
     )
-    return f"## Use\n\n```python\n{lines}\n```{fetched}"
+    stored = inline(run.model_config.get("dtype") or "float32")
+    loaded = f"\n\nThe untrained weights are loaded in {stored}, as they are stored, and the projector in float32."
+    return f"## Use\n\n{fenced('python', lines)}{fetched}{loaded}"
 
 
 def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
     """What loads a published reduced checkpoint: three lines of transformers, or LLaVA's own commands."""
     if shape == "llava":
-        folder = repo_id.split("/")[-1]
+        folder, base = repo_id.split("/")[-1], shlex.quote(one_line(_base(run)["name"]))
         return (
             f"hf download {repo_id} --local-dir {folder}\n"
-            f"python -m llava.serve.cli --model-path {folder} --model-base {_base(run)['name']} --image-file IMAGE"
+            f"python -m llava.serve.cli --model-path {folder} --model-base {base} --image-file IMAGE"
         )
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
@@ -237,21 +265,26 @@ def _table(run: RunRecord) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        pruned = f", FastV {inline(row['fastv'])}" if row.get("fastv", NONE) != NONE else ""
         lines.append(
-            f"| {row['name']} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['visual_tokens']:g} | "
-            f"{row['frozen_layers']} | {row['llm_flops']:.3g} ({row['llm_flops'] / first['llm_flops']:.0%}) | "
+            f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | "
+            f"{row['visual_tokens']:g}{pruned} | {int(row['frozen_layers'])} | {row['llm_flops']:.3g} "
+            f"({row['llm_flops'] / first['llm_flops']:.0%}) | "
             f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
         )
     share = run.evaluation.get("recovered_share")
     said = f" Tuning won back {share:.0%} of the exact match that the reduction cost." if share is not None else ""
     machine = run.evaluation.get("machine")
-    where = f" on {machine}" if machine else ""
-    precision = " in bf16 (projector fp32)" if run.config.get("mixed_precision", "bf16") == "bf16" else " in fp32"
+    where = f" on {inline(machine)}" if machine else ""
+    of_run = "bfloat16" if run.config.get("mixed_precision", "bf16") == "bf16" else "float32"
+    precision = " in bf16 (projector fp32)" if run.evaluation.get("dtype", of_run) == "bfloat16" else " in fp32"
+    if run.evaluation.get("load_in_4bit", run.config.get("load_in_4bit")):
+        precision += ", the language model's layers in 4 bits (NF4)"
     return (
-        f"## What was measured\n\n{first['questions']} questions of {_dataset_name(run)}, answered greedily; an "
-        "answer is right when it equals the expected one. `scripts/evaluate.py` measured the published weights"
-        f"{precision}{where}; prefill is from pixels to the first token, {first['prefill_batch']} prompts at once."
-        f"{said}\n\n" + "\n".join(lines)
+        f"## What was measured\n\n{int(first['questions'])} questions of {inline(_dataset_name(run))}, answered "
+        "greedily; an answer is right when it equals the expected one. `scripts/evaluate.py` measured the published "
+        f"weights{precision}{where}; prefill is from pixels to the first token, {int(first['prefill_batch'])} prompts "
+        f"at once.{said}\n\n" + "\n".join(lines)
     )
 
 
@@ -282,59 +315,21 @@ def _recipe(run: RunRecord) -> str:
     data = run.config["data"]
     instructions = "drawn scenes" if data["instructions"] == DEMO else Path(str(data["instructions"])).name
     tuning = run.config.get("tuning", "full")
-    tuned = "all weights of the projector" if tuning == "full" else f"{tuning} on the projector, merged"
+    tuned = "all weights of the projector" if tuning == "full" else f"{inline(tuning)} on the projector, merged"
     subset = subset_report(str(data["instructions"]))
     if subset is None:
-        share = f"{data.get('fraction', 1.0):.0%} of {instructions}"
+        share = f"{data.get('fraction', 1.0):.0%} of {inline(instructions)}"
     else:
-        source = Path(subset["instructions"]).name
-        share = (
-            f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} (prepare_subset, seed {subset['seed']})"
-        )
+        source = inline(Path(subset["instructions"]).name)
+        drawn = f"prepare_subset, seed {int(subset['seed'])}"
+        share = f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} ({drawn})"
     return (
-        f"## How it was made\n\n- base: {_base(run)['name']}"
-        + (f" at {_base(run)['revision']}" if _base(run)["revision"] else "")
+        f"## How it was made\n\n- base: {inline(_base(run)['name'])}"
+        + (f" at {inline(_base(run)['revision'])}" if _base(run)["revision"] else "")
         + f"\n- data: {share}\n- budget: {_budget(run)}\n- frozen layers: {_frozen(run)}\n"
-        f"- tuned: {tuned}\n\n```bash\n{command_of(run.config)}\n```"
+        f"- pruned inside the language model: {_pruning(run)}\n"
+        f"- tuned: {tuned}\n\n{fenced('bash', command_of(run.config))}"
     )
-
-
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command that repeats a run: every setting that is not the default; of paths, the last part alone."""
-    defaults = dict(_flat_defaults(TuneConfig))
-    options = []
-    for name, value in _flat(config):
-        if name.split(".")[0] in _NOT_IN_COMMAND or (name in defaults and defaults[name] == value):
-            continue
-        if isinstance(value, str):
-            text = Path(value).name if Path(value).is_absolute() else value
-        else:
-            text = yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
-        options.append(f"  --{name} {shlex.quote(text)}")
-    return " \\\n".join(["accelerate launch train/tune_projector.py", *options])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _flat_defaults(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    assert is_dataclass(section)
-    for item in fields(section):
-        if item.name == "data":
-            yield from _flat_defaults(DataConfig, "data.")
-        elif item.default is not MISSING:
-            yield prefix + item.name, item.default
-        elif item.default_factory is not MISSING:
-            made = item.default_factory()
-            if is_dataclass(made):
-                yield from _flat_defaults(type(made), f"{prefix}{item.name}.")
-            else:
-                yield prefix + item.name, made
 
 
 def _lineage(run: RunRecord) -> str:
@@ -342,11 +337,8 @@ def _lineage(run: RunRecord) -> str:
         return ""
     lines = []
     for entry in run.lineage:
-        visionzip, shortv = entry.get("visionzip"), entry.get("shortv")
-        kept = f"{format_budget(visionzip)} visual tokens" if visionzip else "all visual tokens"
-        frozen = f", {len(shortv['layers'])} frozen layers" if shortv else ""
-        commit = f" at {entry['revision']}" if entry["revision"] else ""
-        lines.append(f"1. {entry['name']}{commit}: {kept}{frozen}")
+        commit = f" at {inline(entry['revision'])}" if entry["revision"] else ""
+        lines.append(f"1. {inline(entry['name'])}{commit}: {Reductions.from_config(entry).describe()}")
     return "## Lineage\n\nThis checkpoint was tuned from another one; the oldest first:\n\n" + "\n".join(lines)
 
 
@@ -363,15 +355,15 @@ def _limits(run: RunRecord, shape: Shape) -> str:
             "is used there: with this processor's fewer placeholders, transformers then reports that image features "
             "and image tokens do not match.",
         )
-    if run.reductions["shortv"]:
+    if run.reductions.shortv:
         lines.append("- Frozen layers need `attn_implementation` `sdpa` or `eager`.")
     return "## Limits\n\n" + "\n".join(lines)
 
 
 def _licence(run: RunRecord) -> str:
-    name = _base(run)["name"]
+    name = inline(_base(run)["name"])
     said = (
-        f"The weights are derived from {name} and stand under its licence: {run.licence}."
+        f"The weights are derived from {name} and stand under its licence: {inline(run.licence)}."
         if run.licence
         else f"The weights are derived from {name}, whose card names no licence: ask its authors before you use them."
     )

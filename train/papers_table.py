@@ -9,41 +9,25 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from reduction.baselines import METHODS
-from reduction.configuration_reduced_llava import validate_fastv
-from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
-from reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
+from reduction.parsing import parse_budget, parse_layers
+from reduction.reductions import ALL, NONE, Reductions
 from train.config import ConfigError, repeated
 from train.report import print_table
 
-ALL, NONE = "all", "none"
 TRAINING_FREE, TUNED = "training-free", "tuned"
 VISIONZIP = METHODS[0]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEXT_TILES = 5  # as the papers count LLaVA-NeXT's
 
 
-def _budget(visionzip: Mapping[str, Any] | None) -> str:
-    return ALL if visionzip is None else format_budget(visionzip)
-
-
-def _layers(layers: Sequence[int]) -> str:
-    return "+".join(map(str, sorted(layers))) or NONE
-
-
-def _fastv(fastv: Mapping[str, Any] | None) -> str:
-    return NONE if fastv is None else f"{fastv['layer']}+{float(fastv['keep'])}"
-
-
 def _alike(key: str, text: str) -> str:
     """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
     try:
         if key == "layers":
-            return _layers(parse_layers(text))
+            return Reductions.parse(layers=text).layers_words
         if key == "fastv":
-            fastv = parse_fastv(text)
-            validate_fastv(fastv)
-            return _fastv(fastv)
-        return ALL if text == ALL else _budget(parse_budget(text))
+            return Reductions.parse(fastv=text).fastv_words
+        return Reductions.parse(text).budget_words
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -206,11 +190,16 @@ class Row:
     fastv: str = NONE
 
     @classmethod
-    def saved(cls, model: str, reductions: Mapping[str, Any]) -> Row:
+    def saved(cls, model: str, reductions: Reductions) -> Row:
         """The row of a tuned checkpoint that was saved with these reductions, whatever seed it draws with."""
-        visionzip, shortv = reductions["visionzip"], reductions["shortv"] or {"layers": []}
-        method = (visionzip or {}).get("method", VISIONZIP)
-        return cls(TUNED, model, _budget(visionzip), _layers(shortv["layers"]), method, _fastv(reductions["fastv"]))
+        return cls(
+            TUNED,
+            model,
+            reductions.budget_words,
+            reductions.layers_words,
+            reductions.method,
+            reductions.fastv_words,
+        )
 
     @property
     def title(self) -> str:
@@ -230,15 +219,9 @@ class Row:
         return text if self.fastv == NONE else f"{text}, fastv: {self.fastv}"
 
     @property
-    def reductions(self) -> dict[str, Any]:
-        """Its reductions, as the keys of a reduced model's config."""
-        method = {} if self.method == VISIONZIP else {"method": self.method}
-        layers = parse_layers(self.layers)
-        return {
-            "visionzip": None if self.budget == ALL else parse_budget(self.budget) | method,
-            "shortv": {"layers": layers} if layers else None,
-            "fastv": parse_fastv(self.fastv),
-        }
+    def reductions(self) -> Reductions:
+        """What it reduces."""
+        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method)
 
 
 def rows_of(config: PapersConfig) -> list[Row]:
@@ -262,13 +245,8 @@ def _as_method(budget: str, method: str) -> str:
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
     """FLOPs of the language model for a prompt of `text_tokens` about one image (in LLaVA-NeXT of five tiles)."""
     tiles = NEXT_TILES if model.model_type.endswith("llava_next") else 1
-    reductions = row.reductions
-    visionzip, fastv = reductions["visionzip"], reductions["fastv"]
-    budget = None if visionzip is None else (visionzip["dominant"], visionzip["contextual"])
-    visual = visual_tokens_per_image(model, budget, tiles)
-    if fastv is not None:
-        return llm_prefill_flops_fastv(model.text_config, text_tokens, visual, **fastv)
-    return llm_prefill_flops_grouped(model.text_config, text_tokens, visual, parse_layers(row.layers))
+    visual = row.reductions.tokens_per_image(model, tiles)
+    return row.reductions.prefill_flops(model.text_config, text_tokens, visual)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +19,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from data.errors import UserError
-from train.adapters import ADAPTER_FOLDER
+from data.files import scratch_folder
+from train.command_line import printable
 from train.config import TuneConfig
+from train.foreign_code import refuse_foreign_code
 from train.hub import retrying
 from train.model_card import PICTURE, RunRecord, loading_lines, read_run, write_card
+from train.published_files import published_files, refuse_secrets
 from train.reduced_checkpoint import SHAPES, Shape, describe_base, write_reduced_checkpoint
 from train.release import Release, load_processor, open_release, release_projector
-from train.run_folder import PICTURES
+from train.run_folder import CONFIG, HELD_OUT_PICTURE, PICTURES
+from train.tuned_from import check_run, check_settings, release_of
 
 _OURS = {".gitattributes"}  # what the Hub itself puts into a new repository
 
@@ -76,6 +79,7 @@ def check_publishable(config: TuneConfig, release: Release) -> None:
     check_repo_id(config.hub_model_id, config.hub_shape)
     if get_token() is None:
         raise PublishError("push_to_hub needs a token of the Hub: `hf auth login` with one that may write")
+    _check_base_name(config.hub_shape, config.hub_base)
     _check_base(release, config.hub_shape, config.hub_base)
 
 
@@ -91,6 +95,17 @@ def check_repo_id(repo_id: str, shape: Shape) -> None:
         raise PublishError(
             f"repo-id {repo_id!r}: LLaVA's own loader recognises a LLaVA by its name: let the name contain 'llava'"
         )
+
+
+def _check_base_name(shape: Shape, base: str | None) -> None:
+    if base is None:
+        return
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise PublishError(f"base {base!r} is no name of a repository on the Hub: {error}") from error
+    if shape == "full":
+        raise PublishError(f"base {base} is for shapes projector and llava: shape full holds its release's weights")
 
 
 def _check_base(release: Release, shape: Shape, base: str | None) -> None:
@@ -130,53 +145,58 @@ def prepare(
     if shape not in SHAPES:
         raise PublishError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
     check_repo_id(repo_id, shape)
+    _check_base_name(shape, base)
     record = read_run(run)
     final = open_release(str(run))
     commit: str | None = None
-    with tempfile.TemporaryDirectory(prefix="shortzip-publish-") as scratch:
+    check_settings(final.source, record.config, run / CONFIG)
+    release = _release_of(record, final, run, shape)
+    with scratch_folder("shortzip-publish") as scratch:
         folder = final.source
-        if shape != "full":
-            release = _release_of(record)
+        if release is not None and shape != "full":
             _check_base(release, shape, base)
             commit = _same_on_hub(release, base, say) if base and shape == "projector" else None
-            folder = Path(scratch) / repo_id.split("/")[1]
+            folder = scratch / repo_id.split("/")[1]
             write_reduced_checkpoint(
                 folder,
                 release,
                 release_projector(final),
                 load_processor(final),
-                visionzip=record.reductions["visionzip"],
-                shortv=record.reductions["shortv"],
+                record.reductions,
                 shape=shape,
                 base=base,
                 base_revision=commit,
                 vision_tower=record.config.get("vision_tower"),
             )
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.relative_to(folder).parts[0] != ADAPTER_FOLDER and path.name != "README.md"
-        }
-        pictures = sorted((run / PICTURES).glob("*.png"))
-        if pictures:
-            files[PICTURE] = pictures[0]
+        files, left_out = published_files(folder)
+        refuse_foreign_code(folder)
+        if left_out:
+            say(f"not published, for they are no files of a checkpoint: {', '.join(map(printable, left_out))}")
+        picture = run / PICTURES / HELD_OUT_PICTURE
+        if picture.is_file() and not picture.is_symlink():
+            files[PICTURE] = picture
         if base is not None and record.lineage:
             last = {**record.lineage[-1], "name": base, "revision": commit}
             record = replace(record, lineage=[*record.lineage[:-1], last])
         size = sum(path.stat().st_size for path in files.values())
-        card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=bool(pictures))
+        card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=PICTURE in files)
+        refuse_secrets(files, card, get_token())
         yield Publication(repo_id, shape, files, card, loading_lines(repo_id, shape, record))
 
 
-def _release_of(record: RunRecord) -> Release:
-    """The release that a run started from, at the commit it started from."""
-    config = record.config
-    return open_release(
-        str(config["model"]),
-        record.lineage[-1]["revision"] if record.lineage else config.get("revision"),
-        mm_projector=config.get("mm_projector"),
-        vision_tower=config.get("vision_tower"),
-    )
+def _release_of(record: RunRecord, final: Release, run: Path, shape: Shape) -> Release | None:
+    """The release that a run started from; None for shape full where it is not here any more, as nothing asks for it.
+
+    Raises ConfigError when the run's config names another release than the one that `final` was tuned over.
+    """
+    try:
+        release = release_of(final, record.config)
+    except FileNotFoundError:
+        if shape == "full":
+            return None
+        raise
+    check_run(final, release, run / CONFIG)
+    return release
 
 
 def _same_on_hub(release: Release, base: str, say: Callable[[str], None]) -> str:
@@ -211,18 +231,6 @@ def _checksum(path: Path, *, lfs: bool) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def refuse_secrets(publication: Publication, token: str | None) -> None:
-    """Raises PublishError when a token of the Hub stands in the card or in a file of text."""
-    pattern = re.compile(rb"hf_[A-Za-z0-9]{30,}")
-    contents: dict[str, bytes] = {"README.md": publication.card.encode()}
-    for name, path in publication.files.items():
-        if path.suffix not in (".safetensors", ".bin", ".png", ".model"):
-            contents[name] = path.read_bytes()
-    for name, content in contents.items():
-        if (token and token.encode() in content) or pattern.search(content):
-            raise PublishError(f"{name} holds a token of the Hub: take it out, and revoke that token")
-
-
 def push(
     publication: Publication,
     *,
@@ -239,7 +247,6 @@ def push(
     token = get_token()
     if token is None:
         raise PublishError("publishing needs a token of the Hub: `hf auth login` with one that may write")
-    refuse_secrets(publication, token)
     api, repo_id = HfApi(), publication.repo_id
     with _explained(repo_id):
         user = retrying(lambda: api.whoami()["name"], say, "asking who this token belongs to")

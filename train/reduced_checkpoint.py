@@ -18,9 +18,12 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from data.errors import UserError
-from data.files import written_whole
+from data.files import read_text, written_whole
 from reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from reduction.errors import ReductionError
+from reduction.reductions import Reductions
 from train.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
+from train.foreign_code import leave_out_foreign_code
 from train.original_release import to_original_config
 from train.release import Release, model_classes
 from train.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
@@ -36,10 +39,8 @@ def write_reduced_checkpoint(
     release: Release,
     projector: Mapping[str, torch.Tensor],
     processor: Any,
+    reductions: Reductions,
     *,
-    visionzip: Mapping[str, int] | None,
-    shortv: Mapping[str, Any] | None,
-    fastv: Mapping[str, Any] | None = None,
     shape: Shape = "full",
     base: str | None = None,
     base_revision: str | None = None,
@@ -48,9 +49,10 @@ def write_reduced_checkpoint(
     """Writes `target` whole or not at all.
 
     `release`: what was tuned. `projector`: its tuned tensors, `linear_1.weight` … with or without a prefix; written in
-    float32. `processor`: the one it was tuned with. `base` and `base_revision`: for `projector`, a Hub id of the same
-    release (its files are compared by digest before anything is loaded) when the run used a folder; for `llava`, the
-    original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell it.
+    float32. `processor` and `reductions`: what it was tuned with. `base` and `base_revision`: for `projector`, a Hub
+    id of the same release (its files are compared by digest before anything is loaded) when the run used a folder; for
+    `llava`, the original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell
+    it.
 
     Raises FileExistsError when `target` holds something, ValueError for an unknown shape or a projector that does not
     fit.
@@ -58,11 +60,6 @@ def write_reduced_checkpoint(
     if shape not in SHAPES:
         raise UserError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
     tensors = {name.rsplit(_MARK, 1)[-1]: tensor.detach().cpu().float() for name, tensor in projector.items()}
-    reductions = {
-        "visionzip": dict(visionzip) if visionzip else None,
-        "shortv": {"layers": list(shortv["layers"])} if shortv else None,
-        **({"fastv": dict(fastv)} if fastv else {}),
-    }
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
@@ -71,11 +68,12 @@ def write_reduced_checkpoint(
         if original is None:
             plain_config = config_class.from_dict(plain)
             original = to_original_config(plain_config, vision_tower, release.name)
-        config = {**original, **reductions, "lineage": lineage(release, base, base_revision)}
+        config = {**original, **reductions.as_config(), "lineage": lineage(release, base, base_revision)}
+        config.pop("auto_map", None)
         write_llava_projector(target, tensors, config, base=base or base_name(release))
         return
     weights = weights_folder(release)
-    config = config_class.from_dict({**plain, **reductions})
+    config = config_class.from_dict({**plain, **reductions.as_config()})
     config.architectures = [model_class.__name__]
     config.base_release = None
     if shape == "projector":
@@ -92,6 +90,7 @@ def write_reduced_checkpoint(
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
+        leave_out_foreign_code(folder)
         if shape == "projector":
             save_file({f"{_MARK}{name}": tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
         else:
@@ -111,13 +110,40 @@ def lineage(release: Release, base: str | None = None, base_revision: str | None
     Each with its name (of a folder, the last part alone: paths of this machine mean nothing elsewhere), its commit on
     the Hub if it has one, and its own reductions.
     """
-    kept = release.source / LINEAGE_FILE
-    older = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    if release.original_config is not None:
-        older = older or release.original_config.get("lineage", [])
+    older = read_lineage(release.source)
+    if release.original_config is not None and not older:
+        older = _as_lineage(release.original_config.get("lineage", []), release.source / "config.json")
     name = release.name if release.revision is not None else Path(release.name).resolve().name
     found = {"name": base or name, "revision": base_revision if base else release.revision}
-    return [*older, {**found, **release.saved_reductions}]
+    return [*older, {**found, **release.saved_reductions.as_config()}]
+
+
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
+    """The releases and checkpoints that a checkpoint descends from, the oldest first; none where it names none.
+
+    Raises UserError for a file that is no such list: it comes with a release, from whoever made that.
+    """
+    path = folder / LINEAGE_FILE
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable as JSON: fetch or write the checkpoint again") from error
+    return _as_lineage(entries, path)
+
+
+def _as_lineage(entries: Any, path: Path) -> list[dict[str, Any]]:
+    for entry in entries if isinstance(entries, list) else [entries]:
+        named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "revision" in entry
+        if not isinstance(entries, list) or not named or not isinstance(entry["revision"], str | None):
+            found = repr(entry)[:80]
+            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {found}")
+        try:
+            Reductions.from_config(entry)
+        except ReductionError as error:
+            raise UserError(f"{path}: lineage of {entry['name'][:80]!r}: {error}") from error
+    return list(entries)
 
 
 def weights_folder(release: Release) -> Path:

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -28,6 +28,8 @@ from reduction import (
 )
 from reduction.base_release import PROJECTOR_FILE
 from reduction.configuration_reduced_llava import check_parts, validate
+from reduction.errors import ReductionError
+from reduction.reductions import Reductions
 from train.conversions import keep_conversion
 from train.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
 from train.hub import fetch
@@ -44,8 +46,6 @@ from train.towers import TOWERLESS, load_tower
 MM_PROJECTOR_FILE = "mm_projector.bin"
 _NEXT = ("llava_next", "reduced_llava_next")
 _KNOWN = ("llava", "reduced_llava", *_NEXT)
-
-Reduction = Mapping[str, Any] | None | Literal["saved"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,13 @@ class Release:
         return read_json(self.folder / "config.json")
 
     @property
-    def saved_reductions(self) -> dict[str, Any]:
-        """`visionzip`, `shortv` and `fastv` as the release was saved with; None each for one that knows none."""
-        config = read_json(self.source / "config.json")
-        return {key: config.get(key) for key in ("visionzip", "shortv", "fastv")}
+    def saved_reductions(self) -> Reductions:
+        """What the release was saved with; none for one that knows no reductions."""
+        path = self.source / "config.json"
+        try:
+            return Reductions.from_config(read_json(path))
+        except ReductionError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @property
     def original_config(self) -> dict[str, Any] | None:
@@ -269,10 +272,8 @@ def _converted(source: Path, projector: Path | None, vision_tower: str | None, c
 
 def load_release(
     model: str | Release,
+    reductions: Reductions | None = None,
     *,
-    visionzip: Reduction = "saved",
-    shortv: Reduction = "saved",
-    fastv: Reduction = "saved",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     attn_implementation: str = "sdpa",
@@ -284,8 +285,7 @@ def load_release(
 ) -> tuple[Any, Any]:
     """The reduced model of any release, with its processor.
 
-    `visionzip` ({"dominant", "contextual"}), `shortv` ({"layers"}) and, to compare with, `fastv` ({"layer", "keep"}):
-    None turns a reduction off; "saved" takes what a reduced checkpoint was saved with, and is None for other releases.
+    `reductions`: None takes what a reduced checkpoint was saved with, which is nothing for other releases.
     `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
     model's layers in NF4 (ImportError without bitsandbytes). `with_tower` False: for cached features, without reading
     the tower's weights. See `open_release` for the other arguments and for what is refused.
@@ -298,14 +298,15 @@ def load_release(
     else:
         release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
     config = release.config
-    reductions = _chosen(release, visionzip=visionzip, shortv=shortv, fastv=fastv)
+    if reductions is None:
+        reductions = release.saved_reductions
     _, model_class, processor_class = model_classes(config["model_type"])
     loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
         release.folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=False,
-        **reductions,
+        **reductions.as_config(),
         **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
     )
     lay_projector(loaded, release_projector(release))
@@ -313,23 +314,15 @@ def load_release(
     return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
 
 
-def _chosen(release: Release, **reductions: Reduction) -> dict[str, Any]:
-    saved = release.saved_reductions
-    return {
-        key: saved[key] if value == "saved" else dict(value) if value else None for key, value in reductions.items()
-    }
-
-
-def reduced_config(
-    release: Release, *, visionzip: Reduction = "saved", shortv: Reduction = "saved", fastv: Reduction = "saved"
-) -> Any:
+def reduced_config(release: Release, reductions: Reductions | None = None) -> Any:
     """The config of the model that `load_release` would give, without reading weights.
 
     Raises its ValueError for reductions that the release cannot take.
     """
     config_class, _, _ = model_classes(release.config["model_type"])
-    chosen = _chosen(release, visionzip=visionzip, shortv=shortv, fastv=fastv)
-    config = config_class.from_pretrained(release.folder, **chosen)
+    if reductions is None:
+        reductions = release.saved_reductions
+    config = config_class.from_pretrained(release.folder, **reductions.as_config())
     validate(config)
     return config
 
@@ -339,13 +332,14 @@ def dtype_of(mixed_precision: str) -> torch.dtype:
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
-def load_viewer(release: Release, visionzip: Reduction = "saved") -> tuple[Any, Any]:
+def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple[Any, Any]:
     """A model that chooses visual tokens and can do nothing else, with its processor: of its weights, only the tower's
-    are read, in float32. `visionzip`: as of `load_release`, and as it refuses."""
+    are read, in float32. `reductions`: as of `load_release`, and as it refuses; those inside the LLM are left out."""
+    reductions = (release.saved_reductions if reductions is None else reductions).before_the_llm
     if not weight_files(release.folder):  # a projector alone, whose release transformers finds
-        return load_release(release, visionzip=visionzip, shortv=None, fastv=None)
+        return load_release(release, reductions)
     _, model_class, processor_class = model_classes(release.config["model_type"])
-    config = reduced_config(release, visionzip=visionzip, shortv=None, fastv=None)
+    config = reduced_config(release, reductions)
     with torch.device("meta"):
         model = model_class(config)
     model.model.vision_tower = load_tower(release.folder, config, torch.float32)
@@ -386,8 +380,8 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def load_processor(release: Release, *, visionzip: Reduction = "saved", chat_template: str = "release") -> Any:
+def load_processor(release: Release, reductions: Reductions | None = None, *, chat_template: str = "release") -> Any:
     """The processor that `load_release` gives with the model for these arguments, without reading weights."""
     _, _, processor_class = model_classes(release.config["model_type"])
-    model_config = reduced_config(release, visionzip=visionzip, shortv=None, fastv=None)
+    model_config = reduced_config(release, reductions)
     return build_processor(release.folder, release.config, processor_class, model_config, chat_template)

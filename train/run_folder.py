@@ -29,6 +29,7 @@ CONFIG, STATUS, METRICS, FINAL, LOCK = "config.yaml", "status.json", "metrics.js
 RESULTS, CURVE, LAYERS, TRACKER = "evaluation.json", "loss.png", "layers.json", "wandb-run.json"
 DROPPED, NONFINITE = "dropped.jsonl", "nonfinite.json"
 ANSWERS, PICTURES, CONTROL = "answers", "pictures", "control"
+HELD_OUT_PICTURE = "held-out.png"
 MARK = "# The settings of a ShortZip run\n"  # the first line of config.yaml: a folder is a run's by what lies in it
 # What a run writes beside its checkpoints, and what overwrite_output_dir may therefore delete. CONFIG comes last: a
 # folder is recognised by it.

@@ -25,7 +25,7 @@ from data.tables import check_source
 from reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
 from reduction.layer_cosine import cosine_changes
 from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
-from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig
+from train.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig, reductions_of
 from train.preflight import check_sees_images
 from train.release import Release, load_release
 from train.run_folder import LAYERS
@@ -173,12 +173,9 @@ def choose_layers(
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
         return sorted(pick_layers(drawn, config.shortv.freeze)) or None
-    visionzip = config.visionzip.as_key() if config.visionzip else None
     model, processor = load_release(
         release,
-        visionzip=visionzip,
-        shortv=None,
-        fastv=None,
+        reductions_of(config.visionzip, None, None),
         dtype=dtype,
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,

@@ -36,7 +36,7 @@ from train.checkpoint import (
     versions,
 )
 from train.command_line import load_config
-from train.config import ConfigError, TuneConfig
+from train.config import ConfigError, TuneConfig, reductions_of
 from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
@@ -155,18 +155,14 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     )
     check_publishable(config, release)
     run.check_base(release.config.get("base_release"))
-    visionzip = config.visionzip.as_key() if config.visionzip else None
-    fastv = asdict(config.fastv) if config.fastv else None
     layers = (
         checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator, run.write)
     )
-    shortv = None if layers is None else {"layers": layers}
+    reductions = reductions_of(config.visionzip, layers, config.fastv)
     tower = known_tower(config, release, dtype)
     model, processor = load_release(
         release,
-        visionzip=visionzip,
-        shortv=shortv,
-        fastv=fastv,
+        reductions,
         dtype=dtype,
         chat_template=config.data.chat_template,
         load_in_4bit=config.load_in_4bit,
@@ -178,7 +174,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
     parameters = adapter.parameters if adapter else projector_parameters(model)
     report.table(component_table(describe_components(model)))
-    report.say(f"budget: {visionzip or 'all visual tokens'}; frozen layers: {layers or 'none'}")
+    report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
 
     # ---- the samples, in an order that is the same for every number of processes and size of micro-batch
     dataset = training_set(config.data, processor, config.seed)
@@ -390,7 +386,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     tuned = adapter or engine.projector()
     on_main_process(
         accelerator,
-        lambda: write_final(folder, release, tuned, processor, visionzip, shortv, fastv, report.say),
+        lambda: write_final(folder, release, tuned, processor, reductions, config.shaping_settings(), report.say),
     )
     accelerator.free_memory()
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from reduction.layer_contribution import measure_layer_contributions
+from reduction.reductions import Reductions
 from scripts.calibrate_shortv import calibrate, report
 from train import calibration
 from train.calibration import CalibrateConfig, Partial, asked_of, budget_name, measure
@@ -83,8 +84,8 @@ def test_file_chart_and_choice(settings, tiny_release, tiny_instructions):
 
 def test_values_are_those_of_the_prompts_up_to_the_first_answer(settings):
     result = calibrate(changed(settings, text_tokens=False))
-    budget = {"dominant": 5, "contextual": 3}
-    model, processor = load_release(settings.model, visionzip=budget, shortv=None)
+    budget = Reductions({"dominant": 5, "contextual": 3})
+    model, processor = load_release(settings.model, budget)
     asked = asked_of(settings, budget)
     assert len(asked.chosen) == 12
     for item in asked.chosen:
@@ -107,7 +108,7 @@ def test_seed_draws_other_conversations(settings, tmp_path):
 
 
 def test_a_reduced_model_keeps_its_own_budget_and_direction_is_a_choice(settings, tmp_path):
-    model, processor = load_release(settings.model, visionzip={"dominant": 4, "contextual": 1}, shortv={"layers": [2]})
+    model, processor = load_release(settings.model, Reductions({"dominant": 4, "contextual": 1}, {"layers": [2]}))
     model.save_pretrained(tmp_path / "reduced")
     processor.save_pretrained(tmp_path / "reduced")
     own = changed(

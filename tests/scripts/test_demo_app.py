@@ -27,11 +27,12 @@ from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
 from data.scenes import render_scene, sample_scene
+from reduction.reductions import Reductions
 from scripts import demo_app
 from scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
 from train.config import ConfigError
 from train.prompts import batch_prompts, encode_prompt
-from train.reduced_checkpoint import write_reduced_checkpoint
+from train.reduced_checkpoint import Shape, write_reduced_checkpoint
 from train.release import load_release, open_release, read_release_projector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,13 +42,13 @@ INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"
 BUDGET = {"dominant": 6, "contextual": 3}
 
 
-def write_tuned(folder: Path, base: Path, **keys: Any) -> Path:
+def write_tuned(folder: Path, base: Path, shape: Shape = "full", **keys: Any) -> Path:
     """A checkpoint over the release `base`, its projector moved."""
     release = open_release(str(base))
     _, processor = load_release(release)
     projector = {name: tensor + 0.05 for name, tensor in read_release_projector(base).items()}
-    reductions = {"visionzip": BUDGET, "shortv": {"layers": [1, 2]}}
-    write_reduced_checkpoint(folder, release, projector, processor, **{**reductions, **keys})
+    reductions = Reductions(**{"visionzip": BUDGET, "shortv": {"layers": [1, 2]}, **keys})
+    write_reduced_checkpoint(folder, release, projector, processor, reductions, shape=shape)
     return folder
 
 
@@ -76,10 +77,8 @@ def test_the_models_share_their_weights_and_are_what_loads(
     models: Models, tiny_release: Path, tuned: Path, photograph: Image.Image
 ) -> None:
     loaded = {
-        ALL: load_release(str(tiny_release), visionzip=None, shortv=None)[0],
-        REDUCED: load_release(
-            str(tiny_release), visionzip={"dominant": 6, "contextual": 3}, shortv={"layers": [1, 2]}
-        )[0],
+        ALL: load_release(str(tiny_release), Reductions())[0],
+        REDUCED: load_release(str(tiny_release), Reductions({"dominant": 6, "contextual": 3}, {"layers": [1, 2]}))[0],
         TUNED: load_release(str(tuned))[0],
     }
     assert models.kinds == [ALL, REDUCED, TUNED]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reduction.reductions import Reductions
 from scripts.evaluate import candidates_for, data_for, main, precision_for, read_arguments, runs_of
 from train.command_line import dump_config
 from train.config import ConfigError, DataConfig, TuneConfig
@@ -100,4 +101,4 @@ def test_reductions_are_refused_where_no_release_takes_them(tiny_release: Path, 
     with pytest.raises(ConfigError, match=r"saved: reduced checkpoints .* are evaluated as they were saved"):
         candidates_for(read_arguments(["--model", str(saved), *options]), {})
     both = candidates_for(read_arguments(["--model", str(saved), "--model", str(tiny_release), *options]), {})
-    assert [row.visionzip for row in both] == ["saved", None, {"dominant": 4, "contextual": 1}]
+    assert [row.reductions for row in both] == [None, Reductions(), Reductions.parse("4+1")]

@@ -19,6 +19,7 @@ import yaml
 from tiny import write_release
 
 from data.instructions import read_instructions
+from reduction.reductions import Reductions
 from scripts.estimate_cost import known_release
 from scripts.evaluate_papers import (
     Checked,
@@ -659,7 +660,7 @@ def test_a_task_that_all_tokens_lack_is_not_counted() -> None:
 def tuned_checkpoint(folder: Path, tiny_release: Path, **reductions: Any) -> str:
     release = open_release(str(tiny_release))
     _, processor = load_release(release)
-    write_reduced_checkpoint(folder, release, release_projector(release), processor, **reductions)
+    write_reduced_checkpoint(folder, release, release_projector(release), processor, Reductions(**reductions))
     return str(folder)
 
 

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from runs import ROOT, environment, output_of, wait_until
 from tiny import LLM_LAYERS
 
+from reduction.reductions import Reductions
 from scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
 from train.command_line import load_config, parse_config
 from train.config import ConfigError, FastVConfig, TuneConfig
@@ -41,13 +42,18 @@ def test_points_are_budgets_by_layers_and_the_baselines_at_equal_tokens() -> Non
     points = points_of(config(), LAYERS)
     grid = [(point.budget, point.frozen) for point in points if point.series == GRID_OF_POINTS]
     assert grid == [("6+3", 0), ("9+3", 0), ("all", 2), ("6+3", 2), ("9+3", 2)]
-    frozen = {point.budget: point.layers for point in points if point.series == GRID_OF_POINTS and point.frozen}
+    frozen = {
+        point.budget: tuple(point.reductions.layers)
+        for point in points
+        if point.series == GRID_OF_POINTS and point.frozen
+    }
     assert frozen == {"all": (1, 2), "6+3": (0, 1), "9+3": (0, 2)}, "those with the lowest LC at each budget"
     others = {point.series: point for point in points}
-    assert others["grid"].visionzip == {"dominant": 9, "contextual": 0, "method": "grid"}
-    assert others["dominant only"].visionzip == {"dominant": 9, "contextual": 0}
-    assert [point.visionzip["seed"] for point in points if point.series == "random" and point.visionzip] == [0, 1]
-    assert [point.layers for point in points if point.series == "random layers"] == [(0, 3), (1, 3)]
+    assert others["grid"].reductions.visionzip == {"dominant": 9, "contextual": 0, "method": "grid"}
+    assert others["dominant only"].reductions.visionzip == {"dominant": 9, "contextual": 0}
+    drawn = [point.reductions.visionzip for point in points if point.series == "random"]
+    assert [visionzip and visionzip["seed"] for visionzip in drawn] == [0, 1]
+    assert [point.reductions.layers for point in points if point.series == "random layers"] == [[0, 3], [1, 3]]
     assert len({point.name for point in points}) == len(points)
 
 
@@ -71,7 +77,7 @@ def test_each_point_is_tuned_once_per_seed() -> None:
 def test_seeds_become_mean_and_spread() -> None:
     entries = [
         {
-            "point": {"series": "random", "budget": "9+0", "frozen": 0, "fastv": None, "tuned": False, "seed": seed},
+            "point": asdict(Point("random", Reductions.parse("9+0", method="random", seed=seed), seed)),
             "evaluation": {"exact_match": value, "llm_flops": 10, "prefill_ms": time, "visual_tokens": 9.0},
         }
         for seed, value, time in ((0, 0.5, 3.0), (1, 0.6, 1.0), (2, 0.7, 2.0))
@@ -122,7 +128,7 @@ def test_a_point_is_measured_again_when_settings_or_conversations_have_changed(
     written = write_frontier(tmp_path, recipe(tiny_release, held_out, tmp_path), budgets=[], fastv=[])
     by = load_config(["--config", str(tmp_path / "recipe.yaml")])
     asked = parse_config(FrontierConfig, ["--config", str(written)], default=None, program="test")
-    point, kept = Point("all tokens", "all", 0, None, ()), tmp_path / "out" / "points"
+    point, kept = Point("all tokens", Reductions()), tmp_path / "out" / "points"
 
     def measured(recipe: TuneConfig) -> bool:
         before = [file.stat().st_mtime_ns for file in kept.glob("*.json")]
@@ -158,7 +164,7 @@ def test_a_release_that_is_not_there_meets_a_message(tmp_path: Path, tiny_held_o
 def test_the_shipped_config_is_read() -> None:
     shipped = parse_config(FrontierConfig, ["--config", str(DEFAULT)], default=None, program="test")
     assert shipped.fastv[0].layer == 2
-    assert Point("FastV", "all", 0, None, (), fastv={"layer": 2, "keep": 0.5}).name == "FastV-2-0.5--all--0-frozen"
+    assert Point("FastV", Reductions.parse(fastv="2+0.5")).name == "FastV-2-0.5--all--0-frozen"
 
 
 def recipe(release: Path, held_out: Path, folder: Path) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def test_conversations_that_cannot_be_read_meet_a_message(
 
 def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    point = Point("point", "all", 0, None, (), seed=1, tuned=True)
+    point = Point("point", Reductions(), seed=1, tuned=True)
 
     def run(command: list[str], log: Path, _: StopRequest) -> int:
         given.append(command)

@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration
 from data.dataset import Collator, ConversationDataset
 from data.instructions import read_instructions
 from data.supervision import Supervision
+from reduction.reductions import Reductions
 from train.objective import SupervisedLoss
 from train.release import load_release
 
@@ -16,7 +17,7 @@ from train.release import load_release
 @pytest.fixture(scope="session")
 def learned_release(tiny_release: Path, tiny_instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_release` after some steps of training all its weights with all visual tokens, as a plain LLaVA."""
-    model, processor = load_release(str(tiny_release), visionzip=None, shortv=None)
+    model, processor = load_release(str(tiny_release), Reductions())
     dataset = ConversationDataset(
         read_instructions(tiny_instructions), Supervision(processor), tiny_instructions.parent
     )

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from data.dataset import Collator, ConversationDataset
 from data.instructions import read_instructions
 from data.supervision import Supervision
+from reduction.reductions import Reductions
 from train.config import DataConfig, TuneConfig
 from train.engine import WholeEngine, start_engine
 from train.objective import SupervisedLoss, projector_parameters, train_only_projector
@@ -25,7 +26,7 @@ State = dict[str, torch.Tensor]
 
 
 def build(accelerator: Accelerator, release: str, dtype: torch.dtype) -> WholeEngine:
-    model, _ = load_release(release, visionzip={"dominant": 4, "contextual": 2}, shortv={"layers": [1]}, dtype=dtype)
+    model, _ = load_release(release, Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]}), dtype=dtype)
     train_only_projector(model, dtype, gradient_checkpointing=False)
     parameters = projector_parameters(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
@@ -38,7 +39,7 @@ def main(release: str, instructions: str, mixed_precision: str) -> None:
     config = TuneConfig(model=release, data=data, mixed_precision=mixed_precision)  # type: ignore[arg-type]
     accelerator = start_accelerator(config)
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    _, processor = load_release(release, visionzip={"dominant": 4, "contextual": 2}, shortv=None)
+    _, processor = load_release(release, Reductions({"dominant": 4, "contextual": 2}))
     dataset = ConversationDataset(
         read_instructions(Path(instructions)), Supervision(processor), Path(instructions).parent
     )
@@ -58,7 +59,7 @@ def main(release: str, instructions: str, mixed_precision: str) -> None:
 
     engine = build(accelerator, release, dtype)
     exact = {name: tensor.clone() for name, tensor in engine.projector().items()}
-    release_values = projector_parameters(load_release(release, visionzip=None, shortv=None)[0])
+    release_values = projector_parameters(load_release(release, Reductions())[0])
     same(exact, {name: tensor.detach() for name, tensor in release_values.items()})  # in bf16 too: no bit is lost
     assert engine.moments() == {}
     norm, first = step(engine)

@@ -12,6 +12,7 @@ from runs import run_here, write_recipe
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from reduction.reductions import Reductions
 from train.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
 from train.release import lay_projector, load_release
 
@@ -39,7 +40,7 @@ def trained_adapter(model: Any, processor: Any, tuning: Any) -> ProjectorAdapter
 
 @pytest.mark.parametrize("tuning", TUNINGS[1:])
 def test_trains_merges_and_loads_with_peft(tiny_release: Path, tmp_path: Path, tuning: Any) -> None:
-    model, processor = load_release(str(tiny_release), visionzip=VISIONZIP)
+    model, processor = load_release(str(tiny_release), Reductions(VISIONZIP))
     torch.manual_seed(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapter = trained_adapter(model, processor, tuning)
@@ -51,7 +52,7 @@ def test_trains_merges_and_loads_with_peft(tiny_release: Path, tmp_path: Path, t
     with torch.no_grad():
         wanted = model(**inputs).logits
     merged = adapter.merged()
-    fresh, _ = load_release(str(tiny_release), visionzip=VISIONZIP)
+    fresh, _ = load_release(str(tiny_release), Reductions(VISIONZIP))
     with torch.no_grad():
         untuned = fresh(**inputs).logits
     assert (untuned - wanted).abs().max() > 1e-3
@@ -64,7 +65,7 @@ def test_trains_merges_and_loads_with_peft(tiny_release: Path, tmp_path: Path, t
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    again, _ = load_release(str(tiny_release), visionzip=VISIONZIP)
+    again, _ = load_release(str(tiny_release), Reductions(VISIONZIP))
     peft_model = PeftModel.from_pretrained(again, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(peft_model(**inputs).logits, wanted, rtol=0, atol=1e-6)
@@ -73,7 +74,7 @@ def test_trains_merges_and_loads_with_peft(tiny_release: Path, tmp_path: Path, t
 
 
 def test_the_adapter_loads_on_plain_transformers_llava(tiny_release: Path, tmp_path: Path) -> None:
-    model, processor = load_release(str(tiny_release), visionzip=None)
+    model, processor = load_release(str(tiny_release), Reductions())
     adapter = trained_adapter(model, processor, "lora")
     adapter.save(tmp_path, "x")
     plain = LlavaForConditionalGeneration.from_pretrained(tiny_release)
@@ -84,7 +85,7 @@ def test_the_adapter_loads_on_plain_transformers_llava(tiny_release: Path, tmp_p
 
 
 def test_merging_is_in_float32_under_a_bf16_model(tiny_release: Path) -> None:
-    model, processor = load_release(str(tiny_release), visionzip=VISIONZIP, dtype=torch.bfloat16)
+    model, processor = load_release(str(tiny_release), Reductions(VISIONZIP), dtype=torch.bfloat16)
     adapter = trained_adapter(model, processor, "lora")
     layer = model.model.multi_modal_projector.linear_1
     wanted = layer.base_layer.weight + layer.get_delta_weight("default")
@@ -95,11 +96,11 @@ def test_merging_is_in_float32_under_a_bf16_model(tiny_release: Path) -> None:
 
 
 def test_saved_values_can_be_given(tiny_release: Path, tmp_path: Path) -> None:
-    model, processor = load_release(str(tiny_release), visionzip=VISIONZIP)
+    model, processor = load_release(str(tiny_release), Reductions(VISIONZIP))
     adapter = trained_adapter(model, processor, "lora")
     zeros = {name: torch.zeros_like(p) for name, p in adapter.parameters.items()}
     adapter.save(tmp_path, "x", zeros)
-    fresh, _ = load_release(str(tiny_release), visionzip=VISIONZIP)
+    fresh, _ = load_release(str(tiny_release), Reductions(VISIONZIP))
     before = merged_projector(fresh.model.multi_modal_projector)
     PeftModel.from_pretrained(fresh, tmp_path)
     after = merged_projector(fresh.model.multi_modal_projector)
@@ -125,8 +126,7 @@ def test_a_run_saves_the_adapter_and_publishes_it_merged(
     inputs = processor(images=Image.new("RGB", (40, 30), (200, 40, 90)), text="<image>\nhello", return_tensors="pt")
     with torch.no_grad():
         wanted = tuned(**inputs).logits
-    reductions = {"visionzip": tuned.config.visionzip, "shortv": tuned.config.shortv}
-    untuned, _ = load_release(str(tiny_release), **reductions)
+    untuned, _ = load_release(str(tiny_release), Reductions(tuned.config.visionzip, tuned.config.shortv))
     with torch.no_grad():
         assert (untuned(**inputs).logits - wanted).abs().max() > 1e-4
         adapted = PeftModel.from_pretrained(untuned, final / "adapter")

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from reduction.reductions import Reductions
 from train.release import load_release, open_release
 
 CASES = [(image, prompt) for image in range(3) for prompt in range(3)]
@@ -37,7 +38,7 @@ def plain(cache: Path) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def reduced(cache: Path) -> tuple[Any, Any]:
-    return load_release(open_release(str(RELEASE), cache_dir=cache), visionzip={"dominant": 12, "contextual": 4})
+    return load_release(open_release(str(RELEASE), cache_dir=cache), Reductions({"dominant": 12, "contextual": 4}))
 
 
 def photograph(number: int) -> Image.Image:

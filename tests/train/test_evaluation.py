@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from data.drops import Drop
 from data.instructions import read_instructions
 from data.supervision import Supervision
 from reduction.flops import llm_prefill_flops_grouped
+from reduction.reductions import Reductions
 from train.comparison import Candidate, compare, recovered_share, table_of, write_results
 from train.config import DataConfig
 from train.evaluation import Answer, Evaluation, evaluate, held_out_loss
@@ -46,7 +48,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers_one_by_one(release: Path, held_out: Path) -> list[str]:
     """Plain LLaVA, one question at a time, the true turns before it written out by hand."""
     model = LlavaForConditionalGeneration.from_pretrained(release).eval()
-    _, processor = load_release(str(release), visionzip=None)
+    _, processor = load_release(str(release), Reductions())
     tokenizer = processor.tokenizer
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -80,9 +82,9 @@ def evaluated(learned_release: Path, held_out: Path, accelerator: Accelerator) -
 
 
 def run(
-    release: Path, held_out: Path, accelerator: Accelerator, batch_size: int, **reductions: object
+    release: Path, held_out: Path, accelerator: Accelerator, batch_size: int, **reductions: Any
 ) -> tuple[Evaluation, list[Answer]]:
-    model, processor = load_release(str(release), **{"visionzip": None, "shortv": None, **reductions})  # type: ignore[arg-type]
+    model, processor = load_release(str(release), Reductions(**reductions))
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
     return evaluate("model", model, dataset, accelerator, batch_size=batch_size, max_new_tokens=TOKENS)
 
@@ -104,7 +106,7 @@ def test_answers_are_those_of_plain_llava_asked_one_by_one(
     "reductions", [{}, {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2]}}]
 )
 def test_the_batch_size_changes_nothing(
-    learned_release: Path, held_out: Path, accelerator: Accelerator, reductions: dict[str, object]
+    learned_release: Path, held_out: Path, accelerator: Accelerator, reductions: dict[str, Any]
 ) -> None:
     first, answers = run(learned_release, held_out, accelerator, batch_size=1, **reductions)
     second, again = run(learned_release, held_out, accelerator, batch_size=7, **reductions)
@@ -117,12 +119,12 @@ def test_the_costs_are_those_of_the_model(
     evaluated: tuple[Evaluation, list[Answer]], learned_release: Path, held_out: Path, accelerator: Accelerator
 ) -> None:
     plain, _ = evaluated
-    reductions = {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2, 3]}}
+    reductions: dict[str, Any] = {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2, 3]}}
     reduced, _ = run(learned_release, held_out, accelerator, batch_size=5, **reductions)
     assert (plain.visual_tokens, plain.frozen_layers) == (36, 0)
     assert (reduced.visual_tokens, reduced.frozen_layers) == (6, 2)
     text = LlavaForConditionalGeneration.from_pretrained(learned_release).config.text_config
-    _, processor = load_release(str(learned_release), visionzip=None)
+    _, processor = load_release(str(learned_release), Reductions())
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
     lengths, images = [], []
     for index, row in enumerate(json.loads(held_out.read_text())):
@@ -143,7 +145,7 @@ def test_the_costs_are_those_of_the_model(
 def test_no_answer_is_longer_than_asked_right_or_wrong(
     learned_release: Path, held_out: Path, accelerator: Accelerator
 ) -> None:
-    model, processor = load_release(str(learned_release), visionzip=None)
+    model, processor = load_release(str(learned_release), Reductions())
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
     answers = [
         evaluate("model", model, dataset, accelerator, batch_size=5, max_new_tokens=tokens)[1]
@@ -160,7 +162,7 @@ def test_the_held_out_loss_of_the_loop_is_the_table_s(
 ) -> None:
     from data.dataset import Collator
 
-    model, processor = load_release(str(learned_release), visionzip=None)
+    model, processor = load_release(str(learned_release), Reductions())
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
     collate = Collator.of(dataset.supervision)
     batches = [collate([dataset[index] for index in rows]) for rows in (range(3), range(3, 12), [])]
@@ -181,8 +183,8 @@ def test_prefill_is_timed_side_by_side(
         monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: (next(times), 4))
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
     candidates = [
-        Candidate("all tokens", str(learned_release), visionzip=None),
-        Candidate("reduced", str(learned_release), visionzip={"dominant": 2, "contextual": 1}),
+        Candidate("all tokens", str(learned_release), Reductions()),
+        Candidate("reduced", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
     ]
     rows = compare(
         candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2, answers=tmp_path
@@ -195,8 +197,8 @@ def test_side_by_side_with_answers_in_files(
 ) -> None:
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
     candidates = [
-        Candidate("all tokens", str(learned_release), visionzip=None),
-        Candidate("reduced, untuned", str(learned_release), visionzip={"dominant": 2, "contextual": 1}),
+        Candidate("all tokens", str(learned_release), Reductions()),
+        Candidate("reduced, untuned", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
     ]
     results = compare(
         candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4, answers=tmp_path

@@ -22,6 +22,7 @@ from data.files import sweep
 from data.instructions import read_instructions
 from data.kept import identity_of
 from data.supervision import Supervision
+from reduction.reductions import Reductions
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
 from train.objective import SupervisedLoss, projector_parameters, train_only_projector
@@ -32,7 +33,7 @@ BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 
 @pytest.fixture
 def loaded(tiny_release: Path) -> tuple[Any, Any]:
-    model, processor = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN)
+    model, processor = load_release(str(tiny_release), Reductions(BUDGET, FROZEN))
     train_only_projector(model, torch.float32, gradient_checkpointing=False)
     return model, processor
 
@@ -364,7 +365,7 @@ def test_random_patches_are_the_same_cached_and_not_in_bfloat16(
     tmp_path: Path, tiny_release: Path, tiny_instructions: Path
 ) -> None:
     model, processor = load_release(
-        str(tiny_release), visionzip={"dominant": 8, "contextual": 0, "method": "random"}, dtype=torch.bfloat16
+        str(tiny_release), Reductions({"dominant": 8, "contextual": 0, "method": "random"}), dtype=torch.bfloat16
     )
     dataset = dataset_of(tiny_instructions, processor)
     dataset.features = filled(tmp_path, (model, processor), dataset)

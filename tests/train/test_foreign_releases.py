@@ -14,6 +14,7 @@ import torch
 from originals import RELEASE, TOWER, copy_of_release, edit_config
 from transformers import AutoProcessor
 
+from reduction.reductions import Reductions
 from scripts.convert_release import main
 from train.convert import convert_to_transformers
 from train.release import load_release, open_release
@@ -206,7 +207,7 @@ def test_code_of_a_release_is_neither_run_nor_handed_on(
         "auto_map": {"AutoTokenizer": ["somebody/code--stranger.T", None]},
     }
     tokenizer.write_text(json.dumps(settings))
-    _, processor = load_release(str(release), visionzip={"dominant": 4, "contextual": 2})
+    _, processor = load_release(str(release), Reductions({"dominant": 4, "contextual": 2}))
     processor.save_pretrained(tmp_path / "saved")
     for file in (tmp_path / "saved").glob("*.json"):
         assert "somebody" not in file.read_text(), file.name

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.images import open_image
 from data.instructions import Conversation, read_instructions
+from reduction.reductions import Reductions
 from train.comparison import Candidate, compare
 from train.config import DataConfig
 from train.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
@@ -29,7 +30,7 @@ ARGUMENTS = "budget=6+3,layers=1+2,dtype=float32"
 def answer(release: Path, instructions: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
     """Exact match and answers, as scripts/evaluate.py gets them."""
     data = DataConfig(str(instructions), eval_instructions=str(instructions))
-    candidate = Candidate("reduced", str(release), visionzip=BUDGET, shortv={"layers": LAYERS})
+    candidate = Candidate("reduced", str(release), Reductions(BUDGET, {"layers": LAYERS}))
     found = compare(
         [candidate], data, Accelerator(cpu=True), dtype=torch.float32, batch_size=4, max_new_tokens=8, answers=folder
     )

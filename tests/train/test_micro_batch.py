@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from reduction.flops import parameter_counts
 from reduction.parsing import parse_bytes
+from reduction.reductions import Reductions
 from reduction.training_cost import NF4_BYTES, TrainingStep, training_step_memory
 from scripts.estimate_cost import known_release
 from train import micro_batch
@@ -136,9 +137,7 @@ def memory_for(estimate: StepEstimate, tokens: int) -> str:
 
 def estimate_of_run(recipe: Path) -> StepEstimate:
     config = load_config(["--config", str(recipe)])
-    model, processor = load_release(
-        config.model, visionzip={"dominant": 4, "contextual": 2}, shortv={"layers": [1, 3]}
-    )
+    model, processor = load_release(config.model, Reductions({"dominant": 4, "contextual": 2}, {"layers": [1, 3]}))
     train_only_projector(model, torch.float32, gradient_checkpointing=False)
     dataset = training_set(config.data, processor, 0)
     return micro_batch.estimate_of(config, model, dataset)

@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from data.dataset import Collator, ConversationDataset
 from data.instructions import Conversation, read_instructions
 from data.supervision import Supervision
+from reduction.reductions import Reductions
 from train.objective import (
     SupervisedLoss,
     count_supervised,
@@ -25,7 +26,7 @@ BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 
 
 def loaded(release: Path, instructions: Path, **reductions: Any) -> tuple[SupervisedLoss, ConversationDataset]:
-    model, processor = load_release(str(release), **{"visionzip": BUDGET, "shortv": FROZEN, **reductions})
+    model, processor = load_release(str(release), Reductions(**{"visionzip": BUDGET, "shortv": FROZEN, **reductions}))
     train_only_projector(model, torch.float32, gradient_checkpointing=False)
     conversations = read_instructions(instructions)
     dataset = ConversationDataset(conversations, Supervision(processor), instructions.parent)
@@ -107,15 +108,15 @@ def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(
 
 
 def test_the_projector_is_not_rounded_on_its_way_to_training_in_bf16(tiny_release: Path) -> None:
-    exact = projector_parameters(load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN)[0])
-    model, _ = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN, dtype=torch.bfloat16)
+    exact = projector_parameters(load_release(str(tiny_release), Reductions(BUDGET, FROZEN))[0])
+    model, _ = load_release(str(tiny_release), Reductions(BUDGET, FROZEN), dtype=torch.bfloat16)
     train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
     for name, parameter in projector_parameters(model).items():
         assert torch.equal(parameter, exact[name])
 
 
 def test_only_the_projector_is_trained_and_nothing_upstream_has_a_graph(tiny_release: Path) -> None:
-    model, _ = load_release(str(tiny_release), visionzip=BUDGET, shortv=FROZEN, dtype=torch.bfloat16)
+    model, _ = load_release(str(tiny_release), Reductions(BUDGET, FROZEN), dtype=torch.bfloat16)
     model.train()
     train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

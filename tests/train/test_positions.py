@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from reduction.reductions import Reductions
 from train.config import DataConfig
 from train.evaluation import evaluate
 from train.release import load_release
@@ -16,7 +17,7 @@ from train.samples import check_positions, held_out_set, training_set
 @pytest.fixture(scope="module")
 def release(tiny_release: Path) -> tuple[Any, Any]:
     """512 positions."""
-    return load_release(str(tiny_release), visionzip={"dominant": 3, "contextual": 1})
+    return load_release(str(tiny_release), Reductions({"dominant": 3, "contextual": 1}))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
+from reduction.reductions import Reductions
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import lay_projector, open_release, release_projector
 
@@ -102,9 +103,7 @@ def test_what_was_measured_is_what_loads(
     lay_projector(measured, projector)  # as a run has it, and evaluation
     inputs = inputs_for(family, 8)
     expected = logits_of(measured, inputs)
-    write_reduced_checkpoint(
-        tmp_path / "tuned", release, projector, NoProcessor(), visionzip=VISIONZIP, shortv=None, shape=shape
-    )
+    write_reduced_checkpoint(tmp_path / "tuned", release, projector, NoProcessor(), Reductions(VISIONZIP), shape=shape)
     for given in ({}, {"dtype": "auto"}, {"dtype": dtype}):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned", **given)
         assert model.dtype == model.lm_head.weight.dtype == dtype
@@ -166,7 +165,7 @@ def test_a_projector_of_a_float32_checkpoint_stays_so_beside_a_model_in_half_pre
     write_release(tmp_path / "release")
     release = open_release(str(tmp_path / "release"))
     projector = {name: tensor + 1e-4 for name, tensor in release_projector(release).items()}
-    write_reduced_checkpoint(tmp_path / "tuned", release, projector, NoProcessor(), visionzip=VISIONZIP, shortv=None)
+    write_reduced_checkpoint(tmp_path / "tuned", release, projector, NoProcessor(), Reductions(VISIONZIP))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned", dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight, projector["linear_1.weight"])

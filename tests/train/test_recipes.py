@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from reduction.reductions import Reductions
 from train.command_line import load_config
 from train.config import ConfigError
 from train.objective import SupervisedLoss, train_only_projector
@@ -134,8 +135,8 @@ def test_a_recipe_runs_at_toy_size(
         *(["--shortv.calibration_samples", "4"] if "freeze" in keys["shortv"] else []),
     )  # fmt: skip
     final = open_release(str(folder))
-    assert final.saved_reductions["visionzip"] == keys["visionzip"]
-    layers = final.saved_reductions["shortv"]["layers"]
+    assert final.saved_reductions.visionzip == keys["visionzip"]
+    layers = final.saved_reductions.layers
     assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == 14
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -157,10 +158,9 @@ def test_gradients_through_four_bit_layers(tmp_path: Path) -> None:
     """The projector's gradient is that of the same model with its 4-bit weights written out."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'shortzip[4bit]'")
     release = write_toy(tmp_path / "toy", "llava-1.5-13b-3090-4bit.yaml")
-    visionzip, shortv = {"dominant": 6, "contextual": 2}, {"layers": [3, 5]}
-    arguments: dict[str, Any] = {"visionzip": visionzip, "shortv": shortv}
-    quantised, processor = load_release(str(release), load_in_4bit=True, **arguments)
-    plain, _ = load_release(str(release), **arguments)
+    reductions = Reductions.parse("6+2", "3+5")
+    quantised, processor = load_release(str(release), reductions, load_in_4bit=True)
+    plain, _ = load_release(str(release), reductions)
     for (_, layer), (_, other) in zip(quantised.named_modules(), plain.named_modules(), strict=True):
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             values = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from reduction import ReducedLlavaForConditionalGeneration
 from reduction.base_release import describe_files, digest
+from reduction.reductions import Reductions
 from train.reduced_checkpoint import SHAPES, write_reduced_checkpoint
 from train.release import Release, load_release, open_release, read_projector, read_release_projector
 
@@ -34,7 +35,7 @@ class Tuned:
         self.original = copy_of_release(root)
         half_the_language_model(self.original)
         self.release = open_release(str(self.original), cache_dir=root / "cache")
-        model, self.processor = load_release(self.release, visionzip=VISIONZIP, shortv=SHORTV)
+        model, self.processor = load_release(self.release, Reductions(VISIONZIP, SHORTV))
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.model.multi_modal_projector.parameters():
@@ -47,8 +48,8 @@ class Tuned:
             self.write(self.folders[shape], shape=shape)
 
     def write(self, target: Path, **arguments: Any) -> None:
-        reductions: dict[str, Any] = {"visionzip": VISIONZIP, "shortv": SHORTV}
-        write_reduced_checkpoint(target, self.release, self.projector, self.processor, **reductions, **arguments)
+        reductions = Reductions(VISIONZIP, SHORTV)
+        write_reduced_checkpoint(target, self.release, self.projector, self.processor, reductions, **arguments)
 
     def logits_of(self, model: Any, processor: Any) -> torch.Tensor:
         inputs = processor(images=self.image, text=PROMPT, return_tensors="pt")
@@ -130,7 +131,7 @@ def test_full_loads_as_plain_llava(tuned: Tuned) -> None:
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     plain = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    ours, processor = load_release(tuned.open(tuned.folders["full"]), visionzip=None, shortv=None)
+    ours, processor = load_release(tuned.open(tuned.folders["full"]), Reductions())
     assert torch.equal(tuned.logits_of(plain, processor), tuned.logits_of(ours, processor))
 
 
@@ -235,7 +236,7 @@ def test_a_reduced_checkpoint_is_a_release_for_another_round(tuned: Tuned, tmp_p
     """Another budget, other layers, tuned again, and written in every shape."""
     start = tuned.open(tuned.folders[shape])
     budget = {"dominant": 6, "contextual": 2}
-    model, processor = load_release(start, visionzip=budget, shortv=None)
+    model, processor = load_release(start, Reductions(budget))
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight, tuned.projector["linear_1.weight"])
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.bias += 1
@@ -244,9 +245,7 @@ def test_a_reduced_checkpoint_is_a_release_for_another_round(tuned: Tuned, tmp_p
     for number, target_shape in enumerate(SHAPES):
         target = tmp_path / f"llava-round-two-{number}"
         projector = model.model.multi_modal_projector.state_dict()
-        write_reduced_checkpoint(
-            target, start, projector, processor, visionzip=budget, shortv=None, shape=target_shape
-        )
+        write_reduced_checkpoint(target, start, projector, processor, Reductions(budget), shape=target_shape)
         again, its_processor = load_release(tuned.open(target))
         assert (again.config.visionzip, again.config.shortv) == (budget, None)
         assert torch.equal(tuned.logits_of(again, its_processor), wanted), target_shape
@@ -273,11 +272,11 @@ def test_refusals_of_the_writer(tuned: Tuned, tmp_path: Path) -> None:
         tuned.write(tmp_path / "b")
     narrow = {**tuned.projector, "linear_1.weight": torch.zeros(64, 8)}
     with pytest.raises(ValueError, match=r"the projector's linear_1.weight is \(64, 8\), needed by .* is \(64, 48\)"):
-        write_reduced_checkpoint(tmp_path / "c", tuned.release, narrow, tuned.processor, visionzip=None, shortv=None)
+        write_reduced_checkpoint(tmp_path / "c", tuned.release, narrow, tuned.processor, Reductions())
     with pytest.raises(ValueError, match=r"has no place for the projector's linear_3.weight"):
         write_reduced_checkpoint(
             tmp_path / "c", tuned.release, {**tuned.projector, "linear_3.weight": torch.zeros(1)}, tuned.processor,
-            visionzip=None, shortv=None,
+            Reductions(),
         )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
 

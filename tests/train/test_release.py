@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from data.supervision import load_template
+from reduction.reductions import Reductions
 from train.original_release import split_after_images
 from train.reduced_checkpoint import write_reduced_checkpoint
 from train.release import load_release, load_viewer, open_release, read_projector, release_projector
@@ -34,8 +35,8 @@ VISIONZIP = {"dominant": 4, "contextual": 2}
 
 def test_a_viewer_chooses_the_tokens_of_the_whole_model_and_holds_its_tower_alone(tiny_release: Path) -> None:
     budget = {"dominant": 5, "contextual": 3}
-    viewer, processor = load_viewer(open_release(str(tiny_release)), budget)
-    model, _ = load_release(str(tiny_release), visionzip=budget, shortv=None)
+    viewer, processor = load_viewer(open_release(str(tiny_release)), Reductions(budget))
+    model, _ = load_release(str(tiny_release), Reductions(budget))
     side = model.config.vision_config.image_size
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_a_release_unreduced_equals_transformers_own(tiny_release: Path) -> None
 
 
 def test_the_processor_writes_the_budget_and_carries_the_template(tiny_release: Path) -> None:
-    model, processor = load_release(str(tiny_release), visionzip=VISIONZIP, shortv={"layers": [1]})
+    model, processor = load_release(str(tiny_release), Reductions(VISIONZIP, {"layers": [1]}))
     inputs = processor(images=Image.new("RGB", (30, 20)), text="<image>\nhello", return_tensors="pt")
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 6
     assert "A chat between a curious user" in processor.chat_template
@@ -96,8 +97,7 @@ def test_a_reduced_checkpoint_keeps_the_template_that_it_was_tuned_with(tiny_rel
     release = open_release(str(tiny_release))
     _, processor = load_release(release, chat_template="plain")
     folder = tmp_path / "tuned"
-    reductions: dict[str, Any] = {"visionzip": {"dominant": 5, "contextual": 3}, "shortv": None}
-    write_reduced_checkpoint(folder, release, release_projector(release), processor, **reductions)
+    write_reduced_checkpoint(folder, release, release_projector(release), processor, Reductions.parse("5+3"))
     _, loaded = load_release(str(folder))
     assert loaded.chat_template == processor.chat_template == load_template("plain")
 

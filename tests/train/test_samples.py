@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from data.subset import SubsetOptions, prepare_subset
 from reduction.layer_contribution import measure_layer_contributions
+from reduction.reductions import Reductions
 from train.calibration import CalibrateConfig, asked_of
 from train.choosing import load_sample
 from train.config import ConfigError, DataConfig, DemoScenesConfig, ShortVConfig, TuneConfig, VisionZipConfig
@@ -75,8 +76,8 @@ def test_lc_chooses_the_layers_that_matter_least(
     )
     release = open_release(str(tiny_release))
     chosen = choose_layers(config, release, torch.float32, accelerator)
-    budget = {"dominant": 5, "contextual": 2}
-    model, _ = load_release(release, visionzip=budget, shortv=None)
+    budget = Reductions({"dominant": 5, "contextual": 2})
+    model, _ = load_release(release, budget)
     calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
     asked = asked_of(calibrate, budget)
     mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.chosen]).mean()

@@ -17,6 +17,7 @@ from runs import ROOT, run_here, write_recipe
 
 from data.files import sha256
 from data.instructions import read_instructions
+from reduction.reductions import Reductions
 from train.checkpoint import CHECKSUMS, FILES, damage, find_checkpoint, load_checkpoint
 from train.release import load_release
 
@@ -56,7 +57,7 @@ def test_code_beside_a_release_is_not_run(tiny_release: Path, tmp_path: Path) ->
         path = release / name
         content = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**content, "auto_map": classes}))
-    load_release(str(release), visionzip=None, shortv=None)
+    load_release(str(release), Reductions())
     assert not went_off.exists()
 
 

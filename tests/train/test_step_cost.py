@@ -10,6 +10,7 @@ from data.batching import BatchPlan
 from data.dataset import ConversationDataset
 from data.instructions import read_instructions
 from data.supervision import Supervision
+from reduction.reductions import Reductions
 from train.release import load_release
 from train.report import LEFT_OUT, Speed
 from train.step_cost import (
@@ -66,7 +67,7 @@ def test_each_saving_lowers_the_count() -> None:
 
 
 def test_the_flops_of_a_step_follow_its_samples(tiny_release: Path, tiny_instructions: Path) -> None:
-    model, processor = load_release(str(tiny_release), visionzip={"dominant": 5, "contextual": 3})
+    model, processor = load_release(str(tiny_release), Reductions({"dominant": 5, "contextual": 3}))
     dataset = ConversationDataset(
         read_instructions(tiny_instructions), Supervision(processor), tiny_instructions.parent
     )

@@ -1,0 +1,138 @@
+"""What is reduced, as one object: the budget and its method, the frozen layers, and pruning inside the LLM.
+
+    Reductions({"dominant": 54, "contextual": 10}, {"layers": [31, 29, 30]})
+    Reductions.from_config(config)                       # a checkpoint's config.json
+    Reductions.parse(budget="54+10", layers="31+29+30")  # a command line's words
+
+`Reductions()` is a model with all its visual tokens in every layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+
+from reduction.baselines import METHODS
+from reduction.configuration_reduced_llava import validate_fastv, validate_shortv, validate_visionzip
+from reduction.errors import ReductionError
+from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
+from reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
+
+ALL, NONE = "all", "none"
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """The keys of a reduced model's config, each None where nothing is reduced.
+
+    Raises ReductionError for what no model can take; what one model can take, `validate` says.
+    """
+
+    visionzip: Mapping[str, Any] | None = None
+    """{"dominant": 54, "contextual": 10}; with {"method", "seed"}, a baseline in VisionZip's place."""
+    shortv: Mapping[str, Any] | None = None
+    """{"layers": [0, 3]}: the frozen layers, counted from 0."""
+    fastv: Mapping[str, Any] | None = None
+    """{"layer": 2, "keep": 0.5}: layers before the pruning, and the share of visual tokens that later ones see."""
+
+    def __post_init__(self) -> None:
+        validate_visionzip(self.visionzip)
+        validate_shortv(self.shortv)
+        validate_fastv(self.fastv)
+        if self.shortv is not None and self.fastv is not None:
+            raise ReductionError("fastv and shortv are both given: one of them must be null")
+        for key, value in self.as_config().items():
+            object.__setattr__(self, key, value)  # what the caller does to its dictionaries changes nothing here
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Those that a config.json names: none for a release that knows no reductions."""
+        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"))
+
+    @classmethod
+    def parse(
+        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = METHODS[0], seed: int = 0
+    ) -> Self:
+        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError."""
+        visionzip: dict[str, Any] | None = None
+        if budget not in (ALL, NONE):
+            visionzip = dict(parse_budget(budget))
+            if method != METHODS[0]:
+                visionzip["method"] = method
+            if method == "random":
+                visionzip["seed"] = seed
+        frozen = parse_layers(layers)
+        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv))
+
+    def as_config(self) -> dict[str, Any]:
+        """The keys of a reduced model's config, as values that may be changed."""
+        return {
+            "visionzip": copy.deepcopy(self.visionzip),
+            "shortv": None if self.shortv is None else {"layers": list(self.shortv["layers"])},
+            "fastv": copy.deepcopy(self.fastv),
+        }
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is reduced: all visual tokens, in every layer."""
+        return self.visionzip is None and self.shortv is None and self.fastv is None
+
+    @property
+    def before_the_llm(self) -> Self:
+        """The same visual tokens, with nothing frozen or pruned inside the language model."""
+        return replace(self, shortv=None, fastv=None)
+
+    @property
+    def layers(self) -> list[int]:
+        """The frozen layers, in the order given."""
+        return [] if self.shortv is None else list(self.shortv["layers"])
+
+    @property
+    def method(self) -> str:
+        """How the visual tokens are chosen: visionzip, or a baseline."""
+        return METHODS[0] if self.visionzip is None else str(self.visionzip.get("method", METHODS[0]))
+
+    @property
+    def budget_words(self) -> str:
+        """The budget as commands take it: 54+10, or all."""
+        return ALL if self.visionzip is None else format_budget(self.visionzip)
+
+    @property
+    def layers_words(self) -> str:
+        """The frozen layers as commands take them, in ascending order: 0+3, or none."""
+        return "+".join(map(str, sorted(self.layers))) or NONE
+
+    @property
+    def fastv_words(self) -> str:
+        """The pruning as commands take it: 2+0.5, or none."""
+        return NONE if self.fastv is None else f"{self.fastv['layer']}+{float(self.fastv['keep'])}"
+
+    def describe(self) -> str:
+        """Everything that is reduced, in a line of a table or a card."""
+        if self.visionzip is None:
+            parts = ["all visual tokens"]
+        else:
+            seed = f", seed {self.visionzip.get('seed', 0)}" if self.method == "random" else ""
+            baseline = "" if self.method == METHODS[0] else f" (baseline {self.method}{seed})"
+            parts = [f"{self.budget_words} visual tokens{baseline}"]
+        if self.layers:
+            parts.append(f"{len(self.layers)} frozen layers")
+        if self.fastv is not None:
+            parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
+        return ", ".join(parts)
+
+    def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:
+        """Visual tokens that the language model is given of one image (in LLaVA-NeXT of `tiles`), before FastV."""
+        zipped = self.visionzip
+        budget = None if zipped is None else (zipped["dominant"], zipped["contextual"])
+        return visual_tokens_per_image(config, budget, tiles)
+
+    def prefill_flops(self, text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int) -> int:
+        """FLOPs of the language model for a prompt, of whose tokens `visual_tokens` are visual ones."""
+        if self.fastv is not None:
+            return llm_prefill_flops_fastv(text_config, text_tokens, visual_tokens, **self.fastv)
+        return llm_prefill_flops_grouped(text_config, text_tokens, visual_tokens, self.layers)

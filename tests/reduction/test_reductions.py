@@ -1,0 +1,83 @@
+"""The one object for what is reduced: made from a config and from a command's words, and what it says of itself."""
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from reduction.errors import ReductionError
+from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from reduction.reductions import Reductions
+
+EVERY_FORM = [
+    Reductions(),
+    Reductions({"dominant": 5, "contextual": 3}, {"layers": [3, 1]}),
+    Reductions({"dominant": 9, "contextual": 0, "method": "random", "seed": 4}),
+    Reductions({"dominant": 4, "contextual": 0, "method": "grid"}, None, {"layer": 2, "keep": 0.25}),
+    Reductions(fastv={"layer": 1, "keep": 0.5}),
+]
+
+
+@pytest.mark.parametrize("reductions", EVERY_FORM)
+def test_config_keys_and_words_give_it_back(reductions: Reductions) -> None:
+    assert Reductions.from_config({"model_type": "x", **reductions.as_config()}) == reductions
+    seed = (reductions.visionzip or {}).get("seed", 0)
+    said = Reductions.parse(
+        reductions.budget_words, reductions.layers_words, reductions.fastv_words, method=reductions.method, seed=seed
+    )
+    assert {**said.as_config(), "shortv": None} == {**reductions.as_config(), "shortv": None}
+    assert said.layers == sorted(reductions.layers)
+    assert reductions.is_empty == (reductions == Reductions())
+    inside = reductions.before_the_llm
+    assert (inside.visionzip, inside.layers, inside.fastv) == (reductions.visionzip, [], None)
+
+
+def test_a_release_that_knows_no_reductions_has_none() -> None:
+    assert Reductions.from_config({"model_type": "llava"}).is_empty
+
+
+@pytest.mark.parametrize(
+    ("reductions", "words"),
+    [
+        (EVERY_FORM[0], "all visual tokens"),
+        (EVERY_FORM[1], "5+3 visual tokens, 2 frozen layers"),
+        (EVERY_FORM[2], "9+0 visual tokens (baseline random, seed 4)"),
+        (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after layer 2"),
+        (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after layer 1"),
+    ],
+)
+def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:
+    assert reductions.describe() == words
+
+
+def test_what_it_was_made_of_may_change_afterwards() -> None:
+    budget, frozen = {"dominant": 5, "contextual": 3}, {"layers": [1]}
+    reductions = Reductions(budget, frozen)
+    budget["dominant"] = 6
+    frozen["layers"].append(2)
+    reductions.as_config()["shortv"]["layers"].append(3)
+    assert reductions == Reductions.parse("5+3", "1")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"visionzip": {"dominant": 0, "contextual": 3}}, "dominant: 0"),
+        ({"visionzip": {"dominant": 3, "contextual": 1, "method": "pool"}}, "pool merges nothing"),
+        ({"shortv": {"layers": []}}, "set shortv to null"),
+        ({"fastv": {"layer": 2, "keep": 1.5}}, "keep: 1.5"),
+        ({"fastv": {"layer": 2, "keep": 0.5}, "shortv": {"layers": [1]}}, "one of them must be null"),
+    ],
+)
+def test_what_no_model_can_take_is_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ReductionError, match=message):
+        Reductions.from_config(keys)
+
+
+def test_tokens_and_flops_are_the_models() -> None:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=24, patch_size=4), text_config=LlamaConfig(num_hidden_layers=4)
+    )
+    assert Reductions().tokens_per_image(config) == 36
+    assert Reductions.parse("5+3").tokens_per_image(config, tiles=2) == 16
+    text = config.text_config
+    assert Reductions.parse(layers="1").prefill_flops(text, 9, 16) == llm_prefill_flops_grouped(text, 9, 16, [1])
+    assert Reductions.parse(fastv="1+0.5").prefill_flops(text, 9, 16) == llm_prefill_flops_fastv(text, 9, 16, 1, 0.5)
