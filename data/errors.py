@@ -37,3 +37,7 @@ class MissingExtra(UserError, ImportError):
 
 class Busy(UserError):
     """A folder in which another process is at work."""
+
+
+class ToldElsewhere(UserError):
+    """What another process tells the user: this one ends without a word."""

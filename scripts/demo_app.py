@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,12 +28,13 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from data.dataset import Collator
+from data.errors import MissingExtra, MissingFile, UserError
 from data.images import BadImage, open_image
 from data.instructions import PLACEHOLDER
 from data.supervision import Supervision
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from reduction.pictures import draw_images, map_tokens
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 from train.config import ConfigError, DataConfig
 from train.prompts import batch_prompts, encode_prompt
 from train.release import Release, load_release, open_release, release_projector
@@ -156,7 +156,7 @@ class Models:
             first = list((self.saved["shortv"] or {"layers": []})["layers"])
             ranking = [*first, *(layer for layer in reversed(range(self.depth)) if layer not in first)]
         if sorted(ranking) != list(range(self.depth)):
-            raise ValueError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
+            raise ConfigError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
         return ranking
 
     @property
@@ -239,7 +239,7 @@ def choices(config: AppConfig) -> list[Path]:
     else:
         folder = Path(config.images)
         if not folder.is_dir():
-            raise FileNotFoundError(f"images: {folder} is no folder")
+            raise MissingFile(f"images: {folder} is no folder")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:12]
 
 
@@ -377,26 +377,23 @@ def _text(turn: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
-        if importlib.util.find_spec("gradio") is None:
-            raise ConfigError("the page needs Gradio: pip install 'shortzip[app]'")
-        models, gallery = Models(config), choices(config)
-    except (OSError, ValueError) as error:  # a ConfigError too
-        sys.exit(f"error: {error}")
+    config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingExtra("the page needs Gradio: pip install 'shortzip[app]'")
+    models, gallery = Models(config), choices(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         # Gradio's own setting: where it keeps what is uploaded and shown, which goes when the server stops.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(scratch, "gradio"))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed server cleans up as an interrupted one
         page = build_page(models, gallery, Path(scratch, "pictures"))
         if config.host != LOCAL:
-            print(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
+            say(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
         page.queue(default_concurrency_limit=1)
         try:
             page.launch(server_name=config.host, server_port=config.port, share=False)
         except OSError as error:
-            sys.exit(f"error: {error}")
+            raise UserError(f"host {config.host}, port {config.port}: {error}") from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

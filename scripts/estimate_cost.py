@@ -11,7 +11,7 @@ for one device that holds the whole model: `reduction/training_cost.py` says wha
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from data.files import refuse_to_replace, write_atomically, writing
 from reduction import flops, training_cost
 from reduction.parsing import parse_budget, parse_bytes, parse_freeze
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
@@ -63,6 +64,8 @@ class EstimateConfig:
     """Whether each LLM layer is computed again in the backward pass instead of being kept."""
     output: Path | None = None
     """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
 
 
 @dataclass(frozen=True)
@@ -298,22 +301,24 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
     )
 
 
-def main(settings: EstimateConfig) -> None:
-    """Prints the estimate and writes it to ``settings.output`` when given."""
+def main(argv: Sequence[str]) -> None:
+    """Writes the estimate to ``output`` when given, and prints it."""
+    settings = parse_config(EstimateConfig, argv, default=None, program="estimate_cost.py")
+    if settings.output is not None:
+        refuse_to_replace(settings.output, overwrite=settings.overwrite)
     config, rows = estimate(settings)
-    print(report(config, rows, settings))
+    text = report(config, rows, settings)
     if settings.output is not None:
         values = {
             "model": settings.model,
             "memory": parse_bytes(settings.memory),
             "rows": [asdict(r) for r in rows],
         }
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        settings.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with writing(settings.output):
+            settings.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(settings.output, json.dumps(values, indent=1) + "\n")
+    say(text)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(EstimateConfig, sys.argv[1:], default=None, program="estimate_cost.py"))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"estimate_cost.py: {error}")
+    run_command(main)

@@ -6,7 +6,7 @@ Writes to OUT: subset.json, images.txt (what to fetch), missing_images.txt (what
 (every row left out, and why) and report.json.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,37 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from data.drops import BadSample, TooManyBadSamples
 from data.subset import SUBSET, SubsetOptions, prepare_subset
+from train.command_line import printable, run_command
+from train.report import literal
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when the subset was written, 1 with a message when not."""
-    options = parse(argv)
+def main(argv: Sequence[str]) -> None:
+    """Draws the subset and says what is in it. Raises `UserError`."""
+    options = parse(list(argv))
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    try:
-        with Progress(*columns, console=console) as bars:
-            tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
 
-            def show(what: str, done: int, total: int | None) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(printable(what), total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
-            report = prepare_subset(options, show)
-    except (BadSample, TooManyBadSamples, OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(report, options, Console())
-    return 0
+        report = prepare_subset(options, show)
+    print_report(report, options, Console(markup=False))
 
 
-def parse(argv: list[str] | None) -> SubsetOptions:
+def parse(argv: list[str]) -> SubsetOptions:
     """The options on the command line."""
     parser = ArgumentParser(prog="prepare_subset.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -101,29 +98,28 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     """The report for people, and what to do next."""
     table = Table("source", "rows", "selected", "written", title=f"{report['written']} of {report['rows']} rows")
     for name, counts in report["sources"].items():
-        table.add_row(name, *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
+        table.add_row(literal(name), *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
     console.print(table)
     for reason, count in report["dropped"].items():
-        console.print(f"dropped, {reason}: {count:,}")
+        console.print(f"dropped, {printable(reason)}: {count:,}")
     lengths = ", ".join(f"{length}: {count:,}" for length, count in report["answer_characters"].items())
     console.print(f"answers by characters: {lengths}")
-    console.print(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
+    console.print(printable(f"images needed: {report['images']:,} ({options.output / 'images.txt'})"))
     if report["image_root"] is None:
         console.print("images were not looked for: give --image-root")
     elif report["missing_images"]:
-        console.print(
-            f"[bold]{report['missing_images']:,} of them are missing[/bold] in {report['image_root']}: "
-            f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop-missing."
-        )
+        missing = f"{report['missing_images']:,} of them are missing"
+        files = f"{report['image_root']}: {options.output / 'missing_images.txt'}"
+        console.print(Text(missing, "bold"), printable(f"in {files}. Fetch them, or draw with --drop-missing."))
     root = report["image_root"] or "IMAGE_ROOT"
     console.print("next:", style="bold")
-    console.print(
+    command = (
         f"  accelerate launch --config_file configs/accelerate/one_gpu.yaml train/tune_projector.py "
         f"--config configs/llava-1.5-7b-3090.yaml --data.instructions {options.output / SUBSET} "
-        f"--data.image_root {root} --data.fraction 1.0",
-        soft_wrap=True,
+        f"--data.image_root {root} --data.fraction 1.0"
     )
+    console.print(printable(command), soft_wrap=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

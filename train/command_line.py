@@ -7,22 +7,31 @@ that does not exist and a value of the wrong type raise `ConfigError`, as settin
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from data.errors import UserError
+from data.errors import ToldElsewhere, UserError
 from reduction.errors import ReductionError
 from train.config import ConfigError, TuneConfig
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Escape sequences, characters that turn the direction of writing, and what a file's name holds that is not UTF-8.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FROM_WORKER = re.compile(
+    r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\nOriginal .*\n[\w.]*(?P=kind): (?P<said>.*)",
+    re.S,
+)
+WAIT = 3.0  # seconds, in which a launcher ends the other processes when one has failed
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 
@@ -130,21 +139,93 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+def run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's `main` on the command line's arguments.
 
     What the user can mend ends in one line that begins with `error:`; anything else is a fault of ShortZip's own, and
-    ends in its traceback with a line that asks for a report. The exit code is 1 either way.
+    ends in its traceback with a line that asks for a report. The exit code is 1 either way, and 130 for Ctrl-C, which
+    may carry words of its own. Of several processes that fail together one speaks: the others, and those that fail
+    because it did, wait until their launcher ends them.
     """
     try:
-        main(sys.argv[1:] if argv is None else argv)
-    except MENDABLE as error:
-        sys.exit(f"error: {printable(str(error))}")
-    except Exception:
-        traceback.print_exc()
+        main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except ToldElsewhere:
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print(one_line(str(interrupt) or "interrupted"), file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        said, alone = what_to_mend(error), os.environ.get("WORLD_SIZE", "1") == "1"
+        if not alone and (said is None or os.environ.get("RANK", "0") != "0"):
+            time.sleep(WAIT if said is not None else 2 * WAIT)
+        if said is not None:
+            sys.exit(f"error: {one_line(said)}")
+        sys.stderr.write(printable(traceback.format_exc()))
         sys.exit("This is a fault of ShortZip's own, not of what you gave it: please report it with the lines above")
 
 
+def end_stopped(words: str, by: str = "SIGINT", *, silent: bool = False) -> NoReturn:
+    """Ends the process after a signal, the work saved; the exit code is 130 for Ctrl-C, and 1 for others."""
+    if not silent:
+        print(one_line(words), file=sys.stderr)
+    sys.exit(130 if by == "SIGINT" else 1)
+
+
+def what_to_mend(error: Exception) -> str | None:
+    """What the user can do about an error, in words; None where it is a fault of ShortZip's own."""
+    if isinstance(error, MENDABLE):
+        return str(error)
+    found = _FROM_WORKER.match(str(error))
+    if found is not None and any(found["kind"] in (kind.__name__, *_names_below(kind)) for kind in MENDABLE):
+        return found["said"].strip()  # DataLoader hands on an error of its workers as text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is None and type(error) is OSError:
+        return str(error)  # transformers' words for what a folder lacks
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: make space on the disk that is written to, or choose another one"
+    return _full_memory(error) or _hub_refusal(error)
+
+
+def _names_below(kind: type[Exception]) -> Iterator[str]:
+    for below in kind.__subclasses__():
+        yield below.__name__
+        yield from _names_below(below)
+
+
+def _full_memory(error: Exception) -> str | None:
+    import torch  # here, not above: --help of what needs no torch need not wait for it
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full: give a smaller batch, or free it ({str(error).partition('. ')[0]})"
+    if isinstance(error, MemoryError):
+        return "the machine's memory is full: give a smaller batch, or fewer data workers"
+    return None
+
+
+def _hub_refusal(error: Exception) -> str | None:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, (HfHubHTTPError, httpx.TransportError)):
+        return f"the Hub cannot be used: {error}. Mend the connection or the token (`hf auth login`)"
+    return None
+
+
 def printable(text: str) -> str:
-    """A message without control characters: a file's name may hold a terminal's escape sequences."""
-    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
+    """`text` with its control characters escaped: a file's name may hold a terminal's escape sequences."""
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """`text` as `printable`, its lines joined by spaces."""
+    return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def say(text: str, **how: Any) -> None:
+    """Prints a line or several, as `printable`."""
+    print(printable(text), **how)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,21 +22,20 @@ from torch.utils.data import DataLoader
 
 from data.batching import BatchPlan, MicroBatchSampler
 from data.dataset import Collator, ConversationDataset, MicroBatch
-from data.drops import BadSample, Drop, TooManyBadSamples
+from data.drops import Drop
 from data.errors import UserError
 from data.files import write_atomically
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
-    CheckpointError,
     check_same_run,
     random_states,
     restore_random_states,
     save_checkpoint,
     versions,
 )
-from train.command_line import load_config
-from train.config import ConfigError, TuneConfig
+from train.command_line import end_stopped, load_config, run_command
+from train.config import TuneConfig
 from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
@@ -66,7 +64,6 @@ from train.run_folder import (
     DROPPED,
     NONFINITE,
     Metrics,
-    RunFolderError,
     checkpoint_to_continue,
     prepare_folder,
     write_status,
@@ -78,10 +75,6 @@ from train.tracking import Trackers
 
 class NonFiniteLoss(UserError):
     """Too many steps in a row with NaN or Inf."""
-
-
-# What the user can mend: said in one line, since the stack tells nothing more.
-MENDABLE = (BadSample, TooManyBadSamples, FileNotFoundError, RunFolderError, CheckpointError, NonFiniteLoss)
 
 
 @dataclass
@@ -107,11 +100,8 @@ class RunState:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = load_config(argv)
-        accelerator = start_accelerator(config)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    config = load_config(argv)
+    accelerator = start_accelerator(config)
     report = Reporter(accelerator.is_main_process)
     folder = on_main_process(accelerator, lambda: prepare_folder(config))
     with StopRequest() as stop, failures_recorded(folder, accelerator):
@@ -126,7 +116,8 @@ def main(argv: Sequence[str]) -> None:
         except StopRequested as request:
             if accelerator.is_main_process:
                 write_status(folder, "stopped", reason=str(request))
-            sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
+            words = f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest"
+            end_stopped(words, by=str(request), silent=not accelerator.is_main_process)
         if accelerator.is_main_process:
             write_status(folder, "finished")
     accelerator.end_training()
@@ -395,7 +386,4 @@ def loader_of(
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except MENDABLE as error:
-        sys.exit(f"error: {type(error).__name__}: {error}")
+    run_command(main)

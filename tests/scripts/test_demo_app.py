@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
+from data.errors import UserError
 from data.scenes import render_scene, sample_scene
 from scripts import demo_app
 from scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
@@ -188,13 +189,13 @@ def test_bad_settings_are_refused(tiny_release: Path, tmp_path: Path, monkeypatc
         Models(AppConfig(model=str(tiny_release), ranking=[0, 1], device="cpu"))
     with pytest.raises(FileNotFoundError, match="is no folder"):
         choices(AppConfig(images=str(tmp_path / "nowhere")))
-    with pytest.raises(SystemExit, match="error: device: 'bogus' is not of type"):
+    with pytest.raises(UserError, match="device: 'bogus' is not of type"):
         main(["--device", "bogus"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device is 'cuda', and there is no GPU here: give --device cpu"):
         Models(AppConfig(model=str(tiny_release), device="cuda"))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match=r"error: the page needs Gradio: pip install 'shortzip\[app\]'"):
+    with pytest.raises(UserError, match=r"the page needs Gradio: pip install 'shortzip\[app\]'"):
         main(["--model", str(tiny_release), "--device", "cpu"])
 
 
