@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from data.errors import ToldElsewhere, UserError
 from reduction.errors import ReductionError
 from train.config import ConfigError, TuneConfig
+from train.yaml_files import read_settings
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
 # Escape sequences, characters that turn the direction of writing, and what a file's name holds that is not UTF-8.
@@ -67,66 +69,105 @@ def _keys_in(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def parse_config(section: type, argv: Sequence[str], *, default: Path | None, program: str) -> Any:
     """Reads `--config` files and command-line keys into the dataclass `section`.
 
-    `default` is the YAML read when `argv` names none. Later sources win: YAML files in order, then keys in order.
-    `--help` prints every key, and exits. Raises `ConfigError`.
+    `default` is the YAML read when `argv` names none. Later sources win: YAML files in order, then keys in order. A
+    switch without a value is true. `--help` prints every key, and exits. Raises `ConfigError`.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     known = [key for key, _ in known_keys(section)]
+    kinds = dict(kinds_of(section))
     options = [token[2:].split("=")[0].removesuffix("+") for token in argv if token.startswith("--")]
     if "config" not in options and default is not None:
         argv = ["--config", str(default), *argv]
     check_keys(options, [*known, "config", "help", "print_config"], "command line")
-    for position, token in enumerate(argv):
-        path = token.split("=", 1)[1] if token.startswith("--config=") else None
-        if token == "--config":
-            path = argv[position + 1] if position + 1 < len(argv) else ""
-        if path is not None:
-            check_keys(list(_keys_in(_read_yaml(path))), known, path)
+    given = list(_expanded(argv, kinds, known))
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help=f"YAML file of keys (default: {default})")
     parser.add_class_arguments(section)
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
+        values = parser.instantiate(parser.parse_args(given))
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse has one exception per kind of mistake; all are the user's here
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(str(cause) if cause else _plain(str(error))) from error
+        raise ConfigError(str(cause) if cause else _plain(str(error), kinds)) from error
     return section(**{item.name: values[item.name] for item in fields(section)})
 
 
-def _plain(message: str) -> str:
+def kinds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config class with its type."""
+    hints = get_type_hints(section)
+    for item in fields(section):
+        kind = hints[item.name]
+        yield prefix + item.name, kind
+        for nested in (kind, *get_args(kind)):
+            if is_dataclass(nested):
+                yield from kinds_of(nested, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+
+
+def _expanded(argv: Sequence[str], kinds: dict[str, Any], known: Sequence[str]) -> Iterator[str]:
+    """The arguments with the content of YAML files, `true` after a lone switch, and [] for a list that is null."""
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=") if token.startswith("--") else ("", "", "")
+        if key == "config" and (equals or tokens):
+            path = value if equals else tokens.pop(0)
+            content = read_settings(path, kinds)
+            check_keys(list(_keys_in(content)), known, path)
+            content = _nulls_checked(content, kinds, path)
+            yield from ("--config", json.dumps(content))
+        elif get_origin(kinds.get(key)) is list and (value == "null" or (not equals and tokens[:1] == ["null"])):
+            yield from (f"--{key}", "[]")
+            tokens = tokens if equals else tokens[1:]
+        else:
+            yield token
+            if not equals and kinds.get(key) is bool and (not tokens or tokens[0].startswith("--")):
+                yield "true"
+
+
+def _nulls_checked(content: dict[str, Any], kinds: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """`content` with [] where a list is null. Raises `ConfigError` for other nulls, which jsonargparse lets pass."""
+    found = {}
+    for key, value in content.items():
+        kind = kinds.get(prefix + key)
+        if isinstance(value, dict):
+            value = _nulls_checked(value, kinds, where, f"{prefix}{key}.")
+        elif value is None and get_origin(kind) is list:
+            value = []
+        elif value is None and kind is not None and type(None) not in get_args(kind):
+            raise ConfigError(f"{where}: {prefix}{key} is null, and needs a value: leave the key out for the default")
+        found[key] = value
+    return found
+
+
+def _plain(message: str, kinds: dict[str, Any]) -> str:
     """jsonargparse's tree of type errors in one line: the key, the value and what was expected."""
     keys = re.findall(r'(?:Parser key|argument) "?-*([\w.]+)"?:', message)
-    values = re.findall(r"(?:Given|Got) value: (.*)", message)
+    values = re.findall(r"(?:Given|Got) value: (.*)|Unable to load config '(.*)'", message)
     expected = re.findall(r"Expected a ([^\n]+?)\.?(?: Got value|\n|$)", message)
-    if not (keys and values and expected):
+    if not (keys and values):
         return message
-    kinds = [
+    key, value = ".".join(keys[:1] if "Unable to load" in message else keys), "".join(values[0])
+    group = next((kind for kind in (kinds.get(key), *get_args(kinds.get(key))) if is_dataclass(kind)), None)
+    if group is not None:
+        members = [item for item in fields(group) if value[:10] != "Namespace(" or item.default is MISSING]
+        named = ", ".join(f"{key}.{item.name}" for item in members)
+        return (
+            f"{key} needs {named}" if value[:10] == "Namespace(" else f"{key}: {value!r} is no group of keys: {named}"
+        )
+    if not expected:
+        return message
+    names = [
         re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").replace("NoneType", "null") for kind in expected
     ]
-    return f"{'.'.join(keys)}: {values[0]!r} is not of type {' or '.join(dict.fromkeys(kinds))}"
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: keys and values are needed, found a {type(content).__name__}")
-    return content
+    shown = {"None": "null", "True": "a truth value (true)", "False": "a truth value (false)"}.get(value, repr(value))
+    said = f"{key}: {shown} is not of type {' or '.join(dict.fromkeys(names))}"
+    return f"{said}: write [{value}], or [] for none" if names[0] == "list" and value != "None" else said
 
 
 def load_config(argv: Sequence[str]) -> TuneConfig:

@@ -334,6 +334,8 @@ class TuneConfig:
             if wanted and importlib.util.find_spec(package) is None:
                 setting = f"tuning {self.tuning}" if package == "peft" else "load_in_4bit"
                 raise ConfigError(f"{setting}: {package} is not installed: pip install 'shortzip[{extra}]'")
+        if self.report_to is None:  # which trackers' users write for none
+            object.__setattr__(self, "report_to", [])
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ConfigError(
                 f"push_to_hub is {str(self.push_to_hub).lower()} and hub_model_id is {self.hub_model_id}: "

@@ -85,7 +85,7 @@ def test_an_unknown_key_in_yaml_names_the_nearest_and_the_file(recipe: Path) -> 
         (["--overwrite_output_dir", "maybe"], "overwrite_output_dir: 'maybe' is not of type bool"),
         (["stray"], "stray"),
         (["--seed"], "seed"),
-        (["--config", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["--config", "no-such.yaml"], "no-such.yaml: there is no such file"),
     ],
 )
 def test_a_wrong_type_names_the_key_and_the_value(recipe: Path, arguments: list[str], message: str) -> None:
