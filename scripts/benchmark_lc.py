@@ -74,6 +74,8 @@ class BenchmarkConfig:
     """Measure LC of the text tokens too, on both sides."""
     output: Path | None = None
     """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
 
 
 def build_models(settings: BenchmarkConfig) -> list[ReducedLlavaForConditionalGeneration]:

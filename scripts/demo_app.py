@@ -47,6 +47,8 @@ LOCAL = "127.0.0.1"
 FIRST_QUESTION = "What is in the image?"
 DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
+LONGEST = 4000  # characters of a conversation: whoever asks more holds the page up for all others
+WAITING = 32  # questions; more are refused rather than left to wait for many minutes
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,21 @@ class AppConfig:
     """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
+    seconds: float = 30
+    """After so many seconds an answer ends where it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
     """Port to listen on."""
+
+    def __post_init__(self) -> None:
+        for key, least, most in (
+            ("max_new_tokens", 1, 4096), ("seconds", 1, 3600), ("port", 0, 65535),
+        ):  # fmt: skip
+            if not least <= getattr(self, key) <= most:
+                raise ConfigError(f"{key} is {getattr(self, key)}: {least} to {most} are allowed")
 
 
 class Stopwatch(BaseStreamer):
@@ -126,6 +137,7 @@ class Models:
         )
         self.base.to(device)
         self.max_new_tokens = config.max_new_tokens
+        self.seconds = config.seconds
         vision: Any = self.base.config.vision_config
         self.cls = int(TOWER_HAS_CLS[vision.model_type])
         self.patches = (vision.image_size // vision.patch_size) ** 2
@@ -203,6 +215,9 @@ class Models:
         The time of an answer is that of the median prefill and of the further tokens.
         """
         inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
+        longest = getattr(self.base.config.text_config, "max_position_embeddings", None)
+        if longest is not None and inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
+            raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
         prefills, said = [], torch.empty(0)
         for limit in (*[1] * PREFILLS, self.max_new_tokens):
             watch = Stopwatch()
@@ -213,6 +228,7 @@ class Models:
                 eos_token_id=supervision.tokenizer.eos_token_id,
                 pad_token_id=Collator.of(supervision).pad_token_id,
                 streamer=watch,
+                max_time=self.seconds,
             )
             prefills.append(watch.times[1] - watch.times[0])
         prefill = statistics.median(prefills[1:])  # the first sets up what a first batch needs
@@ -261,6 +277,9 @@ def converse(
         return
     if not asked:
         yield talks, question, "⚠️ Write a question."
+        return
+    if len(asked) + max((sum(len(_text(turn)) for turn in talk) for talk in talks), default=0) > LONGEST:
+        yield talks, question, f"⚠️ A conversation holds {LONGEST:,} characters at most: ask less, or begin a new one."
         return
     said = list(talks)
     try:
@@ -388,7 +407,7 @@ def main(argv: Sequence[str]) -> None:
         page = build_page(models, gallery, Path(scratch, "pictures"))
         if config.host != LOCAL:
             say(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
-        page.queue(default_concurrency_limit=1)
+        page.queue(default_concurrency_limit=1, max_size=WAITING)
         try:
             page.launch(server_name=config.host, server_port=config.port, share=False)
         except OSError as error:

@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from data.files import refuse_to_replace, write_atomically, writing
+from data.errors import MissingFile, UserError
+from data.files import read_json, refuse_to_replace, write_atomically, writing
 from reduction import flops, training_cost
 from reduction.parsing import parse_budget, parse_bytes, parse_freeze
 from train.command_line import parse_config, run_command, say
@@ -33,6 +34,8 @@ from train.command_line import parse_config, run_command, say
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
 DEFAULT_FREEZE = "60%"
+TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 
 
 @dataclass
@@ -118,22 +121,36 @@ def read_config(model: str) -> PreTrainedConfig:
         return known
     source = ROOT / "checkpoints" / "demo-llava" if model == "demo" else Path(model)
     if (source.exists() or model == "demo") and not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint.")
+        raise MissingFile(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source))
+        if source.is_dir():
+            values = read_json(source / "config.json")
+        else:
+            values, _ = PreTrainedConfig.get_config_dict(str(source))
+    except UserError:
+        raise
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"model {model!r} is neither a known release, nor a folder with a config.json, nor a Hub id that can be "
             f"read here: {error}"
         ) from error
     kinds: dict[str, type[PreTrainedConfig]] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
     kind = str(values.get("model_type")).removeprefix("reduced_")
     if kind not in kinds:
-        raise ValueError(
+        raise UserError(
             f"{model}: model_type is {values.get('model_type')!r}; llava and llava_next can be read. "
             "An original LLaVA release must be converted first."
         )
-    return kinds[kind].from_dict(values)
+    try:
+        config = kinds[kind].from_dict(values)
+        sizes = [*(getattr(config.text_config, name) for name in TEXT_SIZES),
+                 *(getattr(config.vision_config, name) for name in VISION_SIZES)]  # fmt: skip
+    except Exception as error:  # of many kinds, all of a config that is not one
+        raise UserError(f"{source / 'config.json'} does not describe a LLaVA: {error}") from error
+    for name, size in zip((*TEXT_SIZES, *VISION_SIZES), sizes, strict=True):
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{source / 'config.json'}: {name} is {size!r}, and a number from 1 on is needed")
+    return config
 
 
 def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]:

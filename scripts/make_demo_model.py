@@ -37,6 +37,7 @@ import torch
 from data.errors import FileInTheWay, UserError
 from data.files import writing
 from train.command_line import parse_config, run_command
+from train.config import check_seed
 from train.demo_language_model import Writer, measure, train_language_model
 from train.demo_model import DemoModelConfig, build_model, build_tokenizer, save_demo_model
 from train.demo_tower import draw_scenes, tower_features, train_tower
@@ -50,6 +51,7 @@ def make(config: DemoModelConfig) -> None:
     Raises:
         UserError: the seed is the held-out scenes' own.
     """
+    check_seed("seed", config.seed)
     if config.seed == HELD_OUT_SEED:
         raise UserError(f"seed {config.seed} draws the held-out scenes: choose any other")
     found = [name for name in ("log.jsonl", "config.json") if (config.output_dir / name).exists()]

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from data.errors import UserError
-from data.files import refuse_to_replace, writing
+from data.files import refuse_to_replace, replace_file, writing
 from data.images import open_image
 from reduction.parsing import parse_budget
 from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
@@ -80,7 +81,8 @@ def show(settings: ShowConfig) -> list[Path]:
     for view, path in enumerate(written):
         having = [(name, views[view]) for name, views in zip(names, maps, strict=True) if view < len(views)]
         with writing(path):
-            _draw(having, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, partial(_draw, having))
     return written
 
 

@@ -32,7 +32,7 @@ from reduction.layer_contribution import (
 )
 from reduction.parsing import format_budget, parse_budget, parse_freeze
 from train.checkpoint import differing_settings
-from train.config import DEMO, DataConfig, DemoScenesConfig
+from train.config import DEMO, DataConfig, DemoScenesConfig, check_seed
 from train.release import Reduction, load_release
 from train.samples import demo_folder, draw_demo_scenes, folder_of, with_prompt
 
@@ -91,6 +91,7 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples={self.samples}: at least 1.")
+        check_seed("seed", self.seed)
         if self.budget not in (None, "none"):
             parse_budget(str(self.budget))
         if self.compare_full and self.budget == "none":

@@ -52,6 +52,7 @@ class VisionZipConfig:
     """Seed of method random."""
 
     def __post_init__(self) -> None:
+        check_seed("visionzip.seed", self.seed)
         if self.seed and self.method != "random":
             raise ConfigError(f"visionzip.seed is {self.seed}: only method random draws anything")
 
@@ -116,6 +117,8 @@ class DemoScenesConfig:
     """Seed of the held-out scenes."""
 
     def __post_init__(self) -> None:
+        check_seed("data.demo_scenes.train_seed", self.train_seed)
+        check_seed("data.demo_scenes.eval_seed", self.eval_seed)
         if self.train_seed == self.eval_seed:
             raise ConfigError("data.demo_scenes: train_seed and eval_seed are equal, so nothing would be held out")
         _at_least(self, "data.demo_scenes.", train_scenes=1, eval_scenes=1)
@@ -283,8 +286,9 @@ class TuneConfig:
             self, "", max_steps=1, global_batch_size=1, per_device_train_batch_size=1,
             max_tokens_per_micro_batch=1, max_nonfinite_steps=1, cpu_threads=1,
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1, eval_batch_size=1, max_new_tokens=1,
-            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, seed=0, lora_r=1, lora_alpha=0,
+            learning_rate=0, weight_decay=0, max_grad_norm=0, pictures=0, lora_r=1, lora_alpha=0,
         )  # fmt: skip
+        check_seed("seed", self.seed)
         if self.max_memory is not None:
             try:
                 parse_bytes(self.max_memory)
@@ -358,6 +362,12 @@ class TuneConfig:
     @property
     def name(self) -> str:
         return self.run_name or Path(self.output_dir).resolve().name
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Raises `ConfigError` for a seed that a random generator does not take: they have 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{key} is {seed}: 0 to {2**32 - 1} are allowed")
 
 
 def _at_least(section: Any, prefix: str, **minima: float) -> None:
