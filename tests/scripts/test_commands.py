@@ -1,15 +1,22 @@
 """Every command: what its user can mend ends in one line that begins with `error:`, with exit code 1."""
 
+import errno
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from train.command_line import run_command
+from data.drops import BadSample
+from data.errors import FileInTheWay, ToldElsewhere, UserError
+from reduction.errors import ReductionError
+from train import command_line
+from train.command_line import end_stopped, one_line, printable, run_command
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))  # as python does for a script: benchmarks import each other by name
@@ -166,3 +173,99 @@ def test_what_the_user_can_mend_is_one_line(
     assert "Traceback" not in said
     assert len(lines[-1]) < 1500, said
     assert {path: path.read_bytes() for path in Path(given["at"]).rglob("*") if path.is_file()} == before
+
+
+def raising(error: BaseException) -> Callable[[list[str]], None]:
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+FROM_WORKER = (
+    "Caught BadSample in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    "  File \"worker.py\", line 1\ndata.drops.BadSample: row '7' in a.json: the image is cut off\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("a \x1b[2J\nb"), r"a \x1b[2J b"),
+        (ReductionError("dominant 9"), "dominant 9"),
+        (BadSample("malformed_row", "7", "no turns", "a.json"), "row '7' in a.json: no turns"),
+        (FileInTheWay("x exists"), "x exists"),
+        (RuntimeError(FROM_WORKER), "row '7' in a.json: the image is cut off"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x.json"), "/data/x.json: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make space on the disk"),
+        (OSError("x does not hold model.safetensors"), "x does not hold model.safetensors"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full: give a smaller batch"),
+        (MemoryError(), "the machine's memory is full"),
+    ],
+)
+def test_what_can_be_mended_is_told_with_the_cure(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, shown = ended(raising(error), [], capsys)
+    assert (code, shown.count("\n")) == (1, 1)
+    assert shown.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("error", [KeyError("x\x1b[2J"), RuntimeError("shape"), OSError(errno.EMFILE, "many")])
+def test_a_fault_of_our_own_keeps_its_traceback_and_asks_for_a_report(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, shown = ended(raising(error), [], capsys)
+    assert code == 1
+    assert "Traceback (most recent call last)" in shown
+    assert shown.splitlines()[-1].endswith("please report it with the lines above")
+    assert "\x1b" not in shown
+
+
+def test_ctrl_c_ends_with_130_and_a_stop_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(raising(KeyboardInterrupt()), [], capsys) == (130, "interrupted\n")
+    assert ended(raising(KeyboardInterrupt("go on")), [], capsys) == (130, "go on\n")
+    assert ended(lambda _: end_stopped("stopped", "SIGTERM"), [], capsys) == (1, "stopped\n")
+    assert ended(lambda _: end_stopped("stopped", "SIGINT", silent=True), [], capsys) == (130, "")
+
+
+def test_of_several_processes_one_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher ends the others within the time that they wait."""
+    waited: list[float] = []
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert ended(raising(UserError("x")), [], capsys) == (1, "error: x\n")
+    assert waited == []
+    ended(raising(RuntimeError("connection closed by peer")), [], capsys)
+    monkeypatch.setenv("RANK", "1")
+    assert ended(raising(UserError("x")), [], capsys) == (1, "error: x\n")
+    assert waited == [2 * command_line.WAIT, command_line.WAIT]
+    assert ended(raising(ToldElsewhere("x")), [], capsys) == (1, "")
+
+
+def test_control_characters_are_shown_and_lines_joined() -> None:
+    assert (
+        printable("a\x1b]0;t\x07\nb\u202etxt.gpj\x9b\ud83d é")
+        == r"a\x1b]0;t\x07" + "\n" + r"b\u202etxt.gpj\x9b\ud83d é"
+    )
+    assert one_line("a\n  b\r\nc\n") == "a b c"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
+    code = (
+        "from train.command_line import run_command\nrun_command(lambda argv: [print('x' * 99) for _ in range(9999)])"
+    )
+    process = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "$1" | head -1', "bash", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (process.stdout, process.stderr) == ("x" * 99 + "\n", "")
+
+
+def test_help_of_every_command_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        module = importlib.import_module(f"{'train' if command == 'tune_projector' else 'scripts'}.{command}")
+        with pytest.raises(SystemExit) as stop:
+            run_command(module.main, ["--help"])
+        assert stop.value.code in (0, None), command
+        assert "usage" in capsys.readouterr().out.lower()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluate import candidates_for, data_for, main, precision_for, read_arguments, runs_of
+from data.errors import FileInTheWay
+from scripts.evaluate import candidates_for, check_output, data_for, main, precision_for, read_arguments, runs_of
 from train.command_line import MENDABLE, dump_config
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.run_folder import CONFIG
@@ -101,3 +102,21 @@ def test_reductions_are_refused_where_no_release_takes_them(tiny_release: Path, 
         candidates_for(read_arguments(["--model", str(saved), *options]), {})
     both = candidates_for(read_arguments(["--model", str(saved), "--model", str(tiny_release), *options]), {})
     assert [row.visionzip for row in both] == ["saved", None, {"dominant": 4, "contextual": 1}]
+
+
+def test_an_evaluation_replaces_neither_a_runs_nor_an_earlier_one(
+    tiny_release: Path, tiny_held_out: Path, run: Path, tmp_path: Path
+) -> None:
+    given = ["--model", str(tiny_release), "--data.instructions", str(tiny_held_out), "--output"]
+    with pytest.raises(FileInTheWay, match="is a run's folder, with an evaluation of its own: choose another one"):
+        main([*given, str(run), "--overwrite"])
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "evaluation.json").write_text("kept")
+    with pytest.raises(FileInTheWay, match=r"evaluation\.json exists already: give --overwrite to replace it"):
+        main([*given, str(earlier)])
+    assert [path.name for path in earlier.iterdir()] == ["evaluation.json"]
+    check_output(earlier, overwrite=True)
+    with pytest.raises(ConfigError, match="model m is given twice"):
+        read_arguments(["--model", "m", "--model=m", "--data.instructions", "d.json"])
+    assert read_arguments(["--model", 'a"b]\\', "--data.instructions", "d.json"]).model == ['a"b]\\']

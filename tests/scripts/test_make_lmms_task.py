@@ -7,6 +7,7 @@ import pytest
 
 from data.errors import FileInTheWay, UserError
 from scripts.make_lmms_task import main
+from train.lmms_plugin import TEMPLATES
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,13 @@ def test_a_task_of_a_name_of_its_own(tiny_held_out: Path, tmp_path: Path, capsys
     assert len({line["id"] for line in lines}) == 2
     assert {path.name for path in tmp_path.glob("*.yaml")} == {"mine.yaml", "mine_likelihood.yaml"}
     assert f"--include_path {tmp_path}" in capsys.readouterr().out
+
+
+def test_the_shipped_tasks_are_nobodys_to_replace(tiny_held_out: Path) -> None:
+    before = {path: path.read_bytes() for path in TEMPLATES.iterdir() if path.is_file()}
+    for name in ("demo_scenes", "new"):
+        with pytest.raises(FileInTheWay, match="is the folder of the shipped tasks: choose another one"):
+            main(
+                ["--data.instructions", str(tiny_held_out), "--folder", str(TEMPLATES), "--name", name, "--overwrite"]
+            )
+    assert {path: path.read_bytes() for path in TEMPLATES.iterdir() if path.is_file()} == before
