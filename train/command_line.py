@@ -33,7 +33,7 @@ _FROM_WORKER = re.compile(
     r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\nOriginal .*\n[\w.]*(?P=kind): (?P<said>.*)",
     re.S,
 )
-WAIT = 3.0  # seconds, in which a launcher ends the other processes when one has failed
+WAIT = 10.0  # seconds, in which a launcher ends the other processes when one has failed
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 

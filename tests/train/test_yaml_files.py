@@ -114,5 +114,5 @@ def test_a_switch_needs_no_value_and_a_null_list_is_empty(tmp_path: Path) -> Non
         ["--overwrite_output_dir", "--report_to", "null"],
         ["--report_to=null", "--overwrite_output_dir"],
     ):
-        config = load_config([f"--config={path}", *arguments.split()])
+        config = load_config([f"--config={path}", *arguments])
         assert (config.overwrite_output_dir, config.report_to) == (True, [])
