@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,28 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(f"{path} cannot be written: {words}. {cure[0].upper()}{cure[1:]}") from error
 
 
+def refuse_to_replace(
+    *outputs: Path, overwrite: bool, inputs: Iterable[str | Path] = (), cure: str = "give --overwrite"
+) -> None:
+    """Raises `FileInTheWay` where writing the files `outputs` would replace a file unasked, or an input at all.
+
+    For before the work: what is measured for hours then has a place. Raises `CannotWrite` where no file can be made.
+    """
+    for output in outputs:
+        for source in inputs:
+            if output.exists() and os.path.exists(source) and os.path.samefile(output, source):
+                raise FileInTheWay(f"{output} would replace the input {source}: choose another output")
+        if output.is_dir():
+            raise FileInTheWay(f"{output} is a folder, needed is a file's name: {output / 'NAME'}, say")
+        if os.path.lexists(output) and not overwrite:
+            raise FileInTheWay(f"{output} exists already: {cure} to replace it, or choose another output")
+        above = next(folder for folder in (output.absolute().parent, *output.absolute().parents) if folder.exists())
+        if not above.is_dir():
+            raise CannotWrite(f"{output} cannot be written: {above} is a file. Choose another output")
+        if not os.access(above, os.W_OK):
+            raise CannotWrite(f"{output} cannot be written: {above} may not be written to. Choose another output")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a text file in one step: readers see the old one or the new one, whole. Raises `CannotWrite`."""
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -97,14 +119,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
     Where `target` is a link, the folder that it names is made. Raises `FileInTheWay` when `target` exists and is no
-    empty folder, also if another process made it meanwhile; `CannotWrite` for a mount point and what the disk refuses.
+    empty folder (with `replace`: no folder), also if another process made it meanwhile; `CannotWrite` for a mount
+    point and what the disk refuses.
     """
     named, target = target, Path(os.path.realpath(target))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not replace)):
         raise FileInTheWay(f"{named} exists and is not empty: choose another folder, or remove it first")
     if os.path.ismount(target):
         raise CannotWrite(f"{named} is a mount point, which cannot appear whole: choose a folder inside it")
@@ -112,11 +135,14 @@ def written_whole(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
         partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{target.name}-", dir=target.parent)))
+        aside = partial.with_name(f"{partial.name}-old")
         try:
             yield partial
             partial.chmod(0o777 & ~_umask())
             try:
-                if target.exists():
+                if target.exists() and replace:
+                    target.rename(aside)
+                elif target.exists():
                     target.rmdir()
                 partial.rename(target)
             except OSError as error:
@@ -124,7 +150,8 @@ def written_whole(target: Path) -> Iterator[Path]:
                     raise
                 raise FileInTheWay(f"{named} was written by another process meanwhile") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, aside):
+                shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
 
 

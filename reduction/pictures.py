@@ -248,7 +248,16 @@ class _Sheet:
 
     def save(self, title: str, path: str | Path) -> None:
         """Adds title and legend and writes the PNG, making its folder."""
-        self.figure.text(0.5, 1 - 0.3 / self._size[1], title, ha="center", fontsize=13, fontweight="bold", color=INK)
+        self.figure.text(
+            0.5,
+            1 - 0.3 / self._size[1],
+            title,
+            ha="center",
+            fontsize=13,
+            fontweight="bold",
+            color=INK,
+            parse_math=False,
+        )
         kept = Patch(facecolor="#cccccc", edgecolor=INK, label="kept patch (dominant): bright, black among the merged")
         merged = Patch(facecolor="#5aa0e0", edgecolor=INK, label="of one colour: merged into one token (contextual)")
         target = Line2D(
@@ -265,11 +274,11 @@ class _Sheet:
         columns = 3 if self._size[0] > 9 else 1
         self.figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=9.5, frameon=False)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.figure.savefig(path)
+        self.figure.savefig(path, format="png")
 
 
 def _caption(axes: Any, text: str) -> None:
-    axes.set_title(text, fontsize=9.5, color=INK, loc="left", pad=4)
+    axes.set_title(text, fontsize=9.5, color=INK, loc="left", pad=4, parse_math=False)
 
 
 def _extent(item: TokenMap) -> tuple[float, float, float, float]:

@@ -45,8 +45,7 @@ Layer contribution has a benchmark of its own, scripts/benchmark_lc.py.
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,15 +63,17 @@ from benchmark_shapes import (
     draw_conversations,
     make_batch,
 )
-from benchmark_timing import Clock, Stopwatch, as_dicts, ratio, show
+from benchmark_timing import Clock, Stopwatch, as_dicts, ratio, show, write_figures
 from rich.console import Console
 from torch import Tensor
 
 from data.batching import BatchPlan
+from data.errors import UserError
+from data.files import refuse_to_replace
 from reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
 from reduction.parsing import parse_bytes
 from reduction.shortv import active_rows
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command
 from train.objective import SupervisedLoss, recompute_layers
 from train.step_cost import RowShape, needed_flops, plain_flops
 
@@ -158,6 +159,8 @@ class BenchmarkConfig:
     """Print what was tried, with the gain expected and measured, and stop."""
     output: Path | None = None
     """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
 
 
 def stopwatch(settings: BenchmarkConfig, device: torch.device) -> Stopwatch:
@@ -375,8 +378,11 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
     return {"timings": as_dicts(timings), "ratios": ratios}
 
 
-def main(settings: BenchmarkConfig) -> None:
-    """Measures, prints tables, and writes `settings.output` when given."""
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints tables, and writes `output` when given."""
+    settings = parse_config(BenchmarkConfig, argv, default=None, program="benchmark.py")
+    if settings.output is not None:
+        refuse_to_replace(settings.output, overwrite=settings.overwrite)
     if settings.notes:
         print(NOTES)
         return
@@ -385,7 +391,7 @@ def main(settings: BenchmarkConfig) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     if settings.memory_limit is not None:
         if device.type != "cuda":
-            raise ValueError(f"memory_limit {settings.memory_limit}: only a CUDA device can be capped")
+            raise UserError(f"memory_limit {settings.memory_limit}: only a CUDA device can be capped")
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(settings.memory_limit) / total), device)
     name = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -406,12 +412,8 @@ def main(settings: BenchmarkConfig) -> None:
         results[part] = measures[part](models, shape, settings, device)
         show(results[part], f"{settings.shape}, {part}", console)
     if settings.output is not None:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        settings.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_figures(settings.output, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(BenchmarkConfig, sys.argv[1:], default=None, program="benchmark.py"))
-    except ValueError as error:
-        sys.exit(f"benchmark.py: {error}")
+    run_command(main)

@@ -32,6 +32,7 @@ from data.images import open_image
 from data.instructions import Conversation, parse_llava_row
 from data.mixture import estimated_length, rows_of_the_mix, write_mix
 from data.supervision import Supervision, load_template
+from train.command_line import run_command
 
 CONSOLE = Console()
 
@@ -226,4 +227,4 @@ def _length_groups(lengths: np.ndarray, order: np.ndarray, block: int) -> np.nda
 
 
 if __name__ == "__main__":
-    auto_cli([padding, images, wait, subset], as_positional=False)
+    run_command(lambda argv: auto_cli([padding, images, wait, subset], as_positional=False, args=argv))

@@ -21,23 +21,23 @@ as the other side), rounds alternate, and the fastest round of each counts (on a
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_timing import write_figures
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from data.files import refuse_to_replace
 from reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
 from reduction.flops import llm_layer_flops_grouped, lm_head_flops
 from reduction.layer_contribution import DIRECTIONS, LayerContributionMeter, Prompt
 from reduction.shortv import active_rows
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command
 
 
 @dataclass
@@ -74,6 +74,8 @@ class BenchmarkConfig:
     """Measure LC of the text tokens too, on both sides."""
     output: Path | None = None
     """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
 
 
 def build_models(settings: BenchmarkConfig) -> list[ReducedLlavaForConditionalGeneration]:
@@ -218,8 +220,11 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def main(settings: BenchmarkConfig) -> None:
-    """Prints the table, and writes it to `settings.output` when given."""
+def main(argv: Sequence[str]) -> None:
+    """Prints the table, and writes it to `output` when given."""
+    settings = parse_config(BenchmarkConfig, argv, default=None, program="benchmark_lc.py")
+    if settings.output is not None:
+        refuse_to_replace(settings.output, overwrite=settings.overwrite)
     result = benchmark(settings)
     seconds, bounds = result["seconds"], result["limits"]
     print(f"LC of {settings.num_hidden_layers} layers, {settings.prompts} prompts; results agree to "
@@ -232,12 +237,8 @@ def main(settings: BenchmarkConfig) -> None:
         )
     print(f"  {'measured speed-up':<49} {result['speed_up']:8.3f} x  = {result['share_of_limit']:.0%} of the limit")
     if settings.output is not None:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        settings.output.write_text(json.dumps({"settings": asdict(settings), **result}, indent=1, default=str) + "\n")
+        write_figures(settings.output, {"settings": asdict(settings), **result})
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(BenchmarkConfig, sys.argv[1:], default=None, program="benchmark_lc.py"))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"benchmark_lc.py: {error}")
+    run_command(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import statistics
 import sys
 import time
@@ -17,6 +18,7 @@ from benchmark_memory import peak_tensor_bytes
 from rich.console import Console
 from rich.table import Table
 
+from data.files import write_atomically, writing
 from train.step_cost import matmul_speed, synchronise
 
 Clock = Literal["wall", "cpu"]
@@ -111,6 +113,13 @@ def _peak_memory(device: torch.device) -> int:
         return 0
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes measurements as JSON. Raises `CannotWrite`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def as_dicts(timings: Mapping[str, Timing]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ again with the same settings: what is measured is kept in layers.json.partial un
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,10 +25,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from data.drops import BadSample, TooManyBadSamples
 from data.errors import FileInTheWay, UserError
 from data.files import replace_file, write_atomically, writing
-from data.images import BadImage
 from reduction.layer_contribution import DIRECTIONS, pick_layers
 from reduction.parsing import format_shortv
 from reduction.reductions import Reductions
@@ -44,7 +42,7 @@ from train.calibration import (
     refuse_other_content,
     refuse_other_settings,
 )
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 
 INK = "#222222"
 DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
@@ -231,11 +229,14 @@ def _bar_color(number: int, is_frozen: bool = False) -> str:
     return "#8ec1ee" if is_frozen else ("#1f5f9f", "#b8a07a")[number]
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line, measures, and prints what was found."""
+    config = parse_config(CalibrateConfig, argv, default=None, program="calibrate_shortv.py")
     try:
-        config = parse_config(CalibrateConfig, sys.argv[1:], default=None, program="calibrate_shortv.py")
-        print(report(calibrate(config), config.output))
-    except (ValueError, FileNotFoundError, BadSample, BadImage, TooManyBadSamples) as error:
-        sys.exit(f"calibrate_shortv.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ncalibrate_shortv.py: interrupted; the same command goes on from here")
+        say(report(calibrate(config), config.output))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on from here") from interrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -11,7 +11,6 @@ config.json that LLaVA's own code loads with --model-base BASE; the folder's nam
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from data.errors import UserError
 from data.files import read_json
+from train.command_line import run_command, say
 from train.convert import convert_to_transformers, merged_config, refuse_adapter
 from train.hub import fetch
 from train.original_release import is_original
@@ -39,13 +39,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast everything to it (default: as the release has it)")
     parser.add_argument("--base", help="with --to llava: the original release that LLaVA's code loads it over")
     given = parser.parse_args(argv)
-    try:
-        if given.to == "transformers":
-            to_transformers(given)
-        else:
-            to_llava(given)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if given.to == "transformers":
+        to_transformers(given)
+    else:
+        to_llava(given)
 
 
 def to_transformers(given: argparse.Namespace) -> None:
@@ -62,7 +59,7 @@ def to_transformers(given: argparse.Namespace) -> None:
     tower = resolve_tower(merged_config(source, projector), source, given.vision_tower)
     dtype = DTYPES[given.dtype] if given.dtype else None
     convert_to_transformers(source, given.output, tower=tower, projector=projector, dtype=dtype)
-    print(f"written: {given.output} (use it as --model)")
+    say(f"written: {given.output} (use it as --model)")
 
 
 def to_llava(given: argparse.Namespace) -> None:
@@ -81,10 +78,10 @@ def to_llava(given: argparse.Namespace) -> None:
         base=given.base,
         vision_tower=given.vision_tower,
     )
-    print(
+    say(
         f"python -m llava.serve.cli --model-path {given.output} --model-base {given.base or 'BASE'} --image-file IMAGE"
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,13 +28,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from data.dataset import Collator
+from data.errors import MissingExtra, MissingFile, UserError
 from data.images import BadImage, open_image, squared
 from data.instructions import PLACEHOLDER
 from data.supervision import Supervision
 from reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from reduction.pictures import draw_images, map_tokens
 from reduction.reductions import Reductions
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 from train.config import ConfigError, DataConfig
 from train.prompts import batch_prompts, encode_prompt
 from train.release import Release, load_release, open_release, release_projector
@@ -48,6 +48,8 @@ LOCAL = "127.0.0.1"
 FIRST_QUESTION = "What is in the image?"
 DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
+LONGEST = 4000  # characters of a conversation: whoever asks more holds the page up for all others
+WAITING = 32  # questions; more are refused rather than left to wait for many minutes
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,21 @@ class AppConfig:
     """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
+    seconds: float = 30
+    """After so many seconds an answer ends where it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
     """Port to listen on."""
+
+    def __post_init__(self) -> None:
+        for key, least, most in (
+            ("max_new_tokens", 1, 4096), ("seconds", 1, 3600), ("port", 0, 65535),
+        ):  # fmt: skip
+            if not least <= getattr(self, key) <= most:
+                raise ConfigError(f"{key} is {getattr(self, key)}: {least} to {most} are allowed")
 
 
 class Stopwatch(BaseStreamer):
@@ -125,6 +136,7 @@ class Models:
         )
         self.base.to(device)
         self.max_new_tokens = config.max_new_tokens
+        self.seconds = config.seconds
         vision: Any = self.base.config.vision_config
         self.cls = int(TOWER_HAS_CLS[vision.model_type])
         self.patches = (vision.image_size // vision.patch_size) ** 2
@@ -155,7 +167,7 @@ class Models:
             first = self.saved.layers
             ranking = [*first, *(layer for layer in reversed(range(self.depth)) if layer not in first)]
         if sorted(ranking) != list(range(self.depth)):
-            raise ValueError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
+            raise ConfigError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
         return ranking
 
     @property
@@ -201,6 +213,9 @@ class Models:
         The time of an answer is that of the median prefill and of the further tokens.
         """
         inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
+        longest = getattr(self.base.config.text_config, "max_position_embeddings", None)
+        if longest is not None and inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
+            raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
         prefills, said = [], torch.empty(0)
         for limit in (*[1] * PREFILLS, self.max_new_tokens):
             watch = Stopwatch()
@@ -211,6 +226,7 @@ class Models:
                 eos_token_id=supervision.tokenizer.eos_token_id,
                 pad_token_id=Collator.of(supervision).pad_token_id,
                 streamer=watch,
+                max_time=self.seconds,
             )
             prefills.append(watch.times[1] - watch.times[0])
         prefill = statistics.median(prefills[1:])  # the first sets up what a first batch needs
@@ -237,7 +253,7 @@ def choices(config: AppConfig) -> list[Path]:
     else:
         folder = Path(config.images)
         if not folder.is_dir():
-            raise FileNotFoundError(f"images: {folder} is no folder")
+            raise MissingFile(f"images: {folder} is no folder")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:12]
 
 
@@ -259,6 +275,9 @@ def converse(
         return
     if not asked:
         yield talks, question, "⚠️ Write a question."
+        return
+    if len(asked) + max((sum(len(_text(turn)) for turn in talk) for talk in talks), default=0) > LONGEST:
+        yield talks, question, f"⚠️ A conversation holds {LONGEST:,} characters at most: ask less, or begin a new one."
         return
     said = list(talks)
     try:
@@ -375,26 +394,23 @@ def _text(turn: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
-        if importlib.util.find_spec("gradio") is None:
-            raise ConfigError("the page needs Gradio: pip install 'shortzip[app]'")
-        models, gallery = Models(config), choices(config)
-    except (OSError, ValueError) as error:  # a ConfigError too
-        sys.exit(f"error: {error}")
+    config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingExtra("the page needs Gradio: pip install 'shortzip[app]'")
+    models, gallery = Models(config), choices(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         # Gradio's own setting: where it keeps what is uploaded and shown, which goes when the server stops.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(scratch, "gradio"))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed server cleans up as an interrupted one
         page = build_page(models, gallery, Path(scratch, "pictures"))
         if config.host != LOCAL:
-            print(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
-        page.queue(default_concurrency_limit=1)
+            say(f"listening on {config.host}: whoever reaches this machine can use the page", flush=True)
+        page.queue(default_concurrency_limit=1, max_size=WAITING)
         try:
             page.launch(server_name=config.host, server_port=config.port, share=False)
         except OSError as error:
-            sys.exit(f"error: {error}")
+            raise UserError(f"host {config.host}, port {config.port}: {error}") from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

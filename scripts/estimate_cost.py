@@ -11,7 +11,7 @@ for one device that holds the whole model: `reduction/training_cost.py` says wha
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,13 +25,17 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from data.errors import MissingFile, UserError
+from data.files import read_json, refuse_to_replace, write_atomically, writing
 from reduction import flops, training_cost
 from reduction.parsing import parse_budget, parse_bytes, parse_freeze
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
 DEFAULT_FREEZE = "60%"
+TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 
 
 @dataclass
@@ -63,6 +67,8 @@ class EstimateConfig:
     """Whether each LLM layer is computed again in the backward pass instead of being kept."""
     output: Path | None = None
     """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
 
 
 @dataclass(frozen=True)
@@ -115,22 +121,36 @@ def read_config(model: str) -> PreTrainedConfig:
         return known
     source = ROOT / "checkpoints" / "demo-llava" if model == "demo" else Path(model)
     if (source.exists() or model == "demo") and not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint.")
+        raise MissingFile(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source))
+        if source.is_dir():
+            values = read_json(source / "config.json")
+        else:
+            values, _ = PreTrainedConfig.get_config_dict(str(source))
+    except UserError:
+        raise
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"model {model!r} is neither a known release, nor a folder with a config.json, nor a Hub id that can be "
             f"read here: {error}"
         ) from error
     kinds: dict[str, type[PreTrainedConfig]] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
     kind = str(values.get("model_type")).removeprefix("reduced_")
     if kind not in kinds:
-        raise ValueError(
+        raise UserError(
             f"{model}: model_type is {values.get('model_type')!r}; llava and llava_next can be read. "
             "An original LLaVA release must be converted first."
         )
-    return kinds[kind].from_dict(values)
+    try:
+        config = kinds[kind].from_dict(values)
+        sizes = [*(getattr(config.text_config, name) for name in TEXT_SIZES),
+                 *(getattr(config.vision_config, name) for name in VISION_SIZES)]  # fmt: skip
+    except Exception as error:  # of many kinds, all of a config that is not one
+        raise UserError(f"{source / 'config.json'} does not describe a LLaVA: {error}") from error
+    for name, size in zip((*TEXT_SIZES, *VISION_SIZES), sizes, strict=True):
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{source / 'config.json'}: {name} is {size!r}, and a number from 1 on is needed")
+    return config
 
 
 def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]:
@@ -298,22 +318,24 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
     )
 
 
-def main(settings: EstimateConfig) -> None:
-    """Prints the estimate and writes it to ``settings.output`` when given."""
+def main(argv: Sequence[str]) -> None:
+    """Writes the estimate to ``output`` when given, and prints it."""
+    settings = parse_config(EstimateConfig, argv, default=None, program="estimate_cost.py")
+    if settings.output is not None:
+        refuse_to_replace(settings.output, overwrite=settings.overwrite)
     config, rows = estimate(settings)
-    print(report(config, rows, settings))
+    text = report(config, rows, settings)
     if settings.output is not None:
         values = {
             "model": settings.model,
             "memory": parse_bytes(settings.memory),
             "rows": [asdict(r) for r in rows],
         }
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        settings.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with writing(settings.output):
+            settings.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(settings.output, json.dumps(values, indent=1) + "\n")
+    say(text)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(EstimateConfig, sys.argv[1:], default=None, program="estimate_cost.py"))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"estimate_cost.py: {error}")
+    run_command(main)

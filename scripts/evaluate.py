@@ -8,7 +8,7 @@ reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). 
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from data.drops import TooManyBadSamples
+from data.errors import FileInTheWay
+from data.files import refuse_to_replace
 from reduction.reductions import Reductions
-from train.command_line import load_config, parse_config
-from train.comparison import Candidate, check_candidates, compare, table_of, write_results
+from train.command_line import load_config, parse_config, run_command
+from train.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
 from train.config import (
     ConfigError,
     DataConfig,
@@ -30,12 +31,13 @@ from train.config import (
     TuneConfig,
     VisionZipConfig,
     reductions_of,
+    repeated,
 )
 from train.finish import candidates_of
-from train.processes import PATIENCE
+from train.processes import PATIENCE, on_main_process
 from train.release import dtype_of, open_release
 from train.report import Reporter
-from train.run_folder import CONFIG, FINAL
+from train.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
 from train.tuned_from import check_run, check_settings, release_of
 
 
@@ -83,6 +85,8 @@ class EvaluateConfig:
     """Longest answer, in tokens."""
     output: str = "checkpoints/evaluation"
     """Folder for the table as JSON and for each model's answers."""
+    overwrite: bool = False
+    """Replace an evaluation that is there already."""
 
     def __post_init__(self) -> None:
         if self.shortv is not None and self.shortv.layers is None:
@@ -91,8 +95,10 @@ class EvaluateConfig:
             raise ConfigError("fastv and shortv do not go together: give one of them")
         if self.revision is not None and len(self.model) != 1:
             raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
-        if not self.model:
-            raise ConfigError("give at least one --model")
+        if not self.model or "" in self.model:
+            raise ConfigError("give at least one --model, and a folder or a Hub id with each")
+        if twice := repeated(self.model):
+            raise ConfigError(f"model {twice[0]} is given twice: give each model once")
         for key in ("batch_size", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}: at least 1 is needed")
@@ -110,7 +116,7 @@ def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
             models.append(token.removeprefix("--model="))
         else:
             others.append(token)
-    given = ["--model", "[" + ", ".join(f'"{model}"' for model in models) + "]"] if models else []
+    given = ["--model", json.dumps(models)] if models else []
     return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate.py")
 
 
@@ -192,15 +198,24 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = read_arguments(argv)
-        runs = runs_of(config)
-        data = data_for(config, runs)
-        candidates = candidates_for(config, runs)
-        check_candidates(candidates)
-        answer(config, data, candidates, runs)
-    except (OSError, ValueError, TooManyBadSamples) as error:  # a ConfigError too, and what is bad about the data
-        sys.exit(f"error: {error}")
+    config = read_arguments(argv)
+    check_output(Path(config.output), config.overwrite)
+    runs = runs_of(config)
+    data = data_for(config, runs)
+    candidates = candidates_for(config, runs)
+    check_candidates(candidates)
+    answer(config, data, candidates, runs)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises `FileInTheWay` for a run's folder, whose evaluation.json is the run's own, and for an evaluation that is
+    there already."""
+    if (folder / CONFIG).exists() or (folder / STATUS).exists():
+        raise FileInTheWay(f"output {folder} is a run's folder, with an evaluation of its own: choose another one")
+    if (folder / ANSWERS).is_file():
+        raise FileInTheWay(f"{folder / ANSWERS} is a file, and a folder is to be written there: choose another output")
+    for written in (folder / RESULTS, folder / ANSWERS / "NAME.jsonl"):
+        refuse_to_replace(written, overwrite=overwrite)
 
 
 def answer(
@@ -211,7 +226,7 @@ def answer(
     dtype, load_in_4bit = precision_for(config, runs, accelerator.device)
     report = Reporter(accelerator.is_main_process)
     output = Path(config.output)
-    results = compare(
+    results, answers = compare(
         candidates,
         data,
         accelerator,
@@ -219,17 +234,15 @@ def answer(
         load_in_4bit=load_in_4bit,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
-        answers=output / "answers",
         progress=lambda name, done, total: report.progress(f"evaluating {name}", done, total),
     )
     report.end_progress()
+    precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
+    on_main_process(accelerator, lambda: write_evaluation(output, results, answers, **precision))
     report.table(table_of(results, f"held-out conversations of {data.eval_instructions}"))
-    if accelerator.is_main_process:
-        precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
-        write_results(output / "evaluation.json", results, **precision)
-    report.say(f"written: {output / 'evaluation.json'}, {output / 'answers'}/")
+    report.say(f"written: {output / RESULTS}, {output / ANSWERS}/")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -29,9 +29,9 @@ import torch
 import yaml
 
 from data.errors import UserError
-from data.files import read_json, write_atomically
+from data.files import read_json, write_atomically, writing
 from data.kept import identity_of
-from train.command_line import parse_config
+from train.command_line import end_stopped, parse_config, printable, run_command, say
 from train.config import ConfigError
 from train.content import release_content
 from train.papers_table import (
@@ -314,32 +314,29 @@ def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse_config(PapersConfig, argv, default=None, program="evaluate_papers.py")
-        check_lmms_eval(config)
-        rows = check_rows(config)
-    except (FileNotFoundError, ValueError) as error:  # a ConfigError too
-        sys.exit(f"error: {error}")
+    config = parse_config(PapersConfig, argv, default=None, program="evaluate_papers.py")
+    check_lmms_eval(config)
+    rows = check_rows(config)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     try:
         with StopRequest() as stop:
-            scores, failures = run_all(config, rows, partial(print, flush=True), stop)
-    except (KeyboardInterrupt, StopRequested):
-        sys.exit("stopped; the same command continues")
-    except (FileNotFoundError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+            scores, failures = run_all(config, rows, partial(say, flush=True), stop)
+    except (KeyboardInterrupt, StopRequested) as stopped:
+        end_stopped("stopped; the same command continues", by=str(stopped) or "SIGINT")
     lines = table_rows(config, scores, {row: checked.llm_flops for row, checked in rows.items()})
-    write_atomically(output / "table.md", show(config, lines))
     table = {"model": config.model, "text_tokens": config.text_tokens, "rows": lines}
     write_atomically(output / "table.json", json.dumps(table, indent=1) + "\n")
-    print(f"written: {output / 'table.md'}, {output / 'table.json'}, {output / 'results'}/")
+    write_atomically(output / "table.md", show(config, lines))
+    say(f"written: {output / 'table.md'}, {output / 'table.json'}, {output / 'results'}/")
     if failures:
         failed = "\n".join(f"- {failure.splitlines()[0]}" for failure in failures)
         sys.exit(
-            f"{len(failures)} of the runs failed (why stands above); the same command tries them again:\n{failed}"
+            f"{len(failures)} of the runs failed (why stands above); the same command tries them again:\n"
+            f"{printable(failed)}"
         )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

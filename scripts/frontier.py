@@ -21,15 +21,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.drops import BadSample, DropLog, TooManyBadSamples
-from data.files import write_atomically
+from data.drops import DropLog
+from data.errors import UserError
+from data.files import write_atomically, writing
 from data.kept import Kept, conversations_digest, identity_of
 from data.supervision import Supervision
 from reduction.parsing import parse_budget
-from train.command_line import dump_config, load_config, parse_config
-from train.comparison import Candidate, check_candidates, compare, describe_machine, prefill_times
+from reduction.reductions import Reductions
+from train.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
+from train.comparison import Candidate, answer_files, check_candidates, compare, describe_machine, prefill_times
 from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from train.content import release_content
+from train.evaluation import write_answers
 from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
 from train.frontier_report import draw, show, summarise
 from train.processes import StopRequest, StopRequested, run_until_stopped
@@ -101,7 +104,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
     return found
 
 
-class TuningFailed(RuntimeError):
+class TuningFailed(UserError):
     """A run that tunes a point ended with an error; the end of what it printed is said."""
 
 
@@ -195,7 +198,7 @@ def evaluate_point(
     }
 
     def measured() -> dict[str, Any]:
-        found = compare(
+        (found,), (answers,) = compare(
             [candidate],
             data,
             accelerator,
@@ -203,8 +206,8 @@ def evaluate_point(
             load_in_4bit=recipe.load_in_4bit,
             batch_size=recipe.eval_batch_size,
             max_new_tokens=recipe.max_new_tokens,
-            answers=Path(config.output) / "answers",
-        )[0]
+        )
+        write_answers(Path(config.output) / "answers" / answer_files([point.name])[0], answers)
         return {"point": asdict(point), "evaluation": asdict(found), "identity": identity_of(parts)}
 
     return Kept(Path(config.output) / "points").get(point.name, parts, measured)
@@ -274,30 +277,26 @@ def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: 
         "rows": plain,
     }
     write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")
-    print(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
+    say(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse_config(FrontierConfig, argv, default=DEFAULT, program="frontier.py")
-        recipe = load_config(["--config", config.recipe])
-        if recipe.data.eval_instructions is None:
-            raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
-        check_instructions(recipe.data)
-        unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
-        check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
+    config = parse_config(FrontierConfig, argv, default=DEFAULT, program="frontier.py")
+    recipe = load_config(["--config", config.recipe])
+    if recipe.data.eval_instructions is None:
+        raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
+    check_instructions(recipe.data)
+    unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
+    check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
+    with writing(Path(config.output)):
         Path(config.output).mkdir(parents=True, exist_ok=True)
+    try:
         draw_demo_scenes(recipe.data)
         points = points_of(config, layers_to_freeze(config, recipe))
-    except (OSError, ValueError) as error:  # a ConfigError too
-        sys.exit(f"error: {error}")
-    try:
         write(measure(points, config, recipe), config, recipe)
-    except (StopRequested, KeyboardInterrupt):
-        sys.exit("stopped; the same command continues")
-    except (OSError, BadSample, TooManyBadSamples, TuningFailed) as error:
-        sys.exit(f"error: {error}")
+    except (StopRequested, KeyboardInterrupt) as stopped:
+        end_stopped("stopped; the same command continues", by=str(stopped) or "SIGINT")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

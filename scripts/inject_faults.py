@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import damage, list_checkpoints
+from train.command_line import run_command
 from train.run_folder import NONFINITE, is_finished, read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,7 +311,7 @@ def experiments(lab: Laboratory, kills: int, seed: int) -> dict[str, Callable[[]
     return found
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/demo-llava", help="a small release")
     parser.add_argument("--kills", type=int, default=30, help="how many times kill -9")
@@ -340,8 +341,9 @@ def main(argv: list[str]) -> int:
     print("\n| fault | what was seen | |\n|---|---|---|")
     for outcome in outcomes:
         print(f"| {outcome.fault} | {outcome.seen} | {'passed' if outcome.passed else '**failed**'} |")
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    if not all(outcome.passed for outcome in outcomes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

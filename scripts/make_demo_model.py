@@ -28,12 +28,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 
+from data.errors import FileInTheWay, UserError
+from data.files import writing
+from train.command_line import parse_config, run_command
+from train.config import check_seed
 from train.demo_language_model import Writer, measure, train_language_model
 from train.demo_model import DemoModelConfig, build_model, build_tokenizer, save_demo_model
 from train.demo_tower import draw_scenes, tower_features, train_tower
@@ -45,14 +49,19 @@ def make(config: DemoModelConfig) -> None:
     """Trains the demo model, measures it on held-out scenes and saves it with its log.
 
     Raises:
-        ValueError: the seed is the held-out scenes' own.
+        UserError: the seed is the held-out scenes' own.
     """
+    check_seed("seed", config.seed)
     if config.seed == HELD_OUT_SEED:
-        raise ValueError(f"seed {config.seed} draws the held-out scenes: choose any other")
+        raise UserError(f"seed {config.seed} draws the held-out scenes: choose any other")
+    found = [name for name in ("log.jsonl", "config.json") if (config.output_dir / name).exists()]
+    if found and not config.overwrite:
+        raise FileInTheWay(f"{config.output_dir / found[0]} exists already: give --overwrite, or another --output_dir")
     started = time.time()
     torch.manual_seed(config.seed)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    log = (config.output_dir / "log.jsonl").open("w")
+    with writing(config.output_dir):
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        log = (config.output_dir / "log.jsonl").open("w")
 
     def note(entry: dict[str, object]) -> None:
         line = json.dumps({**entry, "seconds": round(time.time() - started, 1)})
@@ -118,5 +127,9 @@ def make(config: DemoModelConfig) -> None:
     note({"stage": "saved"})
 
 
+def main(argv: Sequence[str]) -> None:
+    make(parse_config(DemoModelConfig, argv, default=None, program="make_demo_model.py"))
+
+
 if __name__ == "__main__":
-    make(auto_cli(DemoModelConfig))
+    run_command(main)

@@ -11,13 +11,13 @@ the loss of the true answers to first questions.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.files import refuse_to_replace
 from data.instructions import read_instructions
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 from train.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
 from train.lmms_plugin import write_questions, write_task
 from train.samples import demo_folder, draw_demo_scenes
@@ -54,6 +54,8 @@ class TaskConfig:
     folder: str | None = None
     """Where it is written; null: checkpoints/lmms-tasks, and for the task of the demo beside its scenes, where the
     shipped configs/eval/tasks/demo_scenes.yaml looks."""
+    overwrite: bool = False
+    """Replace a task of that name that is there already."""
 
 
 def make(config: TaskConfig) -> None:
@@ -67,22 +69,20 @@ def make(config: TaskConfig) -> None:
     root = root or str(Path(source).parent)
     shipped = data.instructions == DEMO and config.folder is None and config.name == SHIPPED
     if shipped:
-        folder = Path(data.demo_scenes.folder) / "lmms-eval"
-        count = write_questions(conversations, root, folder / f"{SHIPPED}.jsonl")
+        questions = Path(data.demo_scenes.folder) / "lmms-eval" / f"{SHIPPED}.jsonl"
+        refuse_to_replace(questions, overwrite=config.overwrite)
+        count = write_questions(conversations, root, questions)
         where, tasks = Path("configs/eval/tasks"), SHIPPED
     else:
         where, tasks = Path(config.folder or "checkpoints/lmms-tasks"), config.name
-        count = write_task(where, config.name, conversations, root)
-    print(f"{count} questions. lmms-eval --model reduced_llava --model_args pretrained=… --include_path {where} \\")
-    print(f"    --tasks {tasks} --batch_size 16")
+        count = write_task(where, config.name, conversations, root, overwrite=config.overwrite)
+    say(f"{count} questions. lmms-eval --model reduced_llava --model_args pretrained=… --include_path {where} \\")
+    say(f"    --tasks {tasks} --batch_size 16")
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        make(parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py"))
-    except (ValueError, OSError) as error:  # a ConfigError too
-        sys.exit(f"error: {error}")
+    make(parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -6,53 +6,48 @@ Writes to OUT, a new folder: subset.json, images.txt (what to fetch), missing_im
 dropped.jsonl (every row left out, and why) and report.json.
 """
 
-import sys
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from data.drops import BadSample, TooManyBadSamples
 from data.errors import printable
 from data.subset import SubsetOptions, prepare_subset
 from data.subset_folder import SUBSET
+from train.command_line import run_command
+from train.report import literal
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when the subset was written, 1 with a message when not."""
-    options = parse(argv)
+def main(argv: Sequence[str]) -> None:
+    """Draws the subset and says what is in it. Raises `UserError`."""
+    options = parse(list(argv))
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    try:
-        with Progress(*columns, console=console) as bars:
-            tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
 
-            def show(what: str, done: int, total: int | None) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(printable(what), total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
-            report = prepare_subset(options, show)
-    except (BadSample, TooManyBadSamples, OSError, ValueError, ImportError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
+        report = prepare_subset(options, show)
     print_report(report, options, Console())
-    return 0
 
 
-def parse(argv: list[str] | None) -> SubsetOptions:
+def parse(argv: list[str]) -> SubsetOptions:
     """The options on the command line."""
     parser = ArgumentParser(prog="prepare_subset.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -106,10 +101,13 @@ def parse(argv: list[str] | None) -> SubsetOptions:
 
 def print_report(report: dict[str, Any], options: SubsetOptions, console: Console) -> None:
     """The report for people, and what to do next."""
-    say = partial(console.print, markup=False, soft_wrap=True)  # a name may hold brackets
+
+    def say(words: str, style: str = "") -> None:
+        console.print(Text(printable(words), style), soft_wrap=True)
+
     table = Table("source", "rows", "selected", "written", title=f"{report['written']} of {report['rows']} rows")
     for name, counts in report["sources"].items():
-        table.add_row(escape(printable(name)), *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
+        table.add_row(literal(name), *(f"{counts[key]:,}" for key in ("rows", "selected", "written")))
     console.print(table)
     for reason, count in report["dropped"].items():
         say(f"dropped, {reason}: {count:,}")
@@ -136,4 +134,4 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

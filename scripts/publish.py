@@ -9,11 +9,11 @@ Log in first: hf auth login (a token that may write). A push that was cut off is
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.publish import PublishError, prepare, push, summary
+from train.command_line import run_command, say
+from train.publish import prepare, push, summary
 from train.reduced_checkpoint import SHAPES
 
 
@@ -34,16 +34,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--update", action="store_true", help="write to a repository that holds other files")
     parser.add_argument("--dry-run", action="store_true", help="show every file and the card; touch nothing")
     given = parser.parse_args(argv)
-    try:
-        with prepare(given.run, given.repo_id, given.shape, base=given.base) as publication:
-            if given.dry_run:
-                print(summary(publication))
-                return
-            published = push(publication, private=given.private, update=given.update, tag=given.tag)
-    except (PublishError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(published.describe())
+    with prepare(given.run, given.repo_id, given.shape, base=given.base) as publication:
+        if given.dry_run:
+            say(summary(publication))
+            return
+        published = push(publication, private=given.private, update=given.update, tag=given.tag)
+    say(published.describe())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

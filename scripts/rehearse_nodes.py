@@ -14,12 +14,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from train.command_line import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train" / "tune_projector.py")
@@ -84,7 +86,7 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "demo-llava"), help="a small release")
     options = parser.parse_args(argv)
@@ -134,8 +136,9 @@ def main(argv: list[str]) -> int:
             failed += not same
             print(f"{'passed' if same else 'FAILED'}: {name}: projector within {max(differences):.0e} of one process'")
     print(f"torch {torch.__version__}; the runs are in {folder}")
-    return 1 if failed else 0
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -9,17 +9,21 @@ mosaic of the other tiles (`-tiles` is added to the name).
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
-from data.images import BadImage, open_image, squared
+from data.errors import UserError
+from data.files import refuse_to_replace, replace_file, writing
+from data.images import open_image, squared
 from reduction.parsing import parse_budget
 from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from reduction.reductions import Reductions
-from train.command_line import parse_config
+from train.command_line import parse_config, run_command, say
 from train.release import load_viewer, open_release
 
 
@@ -37,7 +41,9 @@ class ShowConfig:
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, several separated by commas. Default: the
     model's own, or 54+10,108+20,162+30 scaled to its grid."""
     output: Path = Path("tokens.png")
-    """The PNG."""
+    """The PNG; without an ending it gets .png."""
+    overwrite: bool = False
+    """Replace pictures that are there already."""
 
 
 def default_budgets(patches: int) -> list[dict[str, int]]:
@@ -49,9 +55,15 @@ def default_budgets(patches: int) -> list[dict[str, int]]:
 
 
 def show(settings: ShowConfig) -> list[Path]:
-    """Draws and returns the files written. Raises ValueError or FileNotFoundError for what cannot be drawn."""
+    """Draws and returns the files written. Raises `UserError` for what cannot be drawn, or written."""
     if not settings.images:
-        raise ValueError("no image: name at least one file.")
+        raise UserError("no image: name at least one file")
+    output = settings.output
+    if output.suffix.lower() != ".png":
+        if output.suffix and not output.is_dir():
+            raise UserError(f"output {output}: a PNG is drawn, so its name must end with .png")
+        output = output.with_name(output.name + ".png") if not output.is_dir() else output
+    refuse_to_replace(output, overwrite=settings.overwrite, inputs=settings.images)
     budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
     images = [open_image(name) for name in settings.images]
     release = open_release(settings.model, settings.revision)
@@ -65,12 +77,13 @@ def show(settings: ShowConfig) -> list[Path]:
     # Per image, per view, per budget.
     maps = [map_tokens(model, processor, squared(image, processor.image_processor), budgets) for image in images]
     names = [Path(name).name for name in settings.images]
-    written = []
-    for view in range(max(len(views) for views in maps)):
+    written = [output, output.with_stem(output.stem + "-tiles")][: max(len(views) for views in maps)]
+    refuse_to_replace(*written, overwrite=settings.overwrite, inputs=settings.images)
+    for view, path in enumerate(written):
         having = [(name, views[view]) for name, views in zip(names, maps, strict=True) if view < len(views)]
-        path = settings.output if view == 0 else settings.output.with_stem(settings.output.stem + "-tiles")
-        _draw(having, path)
-        written.append(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, partial(_draw, having))
     return written
 
 
@@ -81,21 +94,16 @@ def _draw(images: list[tuple[str, list[TokenMap]]], path: Path) -> None:
         draw_images([maps[0] for _, maps in images], path, titles=[name for name, _ in images])
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Reads the command line (files first, then --keys), draws, and says where."""
-    names = []
-    while argv and not argv[0].startswith("-"):
-        names.append(argv.pop(0))
-    settings = parse_config(ShowConfig, argv, default=None, program="show_tokens.py IMAGE ...")
+    names = list(takewhile(lambda word: not word.startswith("-"), argv))
+    settings = parse_config(ShowConfig, argv[len(names) :], default=None, program="show_tokens.py IMAGE ...")
     settings.images = [*names, *settings.images]
     with torch.no_grad():
         written = show(settings)
     for path in written:
-        print(f"written: {path}")
+        say(f"written: {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, BadImage) as error:
-        sys.exit(f"show_tokens.py: {error}")
+    run_command(main)

@@ -32,7 +32,7 @@ from reduction.parsing import format_budget, parse_budget, read_freeze
 from reduction.reductions import Reductions
 from train.checkpoint import differing_settings
 from train.choosing import Chosen, choose_prompts, dataset_of, load_sample
-from train.config import DEMO, DataConfig, DemoScenesConfig
+from train.config import DEMO, DataConfig, DemoScenesConfig, check_seed
 from train.content import release_content
 from train.release import Release, load_processor, load_release, open_release
 from train.samples import demo_folder, draw_demo_scenes, folder_of
@@ -94,6 +94,7 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples={self.samples}: at least 1.")
+        check_seed("seed", self.seed)
         if self.budget not in (None, "none"):
             parse_budget(str(self.budget))
         if self.compare_full and self.budget == "none":

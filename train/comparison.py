@@ -18,14 +18,17 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from data.files import write_atomically
+from data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from reduction.reductions import NONE, Reductions
 from train.config import DataConfig
-from train.evaluation import Evaluation, evaluate, measure_prefill, write_answers
+from train.evaluation import Answer, Evaluation, evaluate, measure_prefill, write_answers
 from train.release import Release, load_release, open_release, reduced_config
+from train.report import literal
+from train.run_folder import ANSWERS, RESULTS
 from train.samples import held_out_set
 
 ROUNDS = 3  # of timing several models' prefill
+NAME_LENGTH = 100  # characters of a file's name
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,15 @@ def compare(
     load_in_4bit: bool = False,
     batch_size: int,
     max_new_tokens: int,
-    answers: Path,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> list[Evaluation]:
+) -> tuple[list[Evaluation], list[list[Answer]]]:
     """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
 
-    The answers are written to `answers/NAME.jsonl`. Weights are loaded in `dtype`, the projector in float32. In the
-    end prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
+    Returns their evaluations and their answers. Weights are loaded in `dtype`, the projector in float32. In the end
+    prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
     meanwhile.
     """
-    results = []
+    results, answers = [], []
     for candidate in candidates:
         model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
         evaluation, said = evaluate(
@@ -79,13 +81,12 @@ def compare(
             progress=partial(progress, candidate.name),
         )
         results.append(evaluation)
-        if accelerator.is_main_process:
-            write_answers(answers / f"{_file_name(candidate.name)}.jsonl", said)
+        answers.append(said)
         del model
         gc.collect()
         torch.cuda.empty_cache()
     if len(candidates) == 1:
-        return results
+        return results, answers
     times = prefill_times(
         candidates,
         data,
@@ -96,7 +97,8 @@ def compare(
         rounds=ROUNDS,
         progress=partial(progress, "prefill, side by side"),
     )
-    return [replace(result, prefill_ms=milliseconds) for result, milliseconds in zip(results, times, strict=True)]
+    timed = [replace(result, prefill_ms=milliseconds) for result, milliseconds in zip(results, times, strict=True)]
+    return timed, answers
 
 
 def prefill_times(
@@ -146,14 +148,23 @@ def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, 
     return model.to(accelerator.device), processor
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-").lower()
+def answer_files(names: Sequence[str]) -> list[str]:
+    """A file name for each model's answers: letters and digits of its name, and a number where two would be alike."""
+    files: list[str] = []
+    for name in names:
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name).strip("-").lower()[:NAME_LENGTH]
+        plain, number = plain or "model", 1
+        while (file := f"{plain}{'' if number == 1 else f'-{number}'}.jsonl") in files:
+            number += 1
+        files.append(file)
+    return files
 
 
 def table_of(results: Sequence[Evaluation], title: str) -> Table:
     """The results as a table for the terminal."""
     first = results[0]
-    table = Table(title=title, caption=f"{first.questions} questions; prefill: {first.prefill_batch} prompts at once")
+    caption = f"{first.questions} questions; prefill: {first.prefill_batch} prompts at once"
+    table = Table(title=literal(title), caption=caption)
     table.add_column("model", no_wrap=True)
     for heading in ("exact match", "loss", "visual tokens", "frozen layers", "LLM FLOPs", "prefill"):
         table.add_column(heading, justify="right")
@@ -162,7 +173,7 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
             f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}"
         )
         table.add_row(
-            row.name,
+            literal(row.name),
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
             tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
@@ -186,10 +197,32 @@ def recovered_share(full: Evaluation, untuned: Evaluation, tuned: Evaluation) ->
     return (tuned.exact_match - untuned.exact_match) / lost if lost > 0 else None
 
 
-def write_results(path: Path, results: Sequence[Evaluation], **more: Any) -> None:
-    """The table as JSON, with whatever else belongs to it."""
-    found = {"machine": describe_machine(), "rows": [asdict(row) for row in results], **more}
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
+def write_evaluation(
+    folder: Path, results: Sequence[Evaluation], answers: Sequence[Sequence[Answer]], **more: Any
+) -> None:
+    """Writes `folder`/evaluation.json and `folder`/answers in place of those that are there, or leaves these.
+
+    Everything is on the disk before anything is replaced. The table, which names each row's file of answers, comes
+    last: where it is there, its answers are those beside it. `more`: what else belongs to the table. Raises
+    `CannotWrite`.
+    """
+    files = answer_files([row.name for row in results])
+    rows = [{**asdict(row), "answers": f"{ANSWERS}/{file}"} for row, file in zip(results, files, strict=True)]
+    table = json.dumps({"machine": describe_machine(), "rows": rows, **more}, indent=1) + "\n"
+
+    def write(partial: Path) -> None:
+        partial.write_text(table, encoding="utf-8")
+        flush_to_disk(partial)
+        with written_whole(folder / ANSWERS, replace=True) as new:
+            for file, said in zip(files, answers, strict=True):
+                write_answers(new / file, said)
+                flush_to_disk(new / file)
+            (folder / RESULTS).unlink(missing_ok=True)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    replace_file(folder / RESULTS, write)
 
 
 def describe_machine() -> str:

@@ -53,6 +53,7 @@ class VisionZipConfig:
     """Seed of method random."""
 
     def __post_init__(self) -> None:
+        check_seed("visionzip.seed", self.seed)
         if self.seed and self.method != "random":
             raise ConfigError(f"visionzip.seed is {self.seed}: only method random draws anything")
 
@@ -128,6 +129,8 @@ class DemoScenesConfig:
     """Seed of the held-out scenes."""
 
     def __post_init__(self) -> None:
+        check_seed("data.demo_scenes.train_seed", self.train_seed)
+        check_seed("data.demo_scenes.eval_seed", self.eval_seed)
         if self.train_seed == self.eval_seed:
             raise ConfigError("data.demo_scenes: train_seed and eval_seed are equal, so nothing would be held out")
         _within(self, "data.demo_scenes.", train_scenes=(1, 1_000_000), eval_scenes=(1, 1_000_000))
@@ -302,8 +305,8 @@ class TuneConfig:
         _within(
             self, "", max_steps=(1, 1_000_000_000), global_batch_size=(1, 1_000_000), cpu_threads=(1, 1024),
             eval_batch_size=(1, 65_536), max_new_tokens=(1, 1 << 20), pictures=(0, 1000), lora_r=(1, 65_536),
-            seed=(0, 2**32 - 1),
         )  # fmt: skip
+        check_seed("seed", self.seed)
         for key in ("learning_rate", "lora_alpha"):
             if getattr(self, key) == 0:
                 raise ConfigError(f"{key} is 0, with which nothing is learned: more than 0 is needed")
@@ -356,6 +359,8 @@ class TuneConfig:
             if wanted and importlib.util.find_spec(package) is None:
                 setting = f"tuning {self.tuning}" if package == "peft" else "load_in_4bit"
                 raise ConfigError(f"{setting}: {package} is not installed: pip install 'shortzip[{extra}]'")
+        if self.report_to is None:  # which trackers' users write for none
+            object.__setattr__(self, "report_to", [])
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ConfigError(
                 f"push_to_hub is {str(self.push_to_hub).lower()} and hub_model_id is {self.hub_model_id}: "
@@ -378,6 +383,12 @@ class TuneConfig:
     @property
     def name(self) -> str:
         return self.run_name or Path(self.output_dir).resolve().name
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Raises `ConfigError` for a seed that a random generator does not take: they have 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{key} is {seed}: 0 to {2**32 - 1} are allowed")
 
 
 def _at_least(section: Any, prefix: str, **minima: float) -> None:

@@ -38,6 +38,8 @@ class DemoModelConfig:
 
     output_dir: Path = ROOT / "checkpoints" / "demo-llava"
     """Folder for weights, processor and log."""
+    overwrite: bool = False
+    """Replace the model that is there already."""
     seed: int = 0
     """Seeds weights, scenes and questions. 1 is refused: the held-out scenes use it."""
     scenes: int = 60_000

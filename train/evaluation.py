@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from data.drops import Drop, DropLog
 from data.errors import UserError
+from data.files import writing
 from reduction.reductions import NONE, Reductions
 from train.choosing import with_prompt
 from train.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
@@ -181,8 +182,9 @@ def held_out_loss(
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
     """One JSON object per line: id, turn, expected, answer, correct."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
 
 
 def _share(lengths: Sequence[int], size: int, accelerator: Accelerator) -> list[list[int]]:

@@ -14,7 +14,7 @@ from data.images import open_image, squared
 from reduction.reductions import Reductions
 from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
 from train.checkpoint import discard
-from train.comparison import Candidate, compare, recovered_share, table_of, write_results
+from train.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from train.config import TuneConfig
 from train.processes import StopRequest, StopRequested, on_main_process
 from train.publish import PublishError, publish_run
@@ -122,7 +122,7 @@ def compare_and_draw(
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
     if config.final_evaluation and config.data.eval_instructions is not None:
         dtype = dtype_of(config.mixed_precision)
-        results = compare(
+        results, answers = compare(
             candidates_of(config, folder, open_release(str(folder / FINAL))),
             config.data,
             accelerator,
@@ -130,15 +130,16 @@ def compare_and_draw(
             load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
-            answers=folder / ANSWERS,
             progress=progress,
         )
         report.end_progress()
-        report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
         share = recovered_share(*results[:3]) if len(results) > 2 else None
-        if accelerator.is_main_process:
-            precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": config.load_in_4bit}
-            write_results(folder / RESULTS, results, recovered_share=share, **precision)
+        precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": config.load_in_4bit}
+        on_main_process(
+            accelerator,
+            lambda: write_evaluation(folder, results, answers, recovered_share=share, **precision),
+        )
+        report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
         if share is not None:
             report.say(f"tuning won back {share:.0%} of the exact match that the reduction cost")
         if config.control:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -56,6 +57,9 @@ class FrontierConfig:
                 raise ConfigError(f"{name}: {again[0]!r} stands there twice")
         if not self.freeze:
             raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
+        for freeze in self.freeze:
+            if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
+                raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
         known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
         for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
             bad = [entry for entry in value if entry not in allowed]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from data.errors import FileInTheWay, MissingFile, UserError
-from data.files import write_atomically
+from data.files import refuse_to_replace, write_atomically, writing
 from data.images import open_image, resolve_image_path
 from data.instructions import PLACEHOLDER, Conversation
 
@@ -60,7 +60,8 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
             }
             if question["expected"]:
                 lines.append(json.dumps(question, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(lines))
     return len(lines)
 
@@ -72,34 +73,31 @@ def _existing(name: str, image: str, image_root: str | None) -> Path:
     return path
 
 
-def write_task(folder: Path, name: str, conversations: Sequence[Conversation], image_root: str | None) -> int:
+def write_task(
+    folder: Path,
+    name: str,
+    conversations: Sequence[Conversation],
+    image_root: str | None,
+    *,
+    overwrite: bool = False,
+) -> int:
     """Writes the tasks NAME and NAME_likelihood for `lmms-eval --include_path folder`, and their questions.
 
-    Returns the number of questions. Raises ValueError for a name that is no plain word, and FileExistsError where
-    writing would replace a file that is not of a task of that name written before.
+    Returns the number of questions. Raises `UserError` for a name that is no plain word, and `FileInTheWay` where a
+    file would be replaced unasked, or in the folder of the shipped tasks at all.
     """
     if not name.replace("_", "").replace("-", "").isalnum():
         raise UserError(f"task {name!r}: letters, digits, - and _ are allowed")
     written = [folder / file for file in (f"{name}.yaml", f"{name}_likelihood.yaml", f"{name}.jsonl")]
-    found = [str(path) for path in written if path.exists()]
-    if found and not _is_own_task(written[0]):
-        raise FileInTheWay(
-            f"{', '.join(found)}: there already, and not of a task that was written here: choose another name"
-        )
+    if folder.resolve() == TEMPLATES:
+        raise FileInTheWay(f"{folder} is the folder of the shipped tasks: choose another one")
+    refuse_to_replace(*written, overwrite=overwrite)
     count = write_questions(conversations, image_root, folder / f"{name}.jsonl")
     for task, template in ((name, HELD_OUT_TEMPLATE), (f"{name}_likelihood", "_likelihood_template_yaml")):
         entry = {"include": str(TEMPLATES / template), "task": task}
         data = {"dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
         write_atomically(folder / f"{task}.yaml", yaml.safe_dump({**entry, **data}, sort_keys=False))
     return count
-
-
-def _is_own_task(file: Path) -> bool:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):  # !function, say
-        return False
-    return isinstance(content, dict) and Path(str(content.get("include"))).name == HELD_OUT_TEMPLATE
 
 
 # --------------------------------------------------------------------------- what the YAML files of the tasks refer to

@@ -13,8 +13,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from data.files import writing
+from train.command_line import printable
 from train.run_folder import read_metrics
 
 LEFT_OUT = 3  # first steps, in which caches and allocators fill
@@ -41,11 +44,11 @@ class Reporter:
 
     def say(self, message: str) -> None:
         with self._unless_unseen():
-            self.console.print(message, markup=False, soft_wrap=True)
+            self.console.print(literal(message), soft_wrap=True)
 
     def heading(self, message: str) -> None:
         with self._unless_unseen():
-            self.console.rule(message)
+            self.console.rule(literal(message))
 
     def table(self, table: Table) -> None:
         with self._unless_unseen():
@@ -53,6 +56,7 @@ class Reporter:
 
     def progress(self, what: str, done: int, total: int, details: str = "") -> None:
         """Shows how far `what` is: a bar on a terminal, else a line now and then."""
+        what = printable(what)
         if not self.console.is_terminal:
             now = time.monotonic()
             if done == total or now - self._line_shown >= 10:
@@ -61,8 +65,9 @@ class Reporter:
             return
         with self._unless_unseen():
             if self._progress is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-                self._progress = Progress(*columns, TextColumn("{task.fields[details]}"), console=self.console)
+                words = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[details]")]
+                bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                self._progress = Progress(words[0], *bar, words[1], console=self.console)
                 self._progress.start()
             tasks = {task.description: task.id for task in self._progress.tasks}
             if what not in tasks:
@@ -83,6 +88,11 @@ class Reporter:
             self.console.quiet = True
             with suppress(OSError, ValueError):  # or what is left in its buffer fails again when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
+
+
+def literal(words: str) -> Text:
+    """Words for rich's tables and headings, of which nothing is markup or an escape sequence: names hold anything."""
+    return Text(printable(words))
 
 
 class Speed:
@@ -149,11 +159,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], caption: str = "") -> str:
     """Prints a table whose first column is words and whose others are numbers; returns it as Markdown."""
-    table = Table(title=title, caption=caption or None)
+    table = Table(title=literal(title), caption=literal(caption) if caption else None)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
+        table.add_column(literal(heading), justify="left" if place == 0 else "right")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(literal, line))
     Console().print(table)
     ruler = ["---", *["---:"] * (len(headings) - 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [headings, ruler, *cells])
@@ -165,7 +175,7 @@ def component_table(rows: Sequence[tuple[str, int, str, bool]]) -> Table:
     for heading in ("component", "parameters", "dtype", ""):
         table.add_column(heading, justify="right" if heading == "parameters" else "left")
     for name, count, dtype, trained in rows:
-        table.add_row(name, f"{count:,}", dtype, "trained" if trained else "untrained")
+        table.add_row(literal(name), f"{count:,}", dtype, "trained" if trained else "untrained")
     trained_count = sum(count for _, count, _, trained in rows if trained)
     total = sum(count for _, count, _, _ in rows)
     table.caption = f"{trained_count:,} of {total:,} parameters are trained ({trained_count / total:.2%})"
@@ -196,4 +206,5 @@ def draw_loss_curve(metrics: Path, target: Path) -> None:
     axes.set_ylabel("cross-entropy per supervised token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(target, dpi=120)
+    with writing(target):
+        figure.savefig(target, dpi=120)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,21 +21,20 @@ from accelerate.utils import gather_object, set_seed
 
 from data.batching import BatchPlan
 from data.dataset import MicroBatch
-from data.drops import BadSample, Drop, TooManyBadSamples
-from data.errors import ToldElsewhere, UserError
+from data.drops import Drop
+from data.errors import UserError
 from data.files import write_atomically
 from train.adapters import ProjectorAdapter, adapter_config
 from train.checkpoint import (
     Checkpoint,
-    CheckpointError,
     check_same_run,
     random_states,
     restore_random_states,
     save_checkpoint,
     versions,
 )
-from train.command_line import load_config
-from train.config import ConfigError, TuneConfig, reductions_of
+from train.command_line import end_stopped, load_config, run_command
+from train.config import TuneConfig, reductions_of
 from train.engine import start_engine
 from train.evaluation import held_out_loss
 from train.feature_cache import known_tower, store_features
@@ -63,7 +61,7 @@ from train.processes import (
 from train.publish import check_publishable
 from train.release import dtype_of, load_release, open_release
 from train.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
-from train.run_folder import DROPPED, NONFINITE, Metrics, RunFolderError
+from train.run_folder import DROPPED, NONFINITE, Metrics
 from train.run_start import RunFolder
 from train.samples import (
     check_instructions,
@@ -80,10 +78,6 @@ from train.tracking import Trackers
 
 class NonFiniteLoss(UserError):
     """Too many steps in a row with NaN or Inf."""
-
-
-# What the user can mend: said in one line, since the stack tells nothing more.
-MENDABLE = (BadSample, TooManyBadSamples, FileNotFoundError, RunFolderError, CheckpointError, NonFiniteLoss)
 
 
 @dataclass
@@ -109,11 +103,8 @@ class RunState:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = load_config(argv)
-        accelerator = start_accelerator(config)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    config = load_config(argv)
+    accelerator = start_accelerator(config)
     report = Reporter(accelerator.is_main_process)
     try:
         with StopRequest() as stop, held_folder(config, accelerator, report) as run:
@@ -126,7 +117,8 @@ def main(argv: Sequence[str]) -> None:
             compare_and_draw(config, run.path, accelerator, report, stop)
             publish_if_asked(config, run.path, accelerator, report)
     except StopRequested as request:
-        sys.exit(f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest")
+        words = f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest"
+        end_stopped(words, by=str(request), silent=not accelerator.is_main_process)
     accelerator.end_training()
 
 
@@ -392,9 +384,4 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ToldElsewhere:
-        sys.exit(1)
-    except MENDABLE as error:
-        sys.exit(f"error: {type(error).__name__}: {error}")
+    run_command(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import UserError
 from scripts.convert_release import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def test_a_tower_elsewhere(tmp_path: Path) -> None:
     release = shutil.copytree(RELEASE, tmp_path / "alone")
     path = release / "config.json"
     path.write_text(path.read_text().replace("openai/clip-vit-tiny-patch14-112", "/no/such/tower"))
-    with pytest.raises(SystemExit, match=r"error: the vision tower .* was not found"):
+    with pytest.raises(UserError, match=r"the vision tower .* was not found"):
         convert(release, "-o", tmp_path / "out")
     convert(release, "--vision-tower", GOLDEN / "openai" / "clip-vit-tiny-patch14-112", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
@@ -64,7 +65,7 @@ def test_refusals(tmp_path: Path) -> None:
         ([tmp_path / "hf", "--to", "llava", "--dtype", "float16", "-o", tmp_path / "llava"], "--dtype is for"),
         ([tmp_path / "nowhere", "-o", tmp_path / "x"], "does not exist"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        with pytest.raises(UserError, match=f"{said}"):
             convert(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
+from data.errors import UserError
 from data.scenes import render_scene, sample_scene
 from reduction.reductions import Reductions
 from scripts import demo_app
@@ -187,13 +188,13 @@ def test_bad_settings_are_refused(tiny_release: Path, tmp_path: Path, monkeypatc
         Models(AppConfig(model=str(tiny_release), ranking=[0, 1], device="cpu"))
     with pytest.raises(FileNotFoundError, match="is no folder"):
         choices(AppConfig(images=str(tmp_path / "nowhere")))
-    with pytest.raises(SystemExit, match="error: device: 'bogus' is not of type"):
+    with pytest.raises(UserError, match="device: 'bogus' is not of type"):
         main(["--device", "bogus"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device is 'cuda', and there is no GPU here: give --device cpu"):
         Models(AppConfig(model=str(tiny_release), device="cuda"))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match=r"error: the page needs Gradio: pip install 'shortzip\[app\]'"):
+    with pytest.raises(UserError, match=r"the page needs Gradio: pip install 'shortzip\[app\]'"):
         main(["--model", str(tiny_release), "--device", "cpu"])
 
 
@@ -533,3 +534,25 @@ def test_what_was_shown_goes_when_the_server_stops(server: Server, browser: Brow
     server.process.terminate()
     server.process.wait(60)
     assert not list(server.temporary.rglob("*.png"))
+
+
+def test_a_question_is_bounded_in_length_and_an_answer_in_time(models: Models, photo: Path) -> None:
+    before: list[list[Any]] = [[] for _ in models.kinds]
+    for talks, question in (
+        (before, "why? " * 40_000),
+        ([*before[1:], [{"role": "user", "content": "x" * 150_000}]], "why?"),
+    ):
+        ((after, left, said),) = converse(models, str(photo), question, (6, 3, 1), talks)
+        assert (after, left) == (talks, question)
+        assert "4,000 characters at most" in said
+    model, supervision = models.build(REDUCED, 6, 3, 1)
+    with pytest.raises(UserError, match=r"longer than the .* tokens of this model: begin a new one"):
+        models.answer(model, supervision, [("user", f"<image>\n{'hello ' * 3000}")], Image.open(photo))
+    slow, models.seconds, models.max_new_tokens = models.seconds, 1e-9, 50
+    model.generation_config.eos_token_id = None
+    _, took = models.answer(model, supervision, [("user", "<image>\nwhat?")], Image.open(photo))
+    models.seconds, models.max_new_tokens = slow, 4
+    assert "answer" in took
+    for key in ("seconds", "max_new_tokens", "port"):
+        with pytest.raises(ConfigError, match=f"{key} is -1"):
+            AppConfig(**{key: -1})

@@ -93,7 +93,7 @@ def test_reduced_checkpoint_brings_its_own_reductions(tmp_path):
 
 
 def test_writes_json(tmp_path, capsys):
-    main(EstimateConfig(output=tmp_path / "new" / "cost.json"))
+    main(["--output", str(tmp_path / "new" / "cost.json")])
     printed = capsys.readouterr().out
     assert "8.504" in printed
     values = json.loads((tmp_path / "new" / "cost.json").read_text())

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import FileInTheWay
 from reduction.reductions import Reductions
-from scripts.evaluate import candidates_for, data_for, main, precision_for, read_arguments, runs_of
-from train.command_line import dump_config
+from scripts.evaluate import candidates_for, check_output, data_for, main, precision_for, read_arguments, runs_of
+from train.command_line import MENDABLE, dump_config
 from train.config import ConfigError, DataConfig, TuneConfig
 from train.run_folder import CONFIG
 
@@ -46,7 +47,7 @@ def test_a_run_is_evaluated_in_its_own_precision(
 
 
 def test_a_checkpoint_that_is_none_meets_a_message(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*config.json is missing: is .* the folder of a release"):
+    with pytest.raises(MENDABLE, match=r"config.json is missing: is .* the right folder"):
         main(["--model", str(tmp_path), "--data.instructions", "d.json"])
 
 
@@ -64,7 +65,7 @@ def test_what_cannot_be_evaluated_meets_a_message(
     tiny_release: Path, tiny_held_out: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     given = ["--model", str(tiny_release), "--data.instructions", str(tiny_held_out), "--output", str(tmp_path)]
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    with pytest.raises(MENDABLE, match=f"{message}"):
         main([*given, *options])
 
 
@@ -102,3 +103,21 @@ def test_reductions_are_refused_where_no_release_takes_them(tiny_release: Path, 
         candidates_for(read_arguments(["--model", str(saved), *options]), {})
     both = candidates_for(read_arguments(["--model", str(saved), "--model", str(tiny_release), *options]), {})
     assert [row.reductions for row in both] == [None, Reductions(), Reductions.parse("4+1")]
+
+
+def test_an_evaluation_replaces_neither_a_runs_nor_an_earlier_one(
+    tiny_release: Path, tiny_held_out: Path, run: Path, tmp_path: Path
+) -> None:
+    given = ["--model", str(tiny_release), "--data.instructions", str(tiny_held_out), "--output"]
+    with pytest.raises(FileInTheWay, match="is a run's folder, with an evaluation of its own: choose another one"):
+        main([*given, str(run), "--overwrite"])
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "evaluation.json").write_text("kept")
+    with pytest.raises(FileInTheWay, match=r"evaluation\.json exists already: give --overwrite to replace it"):
+        main([*given, str(earlier)])
+    assert [path.name for path in earlier.iterdir()] == ["evaluation.json"]
+    check_output(earlier, overwrite=True)
+    with pytest.raises(ConfigError, match="model m is given twice"):
+        read_arguments(["--model", "m", "--model=m", "--data.instructions", "d.json"])
+    assert read_arguments(["--model", 'a"b]\\', "--data.instructions", "d.json"]).model == ['a"b]\\']

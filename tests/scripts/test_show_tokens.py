@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.errors import CannotWrite, FileInTheWay, UserError
 from data.images import BadImage
 from scripts.show_tokens import ShowConfig, default_budgets, main, show
 
@@ -60,3 +61,36 @@ def test_refusals(values, error, message, tiny_release, photograph, tmp_path):
     with pytest.raises(error, match=message):
         show(ShowConfig(**settings))
     assert not (tmp_path / "x.png").exists()
+
+
+def test_pictures_take_nobodys_place(tiny_release, photograph, tmp_path, monkeypatch, capsys):
+    """Neither the photograph's, by name, link or default, nor an earlier picture's unasked."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(tiny_release), "--budgets", "5+3"]
+    tokens = tmp_path / "tokens.png"
+    Image.open(photograph).save(tokens)
+    before = tokens.read_bytes()
+    for more in ([], ["--output", "tokens.png", "--overwrite"], ["--output", "tokens", "--overwrite", "true"]):
+        with pytest.raises(FileInTheWay, match=r"tokens.png would replace the input tokens.png"):
+            main(["tokens.png", *arguments, *more])
+    assert tokens.read_bytes() == before
+    odd = tmp_path / "a$b_{[x].png"
+    odd.write_bytes(before)
+    main([str(odd), *arguments, "--output", "abc"])
+    assert capsys.readouterr().out == "written: abc.png\n"
+    with pytest.raises(FileInTheWay, match=r"abc.png exists already: give --overwrite"):
+        main([str(odd), *arguments, "--output", "abc"])
+    main([str(odd), *arguments, "--output", "abc", "--overwrite"])
+    with pytest.raises(UserError, match=r"its name must end with \.png"):
+        main([str(odd), *arguments, "--output", "abc.jpg"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [odd.name, "abc.png", "photo.jpg", "tokens.png"]
+
+
+def test_a_full_disk_is_named_with_the_cure(tiny_release, photograph, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(CannotWrite, match=r"x\.png cannot be written: No space left on device\. Make space"):
+        show(ShowConfig(images=[photograph], model=str(tiny_release), budgets="5+3", output=tmp_path / "x.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]

@@ -85,7 +85,7 @@ def test_an_unknown_key_in_yaml_names_the_nearest_and_the_file(recipe: Path) -> 
         (["--overwrite_output_dir", "maybe"], "overwrite_output_dir: 'maybe' is not of type bool"),
         (["stray"], "stray"),
         (["--seed"], "seed"),
-        (["--config", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["--config", "no-such.yaml"], "no-such.yaml: there is no such file"),
     ],
 )
 def test_a_wrong_type_names_the_key_and_the_value(recipe: Path, arguments: list[str], message: str) -> None:
@@ -119,6 +119,8 @@ def test_a_wrong_type_names_the_key_and_the_value(recipe: Path, arguments: list[
         (["--data.num_workers", "-1"], "data.num_workers is -1"),
         (["--data.demo_scenes.eval_seed", "101"], "nothing would be held out"),
         (["--save_total_limit", "0"], "save_total_limit is 0"),
+        (["--seed", "-1"], "seed is -1: 0 to 4294967295 are allowed"),
+        (["--data.demo_scenes.train_seed", "4294967296"], "train_seed is 4294967296: 0 to 4294967295"),
     ],
 )
 def test_what_does_not_go_together_is_refused_when_read(recipe: Path, arguments: list[str], message: str) -> None:

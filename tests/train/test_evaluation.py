@@ -18,7 +18,7 @@ from data.instructions import read_instructions
 from data.supervision import Supervision
 from reduction.flops import llm_prefill_flops_grouped
 from reduction.reductions import Reductions
-from train.comparison import Candidate, compare, recovered_share, table_of, write_results
+from train.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from train.config import DataConfig
 from train.evaluation import Answer, Evaluation, evaluate, held_out_loss
 from train.objective import SupervisedLoss, count_supervised
@@ -175,7 +175,7 @@ def test_the_held_out_loss_of_the_loop_is_the_table_s(
 
 
 def test_prefill_is_timed_side_by_side(
-    learned_release: Path, held_out: Path, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learned_release: Path, held_out: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that is busy in one round (here the second) changes no row."""
     times = iter([99.0, 99.0, 8.0, 4.0, 80.0, 40.0, 7.0, 5.0])
@@ -186,9 +186,7 @@ def test_prefill_is_timed_side_by_side(
         Candidate("all tokens", str(learned_release), Reductions()),
         Candidate("reduced", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    rows = compare(
-        candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2, answers=tmp_path
-    )
+    rows, _ = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2)
     assert [row.prefill_ms for row in rows] == [8.0, 5.0]
 
 
@@ -200,16 +198,14 @@ def test_side_by_side_with_answers_in_files(
         Candidate("all tokens", str(learned_release), Reductions()),
         Candidate("reduced, untuned", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    results = compare(
-        candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4, answers=tmp_path
-    )
+    results, answers = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4)
+    write_evaluation(tmp_path, results, answers, recovered_share=None)
     assert [row.name for row in results] == ["all tokens", "reduced, untuned"]
     assert [row.visual_tokens for row in results] == [36, 3]
-    lines = (tmp_path / "reduced--untuned.jsonl").read_text().splitlines()
+    lines = (tmp_path / "answers" / "reduced--untuned.jsonl").read_text().splitlines()
     assert len(lines) == results[1].questions
     assert sum(json.loads(line)["correct"] for line in lines) == results[1].exact_match * len(lines)
     assert table_of(results, "title").row_count == 2
-    write_results(tmp_path / "evaluation.json", results, recovered_share=None)
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["loss"] == results[0].loss
 
 

@@ -97,7 +97,7 @@ def test_what_the_user_can_mend_is_said_in_one_line_before_anything_is_fetched(r
     )
     output = output_of(process)
     assert process.returncode == 1
-    assert "error: MissingFile: nowhere.json is neither a file, nor a folder" in output
+    assert "error: nowhere.json is neither a file, nor a folder" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists(), "refused without a trace"
 

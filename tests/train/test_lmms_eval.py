@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ BUDGET, LAYERS = {"dominant": 6, "contextual": 3}, [1, 2]
 ARGUMENTS = "budget=6+3,layers=1+2,dtype=float32"
 
 
-def answer(release: Path, instructions: Path, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+def answer(release: Path, instructions: Path) -> tuple[float, list[dict[str, Any]]]:
     """Exact match and answers, as scripts/evaluate.py gets them."""
     data = DataConfig(str(instructions), eval_instructions=str(instructions))
     candidate = Candidate("reduced", str(release), Reductions(BUDGET, {"layers": LAYERS}))
-    found = compare(
-        [candidate], data, Accelerator(cpu=True), dtype=torch.float32, batch_size=4, max_new_tokens=8, answers=folder
+    found, (said,) = compare(
+        [candidate], data, Accelerator(cpu=True), dtype=torch.float32, batch_size=4, max_new_tokens=8
     )
-    return found[0].exact_match, [json.loads(line) for line in (folder / "reduced.jsonl").read_text().splitlines()]
+    return found[0].exact_match, [asdict(answer) for answer in said]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def held_out(tiny_release: Path, tiny_held_out: Path, tmp_path_factory: pytest.T
     """Conversations of which every other one ends with what the model says, so that some answers are right."""
     folder = tmp_path_factory.mktemp("lmms")
     (folder / "images").symlink_to(tiny_held_out.parent / "images")
-    _, said = answer(tiny_release, tiny_held_out, folder / "said")
+    _, said = answer(tiny_release, tiny_held_out)
     last = {entry["id"]: entry["answer"] for entry in said}
     rows = json.loads(tiny_held_out.read_text())
     for row in rows[::2]:
@@ -76,7 +76,7 @@ def samples(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def test_the_command_lines_exact_match_is_evaluates(tiny_release: Path, held_out: Path, tmp_path: Path) -> None:
-    exact_match, said = answer(tiny_release, held_out, tmp_path / "answers")
+    exact_match, said = answer(tiny_release, held_out)
     assert 0 < exact_match < 1
     assert write_task(tmp_path, "tiny", read_instructions(held_out), str(held_out.parent)) == len(said)
     results, shown = run_lmms_eval(tmp_path, tiny_release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8")
@@ -91,7 +91,7 @@ def test_the_command_lines_exact_match_is_evaluates(tiny_release: Path, held_out
 def test_two_processes_and_likelihoods(
     tiny_release: Path, held_out: Path, tmp_path: Path, model: ReducedLlava
 ) -> None:
-    exact_match, _ = answer(tiny_release, held_out, tmp_path / "answers")
+    exact_match, _ = answer(tiny_release, held_out)
     write_task(tmp_path, "tiny", read_instructions(held_out), str(held_out.parent))
     results, _ = run_lmms_eval(
         tmp_path, tiny_release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8", processes=2
