@@ -18,12 +18,12 @@ drops.check(seen=batch.next_position)
 drops.write("dropped.jsonl")
 """
 
-from data.batching import BatchPlan, GlobalBatch, MicroBatchSampler
-from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
-from data.drops import BadSample, Drop, DropLog, TooManyBadSamples
-from data.images import BadImage, build_image_processor, open_image
-from data.instructions import Conversation, UnknownFormat, read_instructions
-from data.supervision import Encoded, Supervision, choose_template, load_template
+from shortzip.data.batching import BatchPlan, GlobalBatch, MicroBatchSampler
+from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
+from shortzip.data.drops import BadSample, Drop, DropLog, TooManyBadSamples
+from shortzip.data.images import BadImage, build_image_processor, open_image
+from shortzip.data.instructions import Conversation, UnknownFormat, read_instructions
+from shortzip.data.supervision import Encoded, Supervision, choose_template, load_template
 
 __all__ = [
     "BadImage",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
-from data.errors import UserError
+from shortzip.data.errors import UserError
 
 # A micro-batch costs about as much as this many tokens before its first token (kernel launches, the gradient's
 # all-reduce): one more micro-batch must save more padding than that.

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from data.drops import IMAGE_REASONS, BadSample, Drop, DropLog
-from data.errors import UserError
-from data.images import (
+from shortzip.data.drops import IMAGE_REASONS, BadSample, Drop, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.images import (
     HINTS,
     BadImage,
     ImageSource,
@@ -26,9 +26,9 @@ from data.images import (
     pixel_values,
     resolve_image_path,
 )
-from data.instructions import Conversation
-from data.kept import Kept, identity_of
-from data.supervision import Encoded, Supervision
+from shortzip.data.instructions import Conversation
+from shortzip.data.kept import Kept, identity_of
+from shortzip.data.supervision import Encoded, Supervision
 
 _CACHE_FORMAT = 3
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import UserError, printable, shown
+from shortzip.data.errors import UserError, printable, shown
 
 OnBadSample = Literal["raise", "skip"]
 

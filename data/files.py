@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from data.errors import Busy, CannotWrite, FileInTheWay, MissingFile, UserError
+from shortzip.data.errors import Busy, CannotWrite, FileInTheWay, MissingFile, UserError
 
 _PREFIX = f".partial-{re.sub(r'[^A-Za-z0-9.]', '_', socket.gethostname())}-"
 _SAMPLE = 1 << 14  # bytes read at each of three places
@@ -227,7 +227,7 @@ def sampled_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's size and of 16 KiB at its beginning, middle and end: small files are read whole.
 
     For files such as images and tables, where other content shows there; releases' weights have
-    `reduction.base_release.digest`, which looks into every tensor.
+    `shortzip.reduction.base_release.digest`, which looks into every tensor.
     """
     size = path.stat().st_size
     summary = hashlib.sha256(str(size).encode())

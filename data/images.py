@@ -19,9 +19,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from data.errors import UserError, printable, shown
-from data.hints import hint_for_missing, kind_of
-from data.png import SIGNATURE, without_texts
+from shortzip.data.errors import UserError, printable, shown
+from shortzip.data.hints import hint_for_missing, kind_of
+from shortzip.data.png import SIGNATURE, without_texts
 
 # Twice a 24-megapixel photograph. Pillow refuses at 179 megapixels only: half a gigabyte in every worker.
 MAX_PIXELS = 50_000_000

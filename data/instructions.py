@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.columns import SYSTEM, is_empty, refused_column, refused_key
-from data.drops import BadSample, DropLog
-from data.errors import UserError
-from data.images import ImageSource
-from data.json_rows import JsonRowError, MalformedRow, iterate_json_rows
-from data.row_values import check_text, found_in_words, image_of, images_of, malformed, stray_media
+from shortzip.data.columns import SYSTEM, is_empty, refused_column, refused_key
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.images import ImageSource
+from shortzip.data.json_rows import JsonRowError, MalformedRow, iterate_json_rows
+from shortzip.data.row_values import check_text, found_in_words, image_of, images_of, malformed, stray_media
 
 PLACEHOLDER = "<image>"
 ROLES = {
@@ -113,7 +113,7 @@ def read_instructions(
         rows = iterate_rows(path)
     else:
         # Imported here: it needs the `datasets` extra for its tables.
-        from data.tables import iterate_table
+        from shortzip.data.tables import iterate_table
 
         rows = iterate_table(str(source), split)
     conversations: list[Conversation] = []

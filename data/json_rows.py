@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.errors import UserError
+from shortzip.data.errors import UserError
 
 _CHUNK = 1 << 22
 # No row of an instruction mix is near this; a longer one is a missing bracket, and the rest of the file would be read

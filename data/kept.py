@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.files import read_json, sweep, write_atomically, writing
-from data.images import BadImage, image_bytes
-from data.instructions import Conversation
+from shortzip.data.errors import UserError
+from shortzip.data.files import read_json, sweep, write_atomically, writing
+from shortzip.data.images import BadImage, image_bytes
+from shortzip.data.instructions import Conversation
 
 
 def identity_of(parts: Any) -> str:

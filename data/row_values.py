@@ -4,9 +4,9 @@ import json
 import re
 from typing import Any
 
-from data.data_uris import inline_image, is_address, is_data_uri
-from data.drops import BadSample
-from data.images import EmbeddedImage, ImageSource
+from shortzip.data.data_uris import inline_image, is_address, is_data_uri
+from shortzip.data.drops import BadSample
+from shortzip.data.images import EmbeddedImage, ImageSource
 
 _MEDIA = re.compile(r"(?<!`)(<(?:video|audio|speech|sound)>)(?!`| tag| element)", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(```|\Z)", re.DOTALL)

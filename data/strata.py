@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 
-from data.drops import BadSample, DropLog
-from data.errors import UserError
-from data.images import BadImage, resolve_image_path
-from data.instructions import Conversation
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.images import BadImage, resolve_image_path
+from shortzip.data.instructions import Conversation
 
 TEXT_ONLY = "(text only)"
 NO_FOLDER = "(no folder)"

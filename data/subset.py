@@ -14,10 +14,10 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from data.data_uris import InlineImage
-from data.drops import BadSample, DropLog
-from data.errors import UserError
-from data.images import (
+from shortzip.data.data_uris import InlineImage
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.images import (
     HINTS,
     BadImage,
     ImageProblem,
@@ -28,11 +28,11 @@ from data.images import (
     open_image,
     resolve_image_path,
 )
-from data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
-from data.json_rows import JsonRowError, iterate_json_rows
-from data.strata import Ranking, check_drawable, source_of, too_small
-from data.subset_folder import IMAGES, REPORT, SUBSET, new_subset
-from data.tables import iterate_table
+from shortzip.data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
+from shortzip.data.json_rows import JsonRowError, iterate_json_rows
+from shortzip.data.strata import Ranking, check_drawable, source_of, too_small
+from shortzip.data.subset_folder import IMAGES, REPORT, SUBSET, new_subset
+from shortzip.data.tables import iterate_table
 
 # Called with what is being done, how far it is, and how far it goes where that is known.
 Progress = Callable[[str, int, int | None], None]

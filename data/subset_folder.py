@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.errors import FileInTheWay
-from data.files import held_alone, read_json, sweep, writing, written_whole
+from shortzip.data.errors import FileInTheWay
+from shortzip.data.files import held_alone, read_json, sweep, writing, written_whole
 
 SUBSET, REPORT, IMAGES = "subset.json", "report.json", "images"
 _NEW = ".new-subset"  # in a folder that holds other files too: the subset before it takes its place among them

@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers import LlavaNextProcessor, LlavaProcessor
 
-from data.chat_template import TemplateError, compiled, render
-from data.drops import BadSample
-from data.errors import MissingFile, UserError
-from data.instructions import Conversation
+from shortzip.data.chat_template import TemplateError, compiled, render
+from shortzip.data.drops import BadSample
+from shortzip.data.errors import MissingFile, UserError
+from shortzip.data.instructions import Conversation
 
 Processor = LlavaProcessor | LlavaNextProcessor
 
@@ -67,7 +67,7 @@ def load_template(name: str) -> str:
         FileNotFoundError: neither.
     """
     if name in TEMPLATES:
-        return resources.files("data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        return resources.files("shortzip.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
     raise MissingFile(

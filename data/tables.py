@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.errors import MissingExtra, MissingFile, UserError
+from shortzip.data.errors import MissingExtra, MissingFile, UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from reduction.errors import ReductionError
+from shortzip.reduction.errors import ReductionError
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reduction.errors import ReductionError
+from shortzip.reduction.errors import ReductionError
 
 
 def parse_budget(text: str) -> dict[str, int]:

@@ -25,12 +25,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from data.errors import FileInTheWay, UserError
-from data.files import replace_file, write_atomically, writing
-from reduction.layer_contribution import DIRECTIONS, pick_layers
-from reduction.parsing import format_shortv
-from reduction.reductions import Reductions
-from train.calibration import (
+from shortzip.data.errors import FileInTheWay, UserError
+from shortzip.data.files import replace_file, write_atomically, writing
+from shortzip.reduction.layer_contribution import DIRECTIONS, pick_layers
+from shortzip.reduction.parsing import format_shortv
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
     CalibrateConfig,
     Partial,
@@ -42,7 +42,7 @@ from train.calibration import (
     refuse_other_content,
     refuse_other_settings,
 )
-from train.command_line import parse_config, run_command, say
+from shortzip.train.settings.command_line import parse_config, run_command, say
 
 INK = "#222222"
 DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"

@@ -27,21 +27,21 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from data.dataset import Collator
-from data.errors import MissingExtra, MissingFile, UserError
-from data.images import BadImage, open_image, squared
-from data.instructions import PLACEHOLDER
-from data.supervision import Supervision
-from reduction.configuration_reduced_llava import TOWER_HAS_CLS
-from reduction.pictures import draw_images, map_tokens
-from reduction.reductions import Reductions
-from train.command_line import parse_config, run_command, say
-from train.config import ConfigError, DataConfig
-from train.prompts import batch_prompts, encode_prompt
-from train.release import Release, load_release, open_release, release_projector
-from train.run_folder import LAYERS
-from train.samples import demo_folder, draw_demo_scenes
-from train.tuned_from import check_tuned, check_untuned
+from shortzip.data.dataset import Collator
+from shortzip.data.errors import MissingExtra, MissingFile, UserError
+from shortzip.data.images import BadImage, open_image, squared
+from shortzip.data.instructions import PLACEHOLDER
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.pictures import draw_images, map_tokens
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.config import ConfigError, DataConfig
+from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.release.opening import Release, load_release, open_release, release_projector
+from shortzip.train.run.run_folder import LAYERS
+from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
+from shortzip.train.release.lineage import check_tuned, check_untuned
 
 ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
 LOCAL = "127.0.0.1"
@@ -112,7 +112,7 @@ def open_tuned(name: str, release: Release) -> Release:
     if method != "visionzip":
         raise ConfigError(
             f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
-            f"there is python scripts/evaluate.py --model {tuned.name}"
+            f"there is python scripts/evaluate_models.py --model {tuned.name}"
         )
     check_tuned(tuned, release)
     return tuned

@@ -5,7 +5,7 @@
 Four rows: none / VisionZip / ShortV / both. Columns: visual tokens of a sample, prefill FLOPs (by ShortV's formula,
 and with the key heads that the config really has), KV cache of the prefill, FLOPs and memory of a training step that
 tunes the projector, and whether that fits on the card. FLOPs count a multiply-add as two. The memory is an estimate
-for one device that holds the whole model: `reduction/training_cost.py` says what is counted.
+for one device that holds the whole model: `train/step/memory.py` says what is counted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from data.errors import MissingFile, UserError
-from data.files import read_json, refuse_to_replace, write_atomically, writing
-from reduction import flops, training_cost
-from reduction.parsing import parse_budget, parse_bytes, parse_freeze
-from train.command_line import parse_config, run_command, say
+from shortzip.data.errors import MissingFile, UserError
+from shortzip.data.files import read_json, refuse_to_replace, write_atomically, writing
+from shortzip.reduction import flops
+from shortzip.train.step import memory as training_cost
+from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
+from shortzip.train.settings.command_line import parse_config, run_command, say
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"

@@ -21,24 +21,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.drops import DropLog
-from data.errors import UserError
-from data.files import write_atomically, writing
-from data.kept import Kept, conversations_digest, identity_of
-from data.supervision import Supervision
-from reduction.parsing import parse_budget
-from reduction.reductions import Reductions
-from train.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
-from train.comparison import Candidate, answer_files, check_candidates, compare, describe_machine, prefill_times
-from train.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
-from train.content import release_content
-from train.evaluation import write_answers
-from train.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
-from train.frontier_report import draw, show, summarise
-from train.processes import StopRequest, StopRequested, run_until_stopped
-from train.release import dtype_of, load_processor, open_release
-from train.run_folder import FINAL, STATUS, is_finished
-from train.samples import (
+from shortzip.data.drops import DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.files import write_atomically, writing
+from shortzip.data.kept import Kept, conversations_digest, identity_of
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
+from shortzip.train.evaluation.comparison import Candidate, answer_files, check_candidates, compare, describe_machine, prefill_times
+from shortzip.train.settings.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.release.content import release_content
+from shortzip.train.evaluation.answers import write_answers
+from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
+from shortzip.train.evaluation.frontier_report import draw, show, summarise
+from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
+from shortzip.train.release.opening import dtype_of, load_processor, open_release
+from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
+from shortzip.train.inputs.samples import (
     calibration_prompts,
     check_instructions,
     choose_layers,

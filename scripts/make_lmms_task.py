@@ -5,7 +5,7 @@
     lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --include_path checkpoints/lmms-tasks \
         --tasks mine --batch_size 16
 
-NAME asks every question (exact match, as scripts/evaluate.py); NAME_likelihood, with lmms-eval's --force_simple, takes
+NAME asks every question (exact match, as scripts/evaluate_models.py); NAME_likelihood, with lmms-eval's --force_simple, takes
 the loss of the true answers to first questions.
 """
 
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.files import refuse_to_replace
-from data.instructions import read_instructions
-from train.command_line import parse_config, run_command, say
-from train.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
-from train.lmms_plugin import write_questions, write_task
-from train.samples import demo_folder, draw_demo_scenes
+from shortzip.data.files import refuse_to_replace
+from shortzip.data.instructions import read_instructions
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
+from shortzip.train.evaluation.lmms_plugin import write_questions, write_task
+from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
 
 SHIPPED = "demo_scenes"
 

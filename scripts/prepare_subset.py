@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from data.errors import printable
-from data.subset import SubsetOptions, prepare_subset
-from data.subset_folder import SUBSET
-from train.command_line import run_command
-from train.report import literal
+from shortzip.data.errors import printable
+from shortzip.data.subset import SubsetOptions, prepare_subset
+from shortzip.data.subset_folder import SUBSET
+from shortzip.train.settings.command_line import run_command
+from shortzip.train.run.report import literal
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
-from data.files import refuse_to_replace, replace_file, writing
-from data.images import open_image, squared
-from reduction.parsing import parse_budget
-from reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
-from reduction.reductions import Reductions
-from train.command_line import parse_config, run_command, say
-from train.release import load_viewer, open_release
+from shortzip.data.errors import UserError
+from shortzip.data.files import refuse_to_replace, replace_file, writing
+from shortzip.data.images import open_image, squared
+from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.release.opening import load_viewer, open_release
 
 
 @dataclass

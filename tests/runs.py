@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from train.tune_projector import main
+from shortzip.train.tune_projector import main
 
 ROOT = Path(__file__).parents[1]
 BUILT = Path(sys.prefix) / "torch_extensions"  # what DeepSpeed compiles: for this environment, not for all of HOME

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from data.scene_questions import ask
-from data.scenes import CELL, render_scene, sample_scene
+from shortzip.data.generated.scene_questions import ask
+from shortzip.data.generated.scenes import CELL, render_scene, sample_scene
 
 FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "demo-llava"
 SYSTEM = (
@@ -65,7 +65,7 @@ def test_size_and_shape(demo):
 @torch.no_grad()
 def test_cls_attends_to_objects(demo):
     """VisionZip keeps what CLS attends to: its 16 strongest patches must lie on objects, far beyond chance."""
-    from reduction import ReducedLlavaForConditionalGeneration
+    from shortzip.reduction import ReducedLlavaForConditionalGeneration
 
     model = ReducedLlavaForConditionalGeneration.from_pretrained(
         FOLDER, visionzip={"dominant": 17, "contextual": 0}, dtype=torch.float32

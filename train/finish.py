@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.images import open_image, squared
-from reduction.reductions import Reductions
-from train.adapters import ADAPTER_FOLDER, ProjectorAdapter
-from train.checkpoint import discard
-from train.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
-from train.config import TuneConfig
-from train.processes import StopRequest, StopRequested, on_main_process
-from train.publish import PublishError, publish_run
-from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import Release, dtype_of, load_viewer, open_release
-from train.report import Reporter, draw_loss_curve
-from train.run_folder import (
+from shortzip.data.images import open_image, squared
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.step.adapters import ADAPTER_FOLDER, ProjectorAdapter
+from shortzip.train.run.checkpoint import discard
+from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.run.processes import StopRequest, StopRequested, on_main_process
+from shortzip.train.publish.push import PublishError, publish_run
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.release.opening import Release, dtype_of, load_viewer, open_release
+from shortzip.train.run.report import Reporter, draw_loss_curve
+from shortzip.train.run.run_folder import (
     ANSWERS,
     CONFIG,
     CONTROL,
@@ -32,9 +32,9 @@ from train.run_folder import (
     PICTURES,
     RESULTS,
 )
-from train.samples import held_out_set
-from train.tensor_files import folder_specs
-from train.tuned_from import base_revision, write_record
+from shortzip.train.inputs.samples import held_out_set
+from shortzip.train.release.tensor_files import folder_specs
+from shortzip.train.release.lineage import base_revision, write_record
 
 
 def write_final(
@@ -150,7 +150,7 @@ def compare_and_draw(
     report.heading("what next")
     written = [name for name in (METRICS, CURVE, RESULTS, ANSWERS, PICTURES) if (folder / name).exists()]
     report.say(f"the run       {folder}: {', '.join(written)}")
-    report.say(f"evaluate      python scripts/evaluate.py --model {folder} --data.instructions FILE.json")
+    report.say(f"evaluate      python scripts/evaluate_models.py --model {folder} --data.instructions FILE.json")
     report.say("a real LLaVA  accelerate launch train/tune_projector.py --config configs/llava-1.5-7b-3090.yaml \\")
     report.say("                  --data.instructions FILE.json --data.image_root IMAGES")
     report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
@@ -158,7 +158,7 @@ def compare_and_draw(
 
 def draw_held_out(config: TuneConfig, folder: Path) -> None:
     """The first held-out images with their kept patches and merged groups, in `folder`/pictures."""
-    from reduction.pictures import (
+    from shortzip.reduction.pictures import (
         draw_images,
         map_tokens,
     )  # matplotlib takes as long to import as a small model to load

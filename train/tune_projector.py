@@ -2,7 +2,7 @@
 
     accelerate launch train/tune_projector.py [--config configs/X.yaml] [--learning_rate 1e-4] ...
 
-Settings: train/config.py, or --help. What a run writes: train/run_folder.py.
+Settings: train/settings/config.py, or --help. What a run writes: train/run/run_folder.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
-from data.batching import BatchPlan
-from data.dataset import MicroBatch
-from data.drops import Drop
-from data.errors import UserError
-from data.files import write_atomically
-from train.adapters import ProjectorAdapter, adapter_config
-from train.checkpoint import (
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import MicroBatch
+from shortzip.data.drops import Drop
+from shortzip.data.errors import UserError
+from shortzip.data.files import write_atomically
+from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.run.checkpoint import (
     Checkpoint,
     check_same_run,
     random_states,
@@ -33,16 +33,16 @@ from train.checkpoint import (
     save_checkpoint,
     versions,
 )
-from train.command_line import end_stopped, load_config, run_command
-from train.config import TuneConfig, reductions_of
-from train.engine import start_engine
-from train.evaluation import held_out_loss
-from train.feature_cache import known_tower, store_features
-from train.finish import compare_and_draw, control_of, publish_if_asked, write_final
-from train.identity import check_same_origin, run_identity
-from train.loading import check_shared_memory, loader_of
-from train.micro_batch import plan_micro_batches
-from train.objective import (
+from shortzip.train.settings.command_line import end_stopped, load_config, run_command
+from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.step.engine import start_engine
+from shortzip.train.evaluation.answers import held_out_loss
+from shortzip.train.inputs.feature_cache import known_tower, store_features
+from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
+from shortzip.train.inputs.identity import check_same_origin, run_identity
+from shortzip.train.inputs.loading import check_shared_memory, loader_of
+from shortzip.train.step.micro_batch import plan_micro_batches
+from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
     describe_components,
@@ -50,20 +50,20 @@ from train.objective import (
     recompute_layers,
     train_only_projector,
 )
-from train.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
-from train.processes import (
+from shortzip.train.inputs.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
+from shortzip.train.run.processes import (
     StopRequest,
     StopRequested,
     failures_recorded,
     on_main_process,
     start_accelerator,
 )
-from train.publish import check_publishable
-from train.release import dtype_of, load_release, open_release
-from train.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
-from train.run_folder import DROPPED, NONFINITE, Metrics
-from train.run_start import RunFolder
-from train.samples import (
+from shortzip.train.publish.push import check_publishable
+from shortzip.train.release.opening import dtype_of, load_release, open_release
+from shortzip.train.run.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
+from shortzip.train.run.run_folder import DROPPED, NONFINITE, Metrics
+from shortzip.train.run.run_start import RunFolder
+from shortzip.train.inputs.samples import (
     check_instructions,
     check_positions,
     choose_layers,
@@ -72,8 +72,8 @@ from train.samples import (
     held_out_set,
     training_set,
 )
-from train.step_cost import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
-from train.tracking import Trackers
+from shortzip.train.step.flops import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
+from shortzip.train.run.tracking import Trackers
 
 
 class NonFiniteLoss(UserError):
@@ -93,7 +93,7 @@ class RunState:
     interval_tokens: int = 0
     """Number of those losses: supervised tokens."""
     micro_batch: dict[str, Any] = field(default_factory=dict)
-    """How large micro-batches are at most (train/micro_batch.py): a continued run is cut the same way."""
+    """How large micro-batches are at most (train/step/micro_batch.py): a continued run is cut the same way."""
     nonfinite_steps: int = 0
     """Steps skipped because of NaN or Inf."""
     nonfinite_streak: list[dict[str, Any]] = field(default_factory=list)

@@ -7,10 +7,10 @@ import pytest
 from processors import llava_processor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data.chat_template import render
-from data.drops import BadSample
-from data.instructions import Conversation
-from data.supervision import TEMPLATES, Supervision, choose_template, load_template
+from shortzip.data.chat_template import render
+from shortzip.data.drops import BadSample
+from shortzip.data.instructions import Conversation
+from shortzip.data.supervision import TEMPLATES, Supervision, choose_template, load_template
 
 TURNS = (("system", "S"), ("user", "<image>\nQ 20231225 20231226 %d {:99999999}"), ("assistant", "A"), ("user", "R"))
 ROW = Conversation("row-7", ("x.jpg",), (*TURNS, ("assistant", "B")))

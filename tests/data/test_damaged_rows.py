@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from data.drops import BadSample, DropLog
-from data.errors import UserError
-from data.instructions import UnknownFormat, read_instructions
-from data.json_rows import MalformedRow, iterate_json_rows
-from data.subset import SubsetOptions, prepare_subset
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.instructions import UnknownFormat, read_instructions
+from shortzip.data.json_rows import MalformedRow, iterate_json_rows
+from shortzip.data.subset import SubsetOptions, prepare_subset
 
 ROW = (
     '{"id": "good", "image": "1.jpg", '

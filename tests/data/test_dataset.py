@@ -11,12 +11,12 @@ from PIL import Image
 from processors import llava_next_processor, llava_processor
 from torch.utils.data import DataLoader
 
-import data.dataset
-from data.batching import BatchPlan, MicroBatchSampler
-from data.dataset import Collator, ConversationDataset, MicroBatch, Sample
-from data.drops import BadSample, Drop, DropLog, TooManyBadSamples
-from data.instructions import Conversation
-from data.supervision import Supervision, load_template
+import shortzip.data.dataset
+from shortzip.data.batching import BatchPlan, MicroBatchSampler
+from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
+from shortzip.data.drops import BadSample, Drop, DropLog, TooManyBadSamples
+from shortzip.data.instructions import Conversation
+from shortzip.data.supervision import Supervision, load_template
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import BadImage, image_size, open_image
+from shortzip.data.images import BadImage, image_size, open_image
 
 LEFT, RIGHT = (200, 30, 30), (20, 60, 220)
 

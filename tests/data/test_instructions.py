@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from data.drops import BadSample, DropLog, TooManyBadSamples
-from data.instructions import Conversation, UnknownFormat, read_instructions
+from shortzip.data.drops import BadSample, DropLog, TooManyBadSamples
+from shortzip.data.instructions import Conversation, UnknownFormat, read_instructions
 
 EXPECTED = [
     Conversation("a", ("1.jpg",), (("user", "<image>\nQ"), ("assistant", "A"), ("user", "R"), ("assistant", "B"))),

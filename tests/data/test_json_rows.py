@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.json_rows
-from data.json_rows import JsonRowError, iterate_json_rows
+import shortzip.data.json_rows
+from shortzip.data.json_rows import JsonRowError, iterate_json_rows
 
 ROWS: list[Any] = [
     {"id": "1", "text": 'quotes \\" and ] brackets [', "number": -1.5e3},

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.instructions import Conversation
-from data.kept import Kept, conversations_digest, identity_of
+from shortzip.data.instructions import Conversation
+from shortzip.data.kept import Kept, conversations_digest, identity_of
 
 
 def test_a_result_is_made_once_and_anew_for_other_parts(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 from processors import GOLDEN, llava_processor
 
-from data.instructions import Conversation
-from data.supervision import Supervision, load_template
+from shortzip.data.instructions import Conversation
+from shortzip.data.supervision import Supervision, load_template
 
 sentencepiece = pytest.importorskip("sentencepiece")
 MODEL = GOLDEN / "llava_release" / "llava-v1.5-tiny" / "tokenizer.model"

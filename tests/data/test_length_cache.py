@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from processors import llava_next_processor, llava_processor
 
-from data.dataset import ConversationDataset
-from data.instructions import Conversation
-from data.supervision import Supervision, load_template
-from reduction import ReducedLlavaNextProcessor, ReducedLlavaProcessor
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.instructions import Conversation
+from shortzip.data.supervision import Supervision, load_template
+from shortzip.reduction import ReducedLlavaNextProcessor, ReducedLlavaProcessor
 
 TEMPLATE = load_template("vicuna_v1")
 TURNS = (("user", "<image>What is <it>?"), ("assistant", "A boat on the water, it is."))

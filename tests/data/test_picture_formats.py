@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data.drops import BadSample
-from data.errors import printable, shown
-from data.images import FORMATS, BadImage, image_size, image_suffix, open_image
-from train.lmms_model import _as_image
+from shortzip.data.drops import BadSample
+from shortzip.data.errors import printable, shown
+from shortzip.data.images import FORMATS, BadImage, image_size, image_suffix, open_image
+from shortzip.train.evaluation.lmms_model import _as_image
 
 ORIENTATION = 0x0112
 

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 from processors import llava_next_processor, llava_processor
 
-import data.images
-from data.dataset import ConversationDataset, Sample
-from data.drops import BadSample, Drop, DropLog
-from data.images import HINTS
-from data.instructions import Conversation
-from data.subset import check_images
-from data.supervision import Supervision, load_template
+import shortzip.data.images
+from shortzip.data.dataset import ConversationDataset, Sample
+from shortzip.data.drops import BadSample, Drop, DropLog
+from shortzip.data.images import HINTS
+from shortzip.data.instructions import Conversation
+from shortzip.data.subset import check_images
+from shortzip.data.supervision import Supervision, load_template
 
 
 def row(image: str) -> Conversation:

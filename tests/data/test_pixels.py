@@ -15,8 +15,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from data.errors import UserError
-from data.images import build_image_processor, open_image
+from shortzip.data.errors import UserError
+from shortzip.data.images import build_image_processor, open_image
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_release"
 IMAGES = ("extreme_ironing.jpg", "waterview.jpg", "llava_v1_5_radar.jpg")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from processors import llava_processor
 
-from data.dataset import ConversationDataset
-from data.drops import BadSample, DropLog
-from data.instructions import Conversation, UnknownFormat, parse_row, read_instructions
-from data.strata import draw, source_of
-from data.subset import SubsetOptions, prepare_subset
-from data.supervision import Supervision, load_template
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.instructions import Conversation, UnknownFormat, parse_row, read_instructions
+from shortzip.data.strata import draw, source_of
+from shortzip.data.subset import SubsetOptions, prepare_subset
+from shortzip.data.supervision import Supervision, load_template
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}
 ASKED, SAID = {"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.scene_questions import KINDS, NUMBERS, ask, scene_row, write_scenes
-from data.scenes import CANVAS, CELL, PLACES, render_scene, sample_scene
+from shortzip.data.generated.scene_questions import KINDS, NUMBERS, ask, scene_row, write_scenes
+from shortzip.data.generated.scenes import CANVAS, CELL, PLACES, render_scene, sample_scene
 
 
 def test_a_scene_is_a_function_of_seed_and_index():
@@ -34,7 +34,7 @@ def test_objects_keep_to_their_cell_and_are_told_apart():
 
 def test_the_picture_shows_the_objects():
     """The middle of a filled shape has the shape's colour; the middle of a ring does not."""
-    from data.scenes import COLORS
+    from shortzip.data.generated.scenes import COLORS
 
     seen = set()
     for index in range(100):

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.drops import TooManyBadSamples
-from data.instructions import Conversation, UnknownFormat, parse_llava_row, read_instructions
-from data.mixture import rows_of_the_mix
-from data.strata import Ranking, draw, quotas, rank_of, source_of
-from data.subset import SubsetOptions, answer_histogram, prepare_subset
+from shortzip.data.drops import TooManyBadSamples
+from shortzip.data.instructions import Conversation, UnknownFormat, parse_llava_row, read_instructions
+from shortzip.data.generated.mixture import rows_of_the_mix
+from shortzip.data.strata import Ranking, draw, quotas, rank_of, source_of
+from shortzip.data.subset import SubsetOptions, answer_histogram, prepare_subset
 
 TURNS = (("user", "<image>\nQ"), ("assistant", "A"))
 
@@ -90,8 +90,8 @@ RANK = 16741429658320828068
 
 def test_another_python_with_another_hash_seed_draws_the_same() -> None:
     code = (
-        "from data.mixture import rows_of_the_mix; from data.instructions import parse_llava_row; "
-        "from data.strata import draw; "
+        "from shortzip.data.generated.mixture import rows_of_the_mix; from shortzip.data.instructions import parse_llava_row; "
+        "from shortzip.data.strata import draw; "
         "print(*(row.images for row in draw([parse_llava_row(row) for row in rows_of_the_mix(0, 200)], 0.2, 0)))"
     )
     run = subprocess.run(
@@ -273,13 +273,13 @@ def test_the_histogram_of_answers() -> None:
 
 @pytest.mark.slow
 def test_the_whole_mix_takes_two_minutes_and_two_gibibytes_at_most(tmp_path: Path) -> None:
-    """A generated file of the real size; `python scripts/benchmark_data.py subset` prints the same measurement."""
+    """A generated file of the real size; `python scripts/benchmarks/loading.py subset` prints the same measurement."""
     code = (
-        "import resource, sys, time; from pathlib import Path; from data.subset import *; start = time.time(); "
+        "import resource, sys, time; from pathlib import Path; from shortzip.data.subset import *; start = time.time(); "
         "report = prepare_subset(SubsetOptions(sys.argv[1], Path(sys.argv[2])), lambda *step: None); "
         "print(time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, report['written'])"
     )
-    from data.mixture import ROWS, write_mix
+    from shortzip.data.generated.mixture import ROWS, write_mix
 
     write_mix(tmp_path / "mix.json")
     size = (tmp_path / "mix.json").stat().st_size

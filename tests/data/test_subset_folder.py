@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import data.subset
-from data.errors import Busy, CannotWrite, FileInTheWay, UserError
-from data.subset import SubsetOptions, prepare_subset
-from data.subset_folder import new_subset, subset_report
+import shortzip.data.subset
+from shortzip.data.errors import Busy, CannotWrite, FileInTheWay, UserError
+from shortzip.data.subset import SubsetOptions, prepare_subset
+from shortzip.data.subset_folder import new_subset, subset_report
 
 NAMES = {"subset.json", "images.txt", "missing_images.txt", "dropped.jsonl", "report.json"}
 TURNS = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]

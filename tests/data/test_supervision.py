@@ -7,9 +7,9 @@ import pytest
 from processors import GOLDEN, llava_next_processor, llava_processor
 from transformers import LlavaProcessor
 
-from data.drops import BadSample
-from data.instructions import Conversation, parse_llava_row
-from data.supervision import IGNORE_INDEX, Encoded, Supervision, choose_template, load_template
+from shortzip.data.drops import BadSample
+from shortzip.data.instructions import Conversation, parse_llava_row
+from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision, choose_template, load_template
 
 LABELS = json.loads((GOLDEN / "labels" / "labels_shared.json").read_text(encoding="utf-8"))
 ROWS = {row["id"]: row for row in LABELS["conversations"]}

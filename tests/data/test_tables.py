@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.images import BadImage, EmbeddedImage, open_image
-from data.instructions import UnknownFormat, read_instructions
-from data.tables import iterate_table
+from shortzip.data.images import BadImage, EmbeddedImage, open_image
+from shortzip.data.instructions import UnknownFormat, read_instructions
+from shortzip.data.tables import iterate_table
 
 datasets = pytest.importorskip("datasets")
 

@@ -10,11 +10,11 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from data.data_uris import InlineImage
-from data.drops import BadSample
-from data.images import EmbeddedImage, image_name, open_image
-from data.instructions import parse_row, read_instructions
-from data.subset import SubsetOptions, prepare_subset
+from shortzip.data.data_uris import InlineImage
+from shortzip.data.drops import BadSample
+from shortzip.data.images import EmbeddedImage, image_name, open_image
+from shortzip.data.instructions import parse_row, read_instructions
+from shortzip.data.subset import SubsetOptions, prepare_subset
 
 
 def encoded(colour: str, kind: str = "PNG") -> bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from reduction import (
+from shortzip.reduction import (
     ReducedLlavaConfig,
     ReducedLlavaForConditionalGeneration,
     ReducedLlavaNextConfig,

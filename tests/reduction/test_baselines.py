@@ -8,8 +8,8 @@ import torch
 from tiny import IMAGE_SIZE, PATCH_SIZE, PATCHES
 from torch import Tensor
 
-from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
-from reduction.baselines import (
+from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+from shortzip.reduction.baselines import (
     METHODS,
     cells_of_patches,
     downsample_images,
@@ -19,7 +19,7 @@ from reduction.baselines import (
     pool_patches,
     random_patches,
 )
-from reduction.configuration_reduced_llava import validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import validate_visionzip
 
 SIDE = IMAGE_SIZE // PATCH_SIZE
 BASELINES = [method for method in METHODS if method != "visionzip"]

@@ -20,7 +20,7 @@ from reduced_models import (
 )
 from safetensors.torch import load_file
 
-from reduction import ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration
+from shortzip.reduction import ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_next"
 decoders = pytest.mark.parametrize("decoder", list(DECODERS))

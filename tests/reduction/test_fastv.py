@@ -9,9 +9,9 @@ from tiny import IMAGE_SIZE, LLM_LAYERS, PATCHES, build_tokenizer
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from reduction import ReducedLlavaForConditionalGeneration
-from reduction.configuration_reduced_llava import validate_fastv
-from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from shortzip.reduction import ReducedLlavaForConditionalGeneration
+from shortzip.reduction.configuration_reduced_llava import validate_fastv
+from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
 
 IMAGE = build_tokenizer().convert_tokens_to_ids("<image>")
 TEXT = 40  # an ordinary token id

@@ -15,7 +15,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from reduction import flops, training_cost
+from shortzip.reduction import flops
+from shortzip.train.step import memory as training_cost
 
 SIZES_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reduction import (
+from shortzip.reduction import (
     ReducedLlavaConfig,
     ReducedLlavaForConditionalGeneration,
     ReducedLlavaNextConfig,
     ReducedLlavaProcessor,
 )
-from reduction.base_release import describe_files, digest, fetch_base
-from reduction.weight_files import is_inside
+from shortzip.reduction.base_release import describe_files, digest, fetch_base
+from shortzip.reduction.weight_files import is_inside
 
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 RAN = "from pathlib import Path\nPath({path!r}).touch()\n\n\nclass Stranger:\n    pass\n"

@@ -9,7 +9,7 @@ from reduced_models import DECODERS, IMAGE_TOKEN, build, make_row
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reduction.layer_contribution import (
+from shortzip.reduction.layer_contribution import (
     CalibrationSample,
     LayerContributionMeter,
     Prompt,

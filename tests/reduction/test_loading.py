@@ -21,7 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from reduction import (
+from shortzip.reduction import (
     ReducedLlavaForConditionalGeneration,
     ReducedLlavaNextForConditionalGeneration,
     ReducedLlavaProcessor,

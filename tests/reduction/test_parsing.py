@@ -2,7 +2,7 @@
 
 import pytest
 
-from reduction.parsing import (
+from shortzip.reduction.parsing import (
     format_budget,
     format_shortv,
     parse_budget,

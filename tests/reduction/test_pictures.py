@@ -10,8 +10,8 @@ from PIL import Image
 from reduced_models import build
 from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
-from reduction import pictures
-from reduction.pictures import draw_budgets, draw_images, map_tokens, under_budget
+from shortzip.reduction import pictures
+from shortzip.reduction.pictures import draw_budgets, draw_images, map_tokens, under_budget
 
 BUDGET = {"dominant": 5, "contextual": 3}
 SIZE = {"shortest_edge": 16}

@@ -8,7 +8,7 @@ from reduced_models import VISIONZIP, build
 from tiny import build_tokenizer
 from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor
 
-from reduction import (
+from shortzip.reduction import (
     ReducedLlavaNextConfig,
     ReducedLlavaNextForConditionalGeneration,
     ReducedLlavaNextProcessor,

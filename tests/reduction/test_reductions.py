@@ -3,9 +3,9 @@
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from reduction.errors import ReductionError
-from reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
-from reduction.reductions import Reductions
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped
+from shortzip.reduction.reductions import Reductions
 
 EVERY_FORM = [
     Reductions(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reduced_models import IMAGE_TOKEN, SHORTV, VISIONZIP, build, make_row
 
-from reduction import (
+from shortzip.reduction import (
     ReducedLlavaConfig,
     ReducedLlavaForConditionalGeneration,
     ReducedLlavaNextConfig,

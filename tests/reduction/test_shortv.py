@@ -8,8 +8,8 @@ import torch
 from reduced_models import DECODERS, IMAGE_TOKEN, SHORTV, build, freeze_naively, make_batch, make_row
 from safetensors.torch import load_file
 
-from reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
-from reduction.shortv import active_rows, forward_active
+from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
+from shortzip.reduction.shortv import active_rows, forward_active
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shortv"
 LAYER_SETS = {"none": None, "7-5-2": [7, 5, 2], "0": [0], "all": [0, 1, 2, 3, 4, 5, 6, 7]}

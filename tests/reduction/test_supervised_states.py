@@ -7,8 +7,8 @@ import torch
 from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, VISIONZIP, build, make_batch, make_row
 from torch import Tensor, nn
 
-from reduction.shortv import freeze_visual_tokens
-from reduction.supervised_states import (
+from shortzip.reduction.shortv import freeze_visual_tokens
+from shortzip.train.step.supervised_states import (
     can_walk,
     compute_fixed_text,
     needed_tokens,
@@ -16,7 +16,7 @@ from reduction.supervised_states import (
     shared_beginning,
     supervised_states,
 )
-from reduction.training_cost import needed_activation_bytes
+from shortzip.train.step.memory import needed_activation_bytes
 
 LAYOUTS = {
     "one image": ["tttItttttt", "tttIttt", "tttItttt"],

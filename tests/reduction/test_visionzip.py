@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from reduced_models import build
 from safetensors.torch import load_file
 
-from reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
-from reduction.visionzip import merge_contextual, reduce_tokens, score_patches, select_dominant
+from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
+from shortzip.reduction.visionzip import merge_contextual, reduce_tokens, score_patches, select_dominant
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "visionzip"
 CASES = [(12, 4), (20, 1), (5, 3), (54, 10)]

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from reduction import ReducedLlavaConfig, ReducedLlavaNextConfig
+from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaNextConfig
 
 
 def tiny_config(family: str, **reductions: Any) -> PreTrainedConfig:

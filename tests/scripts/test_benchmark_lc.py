@@ -2,8 +2,8 @@
 
 import pytest
 
-from reduction.flops import llm_layer_flops_grouped
-from scripts.benchmark_lc import BenchmarkConfig, benchmark, build_models, limits
+from shortzip.reduction.flops import llm_layer_flops_grouped
+from shortzip.scripts.benchmarks.lc import BenchmarkConfig, benchmark, build_models, limits
 
 SMALL = {
     "hidden_size": 32,
@@ -46,7 +46,7 @@ def test_both_sides_agree(text_tokens):
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(
-        "scripts.benchmark_lc.naive_layer_contributions", lambda models, prompts, *_: (1.0 + 0 * one, None)
+        "shortzip.scripts.benchmarks.lc.naive_layer_contributions", lambda models, prompts, *_: (1.0 + 0 * one, None)
     )
     import torch
 

@@ -12,8 +12,8 @@ from benchmark_memory import peak_tensor_bytes
 from benchmark_savings import savings_of
 from benchmark_shapes import Conversation, Shape, build_models, make_batch
 
-from reduction import supervised_states as walk
-from train.objective import SupervisedLoss, projector_parameters
+from shortzip.train.step import supervised_states as walk
+from shortzip.train.step.objective import SupervisedLoss, projector_parameters
 
 SHAPE = Shape(
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2},

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from reduction.layer_contribution import measure_layer_contributions
-from reduction.reductions import Reductions
-from scripts.calibrate_shortv import calibrate, report
-from train import calibration
-from train.calibration import CalibrateConfig, Partial, asked_of, budget_name, measure
-from train.choosing import load_sample
-from train.release import load_release
+from shortzip.reduction.layer_contribution import measure_layer_contributions
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.calibrate_shortv import calibrate, report
+from shortzip.train.calibration import measuring as calibration
+from shortzip.train.calibration.measuring import CalibrateConfig, Partial, asked_of, budget_name, measure
+from shortzip.train.calibration.choosing import load_sample
+from shortzip.train.release.opening import load_release
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "calibrate_shortv.py"
@@ -129,7 +129,7 @@ def test_a_reduced_model_keeps_its_own_budget_and_direction_is_a_choice(settings
 
 SLOWED = """
 import runpy, sys, time
-from train import calibration
+from shortzip.train.calibration import measuring as calibration
 load_sample = calibration.load_sample
 calibration.load_sample = lambda *arguments: time.sleep(0.1) or load_sample(*arguments)
 sys.argv.pop(0)

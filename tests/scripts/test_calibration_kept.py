@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data.errors import CannotWrite, FileInTheWay, UserError
-from scripts.calibrate_shortv import calibrate
-from train import calibration
-from train.calibration import CalibrateConfig
-from train.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
-from train.release import open_release
-from train.samples import choose_layers
+from shortzip.data.errors import CannotWrite, FileInTheWay, UserError
+from shortzip.scripts.calibrate_shortv import calibrate
+from shortzip.train.calibration import measuring as calibration
+from shortzip.train.calibration.measuring import CalibrateConfig
+from shortzip.train.settings.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.release.opening import open_release
+from shortzip.train.inputs.samples import choose_layers
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from data.drops import BadSample
-from data.errors import FileInTheWay, ToldElsewhere, UserError
-from reduction.errors import ReductionError
-from train import command_line
-from train.command_line import end_stopped, one_line, printable, run_command
+from shortzip.data.drops import BadSample
+from shortzip.data.errors import FileInTheWay, ToldElsewhere, UserError
+from shortzip.reduction.errors import ReductionError
+from shortzip.train.settings import command_line
+from shortzip.train.settings.command_line import end_stopped, one_line, printable, run_command
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))  # as python does for a script: benchmarks import each other by name
@@ -254,7 +254,7 @@ def test_control_characters_are_shown_and_lines_joined() -> None:
 
 def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
     code = (
-        "from train.command_line import run_command\nrun_command(lambda argv: [print('x' * 99) for _ in range(9999)])"
+        "from shortzip.train.settings.command_line import run_command\nrun_command(lambda argv: [print('x' * 99) for _ in range(9999)])"
     )
     process = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "$1" | head -1', "bash", code], cwd=ROOT, capture_output=True, text=True

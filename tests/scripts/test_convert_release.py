@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import UserError
-from scripts.convert_release import main
+from shortzip.data.errors import UserError
+from shortzip.scripts.convert_release import main
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "llava_release"

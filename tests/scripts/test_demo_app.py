@@ -26,15 +26,15 @@ import torch
 from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
-from data.errors import UserError
-from data.scenes import render_scene, sample_scene
-from reduction.reductions import Reductions
+from shortzip.data.errors import UserError
+from shortzip.data.generated.scenes import render_scene, sample_scene
+from shortzip.reduction.reductions import Reductions
 from scripts import demo_app
-from scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
-from train.config import ConfigError
-from train.prompts import batch_prompts, encode_prompt
-from train.reduced_checkpoint import Shape, write_reduced_checkpoint
-from train.release import load_release, open_release, read_release_projector
+from shortzip.scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
+from shortzip.train.settings.config import ConfigError
+from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.release.writing import Shape, write_reduced_checkpoint
+from shortzip.train.release.opening import load_release, open_release, read_release_projector
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"
@@ -224,7 +224,7 @@ def test_what_is_not_visionzip_is_refused(
     tiny_release: Path, tmp_path: Path, keys: dict[str, Any], method: str
 ) -> None:
     folder = write_tuned(tmp_path / "final", tiny_release, **keys)
-    with pytest.raises(ConfigError, match=f"was tuned with {method}.*scripts/evaluate.py --model {folder}"):
+    with pytest.raises(ConfigError, match=f"was tuned with {method}.*scripts/evaluate_models.py --model {folder}"):
         Models(AppConfig(model=str(tiny_release), tuned=str(folder), device="cpu"))
 
 

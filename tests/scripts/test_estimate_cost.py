@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from reduced_configs import tiny_config
 
-from reduction import flops, training_cost
-from scripts.estimate_cost import EstimateConfig, estimate, known_release, main, read_config, report
+from shortzip.reduction import flops
+from shortzip.train.step import memory as training_cost
+from shortzip.scripts.estimate_cost import EstimateConfig, estimate, known_release, main, read_config, report
 
 ROOT = Path(__file__).parents[2]
 

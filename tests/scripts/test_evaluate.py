@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: a run is evaluated as it was tuned, unless the command says otherwise."""
+"""scripts/evaluate_models.py: a run is evaluated as it was tuned, unless the command says otherwise."""
 
 import json
 import shutil
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import FileInTheWay
-from reduction.reductions import Reductions
-from scripts.evaluate import candidates_for, check_output, data_for, main, precision_for, read_arguments, runs_of
-from train.command_line import MENDABLE, dump_config
-from train.config import ConfigError, DataConfig, TuneConfig
-from train.run_folder import CONFIG
+from shortzip.data.errors import FileInTheWay
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.evaluate_models import candidates_for, check_output, data_for, main, precision_for, read_arguments, runs_of
+from shortzip.train.settings.command_line import MENDABLE, dump_config
+from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.run.run_folder import CONFIG
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

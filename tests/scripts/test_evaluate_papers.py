@@ -18,10 +18,10 @@ import pytest
 import yaml
 from tiny import write_release
 
-from data.instructions import read_instructions
-from reduction.reductions import Reductions
-from scripts.estimate_cost import known_release
-from scripts.evaluate_papers import (
+from shortzip.data.instructions import read_instructions
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.estimate_cost import known_release
+from shortzip.scripts.evaluate_papers import (
     Checked,
     check_judged,
     check_lmms_eval,
@@ -34,10 +34,10 @@ from scripts.evaluate_papers import (
     run_all,
     score_of,
 )
-from train.command_line import parse_config
-from train.config import ConfigError
-from train.lmms_plugin import write_task
-from train.papers_table import (
+from shortzip.train.settings.command_line import parse_config
+from shortzip.train.settings.config import ConfigError
+from shortzip.train.evaluation.lmms_plugin import write_task
+from shortzip.train.evaluation.papers_table import (
     ALL,
     NONE,
     TRAINING_FREE,
@@ -54,9 +54,9 @@ from train.papers_table import (
     show,
     table_rows,
 )
-from train.processes import CONSENT_S, StopRequest, StopRequested
-from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import Release, load_release, open_release, release_projector
+from shortzip.train.run.processes import CONSENT_S, StopRequest, StopRequested
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.release.opening import Release, load_release, open_release, release_projector
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
@@ -280,7 +280,7 @@ def test_what_is_kept_belongs_to_the_local_tasks_content(local_task: Path, monke
     by_one = digest_of(judged, config)
     monkeypatch.setenv("MODEL_VERSION", "gpt-4o")
     assert digest_of(judged, config) != by_one
-    monkeypatch.setattr("scripts.evaluate_papers.version", lambda name: f"another version of {name}")
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.version", lambda name: f"another version of {name}")
     assert digest_of(config.tasks[0], config) != seen[-1]
 
 
@@ -457,7 +457,7 @@ def test_what_fails_leaves_its_cell_empty_and_the_rest_goes_on(
     (kept,) = kept_results(config, rows, {"done": {"m": 3.0}})
     before = kept.read_text()
     failing = [sys.executable, "-c", "print('the disk is full'); raise SystemExit(3)"]
-    monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: failing)
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", lambda *arguments: failing)
     said: list[str] = []
     scores, failures = run_all(config, rows, said.append, StopRequest())
     assert re.search(r"ended with 3[\s\S]*the disk is full", said[1])
@@ -488,7 +488,7 @@ def test_a_corrected_metric_or_scale_needs_no_other_run(
         runs.append(folder)
         return [sys.executable, "-c", script, str(folder)]
 
-    monkeypatch.setattr("scripts.evaluate_papers.command_of", command)
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", command)
     scores, failures = run_all(config, rows, print, StopRequest())
     assert scores == {row: {}}
     assert "no number for wrong among right" in failures[0]
@@ -511,7 +511,7 @@ def test_why_lmms_eval_failed_is_said(
         r"failed: lmms-eval ended with 1 and wrote no results[\s\S]*ValueError: Tasks not found: absent", said[1]
     )
     quiet = "print('a.b.RetryError: why'); print('and so on\\n' * 50)"
-    monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", quiet])
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", quiet])
     run_all(config, rows, said.append, StopRequest())
     assert re.search(r"ended with 0 and wrote no results[\s\S]*\na\.b\.RetryError: why\n(and so on\n)+", said[3])
 
@@ -579,7 +579,7 @@ def test_all_that_a_run_started_ends_with_it(
     config = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], str(tmp_path), device="cpu")
     rows = check_rows(config)
     deaf = "import subprocess, time; subprocess.Popen(['sh', '-c', 'trap \"\" TERM; sleep 600; :']); time.sleep(600)"
-    monkeypatch.setattr("scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", deaf])
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", deaf])
     here = psutil.Process()
     others = here.children(recursive=True)
     seen: list[psutil.Process] = []

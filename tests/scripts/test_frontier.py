@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from runs import ROOT, environment, output_of, wait_until
 from tiny import LLM_LAYERS
 
-from reduction.reductions import Reductions
-from scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
-from train.command_line import MENDABLE, load_config, parse_config
-from train.config import ConfigError, FastVConfig, TuneConfig
-from train.frontier_points import FrontierConfig, Point, points_of, tuned_points
-from train.frontier_report import GRID_OF_POINTS, Summary, show, summarise
-from train.processes import StopRequest
-from train.run_folder import read_status, write_status
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
+from shortzip.train.settings.command_line import MENDABLE, load_config, parse_config
+from shortzip.train.settings.config import ConfigError, FastVConfig, TuneConfig
+from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, points_of, tuned_points
+from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, show, summarise
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.run_folder import read_status, write_status
 
 LAYERS = {("lc", "0", budget, 0): [] for budget in ("all", "6+3", "9+3")}
 LAYERS |= {("lc", "60%", "all", 0): [1, 2], ("lc", "60%", "6+3", 0): [0, 1], ("lc", "60%", "9+3", 0): [0, 2]}
@@ -242,7 +242,7 @@ def test_layers_are_those_that_a_run_of_the_points_budget_would_freeze(
         asked.append((recipe.shortv.ranking, recipe.shortv.freeze, recipe.visionzip and recipe.visionzip.as_key()))
         return [1, 3]
 
-    monkeypatch.setattr("scripts.frontier.choose_layers", choose)
+    monkeypatch.setattr("shortzip.scripts.frontier.choose_layers", choose)
     (tmp_path / "out").mkdir()
     written = write_frontier(
         tmp_path, {**recipe(tiny_release, tiny_held_out, tmp_path), "visionzip": {"dominant": 4, "contextual": 2}}
@@ -284,7 +284,7 @@ def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch:
         log.write_text("the disk is full\n")
         return int(len(given) == 4)
 
-    monkeypatch.setattr("scripts.frontier.run_until_stopped", run)
+    monkeypatch.setattr("shortzip.scripts.frontier.run_until_stopped", run)
     recipe, content = load_config(["--max_steps", "7"]), {"release": {"model.safetensors": "a digest"}}
     folder = tune_point(point, config(output=str(tmp_path)), recipe, content)
     tune_point(point, config(output=str(tmp_path)), recipe, content)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import FileInTheWay, UserError
-from scripts.make_lmms_task import main
-from train.lmms_plugin import TEMPLATES
+from shortzip.data.errors import FileInTheWay, UserError
+from shortzip.scripts.make_lmms_task import main
+from shortzip.train.evaluation.lmms_plugin import TEMPLATES
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data.errors import UserError
-from train.command_line import load_config
+from shortzip.data.errors import UserError
+from shortzip.train.settings.command_line import load_config
 
 ROOT = Path(__file__).parents[2]
 

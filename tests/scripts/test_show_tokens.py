@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.errors import CannotWrite, FileInTheWay, UserError
-from data.images import BadImage
-from scripts.show_tokens import ShowConfig, default_budgets, main, show
+from shortzip.data.errors import CannotWrite, FileInTheWay, UserError
+from shortzip.data.images import BadImage
+from shortzip.scripts.show_tokens import ShowConfig, default_budgets, main, show
 
 
 @pytest.fixture

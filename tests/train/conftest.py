@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from data.dataset import Collator, ConversationDataset
-from data.instructions import read_instructions
-from data.supervision import Supervision
-from reduction.reductions import Reductions
-from train.objective import SupervisedLoss
-from train.release import load_release
+from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.instructions import read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.release.opening import load_release
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.dataset import Collator, ConversationDataset
-from data.instructions import read_instructions
-from data.supervision import Supervision
-from reduction.reductions import Reductions
-from train.config import DataConfig, TuneConfig
-from train.engine import WholeEngine, start_engine
-from train.objective import SupervisedLoss, projector_parameters, train_only_projector
-from train.processes import start_accelerator
-from train.release import load_release
+from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.instructions import read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.step.engine import WholeEngine, start_engine
+from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
+from shortzip.train.run.processes import start_accelerator
+from shortzip.train.release.opening import load_release
 
 State = dict[str, torch.Tensor]
 

@@ -12,9 +12,9 @@ from runs import run_here, write_recipe
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from reduction.reductions import Reductions
-from train.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
-from train.release import lay_projector, load_release
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.step.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
+from shortzip.train.release.opening import lay_projector, load_release
 
 VISIONZIP = {"dominant": 6, "contextual": 2}
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8.0}

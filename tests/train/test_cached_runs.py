@@ -16,9 +16,9 @@ from tiny import write_instructions, write_release
 from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from train import towers
-from train.release import load_release, open_release
-from train.run_folder import read_metrics
+from shortzip.train.release import towers
+from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.run.run_folder import read_metrics
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def test_a_second_run_and_a_sweep_neither_load_the_tower_nor_run_it(
         with_tower.append(keywords["with_tower"])
         return load_release(*arguments, **keywords)
 
-    monkeypatch.setattr("train.tune_projector.load_release", load)
-    monkeypatch.setattr("train.feature_cache.load_tower", None)
+    monkeypatch.setattr("shortzip.train.tune_projector.load_release", load)
+    monkeypatch.setattr("shortzip.train.inputs.feature_cache.load_tower", None)
     again = run_here(recipe, tmp_path / "again")
     assert "features: 0 images computed" in capsys.readouterr().out
     torch.testing.assert_close(checkpoint_tensors(again, 4), checkpoint_tensors(first, 4), rtol=0, atol=0)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from train import checkpoint as checkpoint_module
-from train.checkpoint import (
+from shortzip.train.run import checkpoint as checkpoint_module
+from shortzip.train.run.checkpoint import (
     CHECKSUMS,
     FILES,
     Checkpoint,

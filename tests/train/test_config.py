@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import command_line as command_line_module
-from train import config as config_module
-from train.command_line import check_keys, dump_config, known_keys, load_config
-from train.config import ConfigError, TuneConfig
+from shortzip.train.settings import command_line as command_line_module
+from shortzip.train.settings import config as config_module
+from shortzip.train.settings.command_line import check_keys, dump_config, known_keys, load_config
+from shortzip.train.settings.config import ConfigError, TuneConfig
 
 YAML = """
 model: some/release
@@ -54,7 +54,7 @@ def test_without_a_config_the_demo_is_read(recipe: Path, monkeypatch: pytest.Mon
     ("arguments", "named"),
     [
         (["--learning_rte", "1"], "'learning_rate'"),
-        (["--data.instruction", "x"], "'data.instructions'"),
+        (["--data.instruction", "x"], "'shortzip.data.instructions'"),
         (["--fraction", "0.1"], "'data.fraction'"),
         (["--visionzip.dominat=3"], "'visionzip.dominant'"),
         (["--shortv.layer", "[1]"], "'shortv.layers'"),

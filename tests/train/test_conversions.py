@@ -14,11 +14,11 @@ from originals import PRETRAIN, SHARDS, copy_of_release
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from data.files import written_whole
-from train import conversions
-from train.content import content_digest
-from train.convert import convert_to_transformers
-from train.release import open_release
+from shortzip.data.files import written_whole
+from shortzip.train.release import conversions
+from shortzip.train.release.content import content_digest
+from shortzip.train.release.convert import convert_to_transformers
+from shortzip.train.release.opening import open_release
 
 
 @pytest.fixture
@@ -181,8 +181,8 @@ def test_what_killed_conversions_of_other_content_left_is_removed(release: Path,
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
 def test_a_large_file_is_known_by_every_tensor(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.content.READ_WHOLE", 0)
-    monkeypatch.setattr("train.content._STRIDE", 1 << 12)
+    monkeypatch.setattr("shortzip.train.release.content.READ_WHOLE", 0)
+    monkeypatch.setattr("shortzip.train.release.content._STRIDE", 1 << 12)
     path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.bin")
 
     def digest(change: str | None) -> str:

@@ -22,10 +22,10 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from train.convert import convert_to_transformers, write_llava_projector
-from train.original_release import to_original_config
-from train.release import open_release
-from train.tensor_files import TensorSpec, folder_specs, read_specs, write_safetensors
+from shortzip.train.release.convert import convert_to_transformers, write_llava_projector
+from shortzip.train.release.original_layout import to_original_config
+from shortzip.train.release.opening import open_release
+from shortzip.train.release.tensor_files import TensorSpec, folder_specs, read_specs, write_safetensors
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_files_in_the_old_format_without_zip(release: Path, tmp_path: Path) -> N
 MEASURE = """
 import re, sys
 from pathlib import Path
-from train.convert import convert_to_transformers
+from shortzip.train.release.convert import convert_to_transformers
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()
 for release in sys.argv[2:]:
@@ -162,7 +162,7 @@ def test_an_unfinished_conversion_leaves_nothing(release: Path, tmp_path: Path, 
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.convert.build_processor", full_disk)
+    monkeypatch.setattr("shortzip.train.release.convert.build_processor", full_disk)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space left"):
         convert_to_transformers(release, tmp_path / "out", tower=TOWER)
@@ -399,7 +399,7 @@ def test_to_llava_writes_what_llavas_own_loader_reads(tmp_path: Path) -> None:
 
 
 def test_the_original_config_of_a_release_that_is_transformers_only(tmp_path: Path) -> None:
-    from reduction import ReducedLlavaConfig
+    from shortzip.reduction import ReducedLlavaConfig
 
     source = open_release(str(RELEASE), cache_dir=tmp_path)
     made = to_original_config(ReducedLlavaConfig.from_pretrained(source.folder), "openai/clip-vit-tiny", "x")

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from reduction.reductions import Reductions
-from train.release import load_release, open_release
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.opening import load_release, open_release
 
 CASES = [(image, prompt) for image in range(3) for prompt in range(3)]
 
@@ -207,7 +207,7 @@ _tokenizers: dict[str, Any] = {}
 
 def fast() -> Any:
     if "fast" not in _tokenizers:
-        from train.original_release import read_vocabulary
+        from shortzip.train.release.original_layout import read_vocabulary
 
         _tokenizers["fast"] = read_vocabulary(RELEASE, 1000).tokenizer
     return _tokenizers["fast"]

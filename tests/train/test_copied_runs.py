@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train.tracking import wandb_run_id
+from shortzip.train.run.tracking import wandb_run_id
 
 
 def test_a_moved_run_keeps_its_id_and_a_copy_has_its_own(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from data.scenes import sample_scene
-from scripts.make_demo_model import make
-from train.demo_language_model import SYSTEM, Writer, answer_logits, measure, questions_for
-from train.demo_model import DemoModelConfig, build_model, build_tokenizer
-from train.demo_tower import draw_scenes, normalise, tower_layers
+from shortzip.data.generated.scenes import sample_scene
+from shortzip.scripts.make_demo_model import make
+from shortzip.train.demo.language_model import SYSTEM, Writer, answer_logits, measure, questions_for
+from shortzip.train.demo.model import DemoModelConfig, build_model, build_tokenizer
+from shortzip.train.demo.tower import draw_scenes, normalise, tower_layers
 
 
 @pytest.fixture(scope="module")

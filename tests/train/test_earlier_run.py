@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from runs import run_here, write_recipe
 from torch import Tensor
 
-from data.errors import UserError
-from train.checkpoint import Checkpoint, CheckpointError, damage, list_checkpoints, save_checkpoint
-from train.config import DataConfig, TuneConfig
-from train.earlier_run import EARLIER
-from train.objective import SupervisedLoss
-from train.run_folder import RunFolderError, read_status
-from train.run_start import RunFolder
+from shortzip.data.errors import UserError
+from shortzip.train.run.checkpoint import Checkpoint, CheckpointError, damage, list_checkpoints, save_checkpoint
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.run.earlier_run import EARLIER
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.run.run_folder import RunFolderError, read_status
+from shortzip.train.run.run_start import RunFolder
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_refused_command_changes_nothing(
     recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setattr("train.publish.get_token", lambda: None)
+    monkeypatch.setattr("shortzip.train.publish.push.get_token", lambda: None)
     before = contents(finished)
     with pytest.raises((UserError, ValueError, OSError)):
         run_here(recipe, finished, *(word.replace("RUN", str(finished)) for word in arguments))
@@ -300,7 +300,7 @@ def test_a_run_goes_on_past_checkpoints_it_cannot_remove_and_damaged_records(
             raise PermissionError(1, "Operation not permitted")
         rmtree(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("train.checkpoint.shutil.rmtree", refuse)
+    monkeypatch.setattr("shortzip.train.run.checkpoint.shutil.rmtree", refuse)
     capsys.readouterr()
     run_here(recipe, run, *RESUME, "--save_total_limit", "1")
     said = capsys.readouterr().out

@@ -12,18 +12,18 @@ from PIL import Image
 from tiny import write_instructions
 from transformers import LlavaForConditionalGeneration
 
-from data.dataset import ConversationDataset
-from data.drops import Drop
-from data.instructions import read_instructions
-from data.supervision import Supervision
-from reduction.flops import llm_prefill_flops_grouped
-from reduction.reductions import Reductions
-from train.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
-from train.config import DataConfig
-from train.evaluation import Answer, Evaluation, evaluate, held_out_loss
-from train.objective import SupervisedLoss, count_supervised
-from train.processes import StopRequest
-from train.release import load_release
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import Drop
+from shortzip.data.instructions import read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.flops import llm_prefill_flops_grouped
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
+from shortzip.train.settings.config import DataConfig
+from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, held_out_loss
+from shortzip.train.step.objective import SupervisedLoss, count_supervised
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.release.opening import load_release
 
 TOKENS = 12
 
@@ -160,7 +160,7 @@ def test_no_answer_is_longer_than_asked_right_or_wrong(
 def test_the_held_out_loss_of_the_loop_is_the_table_s(
     evaluated: tuple[Evaluation, list[Answer]], learned_release: Path, held_out: Path, accelerator: Accelerator
 ) -> None:
-    from data.dataset import Collator
+    from shortzip.data.dataset import Collator
 
     model, processor = load_release(str(learned_release), Reductions())
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
@@ -179,7 +179,7 @@ def test_prefill_is_timed_side_by_side(
 ) -> None:
     """A machine that is busy in one round (here the second) changes no row."""
     times = iter([99.0, 99.0, 8.0, 4.0, 80.0, 40.0, 7.0, 5.0])
-    for module in ("train.evaluation", "train.comparison"):
+    for module in ("shortzip.train.evaluation.answers", "shortzip.train.evaluation.comparison"):
         monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: (next(times), 4))
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
     candidates = [

@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
 from torch import Tensor
 
-from data.drops import BadSample, TooManyBadSamples
-from train.checkpoint import CheckpointError
-from train.config import ConfigError, DataConfig, TuneConfig
-from train.objective import SupervisedLoss
-from train.processes import failures_recorded, start_accelerator, watched
-from train.run_folder import RunFolderError, read_metrics, read_status
-from train.tune_projector import NonFiniteLoss
+from shortzip.data.drops import BadSample, TooManyBadSamples
+from shortzip.train.run.checkpoint import CheckpointError
+from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.run.processes import failures_recorded, start_accelerator, watched
+from shortzip.train.run.run_folder import RunFolderError, read_metrics, read_status
+from shortzip.train.tune_projector import NonFiniteLoss
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
 
@@ -208,7 +208,7 @@ def test_the_reason_is_written_though_a_worker_dies_as_its_handler_is_taken_away
     reasons: list[str] = []
     try:
         with monkeypatch.context() as patched:
-            patched.setattr("train.processes.signal.signal", signal_in_between)
+            patched.setattr("shortzip.train.run.processes.signal.signal", signal_in_between)
             with (
                 pytest.raises(EOFError),
                 failures_recorded(reasons.append, Accelerator(mixed_precision="no")),
@@ -232,7 +232,7 @@ def test_a_worker_killed_for_its_silence_is_called_silent(seen_first: str, monke
         raise EOFError
         yield
 
-    monkeypatch.setattr("train.processes.GRACE", 0.1)
+    monkeypatch.setattr("shortzip.train.run.processes.GRACE", 0.1)
     worker = get_context("fork").Process(target=time.sleep, args=(600,))
     before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
     try:

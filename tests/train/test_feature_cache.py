@@ -16,17 +16,17 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
-from data.dataset import Collator, ConversationDataset
-from data.drops import BadSample
-from data.files import sweep
-from data.instructions import read_instructions
-from data.kept import identity_of
-from data.supervision import Supervision
-from reduction.reductions import Reductions
-from train.config import ConfigError, DataConfig, TuneConfig
-from train.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
-from train.objective import SupervisedLoss, projector_parameters, train_only_projector
-from train.release import load_release
+from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.drops import BadSample
+from shortzip.data.files import sweep
+from shortzip.data.instructions import read_instructions
+from shortzip.data.kept import identity_of
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
+from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
+from shortzip.train.release.opening import load_release
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 
@@ -153,7 +153,7 @@ def test_what_a_live_writer_writes_stays_however_old_it_looks(
             left.append(dead)
             filled(tmp_path, loaded, dataset)
 
-    monkeypatch.setattr("train.feature_cache.save_file", fill_meanwhile)
+    monkeypatch.setattr("shortzip.train.inputs.feature_cache.save_file", fill_meanwhile)
     cache.write({"a": (torch.ones(1, 8, 24), torch.zeros(1, 5, dtype=torch.int64))})
     assert foreign.exists()
     assert not left[0].exists()
@@ -179,7 +179,7 @@ def test_a_damaged_shard_is_computed_anew_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("train.feature_cache.SHARD_IMAGES", 9)
+    monkeypatch.setattr("shortzip.train.inputs.feature_cache.SHARD_IMAGES", 9)
     dataset = dataset_of(tiny_instructions, loaded[1])
     cache = filled(tmp_path, loaded, dataset, batch_size=3, num_workers=workers)
     expected = {key: cache.get(key)["visual_tokens"].clone() for key in cache._places}
@@ -256,7 +256,7 @@ def test_files_are_hashed_once_and_again_when_they_have_changed(
     for workers in (0, 1):
         dataset.features = filled(tmp_path / str(workers), loaded, dataset, num_workers=workers)
         with monkeypatch.context() as patched:
-            patched.setattr("train.feature_cache.image_bytes", None)
+            patched.setattr("shortzip.train.inputs.feature_cache.image_bytes", None)
             for index in range(len(dataset)):
                 dataset.load(dataset.conversations[index])
     file = tmp_path / "a.bmp"
@@ -298,8 +298,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from train.feature_cache import FeatureCache
-import train.feature_cache as module
+from shortzip.train.inputs.feature_cache import FeatureCache
+import shortzip.train.inputs.feature_cache as module
 cache = FeatureCache(sys.argv[1], {"of": "a test"})
 cache.write({"a": (torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))})
 def die(tensors, path, metadata):

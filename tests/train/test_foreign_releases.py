@@ -14,11 +14,11 @@ import torch
 from originals import RELEASE, TOWER, copy_of_release, edit_config
 from transformers import AutoProcessor
 
-from reduction.reductions import Reductions
-from scripts.convert_release import main
-from train.convert import convert_to_transformers
-from train.release import load_release, open_release
-from train.tensor_files import open_tensors, read_specs, weight_files
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.convert_release import main
+from shortzip.train.release.convert import convert_to_transformers
+from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
 
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 INDEX = "pytorch_model.bin.index.json"

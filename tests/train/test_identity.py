@@ -16,17 +16,17 @@ from runs import copy_until, run_here, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import write_release
 
-from data.batching import permutation
-from data.dataset import ConversationDataset
-from data.drops import BadSample
-from data.files import sha256
-from data.instructions import read_instructions
-from data.supervision import Supervision
-from reduction.base_release import describe_files
-from train.checkpoint import CHECKSUMS, FILES, CheckpointError
-from train.identity import IMAGES, changed_versions, check_same_origin, data_identity, release_identity
-from train.release import load_release, open_release
-from train.tensor_files import write_index
+from shortzip.data.batching import permutation
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import BadSample
+from shortzip.data.files import sha256
+from shortzip.data.instructions import read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.base_release import describe_files
+from shortzip.train.run.checkpoint import CHECKSUMS, FILES, CheckpointError
+from shortzip.train.inputs.identity import IMAGES, changed_versions, check_same_origin, data_identity, release_identity
+from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.tensor_files import write_index
 
 LLM, TOWER, PROJECTOR = "the language model's weights", "the vision tower's weights", "the projector to begin with"
 

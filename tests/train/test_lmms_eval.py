@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from data.images import open_image
-from data.instructions import Conversation, read_instructions
-from reduction.reductions import Reductions
-from train.comparison import Candidate, compare
-from train.config import DataConfig
-from train.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
-from train.lmms_plugin import middle_image, write_questions, write_task
+from shortzip.data.images import open_image
+from shortzip.data.instructions import Conversation, read_instructions
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.evaluation.comparison import Candidate, compare
+from shortzip.train.settings.config import DataConfig
+from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
+from shortzip.train.evaluation.lmms_plugin import middle_image, write_questions, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, LAYERS = {"dominant": 6, "contextual": 3}, [1, 2]
@@ -28,7 +28,7 @@ ARGUMENTS = "budget=6+3,layers=1+2,dtype=float32"
 
 
 def answer(release: Path, instructions: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Exact match and answers, as scripts/evaluate.py gets them."""
+    """Exact match and answers, as scripts/evaluate_models.py gets them."""
     data = DataConfig(str(instructions), eval_instructions=str(instructions))
     candidate = Candidate("reduced", str(release), Reductions(BUDGET, {"layers": LAYERS}))
     found, (said,) = compare(

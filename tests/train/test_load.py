@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from runs import output_of, start_there, write_recipe
 
-from train.checkpoint import damage, list_checkpoints
-from train.run_folder import read_metrics, read_status
+from shortzip.train.run.checkpoint import damage, list_checkpoints
+from shortzip.train.run.run_folder import read_metrics, read_status
 
 STEPS, KEPT = 10_000, 2
 

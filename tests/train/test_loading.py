@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from data.batching import BatchPlan
-from data.dataset import MicroBatch
-from data.errors import FileInTheWay, UserError
-from data.scene_questions import write_scenes
-from train.config import DataConfig, DemoScenesConfig, TuneConfig
-from train.loading import SharingCollator, check_shared_memory, loader_of
-from train.release import load_release
-from train.samples import demo_folder, draw_demo_scenes, training_set
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import MicroBatch
+from shortzip.data.errors import FileInTheWay, UserError
+from shortzip.data.generated.scene_questions import write_scenes
+from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
+from shortzip.train.inputs.loading import SharingCollator, check_shared_memory, loader_of
+from shortzip.train.release.opening import load_release
+from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, training_set
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -36,7 +36,7 @@ def plan(dataset: Any) -> BatchPlan:
 def give_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     real = shutil.disk_usage
     monkeypatch.setattr(
-        "train.loading.shutil.disk_usage", lambda path: Usage(free, 0, free) if str(path) == "/dev/shm" else real(path)
+        "shortzip.train.inputs.loading.shutil.disk_usage", lambda path: Usage(free, 0, free) if str(path) == "/dev/shm" else real(path)
     )
 
 
@@ -56,7 +56,7 @@ def test_too_small_a_shared_memory_is_foreseen(dataset: Any, plan: BatchPlan, mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes x 3 data workers"):
         check_shared_memory(dataset, plan, 3)
-    monkeypatch.setattr("train.loading.SHARED_MEMORY", Path("/no/such/folder"))
+    monkeypatch.setattr("shortzip.train.inputs.loading.SHARED_MEMORY", Path("/no/such/folder"))
     check_shared_memory(dataset, plan, 3)
 
 
@@ -68,7 +68,7 @@ def test_docker_s_64_mb_are_enough_for_a_demo_and_not_for_a_real_release(
     real = dataset.supervision.processor.image_processor
     large = type(real)(do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     monkeypatch.setattr(dataset.supervision.processor, "image_processor", large)
-    monkeypatch.setattr("data.dataset.ConversationDataset.__getitem__", with_pixels(336))
+    monkeypatch.setattr("shortzip.data.dataset.ConversationDataset.__getitem__", with_pixels(336))
     with pytest.raises(UserError, match=r"67\.1 MB are free"):
         check_shared_memory(dataset, plan, 8)
 
@@ -122,12 +122,12 @@ def test_of_two_runs_that_draw_the_scenes_at_a_time_the_later_takes_the_other_s(
         shutil.copytree(folder, target)
         (target / "winner").touch()
 
-    monkeypatch.setattr("train.samples.write_scenes", overtaken)
+    monkeypatch.setattr("shortzip.train.inputs.samples.write_scenes", overtaken)
     draw_demo_scenes(config)
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"instructions.json", "images", "winner"}
     assert {path.name for path in tmp_path.iterdir()} == {folder.name for folder in folders}
-    monkeypatch.setattr("train.samples.write_scenes", lambda *_: pytest.fail("they are there"))
+    monkeypatch.setattr("shortzip.train.inputs.samples.write_scenes", lambda *_: pytest.fail("they are there"))
     draw_demo_scenes(config)
 
 

@@ -10,18 +10,18 @@ import torch
 from runs import ROOT, checkpoint_tensors, copy_until, run_here, write_recipe
 from transformers import LlavaForConditionalGeneration
 
-from reduction.flops import parameter_counts
-from reduction.parsing import parse_bytes
-from reduction.reductions import Reductions
-from reduction.training_cost import NF4_BYTES, TrainingStep, training_step_memory
-from scripts.estimate_cost import known_release
-from train import micro_batch
-from train.command_line import load_config
-from train.config import ConfigError, TuneConfig
-from train.micro_batch import ENOUGH_TOKENS, MicroBatchLimits, StepEstimate, choose_limits
-from train.objective import train_only_projector
-from train.release import load_release
-from train.samples import training_set
+from shortzip.reduction.flops import parameter_counts
+from shortzip.reduction.parsing import parse_bytes
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.step.memory import NF4_BYTES, TrainingStep, training_step_memory
+from shortzip.scripts.estimate_cost import known_release
+from shortzip.train.step import micro_batch
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.step.micro_batch import ENOUGH_TOKENS, MicroBatchLimits, StepEstimate, choose_limits
+from shortzip.train.step.objective import train_only_projector
+from shortzip.train.release.opening import load_release
+from shortzip.train.inputs.samples import training_set
 
 GIB = 2**30
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from data.dataset import Collator, ConversationDataset
-from data.instructions import Conversation, read_instructions
-from data.supervision import Supervision
-from reduction.reductions import Reductions
-from train.objective import (
+from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.instructions import Conversation, read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
     describe_components,
@@ -20,7 +20,7 @@ from train.objective import (
     recompute_layers,
     train_only_projector,
 )
-from train.release import load_release
+from shortzip.train.release.opening import load_release
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 

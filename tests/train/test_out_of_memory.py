@@ -9,8 +9,8 @@ import torch
 from runs import ROOT, checkpoint_tensors, output_of, run_here, start_there, write_recipe
 from torch import Tensor
 
-from train.objective import SupervisedLoss
-from train.run_folder import read_metrics, read_status
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.run.run_folder import read_metrics, read_status
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
 
@@ -92,8 +92,8 @@ FULL = """
 import os, sys
 sys.path[:0] = {tests!r}
 from test_out_of_memory import full_beyond
-from train.objective import SupervisedLoss
-from train.tune_projector import main
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.tune_projector import main
 if os.environ["RANK"] == "1":
     SupervisedLoss.forward = full_beyond(SupervisedLoss.forward, 2, 3)
 main(sys.argv[1:])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from reduction.reductions import Reductions
-from train.config import DataConfig
-from train.evaluation import evaluate
-from train.release import load_release
-from train.samples import check_positions, held_out_set, training_set
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.config import DataConfig
+from shortzip.train.evaluation.answers import evaluate
+from shortzip.train.release.opening import load_release
+from shortzip.train.inputs.samples import check_positions, held_out_set, training_set
 
 
 @pytest.fixture(scope="module")

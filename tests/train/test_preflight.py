@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import write_instructions
 from transformers import get_scheduler
 
-from data.batching import BatchPlan
-from data.dataset import MicroBatch
-from train.config import ConfigError, DataConfig, DemoScenesConfig, TuneConfig
-from train.preflight import NothingToLearn, answer_images, check_learns, conversations_in_words, refuse_zero_gradient
-from train.processes import FEW_THREADS, start_accelerator
-from train.release import load_release
-from train.run_folder import read_status
-from train.samples import training_set
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import MicroBatch
+from shortzip.train.settings.config import ConfigError, DataConfig, DemoScenesConfig, TuneConfig
+from shortzip.train.inputs.preflight import NothingToLearn, answer_images, check_learns, conversations_in_words, refuse_zero_gradient
+from shortzip.train.run.processes import FEW_THREADS, start_accelerator
+from shortzip.train.release.opening import load_release
+from shortzip.train.run.run_folder import read_status
+from shortzip.train.inputs.samples import training_set
 
 
 @pytest.fixture(scope="module")

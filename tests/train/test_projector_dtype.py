@@ -19,10 +19,10 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
-from reduction.reductions import Reductions
-from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import lay_projector, open_release, release_projector
+from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.release.opening import lay_projector, open_release, release_projector
 
 VISIONZIP = {"dominant": 5, "contextual": 3}
 IMAGE = 3

@@ -22,10 +22,10 @@ from originals import copy_of_release
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 
-from data.subset import SubsetOptions, prepare_subset
-from train.model_card import command_of, licence_of, write_card
-from train.publish import PublishError, check_repo_id
-from train.release import load_release, read_release_projector
+from shortzip.data.subset import SubsetOptions, prepare_subset
+from shortzip.train.publish.model_card import command_of, licence_of, write_card
+from shortzip.train.publish.push import PublishError, check_repo_id
+from shortzip.train.release.opening import load_release, read_release_projector
 
 PUBLISH = str(ROOT / "scripts" / "publish.py")
 TUNE = str(ROOT / "train" / "tune_projector.py")
@@ -401,7 +401,7 @@ def test_a_run_whose_hub_refuses_ends_well(
 def card_of(run: Finished, **changes: Any) -> tuple[dict[str, Any], str]:
     from dataclasses import replace
 
-    from train.model_card import read_run
+    from shortzip.train.publish.model_card import read_run
 
     record = replace(read_run(run.folder), **changes)
     text = write_card(record, repo_id="user/tuned", shape="full", size=5_000_000, picture=True)
@@ -446,7 +446,7 @@ def test_the_cards_command_repeats_the_run(finished: Finished, tmp_path: Path) -
     """Its options, given to the loop's own parser, give the run's settings back."""
     import shlex
 
-    from train.command_line import load_config
+    from shortzip.train.settings.command_line import load_config
 
     config = yaml.safe_load((finished.folder / "config.yaml").read_text())
     relative = {**config, "model": "m", "data": {**config["data"], "instructions": "i", "eval_instructions": "e"}}

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from finished_runs import finish, with_lineage, with_setting
 
-from data.errors import UserError
-from data.files import scratch_folder
-from reduction.reductions import Reductions
-from train.card_text import fenced, inline, licence_id
-from train.model_card import licence_of
-from train.publish import prepare
-from train.published_files import published_files, refuse_secrets
+from shortzip.data.errors import UserError
+from shortzip.data.files import scratch_folder
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.publish.card_text import fenced, inline, licence_id
+from shortzip.train.publish.model_card import licence_of
+from shortzip.train.publish.push import prepare
+from shortzip.train.publish.published_files import published_files, refuse_secrets
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_names_without_meaning_to_markdown_stay_as_they_are() -> None:
 
 
 def test_the_command_for_llavas_own_code_runs_nothing_of_a_name(run: Path) -> None:
-    from train.model_card import loading_lines, read_run
+    from shortzip.train.publish.model_card import loading_lines, read_run
 
     with_lineage(run, name="a b; rm -rf ~")
     assert "--model-base 'a b; rm -rf ~' --image-file" in loading_lines("user/llava-x", "llava", read_run(run))

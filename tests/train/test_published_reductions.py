@@ -10,18 +10,18 @@ import torch
 from finished_runs import finish, with_lineage, with_setting
 from tiny import write_release
 
-from data.errors import UserError
-from reduction.reductions import Reductions
-from scripts.convert_release import main as convert
-from scripts.evaluate import candidates_for, read_arguments, runs_of
-from train.command_line import load_config
-from train.comparison import table_of
-from train.config import ConfigError
-from train.evaluation import Evaluation
-from train.finish import candidates_of
-from train.publish import prepare
-from train.reduced_checkpoint import SHAPES
-from train.release import load_release, open_release
+from shortzip.data.errors import UserError
+from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.convert_release import main as convert
+from shortzip.scripts.evaluate_models import candidates_for, read_arguments, runs_of
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.evaluation.comparison import table_of
+from shortzip.train.settings.config import ConfigError
+from shortzip.train.evaluation.answers import Evaluation
+from shortzip.train.finish import candidates_of
+from shortzip.train.publish.push import prepare
+from shortzip.train.release.writing import SHAPES
+from shortzip.train.release.opening import load_release, open_release
 
 COMMIT = "5" * 40
 REDUCTIONS = {
@@ -33,7 +33,7 @@ REDUCTIONS = {
 
 @pytest.fixture(autouse=True)
 def _the_hub_has_the_same_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.publish._same_on_hub", lambda *_: COMMIT)
+    monkeypatch.setattr("shortzip.train.publish.push._same_on_hub", lambda *_: COMMIT)
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +214,8 @@ def test_the_release_is_looked_for_at_the_commit_that_was_tuned(run: Path, monke
 
     with_setting(run, model="maker/llava", revision="main")
     with_lineage(run, name="maker/llava", revision=COMMIT)
-    monkeypatch.setattr("train.tuned_from.open_release", opened)
-    monkeypatch.setattr("train.model_card.fetch", lambda *_: (run, None))
+    monkeypatch.setattr("shortzip.train.release.lineage.open_release", opened)
+    monkeypatch.setattr("shortzip.train.publish.model_card.fetch", lambda *_: (run, None))
     published_config(run, "full")
     assert asked == [("maker/llava", COMMIT)]
     config = load_config(["--config", str(run / "config.yaml")])

@@ -23,16 +23,16 @@ from runs import (
 )
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from reduction import ReducedLlavaForConditionalGeneration
-from train.report import LEFT_OUT
-from train.run_folder import read_metrics, read_status
+from shortzip.reduction import ReducedLlavaForConditionalGeneration
+from shortzip.train.run.report import LEFT_OUT
+from shortzip.train.run.run_folder import read_metrics, read_status
 
 SLOWED = """
 import runpy, sys, time
-from train.objective import SupervisedLoss
+from shortzip.train.step.objective import SupervisedLoss
 forward = SupervisedLoss.forward
 SupervisedLoss.forward = lambda *arguments: time.sleep(0.1) or forward(*arguments)
-runpy.run_module("train.tune_projector", run_name="__main__")
+runpy.run_module("shortzip.train.tune_projector", run_name="__main__")
 """
 
 
@@ -92,7 +92,7 @@ def test_the_reduced_checkpoint_in_a_new_process(uninterrupted: Path, tiny_instr
 import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
-from reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
 final = {str(uninterrupted / "final")!r}
 model = ReducedLlavaForConditionalGeneration.from_pretrained(final)
 assert model.config.visionzip == dict(dominant=4, contextual=2) and model.config.shortv == dict(layers=[1, 3])
@@ -193,7 +193,7 @@ def test_one_and_two_processes_have_the_same_gradients_and_continue_each_other(
 
 
 def test_the_demo_at_toy_length_as_a_user_starts_it(learned_release: Path, tmp_path: Path) -> None:
-    """`accelerate launch`, configs/demo.yaml, and a table whose rows scripts/evaluate.py shows again."""
+    """`accelerate launch`, configs/demo.yaml, and a table whose rows scripts/evaluate_models.py shows again."""
     folder = tmp_path / "demo"
     command = [
         str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1",

@@ -26,11 +26,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from reduction.reductions import Reductions
-from train.command_line import load_config
-from train.config import ConfigError
-from train.objective import SupervisedLoss, train_only_projector
-from train.release import load_release, open_release
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.config import ConfigError
+from shortzip.train.step.objective import SupervisedLoss, train_only_projector
+from shortzip.train.release.opening import load_release, open_release
 
 SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("llava*.yaml"))

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from reduction import ReducedLlavaForConditionalGeneration
-from reduction.base_release import describe_files, digest
-from reduction.reductions import Reductions
-from train.reduced_checkpoint import SHAPES, write_reduced_checkpoint
-from train.release import Release, load_release, open_release, read_projector, read_release_projector
+from shortzip.reduction import ReducedLlavaForConditionalGeneration
+from shortzip.reduction.base_release import describe_files, digest
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.writing import SHAPES, write_reduced_checkpoint
+from shortzip.train.release.opening import Release, load_release, open_release, read_projector, read_release_projector
 
 VISIONZIP = {"dominant": 12, "contextual": 4}
 SHORTV = {"layers": [1, 2]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from runs import run_here, write_recipe
 
-from train.run_folder import read_metrics
+from shortzip.train.run.run_folder import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train" / "losses.json"
 

@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data.supervision import load_template
-from reduction.reductions import Reductions
-from train.original_release import split_after_images
-from train.reduced_checkpoint import write_reduced_checkpoint
-from train.release import load_release, load_viewer, open_release, read_projector, release_projector
+from shortzip.data.supervision import load_template
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.original_layout import split_after_images
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.release.opening import load_release, load_viewer, open_release, read_projector, release_projector
 
 VISIONZIP = {"dominant": 4, "contextual": 2}
 
@@ -297,7 +297,7 @@ def test_four_bits_without_bitsandbytes(tiny_release: Path, monkeypatch: pytest.
 
 FETCH = """
 import sys
-from train.hub import fetch
+from shortzip.train.release.hub import fetch
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
     try:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import UserError
-from train.run_folder import Metrics, is_finished, read_metrics, read_status, write_status
+from shortzip.data.errors import UserError
+from shortzip.train.run.run_folder import Metrics, is_finished, read_metrics, read_status, write_status
 
 
 def test_metrics_after_the_resumed_step_are_dropped_with_a_half_line(tmp_path: Path) -> None:

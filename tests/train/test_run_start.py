@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from data.errors import Busy, CannotWrite
-from data.files import held_alone, written_whole
-from train.command_line import load_config
-from train.config import DataConfig, TuneConfig
-from train.processes import StopRequested
-from train.run_folder import LOCK, RunFolderError, read_status, write_status
-from train.run_start import RunFolder
+from shortzip.data.errors import Busy, CannotWrite
+from shortzip.data.files import held_alone, written_whole
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.run.processes import StopRequested
+from shortzip.train.run.run_folder import LOCK, RunFolderError, read_status, write_status
+from shortzip.train.run.run_start import RunFolder
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_start_that_the_disk_refuses_leaves_no_trace(config: TuneConfig, monke
     def refuse(path: Path, *_: object) -> None:
         raise CannotWrite(f"{path} cannot be written: No space left on device")
 
-    monkeypatch.setattr("train.run_start.write_status", refuse)
+    monkeypatch.setattr("shortzip.train.run.run_start.write_status", refuse)
     with pytest.raises(CannotWrite, match="No space"), folder_of(config) as run:
         run.accept()
     assert not Path(config.output_dir).exists()
@@ -299,7 +299,7 @@ def test_where_there_are_no_locks_it_is_said_once(config: TuneConfig, monkeypatc
     def unsupported(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("data.files.fcntl.lockf", unsupported)
+    monkeypatch.setattr("shortzip.data.files.fcntl.lockf", unsupported)
     said: list[str] = []
     with folder_of(config, said.append) as run:
         run.accept()
@@ -364,7 +364,7 @@ def test_a_final_folder_that_could_not_be_written_is_refused_before_any_work(
         (folder / "final").unlink()
     assert (full / "precious").read_text() == "x"
     (folder / "final").mkdir()
-    monkeypatch.setattr("train.run_start.os.path.ismount", lambda path: Path(path).name == "final")
+    monkeypatch.setattr("shortzip.train.run.run_start.os.path.ismount", lambda path: Path(path).name == "final")
     for changes in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
         with pytest.raises(RunFolderError, match="final is a mount point"), folder_of(replace(config, **changes)):
             pass

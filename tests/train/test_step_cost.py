@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from data.batching import BatchPlan
-from data.dataset import ConversationDataset
-from data.instructions import read_instructions
-from data.supervision import Supervision
-from reduction.reductions import Reductions
-from train.release import load_release
-from train.report import LEFT_OUT, Speed
-from train.step_cost import (
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.instructions import read_instructions
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.opening import load_release
+from shortzip.train.run.report import LEFT_OUT, Speed
+from shortzip.train.step.flops import (
     RowShape,
     StepFlops,
     half_the_micro_batch,

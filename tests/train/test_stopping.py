@@ -13,10 +13,10 @@ import pytest
 from runs import run_here, write_recipe
 from torch import Tensor
 
-from data.errors import ToldElsewhere, UserError
-from train.command_line import run_command
-from train.objective import SupervisedLoss
-from train.processes import (
+from shortzip.data.errors import ToldElsewhere, UserError
+from shortzip.train.settings.command_line import run_command
+from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.run.processes import (
     OPTIONAL_STOP_SIGNALS,
     STOP_SIGNALS,
     StopRequest,
@@ -25,8 +25,8 @@ from train.processes import (
     on_main_process,
     run_until_stopped,
 )
-from train.report import Reporter
-from train.run_folder import read_status
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.run_folder import read_status
 
 
 @pytest.mark.parametrize("number", [*STOP_SIGNALS, *OPTIONAL_STOP_SIGNALS])
@@ -115,13 +115,13 @@ def test_only_the_main_process_says_why_it_failed(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr("train.processes.broadcast_object_list", lambda outcome: sent.append(outcome) or outcome)
+    monkeypatch.setattr("shortzip.train.run.processes.broadcast_object_list", lambda outcome: sent.append(outcome) or outcome)
     main: Any = SimpleNamespace(is_main_process=True, process_index=0)
     other: Any = SimpleNamespace(is_main_process=False, process_index=1)
     with pytest.raises(type(error), match=str(error)):
         on_main_process(main, lambda: fail(error))
 
-    monkeypatch.setattr("train.processes.broadcast_object_list", lambda outcome: sent[0])
+    monkeypatch.setattr("shortzip.train.run.processes.broadcast_object_list", lambda outcome: sent[0])
     with pytest.raises(ToldElsewhere, match=f"the main process failed: {type(error).__name__}: {error}"):
         on_main_process(other, lambda: fail(AssertionError("only the main process does it")))
 

@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 from runs import run_here, write_recipe
 
-from train.config import DataConfig, TuneConfig
-from train.run_folder import read_metrics
-from train.tracking import Trackers
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.run.run_folder import read_metrics
+from shortzip.train.run.tracking import Trackers
 
 
 def wandb_history(file: Path) -> list[dict[str, Any]]:

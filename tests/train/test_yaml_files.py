@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from train.command_line import kinds_of, load_config
-from train.config import ConfigError, TuneConfig
-from train.yaml_files import read_settings
+from shortzip.train.settings.command_line import kinds_of, load_config
+from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.yaml_files import read_settings
 
 KINDS = dict(kinds_of(TuneConfig))
 BASE = "model: some/release\ndata: {instructions: train.json}\n"

@@ -1,0 +1,248 @@
+"""Compares models on held-out conversations: exact match, loss, visual tokens, LLM FLOPs and prefill time.
+
+    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --data.instructions FILE.json
+
+A model is a release (evaluated with all its visual tokens; with --visionzip or --shortv also reduced, untuned), a
+reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). Several GPUs: accelerate launch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from shortzip.data.errors import FileInTheWay
+from shortzip.data.files import refuse_to_replace
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.command_line import load_config, parse_config, run_command
+from shortzip.train.evaluation.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
+from shortzip.train.settings.config import (
+    ConfigError,
+    DataConfig,
+    FastVConfig,
+    ShortVConfig,
+    TuneConfig,
+    VisionZipConfig,
+    reductions_of,
+    repeated,
+)
+from shortzip.train.finish import candidates_of
+from shortzip.train.run.processes import PATIENCE, on_main_process
+from shortzip.train.release.opening import dtype_of, open_release
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
+from shortzip.train.release.lineage import check_run, check_settings, release_of
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The conversations to answer."""
+
+    instructions: str | None = None
+    """Held-out conversations in LLaVA's JSON; null: those of the run's own config, and its settings of them."""
+    image_root: str | None = None
+    """Folder that image paths start from; null means the folder of the instructions, or as the run."""
+    samples: int | None = None
+    """Only the first so many conversations; null means all, or as the run."""
+    on_bad_sample: Literal["raise", "skip"] | None = None
+    """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of scripts/evaluate_models.py."""
+
+    model: list[str]
+    """A release, reduced checkpoint or run folder; repeat the option for several."""
+    data: HeldOut
+    """The conversations to answer."""
+    revision: str | None = None
+    """Branch, tag or commit, for a single Hub id."""
+    visionzip: VisionZipConfig | None = None
+    """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
+    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
+    shortv: ShortVConfig | None = None
+    """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
+    shortv.calibration_samples: only when tuning.)"""
+    fastv: FastVConfig | None = None
+    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
+    fastv.keep: share of the visual tokens kept."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
+    a CPU and bf16 on a GPU."""
+    load_in_4bit: bool | None = None
+    """Whether the language model's layers are loaded in 4 bits. null: as the first run among the models did."""
+    batch_size: int = 16
+    """Conversations (loss) and questions (answers) per batch."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    output: str = "checkpoints/evaluation"
+    """Folder for the table as JSON and for each model's answers."""
+    overwrite: bool = False
+    """Replace an evaluation that is there already."""
+
+    def __post_init__(self) -> None:
+        if self.shortv is not None and self.shortv.layers is None:
+            raise ConfigError("shortv.freeze is chosen when a run starts: give shortv.layers here")
+        if self.fastv is not None and self.shortv is not None:
+            raise ConfigError("fastv and shortv do not go together: give one of them")
+        if self.revision is not None and len(self.model) != 1:
+            raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
+        if not self.model or "" in self.model:
+            raise ConfigError("give at least one --model, and a folder or a Hub id with each")
+        if twice := repeated(self.model):
+            raise ConfigError(f"model {twice[0]} is given twice: give each model once")
+        for key in ("batch_size", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}: at least 1 is needed")
+
+
+def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
+    """The settings; `--model` may stand several times. Raises `ConfigError`."""
+    models: list[str] = []
+    others: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--model":
+            models.append(next(tokens, ""))
+        elif token.startswith("--model="):
+            models.append(token.removeprefix("--model="))
+        else:
+            others.append(token)
+    given = ["--model", json.dumps(models)] if models else []
+    return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate.py")
+
+
+def runs_of(config: EvaluateConfig) -> dict[str, TuneConfig]:
+    """The settings of the runs among the models, in order."""
+    files = {model: Path(model) / CONFIG for model in config.model}
+    return {model: load_config(["--config", str(file)]) for model, file in files.items() if file.is_file()}
+
+
+def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> list[Candidate]:
+    """The rows that the models give, in order.
+
+    Raises what `open_release` raises, and `ConfigError` for reductions that no model is there to be given.
+    """
+    rows: list[Candidate] = []
+    reduces, given = config.visionzip or config.shortv or config.fastv, False
+    for model in config.model:
+        several = f"{model}: " if len(config.model) > 1 else ""
+        if model in runs:
+            if config.revision is not None:
+                raise ConfigError(f"revision {config.revision!r} is of a Hub id, and {model} is a run: leave it out")
+            final, settings, file = open_release(str(Path(model) / FINAL)), asdict(runs[model]), Path(model) / CONFIG
+            check_settings(final.source, settings, file)
+            check_run(final, release_of(final, settings), file)
+            rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
+            continue
+        saved = open_release(model, config.revision).saved_reductions
+        if not saved.is_empty:
+            rows.append(Candidate(model, model, revision=config.revision))
+            continue
+        release = Candidate(several + "all tokens", model, Reductions(), revision=config.revision)
+        rows.append(release)
+        if reduces:
+            given = True
+            layers = config.shortv.layers if config.shortv else None
+            reductions = reductions_of(config.visionzip, layers, config.fastv)
+            rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
+    if reduces and not given:
+        raise ConfigError(
+            f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "
+            "shortv and fastv mean nothing here: leave them out, or add the release as a --model"
+        )
+    return rows
+
+
+def precision_for(
+    config: EvaluateConfig, runs: Mapping[str, TuneConfig], device: torch.device
+) -> tuple[torch.dtype, bool]:
+    """Dtype of the computation, and whether to load in 4 bits."""
+    first = next(iter(runs.values()), None)
+    automatic = "bf16" if device.type == "cuda" else "no"
+    precision = config.mixed_precision or (first.mixed_precision if first else automatic)
+    in_4bit = config.load_in_4bit
+    if in_4bit is None:
+        in_4bit = first is not None and first.load_in_4bit
+    return dtype_of(precision), in_4bit
+
+
+def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConfig:
+    """The held-out conversations: those given, or those of the first run. Raises `ConfigError` without either."""
+    if config.data.instructions is not None:
+        return DataConfig(
+            instructions=config.data.instructions,
+            eval_instructions=config.data.instructions,
+            eval_image_root=config.data.image_root,
+            eval_samples=config.data.samples,
+            on_bad_sample=config.data.on_bad_sample or "raise",
+        )
+    for run in runs.values():
+        if run.data.eval_instructions is not None:
+            own = run.data
+            return replace(
+                own,
+                eval_image_root=config.data.image_root or own.eval_image_root,
+                eval_samples=own.eval_samples if config.data.samples is None else config.data.samples,
+                on_bad_sample=config.data.on_bad_sample or own.on_bad_sample,
+            )
+    raise ConfigError("shortzip.data.instructions is needed: no run among the models names held-out conversations")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = read_arguments(argv)
+    check_output(Path(config.output), config.overwrite)
+    runs = runs_of(config)
+    data = data_for(config, runs)
+    candidates = candidates_for(config, runs)
+    check_candidates(candidates)
+    answer(config, data, candidates, runs)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises `FileInTheWay` for a run's folder, whose evaluation.json is the run's own, and for an evaluation that is
+    there already."""
+    if (folder / CONFIG).exists() or (folder / STATUS).exists():
+        raise FileInTheWay(f"output {folder} is a run's folder, with an evaluation of its own: choose another one")
+    if (folder / ANSWERS).is_file():
+        raise FileInTheWay(f"{folder / ANSWERS} is a file, and a folder is to be written there: choose another output")
+    for written in (folder / RESULTS, folder / ANSWERS / "NAME.jsonl"):
+        refuse_to_replace(written, overwrite=overwrite)
+
+
+def answer(
+    config: EvaluateConfig, data: DataConfig, candidates: Sequence[Candidate], runs: Mapping[str, TuneConfig]
+) -> None:
+    """Evaluates the candidates, prints the table and writes it. Raises what `compare` raises."""
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    dtype, load_in_4bit = precision_for(config, runs, accelerator.device)
+    report = Reporter(accelerator.is_main_process)
+    output = Path(config.output)
+    results, answers = compare(
+        candidates,
+        data,
+        accelerator,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        progress=lambda name, done, total: report.progress(f"evaluating {name}", done, total),
+    )
+    report.end_progress()
+    precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
+    on_main_process(accelerator, lambda: write_evaluation(output, results, answers, **precision))
+    report.table(table_of(results, f"held-out conversations of {data.eval_instructions}"))
+    report.say(f"written: {output / RESULTS}, {output / ANSWERS}/")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)

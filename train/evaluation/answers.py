@@ -1,0 +1,292 @@
+"""How well a model answers held-out conversations, and what its visual tokens cost.
+
+Each answer of a conversation is asked for on its own, after the true turns before it. An answer is right when its
+text, without surrounding white space, is exactly the true one. The loss is the mean over all supervised tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
+from shortzip.data.drops import Drop, DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.files import writing
+from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.train.calibration.choosing import with_prompt
+from shortzip.train.step.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.inputs.samples import check_positions
+from shortzip.train.step.flops import synchronise
+
+WARM_UPS, TIMED_RUNS = 2, 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of a held-out conversation and what the model said."""
+
+    id: str
+    turn: int
+    expected: str
+    answer: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the table."""
+
+    name: str
+    exact_match: float
+    """Share of the answers that are right, 0 to 1."""
+    loss: float
+    """Mean cross-entropy over the supervised tokens, in nats."""
+    questions: int
+    supervised_tokens: int
+    visual_tokens: float
+    """Visual tokens per image, mean over the held-out images."""
+    frozen_layers: int
+    llm_flops: float
+    """FLOPs of the language model for the mean prompt (text and visual tokens), one prefill."""
+    prefill_ms: float
+    """Milliseconds from pixels and prompts to the first answer token, `prefill_batch` prompts at once: the median."""
+    prefill_batch: int
+    seconds: float
+    """Time that loss and answers took."""
+    fastv: str = NONE
+    """FastV's pruning inside the language model, like 2+0.5; none."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    sample: int
+    id: str
+    turn: int
+    prompt: list[int]
+    expected: str
+
+
+def evaluate(
+    name: str,
+    model: Llava,
+    dataset: ConversationDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Evaluation, list[Answer]]:
+    """Loss, exact match and cost of `model` on `dataset`, whose supervision carries the model's own processor.
+
+    Every process calls it with the whole dataset and takes its share; all get the same result, the answers in the
+    dataset's order. `progress` is called with batches done and batches in all, first of the loss, then of the answers.
+    Raises `UserError` if no conversation can be read, or one is longer than the model has positions.
+    """
+    start = time.perf_counter()
+    config: Any = model.config
+    check_positions(config, dataset, held_out=True)
+    sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "shown", "prompts"), 0.0)
+    answers: list[tuple[int, Answer]] = []
+    still_open: list[_Question] = []
+    share = _share(dataset.lengths.tolist(), batch_size, accelerator)
+    for number, batch in enumerate(share):
+        progress(number, len(share))
+        samples = _load(dataset, batch, dataset.drops)
+        if not samples:
+            continue
+        collated = Collator.of(dataset.supervision)(list(samples.values())).to(accelerator.device)
+        loss, tokens, greedy = _teacher_forced(model, collated)
+        sums["loss"], sums["tokens"] = sums["loss"] + loss, sums["tokens"] + tokens
+        for row, (index, sample) in enumerate(samples.items()):
+            sums["images"] += len(sample.image_sizes)
+            sums["visual"] += sum(map(dataset.supervision.placeholders, sample.image_sizes))
+            for question, (begin, end) in _questions(dataset, sample, index):
+                sums["prompts"] += 1
+                shown = question.prompt.count(_placeholder(dataset))  # of no image, or of several
+                sums["shown"], sums["text"] = sums["shown"] + shown, sums["text"] + len(question.prompt) - shown
+                # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
+                is_known = question.turn == 0 or config.fastv is None
+                if is_known and end - begin - 1 <= max_new_tokens and greedy[row, begin:end].all():
+                    # Each token is the greedy choice after the true ones before it: greedy decoding gives just this.
+                    answers.append((index, _answer(question, question.expected)))
+                else:
+                    still_open.append(question)
+    still_open = sorted(gather_object(still_open), key=lambda question: (question.sample, question.turn))
+    share = _share([len(question.prompt) for question in still_open], batch_size, accelerator)
+    for number, batch in enumerate(share):
+        progress(number, len(share))
+        questions = [still_open[index] for index in batch]
+        said = _generate(model, dataset, questions, max_new_tokens)
+        answers += [(q.sample, _answer(q, text)) for q, text in zip(questions, said, strict=True)]
+    gathered = sorted(gather_object(answers), key=lambda numbered: (numbered[0], numbered[1].turn))
+    listed = [answer for _, answer in gathered]
+    local = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+    totals = dict(zip(sums, accelerator.reduce(local).tolist(), strict=True))
+    if not listed:
+        raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
+    seconds = time.perf_counter() - start
+    prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
+    visual = totals["visual"] / max(totals["images"], 1)
+    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
+    text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
+    evaluation = Evaluation(
+        name=name,
+        exact_match=sum(answer.correct for answer in listed) / len(listed),
+        loss=totals["loss"] / totals["tokens"],
+        questions=len(listed),
+        supervised_tokens=int(totals["tokens"]),
+        visual_tokens=visual,
+        frozen_layers=len(reductions.layers),
+        llm_flops=reductions.prefill_flops(config.text_config, text, shown),
+        prefill_ms=prefill_ms,
+        prefill_batch=prefill_batch,
+        seconds=seconds,
+        fastv=reductions.fastv_words,
+    )
+    return evaluation, listed
+
+
+def held_out_loss(
+    loss_module: nn.Module, batches: Iterable[MicroBatch], accelerator: Accelerator, stop: StopRequest
+) -> float | None:
+    """Mean cross-entropy over the supervised tokens of this and all other processes' `batches`, without gradients.
+
+    None if one of the processes was asked to stop meanwhile.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    with torch.no_grad():
+        for batch in batches:
+            # Agreed on, not each for itself: engines that shard weights need all processes in every forward pass.
+            asked = torch.tensor(int(stop.signal is not None), device=accelerator.device)
+            if int(accelerator.reduce(asked)):
+                total[2] = 1
+                break
+            moved = batch.to(accelerator.device)
+            total[0] += loss_module(moved.inputs).double()
+            total[1] += count_supervised(moved.inputs["labels"])
+    loss, tokens, stopped = accelerator.reduce(total).tolist()
+    return loss / tokens if tokens and not stopped else None
+
+
+def write_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """One JSON object per line: id, turn, expected, answer, correct."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
+
+
+def _share(lengths: Sequence[int], size: int, accelerator: Accelerator) -> list[list[int]]:
+    """This process's batches of item numbers, of similar lengths so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def _load(dataset: ConversationDataset, indices: Iterable[int], drops: DropLog | None = None) -> dict[int, Sample]:
+    loaded = {index: dataset[index] for index in indices}
+    if drops is not None:
+        drops.extend(sample for sample in loaded.values() if isinstance(sample, Drop))
+    return {index: sample for index, sample in loaded.items() if isinstance(sample, Sample)}
+
+
+def _placeholder(dataset: ConversationDataset) -> int:
+    return dataset.supervision.processor.image_token_id
+
+
+def _questions(
+    dataset: ConversationDataset, sample: Sample, index: int
+) -> Iterator[tuple[_Question, tuple[int, int]]]:
+    """The sample's questions, each with the token range of its true answer."""
+    ids = sample.encoded.input_ids
+    for turn, (start, end) in enumerate(sample.encoded.answers):
+        yield _Question(index, sample.id, turn, ids[:start], _text(dataset, ids[start:end])), (start, end)
+
+
+def _answer(question: _Question, said: str) -> Answer:
+    return Answer(question.id, question.turn, question.expected, said, said == question.expected)
+
+
+def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
+    text: Any = dataset.supervision.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text.strip()
+
+
+@torch.no_grad()
+def _teacher_forced(model: Llava, batch: MicroBatch) -> tuple[float, int, Tensor]:
+    """Summed cross-entropy, number of supervised tokens, and [B, L] bool: is the token the greedy choice?"""
+    inputs = {key: batch.inputs[key] for key in MODEL_INPUTS if key in batch.inputs}
+    chosen_by = fastv_query(model, batch.inputs["labels"])
+    hidden = model.model(**inputs, use_cache=False, **chosen_by).last_hidden_state[:, :-1]
+    targets = batch.inputs["labels"][:, 1:]
+    supervised = targets != IGNORE_INDEX
+    logits = model.lm_head(hidden[supervised]).float()
+    loss = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+    greedy = torch.zeros_like(batch.inputs["labels"], dtype=torch.bool)
+    greedy[:, 1:][supervised] = logits.argmax(-1) == targets[supervised]
+    return loss.item(), int(supervised.sum()), greedy.cpu()
+
+
+def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequence[_Question]) -> dict[str, Tensor]:
+    """Prompts padded on the left, with the images that stand in them."""
+    collator = Collator.of(dataset.supervision)
+    length = max(len(question.prompt) for question in questions)
+    input_ids = torch.full((len(questions), length), collator.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    samples = _load(dataset, sorted({question.sample for question in questions}))
+    shown = []
+    for row, question in enumerate(questions):
+        input_ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
+        attention_mask[row, length - len(question.prompt) :] = 1
+        shown.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
+    pictures = collator(shown).inputs
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs.update({key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures})
+    return {key: tensor.to(model.device) for key, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def _generate(
+    model: Llava, dataset: ConversationDataset, questions: Sequence[_Question], max_new_tokens: int
+) -> list[str]:
+    inputs = _prompt_inputs(model, dataset, questions)
+    generator: Any = model
+    output = generator.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=dataset.supervision.tokenizer.eos_token_id,
+        pad_token_id=Collator.of(dataset.supervision).pad_token_id,
+    )
+    return [_text(dataset, row.tolist()) for row in output[:, inputs["input_ids"].shape[1] :]]
+
+
+@torch.no_grad()
+def measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int) -> tuple[float, int]:
+    """(median milliseconds up to the first new token's logits, prompts) for one batch of first questions."""
+    samples = _load(dataset, range(min(batch_size, len(dataset))))
+    questions = [next(_questions(dataset, sample, index))[0] for index, sample in samples.items()]
+    if not questions:
+        return float("nan"), 0
+    inputs = _prompt_inputs(model, dataset, questions)
+    times = []
+    for run in range(WARM_UPS + TIMED_RUNS):
+        synchronise(model.device)
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        synchronise(model.device)
+        if run >= WARM_UPS:
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times), len(questions)

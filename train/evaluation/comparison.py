@@ -1,0 +1,235 @@
+"""Models side by side on the same held-out conversations: what the tables of a run and of scripts/evaluate_models.py show."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+
+from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
+from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.train.settings.config import DataConfig
+from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, measure_prefill, write_answers
+from shortzip.train.release.opening import Release, load_release, open_release, reduced_config
+from shortzip.train.run.report import literal
+from shortzip.train.run.run_folder import ANSWERS, RESULTS
+from shortzip.train.inputs.samples import held_out_set
+
+ROUNDS = 3  # of timing several models' prefill
+NAME_LENGTH = 100  # characters of a file's name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the table: a model (whatever `load_release` takes), and how it is reduced."""
+
+    name: str
+    model: str
+    reductions: Reductions | None = None
+    """None: as the model was saved."""
+    revision: str | None = None
+    mm_projector: str | None = None
+    vision_tower: str | None = None
+    chat_template: str = "auto"
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
+    for candidate in candidates:
+        reduced_config(_opened(candidate), candidate.reductions)
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    data: DataConfig,
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool = False,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> tuple[list[Evaluation], list[list[Answer]]]:
+    """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
+
+    Returns their evaluations and their answers. Weights are loaded in `dtype`, the projector in float32. In the end
+    prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
+    meanwhile.
+    """
+    results, answers = [], []
+    for candidate in candidates:
+        model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
+        evaluation, said = evaluate(
+            candidate.name,
+            model,
+            held_out_set(data, processor),
+            accelerator,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=partial(progress, candidate.name),
+        )
+        results.append(evaluation)
+        answers.append(said)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    if len(candidates) == 1:
+        return results, answers
+    times = prefill_times(
+        candidates,
+        data,
+        accelerator,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        batch_size=batch_size,
+        rounds=ROUNDS,
+        progress=partial(progress, "prefill, side by side"),
+    )
+    timed = [replace(result, prefill_ms=milliseconds) for result, milliseconds in zip(results, times, strict=True)]
+    return timed, answers
+
+
+def prefill_times(
+    candidates: Sequence[Candidate],
+    data: DataConfig,
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool = False,
+    batch_size: int,
+    rounds: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
+    """Milliseconds of each candidate's prefill, as `Evaluation.prefill_ms`: the median of `rounds` measurements.
+
+    A round measures every candidate once: a machine that is slower for a while is so for all of them.
+    """
+    times: list[list[float]] = [[] for _ in candidates]
+    for turn in range(rounds):
+        for number, (found, candidate) in enumerate(zip(times, candidates, strict=True)):
+            progress(turn * len(candidates) + number, rounds * len(candidates))
+            model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
+            found.append(measure_prefill(model, held_out_set(data, processor), batch_size)[0])
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+    return [statistics.median(found) for found in times]
+
+
+def _opened(candidate: Candidate) -> Release:
+    return open_release(
+        candidate.model,
+        candidate.revision,
+        mm_projector=candidate.mm_projector,
+        vision_tower=candidate.vision_tower,
+    )
+
+
+def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, load_in_4bit: bool) -> tuple[Any, Any]:
+    model, processor = load_release(
+        _opened(candidate),
+        candidate.reductions,
+        dtype=dtype,
+        chat_template=candidate.chat_template,
+        load_in_4bit=load_in_4bit,
+    )
+    return model.to(accelerator.device), processor
+
+
+def answer_files(names: Sequence[str]) -> list[str]:
+    """A file name for each model's answers: letters and digits of its name, and a number where two would be alike."""
+    files: list[str] = []
+    for name in names:
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name).strip("-").lower()[:NAME_LENGTH]
+        plain, number = plain or "model", 1
+        while (file := f"{plain}{'' if number == 1 else f'-{number}'}.jsonl") in files:
+            number += 1
+        files.append(file)
+    return files
+
+
+def table_of(results: Sequence[Evaluation], title: str) -> Table:
+    """The results as a table for the terminal."""
+    first = results[0]
+    caption = f"{first.questions} questions; prefill: {first.prefill_batch} prompts at once"
+    table = Table(title=literal(title), caption=caption)
+    table.add_column("model", no_wrap=True)
+    for heading in ("exact match", "loss", "visual tokens", "frozen layers", "LLM FLOPs", "prefill"):
+        table.add_column(heading, justify="right")
+    for row in results:
+        tokens = (
+            f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}"
+        )
+        table.add_row(
+            literal(row.name),
+            f"{row.exact_match:.1%}",
+            f"{row.loss:.4f}",
+            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
+            str(row.frozen_layers),
+            f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
+            f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",
+        )
+    return table
+
+
+def _flops(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def recovered_share(full: Evaluation, untuned: Evaluation, tuned: Evaluation) -> float | None:
+    """Share of the exact match lost by the reduction that tuning won back; None if nothing was lost."""
+    lost = full.exact_match - untuned.exact_match
+    return (tuned.exact_match - untuned.exact_match) / lost if lost > 0 else None
+
+
+def write_evaluation(
+    folder: Path, results: Sequence[Evaluation], answers: Sequence[Sequence[Answer]], **more: Any
+) -> None:
+    """Writes `folder`/evaluation.json and `folder`/answers in place of those that are there, or leaves these.
+
+    Everything is on the disk before anything is replaced. The table, which names each row's file of answers, comes
+    last: where it is there, its answers are those beside it. `more`: what else belongs to the table. Raises
+    `CannotWrite`.
+    """
+    files = answer_files([row.name for row in results])
+    rows = [{**asdict(row), "answers": f"{ANSWERS}/{file}"} for row, file in zip(results, files, strict=True)]
+    table = json.dumps({"machine": describe_machine(), "rows": rows, **more}, indent=1) + "\n"
+
+    def write(partial: Path) -> None:
+        partial.write_text(table, encoding="utf-8")
+        flush_to_disk(partial)
+        with written_whole(folder / ANSWERS, replace=True) as new:
+            for file, said in zip(files, answers, strict=True):
+                write_answers(new / file, said)
+                flush_to_disk(new / file)
+            (folder / RESULTS).unlink(missing_ok=True)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    replace_file(folder / RESULTS, write)
+
+
+def describe_machine() -> str:
+    """What the times were measured on: the GPU, or the processor and its cores; and torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    name = names[0] if names else platform.processor() or "a CPU"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"

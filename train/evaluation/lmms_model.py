@@ -1,0 +1,347 @@
+"""Reduced checkpoints, and any release with a budget and frozen layers, as a model of lmms-eval (0.7).
+
+    lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --tasks gqa --batch_size 16
+    lmms-eval --model reduced_llava --model_args pretrained=llava-hf/llava-1.5-7b-hf,budget=54+10,layers=31+29+30 ...
+
+`ReducedLlavaChat` is what lmms-eval takes by default: its tasks give chat messages. `ReducedLlava` is the same for its
+older protocol of a text and images, which its tasks of type loglikelihood and multiple_choice still need
+(`--force_simple`). Importing this module needs lmms-eval; train/evaluation/lmms_plugin.py tells it where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from loguru import logger
+from PIL import Image
+from torch.nn import functional
+from tqdm import tqdm
+
+from shortzip.data.dataset import Collator
+from shortzip.data.errors import UserError
+from shortzip.data.images import open_image
+from shortzip.data.instructions import PLACEHOLDER, Conversation
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.baselines import METHODS
+from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
+from shortzip.train.release.opening import load_release, open_release
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION_KEYS = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty",
+    "length_penalty",
+)  # fmt: skip
+OTHER_KEYS = ("until", "image_aspect_ratio")
+MAX_NEW_TOKENS = 1024
+# What lmms-eval stops at where a task names nothing: it would cut longer answers after their first paragraph.
+FILLER_STOP = ["\n\n"]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One prompt, and the continuation whose loss is wanted; without one, an answer is."""
+
+    prompt: Prompt
+    continuation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What lmms-eval asks, its images still to be read: those of a whole benchmark would not fit into memory."""
+
+    text: str
+    generation: Mapping[str, Any]
+    read: Callable[[], _Question]
+
+
+class ReducedLlava(lmms):
+    """LLaVA with VisionZip and ShortV, for lmms-eval's text-and-images protocol.
+
+    Args (each a key of `--model_args`):
+        pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
+        method: with `budget`, another way to choose them (reduction/baselines.py).
+        seed: with method random, its seed.
+        layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
+        fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
+        device: where one process computes; several processes take theirs from Accelerate.
+        load_in_4bit: the language model's layers in NF4.
+        batch_size: prompts at once.
+        attn_implementation: eager or sdpa.
+        chat_template: as data.chat_template of a run.
+        trust_remote_code: true is allowed for reduced checkpoints only, and not needed: their classes are installed
+            here, and no checkpoint's code is run.
+
+    Raises:
+        ValueError: an argument that cannot be read, or what `load_release` refuses.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | int | None = None,  # lmms-eval reads what looks like a number as one
+        budget: str | int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+        layers: str | int | Sequence[int] | None = None,
+        fastv: str | float | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        load_in_4bit: bool = False,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        attn_implementation: str = "sdpa",
+        chat_template: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if str(batch_size).startswith("auto") or int(batch_size) < 1:
+            raise UserError(f"batch_size is {batch_size!r}: a number of prompts, at least 1, is needed")
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        single = self._world_size == 1 and device is not None
+        self._device = torch.device(device if single else self.accelerator.device)  # type: ignore[arg-type]
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device is {device!r}, and there is no GPU here: give --device cpu")
+        release = open_release(pretrained, None if revision is None else str(revision))
+        if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
+            raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
+        computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
+        self._model, processor = load_release(
+            release,
+            _reductions(release.saved_reductions, budget, method, seed, layers, fastv),
+            dtype=computed,
+            attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit,
+            chat_template=chat_template,
+        )
+        self._model.to(self._device)
+        self.batch_size = int(batch_size)
+        self.supervision = Supervision(processor, max_length=None)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.supervision.tokenizer
+
+    # ------------------------------------------------------------------------------------------ lmms-eval's requests
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """An answer for each request, stripped and cut before the first of its `until` strings (but for lmms-eval's
+        own blank line, which it sets where a task names none)."""
+        asked = []
+        for context, generation, doc_to_visual, doc_id, task, split in (request.args for request in requests):
+            read = partial(self._question, context, doc_to_visual, doc_id, task, split)
+            asked.append(_Request(context, generation, read))
+        return self._batched(asked, self._generate, "generate_until")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(mean loss of the continuation and its end token, would greedy decoding say just that) for each request.
+
+        The loss, not its negative: lmms-eval's own models return it, and its multiple_choice takes the smallest. In a
+        GenerationResult, because lmms-eval 0.7 turns everything else into text, and then fails to read it.
+        """
+        asked = []
+        for context, target, doc_to_visual, doc_id, task, split in (request.args for request in requests):
+            read = partial(self._continued, target, context, doc_to_visual, doc_id, task, split)
+            asked.append(_Request(context, {}, read))
+        found = self._batched(asked, self._score, "loglikelihood")
+        return [GenerationResult(pair) for pair in found]  # annotated as text
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("reduced_llava: tasks of several rounds are not supported; LLaVA's are single-round")
+
+    # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _question(
+        self, context: str, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
+    ) -> _Question:
+        images = [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+        turns = [("user", _with_images(context, len(images)))]
+        return _Question(encode_prompt(self.supervision, turns, images))
+
+    def _continued(
+        self,
+        target: str | Callable[[Any], Any],
+        context: str,
+        doc_to_visual: Callable[[Any], Any],
+        doc_id: int,
+        task: str,
+        split: str,
+    ) -> _Question:
+        said = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        prompt = self._question(context, doc_to_visual, doc_id, task, split).prompt
+        sizes = list(prompt.image_sizes)
+        turns = (("user", _with_images(context, len(sizes))), ("assistant", str(said).strip()))
+        encoded = self.supervision.encode(Conversation("", ("",) * len(sizes), turns), sizes)
+        start, end = encoded.answers[-1]
+        return _Question(replace(prompt, input_ids=encoded.input_ids[:start]), tuple(encoded.input_ids[start:end]))
+
+    # --------------------------------------------------------------------------------------------------------- batches
+
+    def _batched(
+        self, asked: Sequence[_Request], run: Callable[[list[_Question], Mapping[str, Any]], list[Any]], title: str
+    ) -> list[Any]:
+        """`run` on batches of requests that generate alike, long ones first; results in the order of `asked`."""
+        order = sorted(range(len(asked)), key=lambda index: (repr(asked[index].generation), -len(asked[index].text)))
+        results: list[Any] = [None] * len(asked)
+        with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
+            while order:
+                generation = asked[order[0]].generation
+                alike = repr(generation)  # as they are sorted: settings that are equal, like 0 and 0.0, may lie apart
+                batch = [index for index in order[: self.batch_size] if repr(asked[index].generation) == alike]
+                order = order[len(batch) :]
+                found = run([asked[index].read() for index in batch], generation)
+                for index, result in zip(batch, found, strict=True):
+                    results[index] = result
+                bar.update(len(batch))
+        return results
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[_Question], wanted: Mapping[str, Any]) -> list[str]:
+        strange = sorted(wanted.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
+        if strange:
+            logger.warning("generation settings that mean nothing here are left out: {}", ", ".join(strange))
+        settings = {key: wanted[key] for key in GENERATION_KEYS if wanted.get(key) is not None}
+        temperature = settings.get("temperature")  # tasks give 0 to mean greedy decoding, which transformers refuses
+        settings["do_sample"] = temperature != 0 and settings.get("do_sample", temperature is not None)
+        if not settings["do_sample"]:
+            settings = {key: value for key, value in settings.items() if key not in ("temperature", "top_p", "top_k")}
+        inputs = batch_prompts(self.supervision, [question.prompt for question in batch], self.device)
+        output = self.model.generate(
+            **inputs,
+            **{"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings},
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=Collator.of(self.supervision).pad_token_id,
+        )
+        until = wanted.get("until") or []
+        until = [] if until == FILLER_STOP else until
+        said = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, [until] if isinstance(until, str) else until) for text in said]
+
+    @torch.inference_mode()
+    def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
+        rows = [replace(asked.prompt, input_ids=[*asked.prompt.input_ids, *asked.continuation]) for asked in batch]
+        inputs = batch_prompts(self.supervision, rows, self.device)
+        # FastV chooses by the question's last token, as it does before an answer is generated.
+        last = [inputs["input_ids"].shape[1] - len(asked.continuation) - 1 for asked in batch]
+        query = torch.tensor(last, device=self.device)
+        hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state
+        results = []
+        for row, question in enumerate(batch):
+            count = len(question.continuation)
+            # Padding is on the left: a row ends with its continuation, and each token is said by the one before it.
+            logits = self.model.lm_head(hidden[row, -count - 1 : -1]).float()
+            targets = inputs["input_ids"][row, -count:]
+            loss = functional.cross_entropy(logits, targets)
+            results.append((loss.item(), bool((logits.argmax(-1) == targets).all())))
+        return results
+
+
+class ReducedLlavaChat(ReducedLlava):
+    """LLaVA with VisionZip and ShortV, for tasks that give chat messages: several turns, images anywhere."""
+
+    is_simple = False
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """As `ReducedLlava.generate_until`."""
+        asked = []
+        for context, doc_to_messages, generation, doc_id, task, split in (request.args for request in requests):
+            read = partial(self._conversation, doc_to_messages, doc_id, task, split)
+            asked.append(_Request(context, generation, read))
+        return self._batched(asked, self._generate, "generate_until")
+
+    def _conversation(self, doc_to_messages: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Question:
+        turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
+        return _Question(encode_prompt(self.supervision, turns, images))
+
+
+def _reductions(
+    saved: Reductions,
+    budget: str | int | None,
+    method: str | None,
+    seed: int,
+    layers: str | int | Sequence[int] | None,
+    fastv: str | float | None,
+) -> Reductions:
+    """What the model's arguments ask for; what they do not name is as saved."""
+    if budget is None and method is not None:
+        raise UserError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
+    listed = layers if layers is None or isinstance(layers, (str, int)) else "+".join(map(str, layers)) or NONE
+    asked = Reductions.parse(
+        ALL if budget is None else str(budget),
+        NONE if listed is None else str(listed),
+        NONE if fastv is None else str(fastv),
+        method=method or METHODS[0],
+        seed=seed,
+    )
+    return Reductions(
+        saved.visionzip if budget is None else asked.visionzip,
+        saved.shortv if layers is None else asked.shortv,
+        saved.fastv if fastv is None else asked.fastv,
+    )
+
+
+def _as_image(visual: Any) -> Image.Image:
+    if isinstance(visual, (str, Image.Image)):
+        return open_image(visual)
+    raise UserError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
+
+
+def _with_images(text: str, count: int) -> str:
+    """A task's text with one `<image>` per image: its own where it has them, else all of them before it."""
+    if text.count(PLACEHOLDER) == count:
+        return text
+    return "\n".join([PLACEHOLDER] * count + [text.replace(PLACEHOLDER, "").strip()])
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[Image.Image]]:
+    """lmms-eval's chat messages as (role, text with `<image>`) and the images in their order.
+
+    Images stand where their parts do, but for a message whose text has a literal `<image>` for each of them.
+    """
+    turns, images = [], []
+    for message in messages:
+        pieces, said = [], []
+        for part in message["content"]:
+            if part["type"] == "image":
+                images.append(_as_image(part["url"]))
+                pieces.append(PLACEHOLDER)
+            elif part["type"] == "text":
+                said.append(part["text"])
+                pieces.append(part["text"].replace(PLACEHOLDER, ""))
+            else:
+                raise UserError(f"reduced_llava looks at images only; this task gives {part['type']}")
+        shown = len(message["content"]) - len(said)
+        text = "\n".join(said)
+        turns.append((str(message["role"]), text if text.count(PLACEHOLDER) == shown else "\n".join(pieces)))
+    return turns, images
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    text = text.strip()
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text.strip()

@@ -1,0 +1,336 @@
+"""The papers' tables: what is measured, the rows, their percentages and FLOPs, and what the papers say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shortzip.reduction.baselines import METHODS
+from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.train.settings.config import ConfigError, repeated
+from shortzip.train.run.report import print_table
+
+TRAINING_FREE, TUNED = "training-free", "tuned"
+VISIONZIP = METHODS[0]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NEXT_TILES = 5  # as the papers count LLaVA-NeXT's
+
+
+def _alike(key: str, text: str) -> str:
+    """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
+    try:
+        if key == "layers":
+            return Reductions.parse(layers=text).layers_words
+        if key == "fastv":
+            return Reductions.parse(fastv=text).fastv_words
+        return Reductions.parse(text).budget_words
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
+    again = repeated(values)
+    if again:
+        raise ConfigError(f"{key}: {again[0]} stands there {values.count(again[0])} times; once is allowed")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark."""
+
+    name: str
+    """The column's heading."""
+    task: str
+    """lmms-eval's task."""
+    metrics: list[str]
+    """The metrics of its results whose sum is the score, like ["exact_match,none"]."""
+    scale: float = 100.0
+    """The score is multiplied by this: 100 for shares, 1 for scores that are percent or points already."""
+    gen_kwargs: str | None = None
+    """Settings of generation over the task's own, as lmms-eval takes them."""
+    full: float | None = None
+    """The paper's score with all tokens."""
+    judge: bool = False
+    """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ConfigError(f"task {self.name}: metrics is empty; at least one is needed")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned checkpoint, and the reductions that it was tuned for."""
+
+    model: str
+    """Reduced checkpoint, run folder or Hub id."""
+    budget: str
+    """dominant+contextual; all for every visual token."""
+    layers: str = NONE
+    """The frozen layers."""
+    method: str = VISIONZIP
+    """visionzip or a baseline (random, grid, pool, downsample)."""
+    fastv: str = NONE
+    """The layer and the share of FastV, like 2+0.5."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "layers", _alike("layers", self.layers))
+        object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper reports of a row."""
+
+    percent: float
+    """The stated mean over the benchmarks of score / score with all tokens, times 100."""
+    source: str
+    """Which table of which paper."""
+    budget: str = ALL
+    """The row's budget."""
+    layers: str = NONE
+    """The row's frozen layers."""
+    kind: str = TRAINING_FREE
+    """training-free or tuned."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """The scores that `percent` is the mean of, by the tasks' names."""
+    flops: float | None = None
+    """The language model's FLOPs, in percent of those with all tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "layers", _alike("layers", self.layers))
+        if self.kind not in (TRAINING_FREE, TUNED):
+            raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
+
+
+@dataclass(frozen=True)
+class PapersConfig:
+    """Settings of scripts/evaluate_papers.py."""
+
+    model: str
+    """The release."""
+    tasks: list[Task]
+    """The benchmarks."""
+    output: str
+    """Folder of the results and of the table."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets, each with each of `layers`: dominant+contextual, or all."""
+    layers: list[str] = field(default_factory=lambda: [NONE])
+    """Lists of frozen layers like 31+29+30, or none."""
+    methods: list[str] = field(default_factory=lambda: [VISIONZIP])
+    """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    fastv: list[str] = field(default_factory=list)
+    """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
+    tuned: list[Tuned] = field(default_factory=list)
+    """Tuned checkpoints, as further rows."""
+    published: list[Published] = field(default_factory=list)
+    """The papers' figures, to stand beside the rows."""
+    text_tokens: int = 64
+    """Text tokens of the prompt, about one image, whose FLOPs are counted (64 in ShortV's paper)."""
+    processes: int = 1
+    """Processes (GPUs) of each run of lmms-eval."""
+    device: str = "cuda"
+    """Where one process computes."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto: bfloat16 on a GPU."""
+    batch_size: int = 16
+    """Prompts at once."""
+    include_path: str | None = None
+    """Folder of local tasks."""
+    skip_judged: bool = False
+    """Leave out the tasks that GPT-4 judges."""
+    limit: int | None = None
+    """Only the first so many documents of each task: to try the machinery, not to report."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty: at least one benchmark is needed")
+        names = [task.name for task in self.tasks]
+        _refuse_repeated("tasks", names)
+        object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
+        object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
+        object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
+        for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
+            if method not in METHODS:
+                raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        _refuse_repeated("tuned", self.tuned)
+        _refuse_repeated("published", [(entry.kind, entry.budget, entry.layers) for entry in self.published])
+        strange = [name for entry in self.published for name in entry.scores if name not in names]
+        if strange:
+            raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if min(self.processes, self.batch_size, self.text_tokens) < 1:
+            counts = f"processes {self.processes}, batch_size {self.batch_size}, text_tokens {self.text_tokens}"
+            raise ConfigError(f"{counts}: at least 1 each is needed")
+
+    @property
+    def asked(self) -> list[Task]:
+        """The tasks that are run."""
+        return [task for task in self.tasks if not (task.judge and self.skip_judged)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: one model in one reduction."""
+
+    kind: str
+    model: str
+    budget: str
+    layers: str
+    method: str = VISIONZIP
+    fastv: str = NONE
+
+    @classmethod
+    def saved(cls, model: str, reductions: Reductions) -> Row:
+        """The row of a tuned checkpoint that was saved with these reductions, whatever seed it draws with."""
+        return cls(
+            TUNED,
+            model,
+            reductions.budget_words,
+            reductions.layers_words,
+            reductions.method,
+            reductions.fastv_words,
+        )
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        title = f"{TUNED}: {self.model}" if self.kind == TUNED else self.kind
+        if self == Row(TRAINING_FREE, self.model, ALL, NONE):
+            title = "all tokens"
+        if self.fastv != NONE:
+            title = f"FastV {self.fastv}, {title}"
+        return title if self.method == VISIONZIP else f"{self.method}, {title}"
+
+    @property
+    def settings(self) -> str:
+        """Its reductions, as the keys of a tuned entry."""
+        text = f"budget: {self.budget}, layers: {self.layers}"
+        text += "" if self.method == VISIONZIP else f", method: {self.method}"
+        return text if self.fastv == NONE else f"{text}, fastv: {self.fastv}"
+
+    @property
+    def reductions(self) -> Reductions:
+        """What it reduces."""
+        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method)
+
+
+def rows_of(config: PapersConfig) -> list[Row]:
+    """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
+    FastV, and the tuned checkpoints of other budgets and layers."""
+    rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
+    tuned = [Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv) for each in config.tuned]
+    for layers in config.layers:
+        for budget in config.budgets or [ALL]:
+            for method in config.methods if budget != ALL else [VISIONZIP]:
+                rows.append(Row(TRAINING_FREE, config.model, _as_method(budget, method), layers, method))
+            rows += [row for row in tuned if (row.budget, row.layers, row.fastv) == (budget, layers, NONE)]
+    rows += [Row(TRAINING_FREE, config.model, ALL, NONE, fastv=fastv) for fastv in config.fastv]
+    return list(dict.fromkeys([*rows, *tuned]))
+
+
+def _as_method(budget: str, method: str) -> str:
+    return budget if method == VISIONZIP else f"{sum(parse_budget(budget).values())}+0"
+
+
+def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
+    """FLOPs of the language model for a prompt of `text_tokens` about one image (in LLaVA-NeXT of five tiles)."""
+    tiles = NEXT_TILES if model.model_type.endswith("llava_next") else 1
+    visual = row.reductions.tokens_per_image(model, tiles)
+    return row.reductions.prefill_flops(model.text_config, text_tokens, visual)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A percentage of full performance."""
+
+    percent: float
+    tasks: tuple[str, ...]
+    """The benchmarks that it is the mean of."""
+
+
+def average_of(scores: Mapping[str, float], full: Mapping[str, float]) -> Average | None:
+    """VisionZip's average: the mean of score / score with all tokens, times 100, over the benchmarks that both have
+    and in which all tokens score at all; None where there is none."""
+    shares = {name: scores[name] / full[name] for name in full if name in scores and full[name]}
+    return Average(100 * sum(shares.values()) / len(shares), tuple(shares)) if shares else None
+
+
+def papers_average(config: PapersConfig, paper: Published, tasks: Sequence[str]) -> Average | None:
+    """The paper's percentage over these very tasks; None where its scores of them are not known."""
+    full = {task.name: task.full for task in config.tasks if task.full is not None and task.name in tasks}
+    found = average_of(paper.scores, full)
+    if found is None or set(found.tasks) != set(tasks):
+        return None
+    return Average(paper.percent, found.tasks) if len(tasks) == len(paper.scores) else found
+
+
+def table_rows(
+    config: PapersConfig, scores: Mapping[Row, Mapping[str, float]], flops: Mapping[Row, int]
+) -> list[dict[str, Any]]:
+    """The table as plain values. `flops`: the language model's, of each row."""
+    first, full = next(iter(scores.items()))
+    published = {(entry.budget, entry.layers, entry.kind): entry for entry in config.published}
+    lines = []
+    for row, found in scores.items():
+        is_papers = (row.method, row.fastv) == (VISIONZIP, NONE)
+        paper = published.get((row.budget, row.layers, row.kind)) if is_papers else None
+        own = average_of(found, full)
+        beside = papers_average(config, paper, own.tasks) if paper and own else None
+        lines.append(
+            {
+                "model": row.title,
+                "kind": row.kind,
+                "checkpoint": row.model,
+                "budget": row.budget,
+                "layers": row.layers,
+                "method": row.method,
+                "fastv": row.fastv,
+                "scores": dict(found),
+                "percent": own.percent if own else None,
+                "tasks": list(own.tasks) if own else [],
+                "llm_flops": flops[row],
+                "flops_percent": 100 * flops[row] / flops[first],
+                "paper_percent": beside.percent if beside else paper.percent if paper else None,
+                "paper_is_over_the_same_tasks": beside is not None if paper else None,
+                "paper_tasks": len(paper.scores) if paper else None,
+                "paper_flops_percent": paper.flops if paper else None,
+                "paper": paper.source if paper else None,
+            }
+        )
+    return lines
+
+
+def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table as Markdown; it is printed too."""
+    names, total = [task.name for task in config.asked], len(config.tasks)
+    headings = ["model", "visual tokens", "frozen layers", "LLM FLOPs", *names, "% of full", "paper's %"]
+    cells = []
+    if any(task.full is not None for task in config.tasks):
+        figures = ["" if task.full is None else f"{task.full:g}" for task in config.asked]
+        cells.append(["all tokens, as published", ALL, "0", "100 %", *figures, "", "100"])
+    for line in lines:
+        scores = [f"{line['scores'][name]:.1f}" if name in line["scores"] else "" for name in names]
+        count, percent, paper = len(line["tasks"]), "", ""
+        fewer = "" if count == total else f" ({count} of {total})"
+        if line["percent"] is not None:
+            percent = f"{line['percent']:.1f}{fewer}"
+        if line["paper_percent"] is not None:
+            is_same = line["paper_is_over_the_same_tasks"]
+            over = f", over {line['paper_tasks']}" if line["paper_tasks"] else ""
+            paper = f"{line['paper_percent']:.1f}" + (fewer if is_same else f" (as stated{over})")
+        cost = f"{line['flops_percent']:.1f} %"
+        cost += "" if line["paper_flops_percent"] is None else f" (paper: {line['paper_flops_percent']:g} %)"
+        frozen = str(len(parse_layers(line["layers"])))
+        cells.append([line["model"], line["budget"], frozen, cost, *scores, percent, paper])
+    note = f"LLM FLOPs: of a prompt of {config.text_tokens} text tokens about one image."
+    return print_table(f"{config.model}, {', '.join(names)}", headings, cells, note) + f"\n{note}\n"

@@ -1,0 +1,106 @@
+"""Micro-batches from data workers, and the shared memory that they are handed over in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, get_worker_info
+
+from shortzip.data.batching import BatchPlan, MicroBatchSampler
+from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
+from shortzip.data.drops import Drop
+from shortzip.data.errors import UserError
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.run.processes import watched
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
+_CURE = (
+    "give the container more (docker run --shm-size 8g, or --ipc=host), lower data.num_workers or the micro-batch "
+    "(per_device_train_batch_size), or set data.num_workers to 0"
+)
+
+
+def loader_of(
+    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int = 0
+) -> Iterator[MicroBatch]:
+    """This process's micro-batches of the plan from a position on."""
+    workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    loader: DataLoader[MicroBatch] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
+        batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
+        collate_fn=SharingCollator(Collator.of(dataset.supervision)),
+        num_workers=workers,
+        timeout=patience,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    batches = watched(iter(loader), patience) if patience else iter(loader)
+    return _told_of_shared_memory(batches) if workers else batches
+
+
+class SharingCollator:
+    """A collator whose micro-batches, in a data worker, lie in shared memory when it returns.
+
+    Otherwise torch moves them there in a thread of the worker's: where that fails, the micro-batch is lost, and is
+    waited for until data.worker_timeout.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Sample | Drop]], MicroBatch]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Sample | Drop]) -> MicroBatch:
+        micro_batch = self.collate(rows)
+        if get_worker_info() is not None:
+            for tensor in micro_batch.inputs.values():
+                tensor.share_memory_()
+        return micro_batch
+
+
+def check_shared_memory(dataset: ConversationDataset, plan: BatchPlan, num_workers: int) -> None:
+    """Raises `UserError` if the shared memory is too small for what data workers have under way.
+
+    That is judged by one conversation with an image, which is loaded for it.
+    """
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = _micro_batch_bytes(dataset, plan)
+    needed, free = processes * num_workers * PREFETCH * size, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"the shared memory ({SHARED_MEMORY}) is too small: {free / 1e6:,.1f} MB are free, {needed / 1e6:,.1f} MB "
+            f"are needed ({processes} processes x {num_workers} data workers x {PREFETCH} micro-batches of "
+            f"{size / 1e6:,.1f} MB): {_CURE}"
+        )
+
+
+def _micro_batch_bytes(dataset: ConversationDataset, plan: BatchPlan) -> int:
+    """Bytes of pixels, or cached features, in the largest micro-batch of the first step; 0 without images."""
+    batch = plan.global_batch(0)
+    images = {sample: len(dataset.conversations[sample].images) for sample in batch.samples}
+    most = max(sum(images[sample] for sample in rows) for process in batch.micro_batches for rows in process)
+    for number in batch.samples:
+        sample = dataset[number] if images[number] else None
+        if isinstance(sample, Sample) and sample.encoded.images:
+            held = Collator.of(dataset.supervision)([sample]).inputs
+            floats = sum(tensor.nbytes for tensor in held.values() if tensor.is_floating_point())
+            return most * floats // sample.encoded.images
+    return 0
+
+
+def _told_of_shared_memory(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """`batches`, whose failure for want of shared memory is a `UserError`."""
+    try:
+        yield from batches
+    except RuntimeError as error:  # a worker's own, or torch's word of a worker that a bus error killed
+        if "shared memory" not in str(error):
+            raise
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+        raise UserError(
+            f"the shared memory ({SHARED_MEMORY}, {free / 1e6:,.1f} MB free) is too small for what data workers hand "
+            f"over: {_CURE}"
+        ) from error

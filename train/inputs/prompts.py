@@ -1,0 +1,69 @@
+"""Prompts as a batch: padded on the left, with the images that stand in them, ready for `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shortzip.data.dataset import Collator, Sample
+from shortzip.data.images import pixel_values
+from shortzip.data.instructions import Conversation
+from shortzip.data.supervision import Encoded, Supervision
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids up to where an answer is generated, and the images that stand in them.
+
+    Attributes:
+        input_ids: [L] ids, as many placeholders per image as the model fills.
+        pixels: per image a float32 tensor, [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
+        image_sizes: (height, width) of each image in pixels, before it was resized.
+    """
+
+    input_ids: list[int]
+    pixels: Sequence[Tensor] = ()
+    image_sizes: Sequence[tuple[int, int]] = ()
+
+
+def encode_prompt(
+    supervision: Supervision, turns: Sequence[tuple[str, str]], images: Sequence[Image.Image], name: str = "prompt"
+) -> Prompt:
+    """The prompt of a conversation that ends with the user's turn, as the release's template renders it.
+
+    `turns` are (role, text) with one `<image>` per image of `images` (RGB), which come in the order of their
+    placeholders. Raises `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation `name`.
+    """
+    sizes = [(image.height, image.width) for image in images]
+    conversation = Conversation(name, ("",) * len(images), tuple(turns))
+    return Prompt(supervision.prompt(conversation, sizes), pixels_of(supervision, images), sizes)
+
+
+def pixels_of(supervision: Supervision, images: Sequence[Image.Image]) -> list[Tensor]:
+    """What the release's image processor makes of RGB images, one tensor each."""
+    processor = supervision.processor.image_processor
+    return [pixel_values(image, processor) for image in images]
+
+
+def batch_prompts(supervision: Supervision, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+    """Keyword arguments of the model: input_ids and attention_mask [B, L] int64, and pixel_values (and, for
+    LLaVA-NeXT, image_sizes) where there are images."""
+    collator = Collator.of(supervision)
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), length), collator.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        attention_mask[row, length - len(prompt.input_ids) :] = 1
+    # The collator stacks the images (tiles filled up); its own rows, padded on the right, are not used.
+    nothing = Encoded([], [], [], 0)
+    shown = [Sample("", nothing, list(prompt.pixels), list(prompt.image_sizes)) for prompt in prompts]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if any(prompt.pixels for prompt in prompts):
+        pictures = collator(shown).inputs
+        inputs |= {key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures}
+    return {key: tensor.to(device) for key, tensor in inputs.items()}

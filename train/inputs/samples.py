@@ -1,0 +1,248 @@
+"""From the config to what a run starts from: training and held-out conversations, and the layers LC chooses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.errors import FileInTheWay, UserError
+from shortzip.data.files import write_atomically, written_whole
+from shortzip.data.instructions import Conversation, read_instructions
+from shortzip.data.generated.scene_questions import write_scenes
+from shortzip.data.strata import draw
+from shortzip.data.subset_folder import subset_report
+from shortzip.data.supervision import Supervision
+from shortzip.data.tables import check_source
+from shortzip.reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
+from shortzip.reduction.layer_cosine import cosine_changes
+from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig, reductions_of
+from shortzip.train.inputs.preflight import check_sees_images
+from shortzip.train.release.opening import Release, load_release
+from shortzip.train.run.run_folder import LAYERS
+
+
+def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationDataset:
+    """The conversations to train on, `config.fraction` of them, as `processor` renders and tokenizes them.
+
+    Raises `FileNotFoundError`, `shortzip.data.drops.BadSample` and `ValueError` for instructions that cannot be used.
+    """
+    drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    conversations, root = training_conversations(config, seed, drops)
+    supervision = Supervision(processor, max_length=config.max_length)
+    dataset = ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+    check_sees_images(dataset)
+    return dataset
+
+
+def training_conversations(config: DataConfig, seed: int, drops: DropLog) -> tuple[list[Conversation], str]:
+    """The conversations to train on, `config.fraction` of them, and the folder that image paths start from.
+
+    Raises as `training_set` does.
+    """
+    if config.instructions == DEMO:
+        folder = demo_folder(config.demo_scenes, held_out=False, fraction=config.fraction)
+        conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
+    else:
+        root = config.image_root or folder_of(config.instructions)
+        conversations = read_instructions(config.instructions, drops=drops)
+        if config.fraction < 1:
+            _refuse_a_part_of_a_subset(config)
+            conversations = draw(
+                conversations, config.fraction, seed, drops=drops, source=config.instructions, image_root=root
+            )
+    return conversations, root
+
+
+def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
+    report = subset_report(config.instructions)
+    if report is not None and report["fraction"] < 1:
+        raise UserError(
+            f"{config.instructions} is a subset already, {report['fraction']:g} of {report['instructions']}, and "
+            f"data.fraction {config.fraction:g} would train on a part of that: set data.fraction to 1.0"
+        )
+
+
+def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
+    """The held-out conversations, whole: `max_length` would cut them at other places for another budget.
+
+    Raises as `training_set` does.
+    """
+    drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    conversations, root = held_out_conversations(config, drops)
+    return ConversationDataset(conversations, Supervision(processor, max_length=None), root, drops=drops)
+
+
+def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:
+    """The held-out conversations, `config.eval_samples` of them, and the folder that image paths start from.
+
+    Raises as `training_set` does.
+    """
+    assert config.eval_instructions is not None
+    if config.eval_instructions == DEMO:
+        folder = demo_folder(config.demo_scenes, held_out=True)
+        conversations, root = read_instructions(folder / "instructions.json", drops=drops), str(folder / "images")
+    else:
+        root = config.eval_image_root or config.image_root or folder_of(config.eval_instructions)
+        conversations = read_instructions(config.eval_instructions, drops=drops)
+    return conversations[: config.eval_samples], root
+
+
+def check_positions(model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False) -> None:
+    """Refuses rows of more tokens than the language model has positions: what it says there means nothing.
+
+    Raises `UserError`, naming the longest row, the limit and the cure.
+    """
+    if dataset is None:
+        return
+    text = model_config.text_config
+    rope = text.rope_parameters or {}
+    # Scaled positions reach further than the model was first trained for.
+    factor = rope.get("factor", 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 1
+    limit = int(text.max_position_embeddings * factor)
+    longest = int(dataset.lengths.argmax())
+    if dataset.lengths[longest] <= limit:
+        return
+    cure = f"set data.max_length (now {dataset.supervision.max_length}) to {limit} or less"
+    if held_out:
+        cure = "held-out rows are not cut: leave them out of data.eval_instructions"
+    raise UserError(
+        f"{int((dataset.lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
+        f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {dataset.lengths[longest]} "
+        f"tokens, visual ones included: {cure}"
+    )
+
+
+def check_instructions(config: DataConfig) -> None:
+    """Raises FileNotFoundError for conversations that are not there: before a release is fetched, which takes long."""
+    for source in (config.instructions, config.eval_instructions):
+        if source not in (DEMO, None):
+            check_source(source)
+
+
+def draw_demo_scenes(config: DataConfig) -> None:
+    """Draws the scenes that `demo` stands for, where the config names it and they are not there yet.
+
+    For one process of a run; afterwards every process can read them. Of two runs that draw the same ones at a time,
+    the one that ends later takes what the other has written.
+    """
+    scenes = config.demo_scenes
+    wanted = []
+    if config.instructions == DEMO:
+        wanted.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
+    if config.eval_instructions == DEMO:
+        wanted.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
+    for folder, seed, count in wanted:
+        drawn = folder / "instructions.json"
+        if drawn.is_file():
+            continue
+        fraction = config.fraction if seed == scenes.train_seed else 1.0
+        try:
+            with written_whole(folder) as partial:
+                write_scenes(partial, seed, count, fraction)
+        except FileInTheWay:
+            if not drawn.is_file():
+                raise
+
+
+def choose_layers(
+    config: TuneConfig,
+    release: Release,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    write: Callable[[Path, str], None] = write_atomically,
+) -> list[int] | None:
+    """The layers to freeze: those listed, or the first of a ranking of all; None for none.
+
+    LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
+    are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
+    by `write`.
+    """
+    if config.shortv is None or config.shortv.freeze is None:
+        return config.shortv.layers if config.shortv else None
+    if config.shortv.ranking == "random":
+        count = int(release.config["text_config"]["num_hidden_layers"])
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+        return sorted(pick_layers(drawn, config.shortv.freeze)) or None
+    model, processor = load_release(
+        release,
+        reductions_of(config.visionzip, None, None),
+        dtype=dtype,
+        chat_template=config.data.chat_template,
+        load_in_4bit=config.load_in_4bit,
+    )
+    model.to(accelerator.device)
+    samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
+    share = samples[accelerator.process_index :: accelerator.num_processes]
+    if config.shortv.ranking == "cosine":
+        measured = cosine_changes(model, share)
+    else:
+        measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
+    places = range(accelerator.process_index, len(samples), accelerator.num_processes)
+    rows = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
+    mean = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+    ranking = rank_layers(mean)
+    chosen = sorted(pick_layers(ranking, config.shortv.freeze))
+    if accelerator.is_main_process:
+        found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
+        write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
+    return chosen or None
+
+
+def calibration_prompts(
+    config: TuneConfig, supervision: Supervision, count: int, drops: DropLog
+) -> tuple[list[Chosen], str]:
+    """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
+    conversations, root = training_conversations(config.data, config.seed, drops)
+    source = config.data.instructions
+    chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
+    return chosen, root
+
+
+def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
+    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
+    supervision = Supervision(processor, max_length=None)
+    chosen, root = calibration_prompts(config, supervision, count, drops)
+    dataset = dataset_of(chosen, supervision, root)
+    samples: list[CalibrationSample] = []
+    for item in chosen:
+        try:
+            samples.append(load_sample(item, dataset))
+        except BadSample as error:
+            drops.add(error)
+    if not samples:
+        raise UserError(f"{config.data.instructions}: no image could be read to measure LC on: {drops.summary()}")
+    return samples
+
+
+def fingerprint(dataset: ConversationDataset, projector: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What a run starts from, by its content: folders and files may move between a run and its continuation."""
+    samples = hashlib.sha256(dataset.lengths.tobytes() + dataset.supervised.tobytes())
+    for conversation in dataset.conversations:
+        samples.update(conversation.id.encode() + b"\0")
+    weights = hashlib.sha256()
+    for name in sorted(projector):
+        weights.update(projector[name].detach().cpu().contiguous().numpy().tobytes())
+    return {"content of the samples": samples.hexdigest()[:16], "release's projector": weights.hexdigest()[:16]}
+
+
+def demo_folder(scenes: DemoScenesConfig, held_out: bool, fraction: float = 1.0) -> Path:
+    """Where the scenes that `demo` stands for are drawn: instructions.json and images/."""
+    if held_out:
+        return Path(scenes.folder) / f"held-out-{scenes.eval_seed}-{scenes.eval_scenes}"
+    return Path(scenes.folder) / f"train-{scenes.train_seed}-{scenes.train_scenes}-{fraction:g}"
+
+
+def folder_of(instructions: str) -> str:
+    """Where image paths start from when nothing else is said: beside the instructions."""
+    path = Path(instructions)
+    return str(path if path.is_dir() else path.parent)

@@ -1,0 +1,78 @@
+"""Conversions of LLaVA's own layout, kept under the content of all that they are made of."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from shortzip.data.errors import FileInTheWay
+from shortzip.data.files import sweep, writing
+from shortzip.data.kept import Kept, identity_of
+from shortzip.train.release.content import content_of, folder_content
+from shortzip.train.release.convert import VICUNA_TEMPLATE, convert_to_transformers, merged_config
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of what train/release/convert.py and train/release/original_layout.py write: to be raised when that changes
+
+
+def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path | None) -> Path:
+    """The folder of a conversion: one of the same content that is whole, or one made now.
+
+    Of processes that ask at once the first makes it. What killed ones left in `cache` is removed. Raises as
+    `convert_to_transformers` does, and `CannotWrite`.
+    """
+    parts = {
+        "format": FORMAT,
+        "config": merged_config(source, projector),
+        "release": folder_content(source),
+        "tower": folder_content(tower),
+        "projector": content_of([projector] if projector else []),
+        "template": content_of([VICUNA_TEMPLATE]),
+    }
+    target = cache / f"{source.resolve().name}-{identity_of(parts)[:16]}"
+    kept = Kept(cache)
+
+    def is_whole() -> bool:
+        found = kept.find(target.name, parts)
+        return found is not None and target.is_dir() and content_of(sorted(target.iterdir())) == found
+
+    if is_whole():
+        return target
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    sweep(cache)
+    with _locked(target.with_name(target.name + ".lock")):
+        if is_whole():  # by now: another process has made it
+            return target
+        if target.exists():
+            logger.warning("%s is not as it was written: converting %s anew", target, source)
+            shutil.rmtree(target)
+        else:
+            logger.warning("%s has LLaVA's own layout: converting it once into %s", source, target)
+        try:
+            convert_to_transformers(source, target, tower=tower, projector=projector)
+        except FileInTheWay:  # on a file system without locks, another process was faster
+            if not (target / "config.json").is_file():
+                raise
+        kept.keep(target.name, parts, content_of(sorted(target.iterdir())))
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

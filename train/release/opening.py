@@ -1,0 +1,387 @@
+"""Loading any release: a transformers LLaVA, LLaVA's own layout, a reduced checkpoint or a run's folder.
+
+Whatever the user names becomes a folder in transformers' layout (`open_release`), from which the reduced model and its
+processor are loaded (`load_release`). LLaVA's own layout is converted once into the Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import BitsAndBytesConfig
+
+from shortzip.data.errors import MissingExtra, MissingFile, UserError
+from shortzip.data.files import read_json
+from shortzip.reduction import (
+    ReducedLlavaConfig,
+    ReducedLlavaForConditionalGeneration,
+    ReducedLlavaNextConfig,
+    ReducedLlavaNextForConditionalGeneration,
+    ReducedLlavaNextProcessor,
+    ReducedLlavaProcessor,
+)
+from shortzip.reduction.base_release import PROJECTOR_FILE
+from shortzip.reduction.configuration_reduced_llava import check_parts, validate
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.conversions import keep_conversion
+from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
+from shortzip.train.release.hub import fetch
+from shortzip.train.release.original_layout import (
+    PROJECTOR_NAMES,
+    check_projector_widths,
+    find_projector,
+    is_original,
+)
+from shortzip.train.release.processors import build_processor
+from shortzip.train.release.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
+from shortzip.train.release.towers import TOWERLESS, load_tower
+
+MM_PROJECTOR_FILE = "mm_projector.bin"
+_NEXT = ("llava_next", "reduced_llava_next")
+_KNOWN = ("llava", "reduced_llava", *_NEXT)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release on this machine."""
+
+    name: str
+    """As the user gave it: a folder or a Hub id."""
+    revision: str | None
+    """The commit, for a Hub id."""
+    source: Path
+    """The folder it was found in, in whatever layout."""
+    folder: Path
+    """The same in transformers' layout: config.json, weights, processor."""
+    projector: Path | None = None
+    """A projector to lay over the weights of `folder`."""
+    converted: bool = False
+    """Whether `source` is LLaVA's own layout and `folder` its conversion."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """transformers' config.json."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def saved_reductions(self) -> Reductions:
+        """What the release was saved with; none for one that knows no reductions."""
+        path = self.source / "config.json"
+        try:
+            return Reductions.from_config(read_json(path))
+        except ReductionError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @property
+    def original_config(self) -> dict[str, Any] | None:
+        """LLaVA's own config.json, where the release has or had one."""
+        config = read_json(self.source / "config.json")
+        if is_original(config):
+            return config
+        kept = self.folder / ORIGINAL_CONFIG_FILE
+        return read_json(kept) if kept.is_file() else None
+
+
+def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = None) -> Path:
+    """The vision tower's folder of an original release: `given`, or what its config names.
+
+    A relative name is looked for beside the release, in it and in the working directory before the Hub.
+    """
+    name = given or str(config.get("mm_vision_tower"))
+    for folder in (release.resolve().parent / name, release / name, Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    try:
+        return fetch(name)[0]
+    except FileNotFoundError as error:
+        raise MissingFile(
+            f"the vision tower {name!r} that {release} names was not found: {error}. Give its folder with vision_tower"
+        ) from error
+
+
+def open_release(
+    model: str,
+    revision: str | None = None,
+    *,
+    mm_projector: str | None = None,
+    vision_tower: str | None = None,
+    cache_dir: Path | None = None,
+) -> Release:
+    """Finds the release that `model` names, fetches and converts it where needed, and checks that it is whole.
+
+    `model`: a folder or a Hub id: a transformers LLaVA, LLaVA's own layout, a reduced checkpoint or a run's folder.
+    `mm_projector`: a projector (mm_projector.bin, its folder, or projector.safetensors) to lay over it.
+    `vision_tower`: where the tower of an original release is, when not where its config says. `cache_dir`: where
+    converted releases are kept (default: beside the Hugging Face cache).
+
+    Only file headers are read. Raises FileNotFoundError or ValueError naming what was found, what is needed and the
+    cure: a text-only language model, a projector of another width, a file cut short, mixed dtypes and so on.
+    """
+    source, commit = fetch(model, revision)
+    if (source / "config.yaml").is_file():
+        if not (source / "final" / "config.json").is_file():
+            raise MissingFile(
+                f"{model} is the folder of a run that has not finished (no final/): continue it with "
+                "--resume_from_checkpoint latest, or name the release it started from"
+            )
+        source = source / "final"
+    projector = find_projector_file(mm_projector) if mm_projector else None
+    refuse_adapter(source)
+    config = read_json(source / "config.json")
+    has_weights = bool(weight_files(source))
+    if is_original(config) or (projector is not None and "text_config" not in config):
+        if not has_weights and (source / MM_PROJECTOR_FILE).is_file():
+            base = config.get("_name_or_path")
+            if not base:
+                raise UserError(f"{model} holds a projector only, and its config.json names no base (_name_or_path)")
+            release = open_release(
+                _beside(source, str(base)),
+                mm_projector=str(projector or source / MM_PROJECTOR_FILE),
+                vision_tower=vision_tower,
+                cache_dir=cache_dir,
+            )
+            return Release(model, commit, source, release.folder, release.projector, release.converted)
+        folder = _converted(source, projector, vision_tower, cache_dir)
+        return Release(model, commit, source, folder, None, True)
+    check_transformers_release(source, config, has_weights)
+    release = Release(model, commit, source, source, projector)
+    if projector is not None:
+        _check_overlay(projector, config)
+    return release
+
+
+def find_projector_file(given: str) -> Path:
+    """The projector that a file or a folder names. Raises FileNotFoundError."""
+    path = Path(given).expanduser()
+    for candidate in (path, path / MM_PROJECTOR_FILE, path / PROJECTOR_FILE):
+        if candidate.is_file():
+            return candidate
+    raise MissingFile(f"mm_projector {given}: no such file, and no folder with {MM_PROJECTOR_FILE}")
+
+
+def _beside(source: Path, base: str) -> str:
+    for folder in (source.resolve().parent / base, source / base):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return base
+
+
+def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weights: bool) -> None:
+    """Refuses what is no whole LLaVA in transformers' layout, from the headers of its files."""
+    model_type = config.get("model_type")
+    if "vision_config" not in config:
+        raise UserError(
+            f"{folder} is a text-only language model (model_type {model_type!r}): needed is a LLaVA with a vision "
+            "tower and a projector, such as llava-hf/llava-1.5-7b-hf. With a projector from LLaVA's own pretraining, "
+            "give it as mm_projector"
+        )
+    if model_type not in _KNOWN:
+        raise UserError(
+            f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
+            "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
+        )
+    check_parts(folder, config)
+    if not has_weights:
+        if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
+            return
+        raise MissingFile(f"{folder} holds no weights (model*.safetensors): download the release again")
+    specs = folder_specs(folder)
+    parts: dict[str, dict[str, TensorSpec]] = {"vision tower": {}, "projector": {}, "language model": {}}
+    for name, spec in specs.items():
+        part = (
+            "vision tower"
+            if "vision_tower." in name
+            else "projector"
+            if "multi_modal_projector." in name
+            else "language model"
+        )
+        parts[part][name] = spec
+    shapes = {name.split("multi_modal_projector.", 1)[1]: spec.shape for name, spec in parts["projector"].items()
+              if "multi_modal_projector." in name}  # fmt: skip
+    if not {"linear_1.weight", "linear_2.weight"} <= shapes.keys():
+        found = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
+        raise UserError(
+            f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
+            f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
+        )
+    check_projector_widths(shapes, *_widths(config), str(folder))
+    if config.get("quantization_config") is None:
+        for part, tensors in parts.items():
+            check_dtypes(tensors, part, str(folder))
+
+
+def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """What the projector reads (the tower's width, times the layers it is taken from) and writes (the LLM's)."""
+    config_class, _, _ = model_classes(config["model_type"])
+    full = config_class.from_dict({**config, "model_type": config_class.model_type})
+    layers = full.vision_feature_layer
+    return full.vision_config.hidden_size * (
+        len(layers) if isinstance(layers, list) else 1
+    ), full.text_config.hidden_size
+
+
+def _check_overlay(projector: Path, config: Mapping[str, Any]) -> None:
+    shapes = {name: spec.shape for name, spec in _projector_specs(projector).items()}
+    check_projector_widths(shapes, *_widths(config), str(projector))
+
+
+def _projector_specs(path: Path) -> dict[str, TensorSpec]:
+    specs = read_specs(path)
+    return {short: specs[name] for short, name in _projector_names(specs, path).items()}
+
+
+def _projector_names(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, str]:
+    """`linear_1.weight` … → the names in a projector file of ours or of LLaVA's."""
+    ours = {name.rsplit("multi_modal_projector.", 1)[-1]: name for name in specs}
+    if {"linear_1.weight", "linear_2.weight"} <= ours.keys():
+        return ours
+    return {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+
+
+def read_projector(path: Path) -> dict[str, torch.Tensor]:
+    """The projector of a projector.safetensors or mm_projector.bin, as `linear_1.weight` …, in its own dtype."""
+    names = _projector_names(read_specs(path), path)
+    with open_tensors(path) as tensors:
+        return {short: tensors[name].clone() for short, name in names.items()}
+
+
+def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
+    """The projector among the weights of a transformers release, as `linear_1.weight` …, in the dtype on disk."""
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        names = [name for name in read_specs(path) if "multi_modal_projector." in name]
+        if names:
+            with open_tensors(path) as tensors:
+                found.update({name.split("multi_modal_projector.", 1)[1]: tensors[name].clone() for name in names})
+    return found
+
+
+def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:
+    """The conversion of an original release: from the cache, or made now by the first process that asks."""
+    tower = resolve_tower(merged_config(source, projector), source, vision_tower)
+    cache = (cache_dir or Path(constants.HF_HOME) / "shortzip" / "converted").expanduser()
+    return keep_conversion(source, cache, tower=tower, projector=projector)
+
+
+def load_release(
+    model: str | Release,
+    reductions: Reductions | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    mm_projector: str | None = None,
+    vision_tower: str | None = None,
+    load_in_4bit: bool = False,
+    chat_template: str = "auto",
+    with_tower: bool = True,
+) -> tuple[Any, Any]:
+    """The reduced model of any release, with its processor.
+
+    `reductions`: None takes what a reduced checkpoint was saved with, which is nothing for other releases.
+    `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
+    model's layers in NF4 (ImportError without bitsandbytes). `with_tower` False: for cached features, without reading
+    the tower's weights. See `open_release` for the other arguments and for what is refused.
+
+    The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
+    and carries the chat template to train with.
+    """
+    if isinstance(model, Release):
+        release = model
+    else:
+        release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
+    config = release.config
+    if reductions is None:
+        reductions = release.saved_reductions
+    _, model_class, processor_class = model_classes(config["model_type"])
+    loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
+        release.folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+        **reductions.as_config(),
+        **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
+    )
+    lay_projector(loaded, release_projector(release))
+    loaded.eval()
+    return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
+
+
+def reduced_config(release: Release, reductions: Reductions | None = None) -> Any:
+    """The config of the model that `load_release` would give, without reading weights.
+
+    Raises its ValueError for reductions that the release cannot take.
+    """
+    config_class, _, _ = model_classes(release.config["model_type"])
+    if reductions is None:
+        reductions = release.saved_reductions
+    config = config_class.from_pretrained(release.folder, **reductions.as_config())
+    validate(config)
+    return config
+
+
+def dtype_of(mixed_precision: str) -> torch.dtype:
+    """What `mixed_precision` ("no" or "bf16") has everything but the projector computed in."""
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
+def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple[Any, Any]:
+    """A model that chooses visual tokens and can do nothing else, with its processor: of its weights, only the tower's
+    are read, in float32. `reductions`: as of `load_release`, and as it refuses; those inside the LLM are left out."""
+    reductions = (release.saved_reductions if reductions is None else reductions).before_the_llm
+    if not weight_files(release.folder):  # a projector alone, whose release transformers finds
+        return load_release(release, reductions)
+    _, model_class, processor_class = model_classes(release.config["model_type"])
+    config = reduced_config(release, reductions)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.model.vision_tower = load_tower(release.folder, config, torch.float32)
+    return model.eval(), build_processor(release.folder, release.config, processor_class, config, "auto")
+
+
+def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("load_in_4bit needs bitsandbytes: pip install 'shortzip[4bit]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # Named from the root: the projector is trained, and the tower and the head are small beside the layers.
+        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+    )
+
+
+def model_classes(model_type: str) -> tuple[Any, Any, Any]:
+    """Config, model and processor class of the reduced model for a release's model_type."""
+    if model_type in _NEXT:
+        return ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
+    return ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+
+
+def release_projector(release: Release) -> dict[str, torch.Tensor]:
+    """The projector that belongs to a release, as `linear_1.weight` …, in the dtype on disk: the one laid over it, or
+    its own."""
+    path = release.projector or release.folder / PROJECTOR_FILE
+    return read_projector(path) if path.is_file() else read_release_projector(release.folder)
+
+
+def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts `linear_1.weight` … into the model's projector, in float32 whatever the rest is in."""
+    projector = model.model.multi_modal_projector
+    projector.to(torch.float32)
+    projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def load_processor(release: Release, reductions: Reductions | None = None, *, chat_template: str = "release") -> Any:
+    """The processor that `load_release` gives with the model for these arguments, without reading weights."""
+    _, _, processor_class = model_classes(release.config["model_type"])
+    model_config = reduced_config(release, reductions)
+    return build_processor(release.folder, release.config, processor_class, model_config, chat_template)

@@ -1,0 +1,400 @@
+"""LLaVA's own release layout: reading its config, its tokenizer and its projector, and what is refused.
+
+transformers' AutoConfig rejects `llava_llama` and silently gives default sizes for the `llava` of the 2023 releases
+(it is another `llava` to it), so everything here is read from the original config itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from shortzip.data.errors import MissingFile, UserError
+from shortzip.data.files import read_json
+from shortzip.reduction.weight_files import check_json
+from shortzip.train.release.tensor_files import TensorSpec
+
+IMAGE_TOKEN = "<image>"
+PROJECTOR_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
+PROJECTOR_NAMES = {
+    "0.weight": "linear_1.weight",
+    "0.bias": "linear_1.bias",
+    "2.weight": "linear_2.weight",
+    "2.bias": "linear_2.bias",
+}
+_MODEL_TYPES = ("llava", "llava_llama")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LLAMA_KEYS = (
+    *_REQUIRED,
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "initializer_range",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "tie_word_embeddings",
+)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is LLaVA's own: sizes at the top level and `mm_*` keys beside them."""
+    return "text_config" not in config and (
+        str(config.get("model_type", "")).startswith("llava") or "mm_vision_tower" in config
+    )
+
+
+def check_original_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what cannot become a transformers LLaVA with a two-layer projector.
+
+    Raises ValueError naming the key, what was found, what is needed and the cure.
+    """
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type is {model_type!r}, known for LLaVA's own layout are {', '.join(_MODEL_TYPES)} "
+            "(LLaVA on Llama or Vicuna). For other language models use the transformers release, "
+            "such as llava-hf/llava-v1.6-mistral-7b-hf"
+        )
+    missing = [key for key in (*_REQUIRED, "mm_vision_tower") if config.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
+    _check_sizes(config, _SIZES, f"{where}: config.json")
+    projector = config.get("mm_projector_type", "linear")
+    resampler = config.get("mm_resampler_type")
+    if resampler is not None:
+        raise UserError(
+            f"{where}: the projector is a resampler (mm_resampler_type {resampler!r}), needed is the two-layer MLP "
+            "mlp2x_gelu: use LLaVA 1.5 or later"
+        )
+    if projector != "mlp2x_gelu":
+        raise UserError(
+            f"{where}: the projector is {projector!r} (mm_projector_type), needed is the two-layer MLP mlp2x_gelu: "
+            "use LLaVA 1.5 or later"
+        )
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if config.get(key, key == "mm_use_im_patch_token"):
+            raise UserError(
+                f"{where}: {key} is on, which puts tokens of its own around every image (LLaVA 1.0); needed is off: "
+                "use LLaVA 1.5 or later"
+            )
+    if config.get("s2"):
+        raise UserError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
+    if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
+        raise UserError(
+            f"{where}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}, known are patch, cls_patch"
+        )
+    if config.get("image_aspect_ratio") not in (None, "square", "pad", "anyres"):
+        raise UserError(
+            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}, known are square, pad and anyres"
+        )
+
+
+def _check_sizes(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Refuses sizes that are there and are no whole number from 1: transformers would divide by them."""
+    for key in keys:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"{where}: {key} is {value!r}, needed is a whole number from 1")
+
+
+def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str]:
+    """The projector's tensor names in an original file: `0.weight` → the name there.
+
+    Any prefix is accepted, as LLaVA's own loader does. Raises ValueError for a file without a projector, and for a
+    linear one, a deeper MLP or a resampler.
+    """
+    found = {name.split("mm_projector.", 1)[1]: name for name in specs if "mm_projector." in name}
+    if set(found) == set(PROJECTOR_KEYS):
+        return found
+    needed = "needed is LLaVA 1.5's two-layer MLP (mm_projector.0 and .2)"
+    if not found:
+        raise UserError(f"{where} holds no projector (no tensor named mm_projector), {needed}")
+    if set(found) == {"weight", "bias"}:
+        kind = f"a linear one, {tuple(specs[found['weight']].shape)}"
+    elif all(key.split(".")[0].isdigit() for key in found):
+        kind = f"an MLP of {len({key.split('.')[0] for key in found})} layers"
+    else:
+        kind = f"a resampler or another module with {', '.join(sorted(found)[:4])} …"
+    raise UserError(f"{where}: the projector is {kind}; {needed}: use LLaVA 1.5 or later")
+
+
+def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hidden: int, where: str) -> None:
+    """Refuses a projector that does not fit between the vision tower and the language model.
+
+    `shapes`: of linear_1.weight and linear_2.weight, and of their biases if there are any; `tower` and `hidden`:
+    widths of the tower and the LLM.
+    """
+    wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
+    biases = {name: (hidden,) for name in ("linear_1.bias", "linear_2.bias") if name in shapes}
+    for name, shape in {**wanted, **biases}.items():
+        if tuple(shapes[name]) != shape:
+            raise UserError(
+                f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "
+                f"wide, language model {hidden} wide): it belongs to another release; take the projector and the "
+                "base of the same size"
+            )
+
+
+def text_config(config: Mapping[str, Any], vocab_size: int) -> LlamaConfig:
+    """The Llama part of an original config, with the given number of embedding rows."""
+    values = {key: config[key] for key in _LLAMA_KEYS if key in config}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
+    if config.get("rope_scaling"):
+        scaling = dict(config["rope_scaling"])
+        rope["rope_type"] = scaling.pop("type", scaling.pop("rope_type", "default"))
+        rope.update(scaling)
+    return LlamaConfig(**values, rope_parameters=rope, vocab_size=vocab_size)
+
+
+def tower_config(folder: Path) -> CLIPVisionConfig:
+    """The vision config of a CLIP folder (CLIPModel or CLIPVisionModel). Raises ValueError for other towers."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "clip":
+        part = config.get("vision_config", {})
+        if not isinstance(part, dict):
+            raise UserError(f"{folder}: vision_config in config.json is {part!r}, needed is an object")
+        _check_sizes(part, _TOWER_SIZES, f"{folder}: vision_config in config.json")
+        return CLIPVisionConfig.from_dict(part)
+    if config.get("model_type") == "clip_vision_model":
+        _check_sizes(config, _TOWER_SIZES, f"{folder}: config.json")
+        return CLIPVisionConfig.from_dict(config)
+    raise UserError(
+        f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"
+    )
+
+
+def _pinpoints(config: Mapping[str, Any], where: str) -> list[list[int]]:
+    pinpoints = config.get("image_grid_pinpoints")
+    if isinstance(pinpoints, str):
+        try:
+            pinpoints = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"{where}: image_grid_pinpoints {pinpoints!r} is no list of sizes") from error
+    if not pinpoints:
+        raise UserError(f"{where}: image_aspect_ratio is anyres, but image_grid_pinpoints is missing")
+    return [[int(side) for side in size] for size in pinpoints]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The release's tokenizer, made fast, with the placeholder added."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_token_id: int
+    rows: int
+    """Embedding rows needed: those of the release, or more where the placeholder needs one."""
+
+
+def split_after_images(tokenizer: Any, mark: str) -> Any:
+    """A fast tokenizer that starts the text after an image as LLaVA does: as a text of its own.
+
+    LLaVA tokenizes the pieces between images one by one, and sentencepiece tokenizers open every text with a space.
+    transformers' fast ones leave it out after a special token, so that the ids would differ from those the release was
+    trained on by one per image. A normalizer puts that space there. A tokenizer that needs none is returned as it is.
+    """
+    alone = tokenizer.encode("\nA", add_special_tokens=False)
+    if tokenizer.encode(f"{mark}\nA", add_special_tokens=False)[1:] == alone:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["normalizer"] is not None:
+        return tokenizer
+    for token in state["added_tokens"]:
+        if token["content"] == mark:
+            token["normalized"] = True  # or the text is split at it before the normalizer sees it
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.normalizer = normalizers.Replace(Regex(rf"{re.escape(mark)}(?!{re.escape(mark)}|\z)"), f"{mark} ")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds `<image>`.
+
+    `rows`: embedding rows of the release. Where the placeholder's id lies beyond them, rows grow to the next multiple
+    of 64 (32 000 → 32 064, as in the transformers releases).
+    """
+    if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        raise MissingFile(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
+    check_json(folder, _TOKENIZER_FILES)
+    slow = LlamaTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if len(slow) > rows:
+        raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
+    slow.padding_side = "left"
+    slow.pad_token = slow.pad_token or slow.unk_token
+    slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer = split_after_images(slow, IMAGE_TOKEN)
+    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    needed = image_token_id + 1
+    return Vocabulary(tokenizer, image_token_id, rows if rows >= needed else math.ceil(needed / 64) * 64)
+
+
+def build_config(
+    config: Mapping[str, Any], vision: CLIPVisionConfig, vocabulary: Vocabulary, dtype: torch.dtype, where: str
+) -> LlavaConfig | LlavaNextConfig:
+    """The transformers config of an original one. A release with `anyres` images becomes LLaVA-NeXT."""
+    image_size, patch_size = vision.image_size, vision.patch_size
+    if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 0 < patch_size <= image_size:
+        raise UserError(
+            f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares, the one "
+            "in the other: needed are two whole numbers"
+        )
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text_config(config, vocabulary.rows),
+        "image_token_index": vocabulary.image_token_id,
+        "image_seq_length": (image_size // patch_size) ** 2,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "full"
+        if config.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
+        "dtype": dtype,
+    }
+    if config.get("image_aspect_ratio") == "anyres":
+        result: LlavaConfig | LlavaNextConfig = LlavaNextConfig(
+            **common, image_grid_pinpoints=_pinpoints(config, where)
+        )
+        result.architectures = ["LlavaNextForConditionalGeneration"]
+    else:
+        result = LlavaConfig(**common)
+        result.architectures = ["LlavaForConditionalGeneration"]
+    return result
+
+
+def build_processor(
+    config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, vocabulary: Vocabulary, chat_template: str
+) -> LlavaProcessor | LlavaNextProcessor:
+    """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""
+    path = tower / "preprocessor_config.json"
+    given = read_json(path)
+    missing = [key for key in ("image_mean", "image_std") if key not in given]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: download the vision tower again")
+    size, crop = given.get("size", vision.image_size), given.get("crop_size", vision.image_size)
+    shared: dict[str, Any] = {
+        "size": {"shortest_edge": size} if isinstance(size, int) else size,
+        "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
+        "resample": given.get("resample", 3),
+        "image_mean": given["image_mean"],
+        "image_std": given["image_std"],
+    }
+    strategy = "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default"
+    arguments: dict[str, Any] = {
+        "tokenizer": vocabulary.tokenizer,
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1,
+        "chat_template": chat_template,
+    }
+    if config.get("image_aspect_ratio") == "anyres":
+        next_images = LlavaNextImageProcessorPil(**shared, image_grid_pinpoints=_pinpoints(config, str(tower)))
+        return LlavaNextProcessor(next_images, **arguments)
+    pad = config.get("image_aspect_ratio") == "pad"
+    return LlavaProcessor(LlavaImageProcessorPil(**shared, do_pad=pad), **arguments)
+
+
+def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> GenerationConfig:
+    """Ids and length of the release's generation config; its sampling settings only where it samples."""
+    path = folder / "generation_config.json"
+    given = read_json(path) if path.is_file() else {}
+    kept = ["max_length"] + (["do_sample", "temperature", "top_p", "top_k"] if given.get("do_sample") else [])
+    values: dict[str, Any] = {key: given[key] for key in kept if key in given}
+    tokenizer = vocabulary.tokenizer
+    for key, fallback in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+        values[f"{key}_token_id"] = given.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
+    values["pad_token_id"] = tokenizer.pad_token_id
+    return GenerationConfig(**values)
+
+
+def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str | None, where: str) -> dict[str, Any]:
+    """LLaVA's own config.json for a release that exists in transformers' layout only.
+
+    `vision_tower`: the tower's name; needed unless it is the one of LLaVA 1.5 and 1.6, which its sizes give away.
+    Raises ValueError for a tower that is no CLIP, a language model that is no Llama, or a tower without a name.
+    """
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    if vision.model_type != "clip_vision_model" or text.model_type != "llama":
+        raise UserError(
+            f"{where}: LLaVA's own layout knows a CLIP tower and a Llama, found are {vision.model_type} and "
+            f"{text.model_type}: choose --shape full or projector"
+        )
+    if vision_tower is None:
+        if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != (1024, 24, 336, 14):
+            raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
+        vision_tower = "openai/clip-vit-large-patch14-336"
+    rope = dict(text.rope_parameters or {})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
+    kept = {key: value for key in _LLAMA_KEYS if (value := text.to_dict().get(key)) is not None and key != "head_dim"}
+    next_keys: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+    if isinstance(config, LlavaNextConfig):
+        next_keys = {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+        }
+    strategy = config.vision_feature_select_strategy
+    return {
+        **kept,
+        **next_keys,
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": vision_tower,
+        "rope_scaling": {"type": kind, **rope} if kind != "default" else None,
+        "rope_theta": theta,
+        "use_mm_proj": True,
+        # The placeholder was the first id added to the release's own vocabulary.
+        "vocab_size": min(text.vocab_size, config.image_token_index),
+    }

@@ -1,0 +1,43 @@
+"""The processor that belongs to a release: its tokenizer, its images at its sizes, its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shortzip.data.files import read_json
+from shortzip.data.images import build_image_processor
+from shortzip.data.supervision import choose_template
+from shortzip.train.release.original_layout import split_after_images
+
+
+def build_processor(
+    folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any, chat_template: str
+) -> Any:
+    """The processor of a release in `folder`, for the model whose config is `model_config`.
+
+    It writes as many placeholders as that model fills, pads images as the release was trained, and carries the chat
+    template that `chat_template` names.
+    """
+    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
+    # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
+    combined = folder / "processor_config.json"
+    given = read_json(combined) if combined.is_file() else {}
+    settings = given.get("image_processor")
+    if settings is None:
+        settings = read_json(folder / "preprocessor_config.json")
+    processor.image_processor = build_image_processor(settings, str(config["model_type"]), str(folder))
+    # Files of some years lack one or all of these, and transformers' defaults are then one placeholder short.
+    if given.get("patch_size") is None:
+        processor.patch_size = model_config.vision_config.patch_size
+    if given.get("vision_feature_select_strategy") is None:
+        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
+    if given.get("num_additional_image_tokens") is None:
+        processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
+    if chat_template == "auto" and str(config["model_type"]).startswith("reduced_llava"):
+        chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
+    processor.chat_template = choose_template(processor, chat_template)
+    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
+    return processor

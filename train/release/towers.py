@@ -1,0 +1,88 @@
+"""Vision towers apart from their models: left out where cached features take their place, recognised, loaded alone.
+
+Which features belong to a tower is told by its weights, whose hash takes loading them. So the hash is kept beside the
+features under the content of the weight files (train/release/content.py): a later run on the same ones loads no tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from shortzip.data.errors import UserError
+from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
+from shortzip.train.release.content import content_of
+from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
+
+PREFIX = "vision_tower."
+
+
+class _TowerlessMixin:
+    _keys_to_ignore_on_load_unexpected = (r"vision_tower\.",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model.vision_tower = nn.Identity()  # type: ignore[attr-defined]
+
+
+class TowerlessLlava(_TowerlessMixin, ReducedLlavaForConditionalGeneration):  # type: ignore[misc]
+    """The reduced LLaVA with nothing in the place of its tower, whose weights are not read."""
+
+
+class TowerlessLlavaNext(_TowerlessMixin, ReducedLlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """The same of LLaVA-NeXT."""
+
+
+TOWERLESS: dict[Any, Any] = {
+    ReducedLlavaForConditionalGeneration: TowerlessLlava,
+    ReducedLlavaNextForConditionalGeneration: TowerlessLlavaNext,
+}
+
+
+def tower_digest(tower: nn.Module) -> str:
+    """SHA-256 of a tower's weights, their names and dtypes."""
+    return tensors_digest(tower.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) of tensors, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tower_parts(release: Path, dtype: torch.dtype) -> dict[str, Any] | None:
+    """All that the digest of the tower in `release`, a folder, depends on when it is loaded in this dtype; None for a
+    release whose tower lies elsewhere."""
+    weights = weight_files(release)
+    return {"files": content_of([*weights, release / "config.json"]), "dtype": str(dtype)} if weights else None
+
+
+def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The tower of a release's folder in transformers' layout, alone; nothing else of the weights is read.
+
+    `config`: of the LLaVA. Raises ValueError if the files hold other weights than its tower has.
+    """
+    tower = AutoModel.from_config(config.vision_config)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(release):
+        names = [name for name in read_specs(path) if PREFIX in name]
+        if names:
+            with open_tensors(path) as found:
+                for name in names:  # older releases have one more level, which transformers leaves out by now
+                    short = name.split(PREFIX, 1)[1].removeprefix("vision_model.")
+                    tensors[short] = found[name].to(dtype)
+    expected = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
+    if expected.keys() != tensors.keys():
+        different = sorted(expected.keys() ^ tensors.keys())
+        raise UserError(f"{release}: {len(different)} weights of the tower, such as {different[0]}, are not as needed")
+    tower.to(dtype).load_state_dict({expected[name]: tensor for name, tensor in tensors.items()})
+    return tower.eval().requires_grad_(False)

@@ -1,0 +1,185 @@
+"""What a training step must compute, what it could be held against, and what is done when memory runs out.
+
+FLOPs count a multiply-add as two and attention as if it were not causal, as in reduction/flops.py. Two counts of the
+same row stand side by side: :func:`plain_flops` is what transformers' LLaVA computes, :func:`needed_flops` what the
+loss and the projector's gradient need, which train/step/objective.py computes. In the backward pass an untrained matrix
+costs its forward once more (the gradient of its input) and attention twice its forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import ConversationDataset
+from shortzip.reduction.flops import (
+    llm_layer_flops_grouped,
+    lm_head_flops,
+    projector_flops,
+    tower_blocks_run,
+    vision_tower_flops,
+)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """One conversation in tokens."""
+
+    text: int
+    """Text tokens."""
+    visual: int
+    """Visual tokens that the language model reads; 0 without an image."""
+    supervised: int
+    """Tokens of its answers."""
+    tiles: int = 1
+    """Images, or tiles, that the tower reads; counted only where `visual` is above 0."""
+
+
+def plain_flops(
+    config: Any, row: RowShape, *, checkpointing: bool, whole_tower: bool = True, backward: bool = True
+) -> int:
+    """FLOPs of a forward and backward pass of all tokens through all layers, logits at every position.
+
+    `config`: of a LLaVA. `whole_tower`: count blocks of the tower that come after the selected one too. `backward`:
+    False for a row whose micro-batch has no image.
+    """
+    text, tokens = config.text_config, row.text + row.visual
+    matrices, attention = llm_layer_flops_grouped(text, tokens, tokens, tokens)
+    forwards = 2 if checkpointing else 1
+    layers = text.num_hidden_layers * ((forwards + 1) * matrices + (forwards + 2) * attention)
+    if not backward:
+        layers = text.num_hidden_layers * (matrices + attention)
+    total = layers + (1 + backward) * lm_head_flops(text, tokens)
+    if row.visual:
+        tower = vision_tower_flops(config, row.tiles)
+        if whole_tower:
+            tower = round(tower * config.vision_config.num_hidden_layers / tower_blocks_run(config))
+        total += tower + _projector(config, row.visual)
+    return total
+
+
+def needed_flops(
+    config: Any, row: RowShape, *, shared: int, frozen_layers: Collection[int], tower: bool = True
+) -> int:
+    """FLOPs that the loss and the projector's gradient need of a row.
+
+    `shared`: text tokens at the beginning whose keys and values are constants. `tower`: False with cached features.
+    A row without an image has no backward pass: the projector gets no gradient from it.
+    """
+    text, last = config.text_config, config.text_config.num_hidden_layers - 1
+    shared = min(shared, row.text)
+    queries = row.text - shared
+    tokens = queries + row.visual
+    frozen = len(set(frozen_layers) - {last}) if row.visual else 0
+
+    def layer(asking: int) -> int:
+        matrices, attention = llm_layer_flops_grouped(text, asking, tokens, tokens + shared)
+        return 2 * matrices + 3 * attention if row.visual else matrices + attention
+
+    passes = 2 if row.visual else 1
+    total = (last - frozen) * layer(tokens) + frozen * layer(queries) + layer(row.supervised)
+    total += passes * lm_head_flops(text, row.supervised)
+    if row.visual:
+        total += _projector(config, row.visual) + (vision_tower_flops(config, row.tiles) if tower else 0)
+    return total
+
+
+def _projector(config: Any, visual: int) -> int:
+    """Forward, weight gradients of both layers, input gradient of the second."""
+    return 2 * projector_flops(config, visual) + 2 * visual * config.text_config.hidden_size**2
+
+
+def matmul_speed(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """FLOP/s of this device in a matrix product of this dtype, measured: the peak that MFU is held against."""
+    side = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, started = float("inf"), clock()
+    while best == float("inf") or clock() - started < seconds:
+        synchronise(device)
+        begun = clock()
+        torch.mm(left, right)
+        synchronise(device)
+        best = min(best, clock() - begun)
+    return 2 * side**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class StepFlops:
+    """The FLOPs that a step over samples of `dataset` needs with `model`, for MFU.
+
+    LLaVA-NeXT's images, whose tiles differ, are counted as five each.
+    """
+
+    def __init__(self, model: Any, dataset: ConversationDataset) -> None:
+        supervision, config = dataset.supervision, model.config
+        self.config, self.dataset = config, dataset
+        self.tower = not isinstance(model.model.vision_tower, nn.Identity)
+        self.frozen = config.shortv["layers"] if config.shortv else []
+        self.tiles = 5 if supervision.needs_image_sizes else 1
+        if supervision.needs_image_sizes:
+            side = config.vision_config.image_size
+            self.visual = supervision.placeholders((2 * side, 2 * side))
+        else:
+            self.visual = supervision.placeholders((0, 0))
+        self.shared = 0
+        if self.tiles == 1:
+            with_image = (conversation for conversation in dataset.conversations if conversation.images)
+            first = next(with_image, None)
+            if first is not None:
+                ids = supervision.encode(first).input_ids
+                image = supervision.processor.image_token_id
+                self.shared = ids.index(image) if image in ids else 0
+
+    def __call__(self, samples: Sequence[int]) -> int:
+        return sum(map(self._of, samples))
+
+    def _of(self, sample: int) -> int:
+        length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
+        visual = min(length, images * self.visual)
+        row = RowShape(length - visual, visual, int(self.dataset.supervised[sample]), max(1, images) * self.tiles)
+        return needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+
+
+def half_the_micro_batch(plan: BatchPlan, error: torch.OutOfMemoryError, *, again: bool) -> BatchPlan:
+    """The same global batches in micro-batches of half the size, after memory ran out.
+
+    `again`: whether that has been done before. Raises torch.OutOfMemoryError with the cure if it has, with several
+    processes (the others are in the middle of the step), and where one row fills the memory.
+    """
+    rows, tokens = plan.micro_batch_size, plan.max_tokens
+    alone = rows == 1 and tokens is None
+    if again or alone or plan.num_processes > 1:
+        where = f"on one of {plan.num_processes} processes" if plan.num_processes > 1 else "again" if again else ""
+        cure = "lower data.max_length" if alone else "lower per_device_train_batch_size or max_tokens_per_micro_batch"
+        raise torch.OutOfMemoryError(
+            f"out of memory {where or 'with one row at a time'}, in {limits_in_words(plan)}: {cure}, set "
+            f"gradient_checkpointing to true or lower the budget, and continue with --resume_from_checkpoint latest "
+            f"({error})"
+        ) from error
+    smaller = copy.copy(plan)
+    smaller.micro_batch_size = None if rows is None else max(1, rows // 2)
+    smaller.max_tokens = None if tokens is None else max(1, tokens // 2)
+    return smaller
+
+
+def limits_in_words(plan: BatchPlan) -> str:
+    """How large a micro-batch is at most."""
+    limits = []
+    if plan.micro_batch_size is not None:
+        limits.append(f"{plan.micro_batch_size} rows")
+    if plan.max_tokens is not None:
+        limits.append(f"{plan.max_tokens} tokens")
+    return f"micro-batches of at most {' and '.join(limits)}"

@@ -1,0 +1,307 @@
+"""What is minimised: cross-entropy, summed over a micro-batch's supervised tokens; and what is trained to do so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from shortzip.data.errors import UserError
+from shortzip.train.step.supervised_states import (
+    IGNORE_INDEX,
+    FixedText,
+    can_walk,
+    compute_fixed_text,
+    needed_tokens,
+    place_tokens,
+    shared_beginning,
+    supervised_states,
+)
+from shortzip.train.step.memory import LOGITS_AT_ONCE
+
+Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+
+FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+
+
+def count_supervised(labels: Tensor) -> int:
+    """Supervised tokens of `labels` [B, L] that a next-token loss sees: the first position has nothing before it."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def fastv_query(model: Llava, labels: Tensor) -> dict[str, Tensor]:
+    """With FastV, the position [B] whose attention decides what is kept: the end of the first prompt, as when it is
+    answered; nothing otherwise. (The end of the row would see the answers.)"""
+    config: Any = model.config
+    if config.fastv is None:
+        return {}
+    supervised = labels != IGNORE_INDEX
+    length = labels.shape[1]
+    first = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), length)
+    return {"fastv_query": (first - 1).clamp(min=0)}
+
+
+class SupervisedLoss(nn.Module):
+    """The module that an engine wraps: a micro-batch in, the sum of its supervised tokens' cross-entropies out.
+
+    A sum, not a mean, because the mean that training wants is over the global batch: the caller divides by its count,
+    which no cut into micro-batches or processes changes.
+
+    Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
+    (train/step/supervised_states.py): the same loss and gradient up to rounding. `plain` turns that off.
+    """
+
+    def __init__(self, model: Llava, *, plain: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.plain = plain
+        self._fixed: dict[bytes, FixedText] = {}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """float32 scalar. `batch`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes for
+        LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes) if it has images.
+
+        A micro-batch without images still has the projector in its graph, times zero: engines that average gradients
+        by hooks would wait for it for ever. The gradient gains exact zeros.
+
+        Raises:
+            ValueError: placeholders and visual tokens do not match.
+        """
+        if self.plain or not can_walk(self.model.model.language_model):
+            return self._plain_loss(batch)
+        return self._needed_loss(batch)
+
+    def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Every token through every layer.
+
+        Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
+        engines that gather sharded weights when a module is called would wait for one that does not for ever.
+        """
+        inner: Any = self.model.model
+        embedding = inner.get_input_embeddings()
+        ids, mask, labels = (
+            batch[key].to(embedding.weight.device) for key in ("input_ids", "attention_mask", "labels")
+        )
+        visual = ids == self.model.config.image_token_id
+        features = visual_features(self.model, batch)
+        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
+        if features is None:
+            unused = self._no_features(visual.device)
+            embeds = embedding(ids)
+            embeds = embeds + 0 * unused.sum().to(embeds)
+        else:
+            embeds = embedding(ids)
+            embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
+        outputs = inner(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            mm_token_type_ids=visual.long(),
+            use_cache=False,
+            **fastv_query(self.model, labels),
+        )
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
+        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+    def _needed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        decoder: Any = self.model.model.language_model
+        device, image_token = decoder.embed_tokens.weight.device, self.model.config.image_token_id
+        ids, mask, labels = (batch[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
+        visual = (ids == image_token) & mask.bool()
+        needed = needed_tokens(mask, labels)
+        sees_image = (needed & visual).any(1)
+        groups = {True: sees_image, False: ~sees_image & needed.any(1)}
+
+        features = visual_features(self.model, batch)
+        loss = torch.zeros((), device=device)
+        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
+        if features is None:
+            connected = self.model.model.multi_modal_projector(self._no_token(device))
+        else:
+            used = (needed & sees_image[:, None])[visual]
+            connected, features = features, features if bool(used.all()) else features[used.to(device)]
+        if not bool(sees_image.any()):
+            loss = loss + 0 * connected.float().sum()
+        for has_image, rows in groups.items():
+            if not bool(rows.any()):
+                continue
+            group = (ids[rows], mask[rows], labels[rows])
+            fixed = self._fixed_beginning(*group, keep=has_image)
+            places = place_tokens(*group, image_token, len(fixed.ids) if fixed else 0).to(device)
+            # Rows without an image give the projector no gradient: their loss is only reported.
+            with nullcontext() if has_image else torch.no_grad():
+                states = supervised_states(
+                    decoder,
+                    features if has_image else None,
+                    places,
+                    fixed,
+                    decoder.layers[0].gradient_checkpointing,
+                )
+                part = summed_cross_entropy(self.model.lm_head, states, places.targets)
+            loss = loss + part
+        return loss
+
+    def _fixed_beginning(self, ids: Tensor, mask: Tensor, labels: Tensor, *, keep: bool) -> FixedText | None:
+        """The text that all the rows [B, L] begin with; `keep` it for the next rows that begin with the very same.
+
+        A longer or shorter one that is known already is of no use: its rounding would make a micro-batch's result
+        depend on those before it, and a resumed run would differ from one that was never interrupted.
+        """
+        length = shared_beginning(ids, needed_tokens(mask, labels), labels, self.model.config.image_token_id)
+        beginning = ids[0, :length]
+        key = beginning.numpy().tobytes()
+        fixed = self._fixed.get(key)
+        if fixed is None and length:
+            fixed = compute_fixed_text(self.model.model.language_model, beginning)
+            if keep:
+                while len(self._fixed) >= FIXED_TEXTS:
+                    del self._fixed[next(iter(self._fixed))]
+                self._fixed[key] = fixed
+        return fixed
+
+    def _no_token(self, device: torch.device) -> Tensor:
+        """[1, input of the projector]: read from the config, for a sharded weight has no shape."""
+        config: Any = self.model.config
+        layers = config.vision_feature_layer
+        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        return torch.zeros(1, width, device=device)
+
+    def _no_features(self, device: torch.device) -> Tensor:
+        """What an empty image gives, through the tower where there is one."""
+        config: Any = self.model.config
+        if isinstance(self.model.model.vision_tower, nn.Identity):
+            return self.model.model.multi_modal_projector(self._no_token(device))
+        side = config.vision_config.image_size
+        zero = torch.zeros((), device=device, dtype=self.model.dtype)
+        if isinstance(self.model, LlavaNextForConditionalGeneration):
+            tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
+            sizes = torch.tensor([[side, side]], device=device)
+            features = self.model.model.get_image_features(zero.expand(1, tiles, 3, side, side), sizes)
+        else:
+            features = self.model.model.get_image_features(zero.expand(1, 3, side, side))
+        return torch.cat(list(features.pooler_output))
+
+
+def _refuse_mismatch(placeholders: int, features: int) -> None:
+    if placeholders != features and not features:
+        raise UserError(f"the prompts hold {placeholders} placeholders and there are 0 visual tokens")
+    if placeholders != features:
+        raise UserError(
+            f"the prompts hold {placeholders} placeholders, the images give {features} visual tokens: build the "
+            "inputs with the processor that belongs to this model"
+        )
+
+
+def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders.
+
+    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
+    """
+    inner: Any = model.model
+    sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
+    if "visual_tokens" in batch:
+        return torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
+    if "pixel_values" not in batch:
+        return None
+    return torch.cat(list(inner.get_image_features(pixel_values=batch["pixel_values"], **sizes).pooler_output))
+
+
+def summed_cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
+
+    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them.
+    """
+    if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
+        return _SummedCrossEntropy.apply(states, lm_head, targets)
+    return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor) -> Tensor:
+        weight = lm_head.weight
+        values = LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8
+        total = torch.zeros((), device=states.device)
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(states), max(1, values // len(weight))):
+            chunk = slice(start, start + max(1, values // len(weight)))
+            logits = lm_head(states[chunk]).float()
+            target = targets[chunk].unsqueeze(1)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if gradient is not None:
+                logits.sub_(normalizer).exp_()
+                logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
+                torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (of_states,) = ctx.saved_tensors
+        return of_states * gradient, None, None
+
+
+def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_checkpointing: bool) -> None:
+    """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
+    model.requires_grad_(False)
+    model.eval()  # no dropout in what is not trained
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            layer.training = True  # in eval mode bitsandbytes repacks it, on some CPUs, for kernels without a backward
+    # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
+    projector = model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    trained = set(projector.parameters())
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter not in trained:
+            parameter.data = parameter.data.to(compute_dtype)
+    if gradient_checkpointing:
+        recompute_layers(model)
+
+
+def recompute_layers(model: Llava, again: bool = True) -> None:
+    """Has the language model's layers computed again in the backward pass, instead of keeping what is in them; or,
+    without `again`, no longer."""
+    if again:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers has the embeddings' outputs require a gradient, the tower's too: its activations would be kept,
+        # and a backward pass run through it, for nothing. What is not reentrant needs no such help.
+        model.disable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+    for layer in model.model.language_model.layers:
+        layer.training = again  # transformers checkpoints layers in training mode; what is in them stays in eval mode
+
+
+def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:
+    """The trained parameters under the names that the release gives them."""
+    prefix = "model.multi_modal_projector."
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}
+
+
+def describe_components(model: Llava) -> list[tuple[str, int, str, bool]]:
+    """(component, parameters, dtypes, is it trained) of every part of the model, for the report at the start."""
+    parts = {
+        "vision tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language model": model.model.language_model,
+        "LM head": model.lm_head,
+    }
+    rows = []
+    for name, part in parts.items():
+        parameters = list(part.parameters())
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+        for trained in sorted({parameter.requires_grad for parameter in parameters}):
+            count = sum(parameter.numel() for parameter in parameters if parameter.requires_grad is trained)
+            rows.append((name, count, ", ".join(dtypes), trained))
+    return rows
