@@ -1,20 +1,20 @@
-"""What happens to visual tokens: VisionZip, ShortV and the transformers classes that carry them."""
+"""What happens to visual tokens: VisionZip, ShortV and the transformers classes that carry them.
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+The classes are imported when they are first asked for: a command's --help reads budgets, and needs no torch for it.
+"""
 
-from .configuration_reduced_llava import ReducedLlavaConfig, ReducedLlavaNextConfig
-from .modeling_reduced_llava import ReducedLlavaForConditionalGeneration, VisualTokens
-from .modeling_reduced_llava_next import ReducedLlavaNextForConditionalGeneration
-from .processing_reduced_llava import ReducedLlavaNextProcessor, ReducedLlavaProcessor
+from typing import TYPE_CHECKING, Any
 
-# Where ShortZip is installed, transformers' Auto classes know its models without trust_remote_code.
-for _config, _model, _processor in (
-    (ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor),
-    (ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
-    AutoProcessor.register(_config, _processor, exist_ok=True)
+if TYPE_CHECKING:
+    from .auto import (
+        ReducedLlavaConfig,
+        ReducedLlavaForConditionalGeneration,
+        ReducedLlavaNextConfig,
+        ReducedLlavaNextForConditionalGeneration,
+        ReducedLlavaNextProcessor,
+        ReducedLlavaProcessor,
+        VisualTokens,
+    )
 
 __all__ = [
     "ReducedLlavaConfig",
@@ -25,3 +25,11 @@ __all__ = [
     "ReducedLlavaProcessor",
     "VisualTokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import auto
+
+    return getattr(auto, name)

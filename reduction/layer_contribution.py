@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from .errors import ReductionError
 from .parsing import parse_freeze
-from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active
-from .supervised_states import windows_of
+from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active, windows_of
 
 Direction = Literal["full_to_frozen", "frozen_to_full"]
 DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")

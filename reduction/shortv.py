@@ -173,3 +173,11 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _take(states: Tensor, index: Tensor) -> Tensor:
     """states [B, N, X] at index [B, A] → [B, A, X]."""
     return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def windows_of(decoder: Any) -> list[int | None]:
+    """How many tokens back each layer sees, or None for all of them."""
+    values, depth = decoder.config.to_dict(), len(decoder.layers)
+    window = values.get("sliding_window")
+    kinds = values.get("layer_types") or ["sliding_attention"] * depth
+    return [window if kind == "sliding_attention" else None for kind in kinds]

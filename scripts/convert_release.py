@@ -18,12 +18,18 @@ import torch
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
-from shortzip.train.settings.command_line import run_command, say
 from shortzip.train.release.convert import convert_to_transformers, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.opening import (
+    find_projector_file,
+    load_processor,
+    open_release,
+    release_projector,
+    resolve_tower,
+)
 from shortzip.train.release.original_layout import is_original
 from shortzip.train.release.writing import write_reduced_checkpoint
-from shortzip.train.release.opening import find_projector_file, load_processor, open_release, release_projector, resolve_tower
+from shortzip.train.settings.command_line import run_command, say
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -35,13 +35,13 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from shortzip.reduction.pictures import draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.command_line import parse_config, run_command, say
-from shortzip.train.settings.config import ConfigError, DataConfig
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
-from shortzip.train.release.opening import Release, load_release, open_release, release_projector
-from shortzip.train.run.run_folder import LAYERS
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
 from shortzip.train.release.lineage import check_tuned, check_untuned
+from shortzip.train.release.opening import Release, load_release, open_release, release_projector
+from shortzip.train.run.run_folder import LAYERS
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.config import ConfigError, DataConfig
 
 ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
 LOCAL = "127.0.0.1"

@@ -28,9 +28,9 @@ from transformers import (
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json, refuse_to_replace, write_atomically, writing
 from shortzip.reduction import flops
-from shortzip.train.step import memory as training_cost
 from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
 from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.step import memory as training_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"

@@ -21,8 +21,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from shortzip.data.errors import FileInTheWay
 from shortzip.data.files import refuse_to_replace
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.evaluation.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
+from shortzip.train.finish import candidates_of
+from shortzip.train.release.lineage import check_run, check_settings, release_of
+from shortzip.train.release.opening import dtype_of, open_release
+from shortzip.train.run.processes import PATIENCE, on_main_process
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
+from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.settings.config import (
     ConfigError,
     DataConfig,
@@ -33,12 +39,6 @@ from shortzip.train.settings.config import (
     reductions_of,
     repeated,
 )
-from shortzip.train.finish import candidates_of
-from shortzip.train.run.processes import PATIENCE, on_main_process
-from shortzip.train.release.opening import dtype_of, open_release
-from shortzip.train.run.report import Reporter
-from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
-from shortzip.train.release.lineage import check_run, check_settings, release_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
         else:
             others.append(token)
     given = ["--model", json.dumps(models)] if models else []
-    return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate.py")
+    return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate_models.py")
 
 
 def runs_of(config: EvaluateConfig) -> dict[str, TuneConfig]:

@@ -28,16 +28,17 @@ from shortzip.data.kept import Kept, conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
-from shortzip.train.evaluation.comparison import Candidate, answer_files, check_candidates, compare, describe_machine, prefill_times
-from shortzip.train.settings.config import ConfigError, DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
-from shortzip.train.release.content import release_content
 from shortzip.train.evaluation.answers import write_answers
+from shortzip.train.evaluation.comparison import (
+    Candidate,
+    answer_files,
+    check_candidates,
+    compare,
+    describe_machine,
+    prefill_times,
+)
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
 from shortzip.train.evaluation.frontier_report import draw, show, summarise
-from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
-from shortzip.train.release.opening import dtype_of, load_processor, open_release
-from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
 from shortzip.train.inputs.samples import (
     calibration_prompts,
     check_instructions,
@@ -45,6 +46,19 @@ from shortzip.train.inputs.samples import (
     draw_demo_scenes,
     held_out_conversations,
     training_conversations,
+)
+from shortzip.train.release.content import release_content
+from shortzip.train.release.opening import dtype_of, load_processor, open_release
+from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
+from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
+from shortzip.train.settings.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
+from shortzip.train.settings.config import (
+    ConfigError,
+    DataConfig,
+    FastVConfig,
+    ShortVConfig,
+    TuneConfig,
+    VisionZipConfig,
 )
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from shortzip.data.files import refuse_to_replace
 from shortzip.data.instructions import read_instructions
-from shortzip.train.settings.command_line import parse_config, run_command, say
-from shortzip.train.settings.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
 from shortzip.train.evaluation.lmms_plugin import write_questions, write_task
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
 
 SHIPPED = "demo_scenes"
 

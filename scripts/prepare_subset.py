@@ -20,8 +20,8 @@ from rich.text import Text
 from shortzip.data.errors import printable
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.data.subset_folder import SUBSET
-from shortzip.train.settings.command_line import run_command
 from shortzip.train.run.report import literal
+from shortzip.train.settings.command_line import run_command
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from shortzip.train.settings.command_line import run_command, say
 from shortzip.train.publish.push import prepare, push, summary
 from shortzip.train.release.writing import SHAPES
+from shortzip.train.settings.command_line import run_command, say
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ from shortzip.data.images import open_image, squared
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.release.opening import load_viewer, open_release
+from shortzip.train.settings.command_line import parse_config, run_command, say
 
 
 @dataclass

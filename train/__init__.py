@@ -1,1 +1,1 @@
-"""The training loop, its config and the checkpoints of a run."""
+"""Tuning a projector: tune_projector.py is the run, finish.py what follows it; the rooms answer one question each."""

@@ -12,14 +12,15 @@ from accelerate import Accelerator
 
 from shortzip.data.images import open_image, squared
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.step.adapters import ADAPTER_FOLDER, ProjectorAdapter
-from shortzip.train.run.checkpoint import discard
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
-from shortzip.train.settings.config import TuneConfig
-from shortzip.train.run.processes import StopRequest, StopRequested, on_main_process
+from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.publish.push import PublishError, publish_run
-from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.release.lineage import base_revision, write_record
 from shortzip.train.release.opening import Release, dtype_of, load_viewer, open_release
+from shortzip.train.release.tensor_files import folder_specs
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.run.checkpoint import discard
+from shortzip.train.run.processes import StopRequest, StopRequested, on_main_process
 from shortzip.train.run.report import Reporter, draw_loss_curve
 from shortzip.train.run.run_folder import (
     ANSWERS,
@@ -32,9 +33,8 @@ from shortzip.train.run.run_folder import (
     PICTURES,
     RESULTS,
 )
-from shortzip.train.inputs.samples import held_out_set
-from shortzip.train.release.tensor_files import folder_specs
-from shortzip.train.release.lineage import base_revision, write_record
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.step.adapters import ADAPTER_FOLDER, ProjectorAdapter
 
 
 def write_final(

@@ -24,45 +24,12 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
-from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
-from shortzip.train.run.checkpoint import (
-    Checkpoint,
-    check_same_run,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-    versions,
-)
-from shortzip.train.settings.command_line import end_stopped, load_config, run_command
-from shortzip.train.settings.config import TuneConfig, reductions_of
-from shortzip.train.step.engine import start_engine
 from shortzip.train.evaluation.answers import held_out_loss
-from shortzip.train.inputs.feature_cache import known_tower, store_features
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
+from shortzip.train.inputs.feature_cache import known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, run_identity
 from shortzip.train.inputs.loading import check_shared_memory, loader_of
-from shortzip.train.step.micro_batch import plan_micro_batches
-from shortzip.train.step.objective import (
-    SupervisedLoss,
-    count_supervised,
-    describe_components,
-    projector_parameters,
-    recompute_layers,
-    train_only_projector,
-)
 from shortzip.train.inputs.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
-from shortzip.train.run.processes import (
-    StopRequest,
-    StopRequested,
-    failures_recorded,
-    on_main_process,
-    start_accelerator,
-)
-from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.opening import dtype_of, load_release, open_release
-from shortzip.train.run.report import Reporter, Speed, component_table, peak_memory, reset_peak_memory
-from shortzip.train.run.run_folder import DROPPED, NONFINITE, Metrics
-from shortzip.train.run.run_start import RunFolder
 from shortzip.train.inputs.samples import (
     check_instructions,
     check_positions,
@@ -72,8 +39,48 @@ from shortzip.train.inputs.samples import (
     held_out_set,
     training_set,
 )
-from shortzip.train.step.flops import StepFlops, half_the_micro_batch, limits_in_words, matmul_speed
+from shortzip.train.publish.push import check_publishable
+from shortzip.train.release.opening import dtype_of, load_release, open_release
+from shortzip.train.run.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+    versions,
+)
+from shortzip.train.run.processes import (
+    StopRequest,
+    StopRequested,
+    failures_recorded,
+    on_main_process,
+    start_accelerator,
+)
+from shortzip.train.run.report import (
+    Reporter,
+    Speed,
+    component_table,
+    matmul_speed,
+    peak_memory,
+    reset_peak_memory,
+)
+from shortzip.train.run.run_folder import DROPPED, NONFINITE, Metrics
+from shortzip.train.run.run_start import RunFolder
 from shortzip.train.run.tracking import Trackers
+from shortzip.train.settings.command_line import end_stopped, load_config, run_command
+from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.step.flops import StepFlops
+from shortzip.train.step.micro_batch import half_the_micro_batch, in_words, plan_micro_batches
+from shortzip.train.step.objective import (
+    SupervisedLoss,
+    count_supervised,
+    describe_components,
+    projector_parameters,
+    recompute_layers,
+    train_only_projector,
+)
+from shortzip.train.step.start import start_engine
 
 
 class NonFiniteLoss(UserError):
@@ -293,7 +300,9 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
             out_of_memory, halved = False, True
             engine.discard()
             torch.cuda.empty_cache()
-            report.say(f"out of memory at step {state.step + 1}: it is repeated, {limits_in_words(plan)} from here on")
+            report.say(
+                f"out of memory at step {state.step + 1}: it is repeated, {in_words(plan.micro_batch_size, plan.max_tokens)} from here on"
+            )
             micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
             continue
         drops = [asdict(drop) for micro in mine for drop in micro.dropped]

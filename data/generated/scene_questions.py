@@ -16,7 +16,16 @@ import numpy as np
 from PIL import Image
 
 from shortzip.data.errors import UserError
-from shortzip.data.generated.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, render_scene, sample_scene
+from shortzip.data.generated.scenes import (
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    render_scene,
+    sample_scene,
+)
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 

@@ -28,9 +28,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from shortzip.data.batching import BatchPlan, MicroBatchSampler, padding_share, permutation
 from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.generated.mixture import estimated_length, rows_of_the_mix, write_mix
 from shortzip.data.images import open_image
 from shortzip.data.instructions import Conversation, parse_llava_row
-from shortzip.data.generated.mixture import estimated_length, rows_of_the_mix, write_mix
 from shortzip.data.supervision import Supervision, load_template
 from shortzip.train.settings.command_line import run_command
 

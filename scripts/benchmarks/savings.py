@@ -15,14 +15,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from benchmark_shapes import BEFORE, IMAGE_TOKEN, Conversation, Shape
 from torch import Tensor, nn
 
-from shortzip.train.step import supervised_states as walk
 from shortzip.reduction.flops import vision_tower_flops
+from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, Conversation, Shape
 from shortzip.train.step import objective
-from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.flops import RowShape, needed_flops
+from shortzip.train.step.objective import SupervisedLoss
 
 Batch = dict[str, Tensor]
 

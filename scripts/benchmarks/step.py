@@ -52,18 +52,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from benchmark_savings import sides_without
-from benchmark_shapes import (
-    BEFORE,
-    SHAPES,
-    Conversation,
-    Models,
-    Shape,
-    build_models,
-    draw_conversations,
-    make_batch,
-)
-from benchmark_timing import Clock, Stopwatch, as_dicts, ratio, show, write_figures
 from rich.console import Console
 from torch import Tensor
 
@@ -73,9 +61,21 @@ from shortzip.data.files import refuse_to_replace
 from shortzip.reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.reduction.shortv import active_rows
+from shortzip.scripts.benchmarks.savings import sides_without
+from shortzip.scripts.benchmarks.shapes import (
+    BEFORE,
+    SHAPES,
+    Conversation,
+    Models,
+    Shape,
+    build_models,
+    draw_conversations,
+    make_batch,
+)
+from shortzip.scripts.benchmarks.timing import Clock, Stopwatch, as_dicts, ratio, show, write_figures
 from shortzip.train.settings.command_line import parse_config, run_command
-from shortzip.train.step.objective import SupervisedLoss, recompute_layers
 from shortzip.train.step.flops import RowShape, needed_flops, plain_flops
+from shortzip.train.step.objective import SupervisedLoss, recompute_layers
 
 NOTES = """What a step leaves out or does differently. Expected: share of the FLOPs that are left (shapes cpu /
 llava-1.5-7b, lengths of the mix), which is what the step would cost more without it.

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from benchmark_memory import peak_tensor_bytes
 from rich.console import Console
 from rich.table import Table
 
 from shortzip.data.files import write_atomically, writing
-from shortzip.train.step.flops import matmul_speed, synchronise
+from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
+from shortzip.train.run.report import matmul_speed, synchronise
 
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

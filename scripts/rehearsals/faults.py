@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from shortzip.train.run.checkpoint import damage, list_checkpoints
-from shortzip.train.settings.command_line import run_command
 from shortzip.train.run.run_folder import NONFINITE, is_finished, read_metrics, read_status
+from shortzip.train.settings.command_line import run_command
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "tune_projector.py"
 STEPS = 12
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from shortzip.train.settings.command_line import run_command
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "train" / "tune_projector.py")
 STEPS, SECONDS, PORT = 6, 600, 29511
 NAMES, ADDRESSES, CABLE = ("shortzip-a", "shortzip-b"), ("10.77.0.1", "10.77.0.2"), "cable"

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortzip.data.batching import BatchPlan, GlobalBatch, MicroBatchSampler, cut_into_groups, padding_share, permutation
+from shortzip.data.batching import (
+    BatchPlan,
+    GlobalBatch,
+    MicroBatchSampler,
+    cut_into_groups,
+    padding_share,
+    permutation,
+)
 from shortzip.data.generated.mixture import estimated_length, rows_of_the_mix
 
 LENGTHS = [int(length) for length in 40 + permutation(100, 7, 7) % 61]

@@ -250,7 +250,7 @@ def test_the_loader_gives_the_same_micro_batches_from_any_position(supervision: 
 
 def test_moving_a_micro_batch_keeps_everything_and_leaves_what_the_cpu_reads(supervision: Supervision) -> None:
     inputs = {"input_ids": torch.ones(1, 2, dtype=torch.int64), "pixel_values": torch.ones(1, 3, 2, 2)}
-    batch = data.dataset.MicroBatch(inputs, ["a"], [Drop("b", "too_long", "")])
+    batch = shortzip.data.dataset.MicroBatch(inputs, ["a"], [Drop("b", "too_long", "")])
     moved = batch.to("meta")
     assert {name: tensor.device.type for name, tensor in moved.inputs.items()} == {
         "input_ids": "cpu", "pixel_values": "meta"

@@ -27,7 +27,7 @@ values = st.recursive(
 @pytest.fixture(autouse=True, params=[7, 64, 1 << 22])
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is read in tiny blocks too, so that rows, characters and white space straddle their ends."""
-    monkeypatch.setattr(data.json_rows, "_CHUNK", request.param)
+    monkeypatch.setattr(shortzip.data.json_rows, "_CHUNK", request.param)
 
 
 def written(rows: list[Any], kind: str) -> str:
@@ -91,8 +91,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
 
 
 def test_a_row_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.json_rows, "_LONGEST_ROW", 1000)
+    monkeypatch.setattr(shortzip.data.json_rows, "_LONGEST_ROW", 1000)
     (tmp_path / "rows").write_text('[{"a": "' + "x" * 5_000_000 + '"}]')
-    if data.json_rows._CHUNK < 1000:
+    if shortzip.data.json_rows._CHUNK < 1000:
         with pytest.raises(JsonRowError, match="row 0, byte 1: no row ends within"):
             list(iterate_json_rows(tmp_path / "rows"))

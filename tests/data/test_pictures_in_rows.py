@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shortzip.data.images
 from PIL import Image
 from processors import llava_next_processor, llava_processor
 
-import shortzip.data.images
 from shortzip.data.dataset import ConversationDataset, Sample
 from shortzip.data.drops import BadSample, Drop, DropLog
 from shortzip.data.images import HINTS
@@ -77,7 +77,7 @@ def test_a_panorama_is_trained_on_as_its_square_would_be(tmp_path: Path, monkeyp
     supervision = Supervision(llava_processor(), load_template("vicuna_v1"))
     dataset = ConversationDataset([row("pano.png")], supervision, tmp_path)
     plain = dataset.load(dataset.conversations[0]).pixels[0]
-    monkeypatch.setattr(data.images, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(shortzip.data.images, "MAX_PIXELS", 100_000)
     assert dataset.load(dataset.conversations[0]).pixels[0].equal(plain)
 
 
@@ -86,7 +86,7 @@ def test_of_many_missing_images_it_is_looked_for_the_first_few(
 ) -> None:
     noise(9, 9).save(tmp_path / "x.png")
     asked: list[Path] = []
-    monkeypatch.setattr(data.images, "hint_for_missing", lambda file: asked.append(file) or " (a hint)")
+    monkeypatch.setattr(shortzip.data.images, "hint_for_missing", lambda file: asked.append(file) or " (a hint)")
     rows = [row("x.png"), *(row(f"{number}.jpg") for number in range(300))]
     supervision = Supervision(llava_processor(), load_template("vicuna_v1"))
     dataset = ConversationDataset(rows, supervision, tmp_path, drops=DropLog("skip", 1.0))

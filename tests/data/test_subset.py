@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from shortzip.data.drops import TooManyBadSamples
-from shortzip.data.instructions import Conversation, UnknownFormat, parse_llava_row, read_instructions
 from shortzip.data.generated.mixture import rows_of_the_mix
+from shortzip.data.instructions import Conversation, UnknownFormat, parse_llava_row, read_instructions
 from shortzip.data.strata import Ranking, draw, quotas, rank_of, source_of
 from shortzip.data.subset import SubsetOptions, answer_histogram, prepare_subset
 

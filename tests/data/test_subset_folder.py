@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shortzip.data.subset
 from PIL import Image
 
-import shortzip.data.subset
 from shortzip.data.errors import Busy, CannotWrite, FileInTheWay, UserError
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.data.subset_folder import new_subset, subset_report
@@ -92,7 +92,7 @@ def test_killed_at_any_point_it_leaves_nothing_and_runs_again(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(*((Path, "rename") if point == "rename" else (data.subset, point)), die)
+        patched.setattr(*((Path, "rename") if point == "rename" else (shortzip.data.subset, point)), die)
         for _ in range(2):
             assert in_a_child(lambda: draw(rows, output)) == -signal.SIGKILL
             assert not output.exists()
@@ -192,7 +192,7 @@ def test_a_full_disk_is_said_with_the_file_and_the_cure(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data.subset, "_write_lines", full)
+    monkeypatch.setattr(shortzip.data.subset, "_write_lines", full)
     for overwrite in (False, True):
         with pytest.raises(CannotWrite, match=r"out.* cannot be written: No space left on device. Make space"):
             draw(rows, tmp_path / "out", overwrite=overwrite)
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_not_said_of_the_folder(
     def refused(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(data.subset, "iterate_json_rows", refused)
+    monkeypatch.setattr(shortzip.data.subset, "iterate_json_rows", refused)
     with pytest.raises(UserError, match=r"rows.json cannot be read: Input/output error"):
         draw(rows, tmp_path / "out")
     with pytest.raises(UserError, match=r"gone.json"):

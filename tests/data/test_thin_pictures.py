@@ -8,12 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
+import shortzip.data.images
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-import shortzip.data.images
 from shortzip.data.images import BadImage, build_image_processor, image_size, open_image, pixel_values, squared
 
 CLIP = build_image_processor(
@@ -44,7 +44,7 @@ def test_padding_without_the_square_gives_the_same_pixels(
     expected = CLIP(image, return_tensors="pt")["pixel_values"][0]
     assert squared(image, CLIP) is image
     assert torch.equal(pixel_values(image, CLIP), expected)
-    monkeypatch.setattr(data.images, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(shortzip.data.images, "MAX_PIXELS", 100_000)
     assert squared(image, CLIP).size == (56, 56)
     found = pixel_values(image, CLIP)
     if size[0] > size[1]:
@@ -56,7 +56,7 @@ def test_padding_without_the_square_gives_the_same_pixels(
 
 
 def test_other_processors_and_squares_see_the_picture_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.images, "MAX_PIXELS", 100)
+    monkeypatch.setattr(shortzip.data.images, "MAX_PIXELS", 100)
     siglip = SiglipImageProcessorPil(size={"height": 48, "width": 48})
     for image, processor in ((noise(70, 30), siglip), (noise(30, 30), CLIP)):
         assert squared(image, processor) is image

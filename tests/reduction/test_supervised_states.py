@@ -8,6 +8,7 @@ from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, VISIONZIP, build, 
 from torch import Tensor, nn
 
 from shortzip.reduction.shortv import freeze_visual_tokens
+from shortzip.train.step.memory import needed_activation_bytes
 from shortzip.train.step.supervised_states import (
     can_walk,
     compute_fixed_text,
@@ -16,7 +17,6 @@ from shortzip.train.step.supervised_states import (
     shared_beginning,
     supervised_states,
 )
-from shortzip.train.step.memory import needed_activation_bytes
 
 LAYOUTS = {
     "one image": ["tttItttttt", "tttIttt", "tttItttt"],

@@ -1,17 +1,11 @@
 """The benchmark's savings: each switched off gives the same gradient, and only while it is off."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # the benchmark's parts import each other by name
-
-from benchmark_memory import peak_tensor_bytes
-from benchmark_savings import savings_of
-from benchmark_shapes import Conversation, Shape, build_models, make_batch
-
+from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
+from shortzip.scripts.benchmarks.savings import savings_of
+from shortzip.scripts.benchmarks.shapes import Conversation, Shape, build_models, make_batch
 from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters
 

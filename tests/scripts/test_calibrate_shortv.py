@@ -18,8 +18,8 @@ from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.calibrate_shortv import calibrate, report
 from shortzip.train.calibration import measuring as calibration
-from shortzip.train.calibration.measuring import CalibrateConfig, Partial, asked_of, budget_name, measure
 from shortzip.train.calibration.choosing import load_sample
+from shortzip.train.calibration.measuring import CalibrateConfig, Partial, asked_of, budget_name, measure
 from shortzip.train.release.opening import load_release
 
 ROOT = Path(__file__).parents[2]

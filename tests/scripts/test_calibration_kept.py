@@ -21,9 +21,9 @@ from shortzip.data.errors import CannotWrite, FileInTheWay, UserError
 from shortzip.scripts.calibrate_shortv import calibrate
 from shortzip.train.calibration import measuring as calibration
 from shortzip.train.calibration.measuring import CalibrateConfig
-from shortzip.train.settings.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
-from shortzip.train.release.opening import open_release
 from shortzip.train.inputs.samples import choose_layers
+from shortzip.train.release.opening import open_release
+from shortzip.train.settings.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
 
 
 @pytest.fixture

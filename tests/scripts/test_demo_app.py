@@ -26,15 +26,15 @@ import torch
 from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
+from scripts import demo_app
 from shortzip.data.errors import UserError
 from shortzip.data.generated.scenes import render_scene, sample_scene
 from shortzip.reduction.reductions import Reductions
-from scripts import demo_app
 from shortzip.scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
-from shortzip.train.settings.config import ConfigError
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
-from shortzip.train.release.writing import Shape, write_reduced_checkpoint
 from shortzip.train.release.opening import load_release, open_release, read_release_projector
+from shortzip.train.release.writing import Shape, write_reduced_checkpoint
+from shortzip.train.settings.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"

@@ -9,8 +9,8 @@ import pytest
 from reduced_configs import tiny_config
 
 from shortzip.reduction import flops
-from shortzip.train.step import memory as training_cost
 from shortzip.scripts.estimate_cost import EstimateConfig, estimate, known_release, main, read_config, report
+from shortzip.train.step import memory as training_cost
 
 ROOT = Path(__file__).parents[2]
 

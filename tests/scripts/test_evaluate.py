@@ -10,10 +10,18 @@ import torch
 
 from shortzip.data.errors import FileInTheWay
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.evaluate_models import candidates_for, check_output, data_for, main, precision_for, read_arguments, runs_of
+from shortzip.scripts.evaluate_models import (
+    candidates_for,
+    check_output,
+    data_for,
+    main,
+    precision_for,
+    read_arguments,
+    runs_of,
+)
+from shortzip.train.run.run_folder import CONFIG
 from shortzip.train.settings.command_line import MENDABLE, dump_config
 from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
-from shortzip.train.run.run_folder import CONFIG
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -34,8 +34,6 @@ from shortzip.scripts.evaluate_papers import (
     run_all,
     score_of,
 )
-from shortzip.train.settings.command_line import parse_config
-from shortzip.train.settings.config import ConfigError
 from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.evaluation.papers_table import (
     ALL,
@@ -54,9 +52,11 @@ from shortzip.train.evaluation.papers_table import (
     show,
     table_rows,
 )
-from shortzip.train.run.processes import CONSENT_S, StopRequest, StopRequested
-from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.release.opening import Release, load_release, open_release, release_projector
+from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.run.processes import CONSENT_S, StopRequest, StopRequested
+from shortzip.train.settings.command_line import parse_config
+from shortzip.train.settings.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
@@ -511,7 +511,9 @@ def test_why_lmms_eval_failed_is_said(
         r"failed: lmms-eval ended with 1 and wrote no results[\s\S]*ValueError: Tasks not found: absent", said[1]
     )
     quiet = "print('a.b.RetryError: why'); print('and so on\\n' * 50)"
-    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", quiet])
+    monkeypatch.setattr(
+        "shortzip.scripts.evaluate_papers.command_of", lambda *arguments: [sys.executable, "-c", quiet]
+    )
     run_all(config, rows, said.append, StopRequest())
     assert re.search(r"ended with 0 and wrote no results[\s\S]*\na\.b\.RetryError: why\n(and so on\n)+", said[3])
 

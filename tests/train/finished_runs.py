@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.command_line import dump_config
-from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from shortzip.train.finish import write_final
 from shortzip.train.release.opening import load_release, open_release, release_projector
+from shortzip.train.settings.command_line import dump_config
+from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 
 
 def finish(folder: Path, model: Path, reductions: Reductions, **settings: Any) -> Path:

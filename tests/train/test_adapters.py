@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.step.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
 from shortzip.train.release.opening import lay_projector, load_release
+from shortzip.train.step.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
 
 VISIONZIP = {"dominant": 6, "contextual": 2}
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8.0}

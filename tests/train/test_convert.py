@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from shortzip.train.release.convert import convert_to_transformers, write_llava_projector
-from shortzip.train.release.original_layout import to_original_config
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.original_layout import to_original_config
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, read_specs, write_safetensors
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from shortzip.data.errors import UserError
 from shortzip.train.run.checkpoint import Checkpoint, CheckpointError, damage, list_checkpoints, save_checkpoint
-from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.run.earlier_run import EARLIER
-from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.run.run_folder import RunFolderError, read_status
 from shortzip.train.run.run_start import RunFolder
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.step.objective import SupervisedLoss
 
 
 @pytest.fixture

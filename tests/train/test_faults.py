@@ -18,10 +18,10 @@ from torch import Tensor
 
 from shortzip.data.drops import BadSample, TooManyBadSamples
 from shortzip.train.run.checkpoint import CheckpointError
-from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
-from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.run.processes import failures_recorded, start_accelerator, watched
 from shortzip.train.run.run_folder import RunFolderError, read_metrics, read_status
+from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.tune_projector import NonFiniteLoss
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]

@@ -23,10 +23,10 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.kept import identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
 from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
-from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
 from shortzip.train.release.opening import load_release
+from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 

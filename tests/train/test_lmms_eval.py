@@ -18,9 +18,9 @@ from shortzip.data.images import open_image
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare
-from shortzip.train.settings.config import DataConfig
 from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
 from shortzip.train.evaluation.lmms_plugin import middle_image, write_questions, write_task
+from shortzip.train.settings.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, LAYERS = {"dominant": 6, "contextual": 3}, [1, 2]
@@ -124,7 +124,7 @@ def test_the_shipped_task_of_the_demo_answers_as_evaluate_py(tmp_path: Path) -> 
     script("make_lmms_task.py")
     demo, budget = "checkpoints/demo-llava", ("--visionzip.dominant", "12", "--visionzip.contextual", "4")
     given = ("--model", demo, *budget, "--data.instructions", "demo", "--data.samples", "20")
-    script("evaluate.py", *given, "--output", str(tmp_path))
+    script("evaluate_models.py", *given, "--output", str(tmp_path))
     answers = (tmp_path / "answers" / "reduced--untuned.jsonl").read_text().splitlines()[:30]
     said = [json.loads(line) for line in answers]
     command = [

@@ -14,10 +14,10 @@ from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.generated.scene_questions import write_scenes
-from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
 from shortzip.train.inputs.loading import SharingCollator, check_shared_memory, loader_of
-from shortzip.train.release.opening import load_release
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, training_set
+from shortzip.train.release.opening import load_release
+from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -36,7 +36,8 @@ def plan(dataset: Any) -> BatchPlan:
 def give_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     real = shutil.disk_usage
     monkeypatch.setattr(
-        "shortzip.train.inputs.loading.shutil.disk_usage", lambda path: Usage(free, 0, free) if str(path) == "/dev/shm" else real(path)
+        "shortzip.train.inputs.loading.shutil.disk_usage",
+        lambda path: Usage(free, 0, free) if str(path) == "/dev/shm" else real(path),
     )
 
 

@@ -13,15 +13,15 @@ from transformers import LlavaForConditionalGeneration
 from shortzip.reduction.flops import parameter_counts
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.step.memory import NF4_BYTES, TrainingStep, training_step_memory
 from shortzip.scripts.estimate_cost import known_release
-from shortzip.train.step import micro_batch
+from shortzip.train.inputs.samples import training_set
+from shortzip.train.release.opening import load_release
 from shortzip.train.settings.command_line import load_config
 from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.step import micro_batch
+from shortzip.train.step.memory import NF4_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.micro_batch import ENOUGH_TOKENS, MicroBatchLimits, StepEstimate, choose_limits
 from shortzip.train.step.objective import train_only_projector
-from shortzip.train.release.opening import load_release
-from shortzip.train.inputs.samples import training_set
 
 GIB = 2**30
 

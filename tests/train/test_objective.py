@@ -12,6 +12,7 @@ from shortzip.data.dataset import Collator, ConversationDataset
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.opening import load_release
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
@@ -20,7 +21,6 @@ from shortzip.train.step.objective import (
     recompute_layers,
     train_only_projector,
 )
-from shortzip.train.release.opening import load_release
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 

@@ -9,8 +9,8 @@ import torch
 from runs import ROOT, checkpoint_tensors, output_of, run_here, start_there, write_recipe
 from torch import Tensor
 
-from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.run.run_folder import read_metrics, read_status
+from shortzip.train.step.objective import SupervisedLoss
 
 Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from shortzip.data.errors import CannotWrite, FileInTheWay
 from shortzip.data.files import refuse_to_replace, written_whole
 from shortzip.train.evaluation import comparison
-from shortzip.train.evaluation.comparison import answer_files, table_of, write_evaluation
 from shortzip.train.evaluation.answers import Answer, Evaluation
+from shortzip.train.evaluation.comparison import answer_files, table_of, write_evaluation
 from shortzip.train.run.report import Reporter, literal, print_table
 
 HOSTILE = "m[/x]y \x1b[31mred\x07 [bold]z"

@@ -8,10 +8,10 @@ import pytest
 from accelerate import Accelerator
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.config import DataConfig
 from shortzip.train.evaluation.answers import evaluate
-from shortzip.train.release.opening import load_release
 from shortzip.train.inputs.samples import check_positions, held_out_set, training_set
+from shortzip.train.release.opening import load_release
+from shortzip.train.settings.config import DataConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,18 @@ from transformers import get_scheduler
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import MicroBatch
-from shortzip.train.settings.config import ConfigError, DataConfig, DemoScenesConfig, TuneConfig
-from shortzip.train.inputs.preflight import NothingToLearn, answer_images, check_learns, conversations_in_words, refuse_zero_gradient
-from shortzip.train.run.processes import FEW_THREADS, start_accelerator
-from shortzip.train.release.opening import load_release
-from shortzip.train.run.run_folder import read_status
+from shortzip.train.inputs.preflight import (
+    NothingToLearn,
+    answer_images,
+    check_learns,
+    conversations_in_words,
+    refuse_zero_gradient,
+)
 from shortzip.train.inputs.samples import training_set
+from shortzip.train.release.opening import load_release
+from shortzip.train.run.processes import FEW_THREADS, start_accelerator
+from shortzip.train.run.run_folder import read_status
+from shortzip.train.settings.config import ConfigError, DataConfig, DemoScenesConfig, TuneConfig
 
 
 @pytest.fixture(scope="module")

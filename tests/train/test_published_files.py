@@ -17,8 +17,8 @@ from shortzip.data.files import scratch_folder
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.publish.card_text import fenced, inline, licence_id
 from shortzip.train.publish.model_card import licence_of
-from shortzip.train.publish.push import prepare
 from shortzip.train.publish.published_files import published_files, refuse_secrets
+from shortzip.train.publish.push import prepare
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from shortzip.data.errors import UserError
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.convert_release import main as convert
 from shortzip.scripts.evaluate_models import candidates_for, read_arguments, runs_of
-from shortzip.train.settings.command_line import load_config
-from shortzip.train.evaluation.comparison import table_of
-from shortzip.train.settings.config import ConfigError
 from shortzip.train.evaluation.answers import Evaluation
+from shortzip.train.evaluation.comparison import table_of
 from shortzip.train.finish import candidates_of
 from shortzip.train.publish.push import prepare
-from shortzip.train.release.writing import SHAPES
 from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.writing import SHAPES
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.config import ConfigError
 
 COMMIT = "5" * 40
 REDUCTIONS = {

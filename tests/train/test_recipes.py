@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.opening import load_release, open_release
 from shortzip.train.settings.command_line import load_config
 from shortzip.train.settings.config import ConfigError
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
-from shortzip.train.release.opening import load_release, open_release
 
 SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("llava*.yaml"))

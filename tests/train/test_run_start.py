@@ -14,11 +14,11 @@ from accelerate import Accelerator
 
 from shortzip.data.errors import Busy, CannotWrite
 from shortzip.data.files import held_alone, written_whole
-from shortzip.train.settings.command_line import load_config
-from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.run.processes import StopRequested
 from shortzip.train.run.run_folder import LOCK, RunFolderError, read_status, write_status
 from shortzip.train.run.run_start import RunFolder
+from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.config import DataConfig, TuneConfig
 
 
 @pytest.fixture

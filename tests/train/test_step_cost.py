@@ -12,16 +12,14 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.opening import load_release
-from shortzip.train.run.report import LEFT_OUT, Speed
+from shortzip.train.run.report import LEFT_OUT, Speed, matmul_speed
 from shortzip.train.step.flops import (
     RowShape,
     StepFlops,
-    half_the_micro_batch,
-    limits_in_words,
-    matmul_speed,
     needed_flops,
     plain_flops,
 )
+from shortzip.train.step.micro_batch import half_the_micro_batch, in_words
 
 
 def llava_7b() -> LlavaConfig:
@@ -96,7 +94,7 @@ def test_a_matrix_product_has_a_speed() -> None:
 def test_out_of_memory_halves_the_micro_batch_once_and_keeps_the_global_batches() -> None:
     plan = BatchPlan([10] * 20, 8, micro_batch_size=4, max_tokens_per_micro_batch=40)
     smaller = half_the_micro_batch(plan, torch.OutOfMemoryError("full"), again=False)
-    assert limits_in_words(smaller) == "micro-batches of at most 2 rows and 20 tokens"
+    assert in_words(smaller.micro_batch_size, smaller.max_tokens) == "micro-batches of at most 2 rows and 20 tokens"
     before, after = plan.global_batch(8), smaller.global_batch(8)
     assert before.samples == after.samples
     assert max(map(len, after.micro_batches[0])) == 2 < max(map(len, before.micro_batches[0]))

@@ -14,8 +14,6 @@ from runs import run_here, write_recipe
 from torch import Tensor
 
 from shortzip.data.errors import ToldElsewhere, UserError
-from shortzip.train.settings.command_line import run_command
-from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.run.processes import (
     OPTIONAL_STOP_SIGNALS,
     STOP_SIGNALS,
@@ -27,6 +25,8 @@ from shortzip.train.run.processes import (
 )
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import read_status
+from shortzip.train.settings.command_line import run_command
+from shortzip.train.step.objective import SupervisedLoss
 
 
 @pytest.mark.parametrize("number", [*STOP_SIGNALS, *OPTIONAL_STOP_SIGNALS])
@@ -115,7 +115,9 @@ def test_only_the_main_process_says_why_it_failed(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr("shortzip.train.run.processes.broadcast_object_list", lambda outcome: sent.append(outcome) or outcome)
+    monkeypatch.setattr(
+        "shortzip.train.run.processes.broadcast_object_list", lambda outcome: sent.append(outcome) or outcome
+    )
     main: Any = SimpleNamespace(is_main_process=True, process_index=0)
     other: Any = SimpleNamespace(is_main_process=False, process_index=1)
     with pytest.raises(type(error), match=str(error)):

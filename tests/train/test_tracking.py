@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 from runs import run_here, write_recipe
 
-from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.run.run_folder import read_metrics
 from shortzip.train.run.tracking import Trackers
+from shortzip.train.settings.config import DataConfig, TuneConfig
 
 
 def wandb_history(file: Path) -> list[dict[str, Any]]:

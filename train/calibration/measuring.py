@@ -30,12 +30,12 @@ from shortzip.reduction.layer_contribution import (
 )
 from shortzip.reduction.parsing import format_budget, parse_budget, read_freeze
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.run.checkpoint import differing_settings
 from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
-from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, check_seed
+from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
 from shortzip.train.release.content import release_content
 from shortzip.train.release.opening import Release, load_processor, load_release, open_release
-from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
+from shortzip.train.run.checkpoint import differing_settings
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, check_seed
 
 ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
 

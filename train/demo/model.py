@@ -23,7 +23,7 @@ from shortzip.data.generated.scene_questions import vocabulary_text
 from shortzip.data.generated.scenes import CANVAS
 from shortzip.data.supervision import load_template
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -25,10 +25,10 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import writing
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.calibration.choosing import with_prompt
-from shortzip.train.step.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
-from shortzip.train.run.processes import StopRequest
 from shortzip.train.inputs.samples import check_positions
-from shortzip.train.step.flops import synchronise
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.report import synchronise
+from shortzip.train.step.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 
 WARM_UPS, TIMED_RUNS = 2, 5
 

@@ -20,12 +20,12 @@ from rich.table import Table
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from shortzip.reduction.reductions import NONE, Reductions
-from shortzip.train.settings.config import DataConfig
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, measure_prefill, write_answers
+from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.release.opening import Release, load_release, open_release, reduced_config
 from shortzip.train.run.report import literal
 from shortzip.train.run.run_folder import ANSWERS, RESULTS
-from shortzip.train.inputs.samples import held_out_set
+from shortzip.train.settings.config import DataConfig
 
 ROUNDS = 3  # of timing several models' prefill
 NAME_LENGTH = 100  # characters of a file's name

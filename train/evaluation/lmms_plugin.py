@@ -19,7 +19,7 @@ from shortzip.data.files import refuse_to_replace, write_atomically, writing
 from shortzip.data.images import open_image, resolve_image_path
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "eval" / "tasks"
+TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "eval" / "tasks"
 HELD_OUT_TEMPLATE = "_held_out_template_yaml"
 
 

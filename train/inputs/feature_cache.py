@@ -29,14 +29,22 @@ from torch.utils.data import DataLoader, Dataset
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.errors import UserError
 from shortzip.data.files import replace_file, sweep, write_atomically, writing
-from shortzip.data.images import BadImage, ImageSource, image_bytes, image_name, open_image, pixel_values, resolve_image_path
+from shortzip.data.images import (
+    BadImage,
+    ImageSource,
+    image_bytes,
+    image_name,
+    open_image,
+    pixel_values,
+    resolve_image_path,
+)
 from shortzip.data.kept import Kept, identity_of
-from shortzip.train.settings.config import TuneConfig
-from shortzip.train.run.processes import StopRequest, StopRequested
 from shortzip.train.release.opening import Release
-from shortzip.train.run.report import Reporter
 from shortzip.train.release.tensor_files import read_safetensors_specs
 from shortzip.train.release.towers import load_tower, tensors_digest, tower_digest, tower_parts
+from shortzip.train.run.processes import StopRequest, StopRequested
+from shortzip.train.run.report import Reporter
+from shortzip.train.settings.config import TuneConfig
 
 logger = logging.getLogger(__name__)
 

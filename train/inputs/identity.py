@@ -23,10 +23,10 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.files import read_json, sampled_digest
 from shortzip.data.images import ImageSource, image_bytes, image_name, resolve_image_path
 from shortzip.reduction.base_release import fetch_base
-from shortzip.train.run.checkpoint import CheckpointError, versions
 from shortzip.train.release.opening import Release, release_projector
-from shortzip.train.run.run_folder import read_status
 from shortzip.train.release.tensor_files import open_tensors, weight_files
+from shortzip.train.run.checkpoint import CheckpointError, versions
+from shortzip.train.run.run_folder import read_status
 
 FORMAT = 1  # to be raised when the same parts give another result than before
 IMAGES, IMAGE_DIGITS = "the images", 8

@@ -14,8 +14,8 @@ from shortzip.data.batching import BatchPlan, MicroBatchSampler
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
-from shortzip.train.settings.config import TuneConfig
 from shortzip.train.run.processes import watched
+from shortzip.train.settings.config import TuneConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default

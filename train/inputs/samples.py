@@ -16,19 +16,24 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.files import write_atomically, written_whole
-from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.generated.scene_questions import write_scenes
+from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.strata import draw
 from shortzip.data.subset_folder import subset_report
 from shortzip.data.supervision import Supervision
 from shortzip.data.tables import check_source
-from shortzip.reduction.layer_contribution import CalibrationSample, measure_layer_contributions, pick_layers, rank_layers
+from shortzip.reduction.layer_contribution import (
+    CalibrationSample,
+    measure_layer_contributions,
+    pick_layers,
+    rank_layers,
+)
 from shortzip.reduction.layer_cosine import cosine_changes
 from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
-from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig, reductions_of
 from shortzip.train.inputs.preflight import check_sees_images
 from shortzip.train.release.opening import Release, load_release
 from shortzip.train.run.run_folder import LAYERS
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig, reductions_of
 
 
 def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationDataset:

@@ -20,12 +20,12 @@ from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
-from shortzip.train.settings.config import DEMO
 from shortzip.train.release.hub import fetch
-from shortzip.train.release.writing import Shape, read_lineage
-from shortzip.train.release.opening import open_release
-from shortzip.train.run.run_folder import CONFIG, METRICS, RESULTS, read_metrics
 from shortzip.train.release.lineage import base_revision
+from shortzip.train.release.opening import open_release
+from shortzip.train.release.writing import Shape, read_lineage
+from shortzip.train.run.run_folder import CONFIG, METRICS, RESULTS, read_metrics
+from shortzip.train.settings.config import DEMO
 
 PICTURE = "kept_tokens.png"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import reduction
 from shortzip.data.errors import UserError
 from shortzip.reduction.base_release import PROJECTOR_FILE
-from shortzip.train.step.adapters import ADAPTER_FOLDER
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE
-from shortzip.train.release.writing import LINEAGE_FILE
 from shortzip.train.release.lineage import RECORD
+from shortzip.train.release.writing import LINEAGE_FILE
+from shortzip.train.step.adapters import ADAPTER_FOLDER
 
 # Whatever else lies in a checkpoint's folder was put there by somebody, for another purpose.
 _KNOWN = {

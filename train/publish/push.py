@@ -20,16 +20,16 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import scratch_folder
-from shortzip.train.settings.command_line import printable
-from shortzip.train.settings.config import TuneConfig
-from shortzip.train.release.foreign_code import refuse_foreign_code
-from shortzip.train.release.hub import retrying
 from shortzip.train.publish.model_card import PICTURE, RunRecord, loading_lines, read_run, write_card
 from shortzip.train.publish.published_files import published_files, refuse_secrets
-from shortzip.train.release.writing import SHAPES, Shape, describe_base, write_reduced_checkpoint
-from shortzip.train.release.opening import Release, load_processor, open_release, release_projector
-from shortzip.train.run.run_folder import CONFIG, HELD_OUT_PICTURE, PICTURES
+from shortzip.train.release.foreign_code import refuse_foreign_code
+from shortzip.train.release.hub import retrying
 from shortzip.train.release.lineage import check_run, check_settings, release_of
+from shortzip.train.release.opening import Release, load_processor, open_release, release_projector
+from shortzip.train.release.writing import SHAPES, Shape, describe_base, write_reduced_checkpoint
+from shortzip.train.run.run_folder import CONFIG, HELD_OUT_PICTURE, PICTURES
+from shortzip.train.settings.command_line import printable
+from shortzip.train.settings.config import TuneConfig
 
 _OURS = {".gitattributes"}  # what the Hub itself puts into a new repository
 

@@ -18,7 +18,9 @@ from shortzip.train.release.convert import VICUNA_TEMPLATE, convert_to_transform
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of what train/release/convert.py and train/release/original_layout.py write: to be raised when that changes
+FORMAT = (
+    1  # of what train/release/convert.py and train/release/original_layout.py write: to be raised when that changes
+)
 
 
 def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path | None) -> Path:

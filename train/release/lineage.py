@@ -12,10 +12,10 @@ import torch
 
 from shortzip.data.files import read_json, write_atomically
 from shortzip.reduction.base_release import fetch_base
-from shortzip.train.settings.config import ConfigError
-from shortzip.train.release.writing import lineage, weights_folder
 from shortzip.train.release.opening import Release, open_release, release_projector
 from shortzip.train.release.tensor_files import open_tensors, weight_files
+from shortzip.train.release.writing import lineage, weights_folder
+from shortzip.train.settings.config import ConfigError
 
 RECORD = "tuned_with.json"
 

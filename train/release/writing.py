@@ -24,9 +24,16 @@ from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
-from shortzip.train.release.original_layout import to_original_config
 from shortzip.train.release.opening import Release, model_classes
-from shortzip.train.release.tensor_files import TensorSpec, open_tensors, read_specs, weight_files, write_index, write_safetensors
+from shortzip.train.release.original_layout import to_original_config
+from shortzip.train.release.tensor_files import (
+    TensorSpec,
+    open_tensors,
+    read_specs,
+    weight_files,
+    write_index,
+    write_safetensors,
+)
 
 Shape = Literal["full", "projector", "llava"]
 LINEAGE_FILE = "lineage.json"

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from shortzip.train.run.checkpoint import discard, list_checkpoints
-from shortzip.train.settings.config import DEMO, TuneConfig
 from shortzip.train.run.run_folder import CONFIG, FINAL, RunFolderError, own_files
+from shortzip.train.settings.config import DEMO, TuneConfig
 
 EARLIER = ".earlier-run"
 

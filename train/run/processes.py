@@ -26,8 +26,8 @@ from accelerate.utils import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from shortzip.data.errors import ToldElsewhere
+from shortzip.train.run.launcher import check_engine, deepspeed_wanted
 from shortzip.train.settings.config import ConfigError, TuneConfig
-from shortzip.train.step.engine import check_engine, deepspeed_wanted
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from shortzip.data.files import writing
-from shortzip.train.settings.command_line import printable
 from shortzip.train.run.run_folder import read_metrics
+from shortzip.train.settings.command_line import printable
 
 LEFT_OUT = 3  # first steps, in which caches and allocators fill
 
@@ -208,3 +208,24 @@ def draw_loss_curve(metrics: Path, target: Path) -> None:
     axes.legend()
     with writing(target):
         figure.savefig(target, dpi=120)
+
+
+def matmul_speed(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """FLOP/s of this device in a matrix product of this dtype, measured: the peak that MFU is held against."""
+    side = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, started = float("inf"), clock()
+    while best == float("inf") or clock() - started < seconds:
+        synchronise(device)
+        begun = clock()
+        torch.mm(left, right)
+        synchronise(device)
+        best = min(best, clock() - begun)
+    return 2 * side**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -27,9 +27,14 @@ from shortzip.train.run.checkpoint import (
     set_aside,
     sweep,
 )
-from shortzip.train.settings.command_line import dump_config
-from shortzip.train.settings.config import TuneConfig
-from shortzip.train.run.earlier_run import EARLIER, is_settled, move_aside, put_back, refuse_inputs_inside, refuse_own_inputs
+from shortzip.train.run.earlier_run import (
+    EARLIER,
+    is_settled,
+    move_aside,
+    put_back,
+    refuse_inputs_inside,
+    refuse_own_inputs,
+)
 from shortzip.train.run.processes import StopRequested, on_main_process
 from shortzip.train.run.run_folder import (
     CONFIG,
@@ -43,6 +48,8 @@ from shortzip.train.run.run_folder import (
     read_status,
     write_status,
 )
+from shortzip.train.settings.command_line import dump_config
+from shortzip.train.settings.config import TuneConfig
 
 
 class RunFolder:

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically
-from shortzip.train.settings.config import TuneConfig
 from shortzip.train.run.run_folder import TRACKER
+from shortzip.train.settings.config import TuneConfig
 
 PROJECT = "shortzip"
 

@@ -32,7 +32,7 @@ _FROM_WORKER = re.compile(
     re.S,
 )
 WAIT = 10.0  # seconds, in which a launcher ends the other processes when one has failed
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
 def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:

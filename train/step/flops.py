@@ -1,4 +1,4 @@
-"""What a training step must compute, what it could be held against, and what is done when memory runs out.
+"""What a training step must compute, and what it could be held against.
 
 FLOPs count a multiply-add as two and attention as if it were not causal, as in reduction/flops.py. Two counts of the
 same row stand side by side: :func:`plain_flops` is what transformers' LLaVA computes, :func:`needed_flops` what the
@@ -8,16 +8,12 @@ costs its forward once more (the gradient of its input) and attention twice its 
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.flops import (
     llm_layer_flops_grouped,
@@ -96,27 +92,6 @@ def _projector(config: Any, visual: int) -> int:
     return 2 * projector_flops(config, visual) + 2 * visual * config.text_config.hidden_size**2
 
 
-def matmul_speed(
-    device: torch.device, dtype: torch.dtype, seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """FLOP/s of this device in a matrix product of this dtype, measured: the peak that MFU is held against."""
-    side = 8192 if device.type == "cuda" else 1536
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best, started = float("inf"), clock()
-    while best == float("inf") or clock() - started < seconds:
-        synchronise(device)
-        begun = clock()
-        torch.mm(left, right)
-        synchronise(device)
-        best = min(best, clock() - begun)
-    return 2 * side**3 / best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class StepFlops:
     """The FLOPs that a step over samples of `dataset` needs with `model`, for MFU.
 
@@ -151,35 +126,3 @@ class StepFlops:
         visual = min(length, images * self.visual)
         row = RowShape(length - visual, visual, int(self.dataset.supervised[sample]), max(1, images) * self.tiles)
         return needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
-
-
-def half_the_micro_batch(plan: BatchPlan, error: torch.OutOfMemoryError, *, again: bool) -> BatchPlan:
-    """The same global batches in micro-batches of half the size, after memory ran out.
-
-    `again`: whether that has been done before. Raises torch.OutOfMemoryError with the cure if it has, with several
-    processes (the others are in the middle of the step), and where one row fills the memory.
-    """
-    rows, tokens = plan.micro_batch_size, plan.max_tokens
-    alone = rows == 1 and tokens is None
-    if again or alone or plan.num_processes > 1:
-        where = f"on one of {plan.num_processes} processes" if plan.num_processes > 1 else "again" if again else ""
-        cure = "lower data.max_length" if alone else "lower per_device_train_batch_size or max_tokens_per_micro_batch"
-        raise torch.OutOfMemoryError(
-            f"out of memory {where or 'with one row at a time'}, in {limits_in_words(plan)}: {cure}, set "
-            f"gradient_checkpointing to true or lower the budget, and continue with --resume_from_checkpoint latest "
-            f"({error})"
-        ) from error
-    smaller = copy.copy(plan)
-    smaller.micro_batch_size = None if rows is None else max(1, rows // 2)
-    smaller.max_tokens = None if tokens is None else max(1, tokens // 2)
-    return smaller
-
-
-def limits_in_words(plan: BatchPlan) -> str:
-    """How large a micro-batch is at most."""
-    limits = []
-    if plan.micro_batch_size is not None:
-        limits.append(f"{plan.micro_batch_size} rows")
-    if plan.max_tokens is not None:
-        limits.append(f"{plan.max_tokens} tokens")
-    return f"micro-batches of at most {' and '.join(limits)}"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
-from .errors import ReductionError
-from .flops import (
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.flops import (
     attention_widths,
     llm_flops,
     lm_head_flops,

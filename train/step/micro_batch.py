@@ -1,4 +1,4 @@
-"""How large a micro-batch may be, and whether layers are computed again: what the device's memory allows.
+"""How large a micro-batch may be, whether layers are computed again, and what is done when memory runs out.
 
 The estimate is that of scripts/estimate_cost.py (train/step/memory.py), for the costliest micro-batch that the
 limits allow: rows of about the longest conversation's length, each with one image, every text token supervised.
@@ -6,6 +6,7 @@ limits allow: rows of about the longest conversation's length, each with one ima
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.step.supervised_states import can_walk
-from shortzip.train.step.memory import TrainingStep, tower_activation_bytes, training_step_memory
 from shortzip.train.settings.config import ConfigError, TuneConfig
 from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
+from shortzip.train.step.memory import TrainingStep, tower_activation_bytes, training_step_memory
+from shortzip.train.step.supervised_states import can_walk
 
 MARGIN = 0.1  # of a device's memory is left free: for fragments, and for what the estimate does not know
 CPU_ROWS = 8
@@ -141,7 +143,7 @@ def plan_micro_batches(
     memories = [found for found in gather_object([usable_memory(accelerator.device, config.max_memory)]) if found]
     if not memories:
         limits = MicroBatchLimits(CPU_ROWS if chosen else given[0], given[1], bool(config.gradient_checkpointing))
-        return limits, in_words(limits)
+        return limits, in_words(limits.rows, limits.tokens)
     memory = min(memories)
     try:
         share = weights_share(accelerator)
@@ -150,7 +152,7 @@ def plan_micro_batches(
         if chosen:
             raise ConfigError(f"a micro-batch cannot be sized: {error} Set per_device_train_batch_size") from error
         limits = MicroBatchLimits(*given, bool(config.gradient_checkpointing))
-        return limits, in_words(limits)
+        return limits, in_words(limits.rows, limits.tokens)
     if chosen:
         limits = MicroBatchLimits(**recorded) if recorded else choose_limits(estimate, memory, None)
         if config.gradient_checkpointing not in (None, limits.gradient_checkpointing) or (
@@ -162,7 +164,10 @@ def plan_micro_batches(
         if config.gradient_checkpointing is None and estimate.memory(limits) > memory:
             limits = replace(limits, gradient_checkpointing=True)
     again = ", layers computed again in the backward pass" if limits.gradient_checkpointing else ""
-    return limits, f"{in_words(limits)}{again}: estimated {_gib(estimate.memory(limits))} of {_gib(memory)}"
+    return (
+        limits,
+        f"{in_words(limits.rows, limits.tokens)}{again}: estimated {_gib(estimate.memory(limits))} of {_gib(memory)}",
+    )
 
 
 def estimate_of(
@@ -202,11 +207,34 @@ def usable_memory(device: torch.device, max_memory: str | None) -> int | None:
     return usable if limit is None else min(limit, usable)
 
 
-def in_words(limits: MicroBatchLimits) -> str:
-    parts = [f"{limits.rows} rows"] if limits.rows is not None else []
-    parts += [f"{limits.tokens} tokens"] if limits.tokens is not None else []
+def in_words(rows: int | None, tokens: int | None) -> str:
+    """How large a micro-batch is at most."""
+    parts = [f"{rows} rows"] if rows is not None else []
+    parts += [f"{tokens} tokens"] if tokens is not None else []
     return f"micro-batches of at most {' and '.join(parts)}"
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def half_the_micro_batch(plan: BatchPlan, error: torch.OutOfMemoryError, *, again: bool) -> BatchPlan:
+    """The same global batches in micro-batches of half the size, after memory ran out.
+
+    `again`: whether that has been done before. Raises torch.OutOfMemoryError with the cure if it has, with several
+    processes (the others are in the middle of the step), and where one row fills the memory.
+    """
+    rows, tokens = plan.micro_batch_size, plan.max_tokens
+    alone = rows == 1 and tokens is None
+    if again or alone or plan.num_processes > 1:
+        where = f"on one of {plan.num_processes} processes" if plan.num_processes > 1 else "again" if again else ""
+        cure = "lower data.max_length" if alone else "lower per_device_train_batch_size or max_tokens_per_micro_batch"
+        raise torch.OutOfMemoryError(
+            f"out of memory {where or 'with one row at a time'}, in {in_words(rows, tokens)}: {cure}, set "
+            f"gradient_checkpointing to true or lower the budget, and continue with --resume_from_checkpoint latest "
+            f"({error})"
+        ) from error
+    smaller = copy.copy(plan)
+    smaller.micro_batch_size = None if rows is None else max(1, rows // 2)
+    smaller.max_tokens = None if tokens is None else max(1, tokens // 2)
+    return smaller

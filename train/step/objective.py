@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from shortzip.data.errors import UserError
+from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.supervised_states import (
     IGNORE_INDEX,
     FixedText,
@@ -22,7 +23,6 @@ from shortzip.train.step.supervised_states import (
     shared_beginning,
     supervised_states,
 )
-from shortzip.train.step.memory import LOGITS_AT_ONCE
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 

@@ -32,9 +32,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from .errors import ReductionError
-from .lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
-from .shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens, windows_of
+from shortzip.train.step.lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
 
 IGNORE_INDEX = -100
 RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
@@ -375,14 +375,6 @@ class _Walk:
         if self.config.hidden_act in ("silu", "swish"):
             return mlp.down_proj(GatedSilu.apply(gate, up))
         return mlp.down_proj(mlp.act_fn(gate) * up)
-
-
-def windows_of(decoder: Any) -> list[int | None]:
-    """How many tokens back each layer sees, or None for all of them."""
-    values, depth = decoder.config.to_dict(), len(decoder.layers)
-    window = values.get("sliding_window")
-    kinds = values.get("layer_types") or ["sliding_attention"] * depth
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The commands: each file is one, and runs as `python scripts/NAME.py`."""

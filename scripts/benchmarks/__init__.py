@@ -1,0 +1,1 @@
+"""What a step, LC, loading and memory cost, beside what they could cost."""

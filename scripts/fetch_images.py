@@ -1,0 +1,135 @@
+"""Fetches the images that prepare_subset listed, and no others: a tenth of the data without the other nine.
+
+    python scripts/fetch_images.py subset/images.txt --to images/
+
+The same command continues after an interruption. Where the images are served stands in configs/sources.yaml;
+`--sources mine.yaml` names mirrors. What cannot be had is listed in missing_images.txt beside images.txt.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shortzip.data.errors import UserError
+from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list, read_sources
+from shortzip.data.files import write_atomically
+from shortzip.data.json_rows import iterate_json_rows
+from shortzip.train.settings.command_line import parse_config, run_command
+from shortzip.train.settings.places import CONFIGS
+
+EVERY_S = 5.0  # between lines where there is no terminal
+
+
+@dataclass
+class FetchConfig:
+    """What to fetch, from where, and where to."""
+
+    images: str = ""
+    """A file with one path per line, as prepare_subset writes it (images.txt)."""
+    to: str = "images"
+    """The image root."""
+    sources: str | None = None
+    """YAML of your own sources, which replace those of configs/sources.yaml folder by folder."""
+    workers: int = 16
+    """Images fetched at a time."""
+    retries: int = 5
+    """Attempts after the first, each after a longer wait."""
+    timeout: float = 30.0
+    """Seconds without a byte after which a connection is given up."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 256:
+            raise UserError(f"workers is {self.workers}: give 1 to 256")
+        if not 0 <= self.retries <= 100:
+            raise UserError(f"retries is {self.retries}: give 0 to 100")
+        if not 0 < self.timeout <= 3600:
+            raise UserError(f"timeout is {self.timeout}: give seconds, up to 3600")
+
+
+class Display:
+    """A bar on a terminal, else a line now and then: images, size so far, speed, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.started, self.shown = console, time.monotonic(), 0.0
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("images", total=None, size="")
+
+    def __call__(self, outcome: Outcome, total: int) -> None:
+        done, now = sum(outcome.fates.values()), time.monotonic()
+        size = f"{outcome.bytes / 2**20:,.0f} MiB"
+        self.bar.update(self.task, completed=done, total=total, size=size)
+        if not self.console.is_terminal and (now - self.shown >= EVERY_S or done == total):
+            self.shown = now
+            asked = done - outcome.fates["there"]
+            left = (total - done) * (now - self.started) / asked if asked else 0.0
+            self.console.print(f"{done:,} of {total:,} images, {size} fetched, {left / 60:.0f} min left")
+
+
+def rows_without(images: Path, missing: Sequence[str]) -> tuple[int, int] | None:
+    """Of the subset beside images.txt: rows that need one of `missing`, and all rows; None where there is none."""
+    subset = images.with_name("subset.json")
+    if not subset.is_file():
+        return None
+    gone, lost, rows = set(missing), 0, 0
+    for row in iterate_json_rows(subset):
+        value = row.value if isinstance(row.value, dict) else {}
+        needed = value.get("image") or value.get("images") or []
+        rows += 1
+        lost += any(
+            name in gone for name in ([needed] if isinstance(needed, str) else needed) if isinstance(name, str)
+        )
+    return lost, rows
+
+
+def main(argv: Sequence[str]) -> None:
+    given = [*argv]
+    if given and not given[0].startswith("-"):
+        given[:1] = ["--images", given[0]]
+    config = parse_config(FetchConfig, given, default=None, program="fetch_images.py")
+    if not config.images:
+        raise UserError("which images? Give the images.txt that prepare_subset wrote")
+    listed, console = Path(config.images), Console(highlight=False, soft_wrap=True)
+    options = FetchOptions(
+        images=read_list(listed),
+        to=Path(config.to),
+        sources=read_sources(CONFIGS / "sources.yaml", Path(config.sources) if config.sources else None),
+        workers=config.workers,
+        retries=config.retries,
+        timeout=config.timeout,
+    )
+    display = Display(console)
+    try:
+        with display.bar:
+            outcome = fetch(options, display)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
+    fates = outcome.fates
+    print(f"{fates['fetched']:,} fetched ({outcome.bytes / 2**20:,.0f} MiB), {fates['there']:,} were there")
+    report = listed.with_name("missing_images.txt")
+    write_atomically(report, "".join(f"{name}\n" for name in outcome.missing))
+    if not outcome.missing:
+        print(f"all {len(options.images):,} images are in {config.to}")
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, reason in outcome.missing.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        print(f"{len(names):,} missing ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
+    share = rows_without(listed, list(outcome.missing))
+    if share is not None:
+        print(f"{share[0]:,} of {share[1]:,} rows of the subset need them ({share[0] / max(1, share[1]):.1%})")
+    print(f"listed in {report}; a run leaves such rows out with --data.on_bad_sample skip")
+    if fates["failed"]:
+        sys.exit(f"{fates['failed']:,} images failed, which may pass: the same command tries them again")
+
+
+if __name__ == "__main__":
+    run_command(main)

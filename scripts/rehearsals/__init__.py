@@ -1,0 +1,1 @@
+"""Nodes and faults, rehearsed on one machine."""

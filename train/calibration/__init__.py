@@ -1,0 +1,1 @@
+"""Which layers freeze: layer contribution, measured and chosen by."""

@@ -1,0 +1,1 @@
+"""How checkpoints/demo-llava was made."""

@@ -1,0 +1,1 @@
+"""How well a model answers: held-out conversations, benchmarks, the frontier."""

@@ -1,0 +1,1 @@
+"""A run's checkpoint on the Hub, with its card."""

@@ -1,0 +1,1 @@
+"""Where a LLaVA comes from and where a tuned one goes: opening, converting, writing."""

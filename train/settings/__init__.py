@@ -1,0 +1,1 @@
+"""What a user may say: the config and its command line."""

@@ -1,0 +1,1 @@
+"""One optimizer step: the loss, what it costs, and the engine that makes the update."""
