@@ -23,11 +23,11 @@ from shortzip.data.images import (
     image_name,
     image_size,
     open_image,
-    pixel_values,
     resolve_image_path,
 )
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
+from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import Encoded, Supervision
 
 _CACHE_FORMAT = 3

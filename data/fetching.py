@@ -1,7 +1,7 @@
 """Fetches the images that a subset needs, and no others: files from where files are served, members out of archives.
 
-An image is on the disk whole and decodable, or not at all; what is there is not fetched again, so that the same command
-continues after a kill. What cannot be had is listed with its reason, and the others go on.
+An image is on the disk whole and decodable, or not at all; what is there is not fetched again, so that the same
+command continues after a kill. What cannot be had is listed with its reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ class _Server:
         """Why the rest of this source is not asked for."""
 
     def content(self, name: str) -> bytes | None:
-        """The bytes of an image; None where the source says that it has none. Raises `NETWORK_ERRORS`, `SourceDown`."""
+        """The bytes of an image; None where the source says that it has none. Raises `NETWORK_ERRORS`,
+        `SourceDown`."""
         below = name[len(self.folder) + 1 :]
         stem = str(PurePosixPath(below).with_suffix(""))
         if self.source.archive is not None:

@@ -19,33 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from shortzip.reduction.calibration_prompts import CalibrationSample, Prompt, embed_prompt, plan_batches
+
 from .errors import ReductionError
-from .parsing import parse_freeze
 from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active, windows_of
 
 Direction = Literal["full_to_frozen", "frozen_to_full"]
 DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")
 """KL(p_full || p_frozen), the paper's and the default; KL(p_frozen || p_full), what the authors' code computes."""
-
-
-class CalibrationSample(NamedTuple):
-    """A prompt up to where the answer begins: what a model's forward takes, for one row without padding."""
-
-    input_ids: Tensor  # [n] int64, placeholders included
-    pixel_values: Tensor  # [images, 3, S, S], LLaVA-NeXT: [images, tiles, 3, S, S]
-    image_sizes: Tensor | None = None  # [images, 2] int64 (height, width), LLaVA-NeXT only
-
-
-class Prompt(NamedTuple):
-    """A prompt as the language model reads it."""
-
-    embeds: Tensor  # [n, H], visual tokens in their places
-    visual: Tensor  # [n] bool, where they are
 
 
 @dataclass(frozen=True)
@@ -58,26 +44,6 @@ class Contributions:
     def mean(self, direction: Direction = "full_to_frozen") -> list[float]:
         """Mean LC of the visual tokens per layer."""
         return self.visual[:, DIRECTIONS.index(direction)].mean(dim=0).tolist()
-
-
-def embed_prompt(model: Any, sample: CalibrationSample) -> Prompt:
-    """The language model's input for a prompt: text embeddings and, in their places, projected visual tokens.
-
-    `model` is a LLaVA or LLaVA-NeXT, reduced or not. Raises ValueError when its visual tokens do not fit the
-    placeholders.
-    """
-    inner = model.model
-    embeds = inner.get_input_embeddings()(sample.input_ids.to(model.device)[None])[0]
-    visual = (sample.input_ids == model.config.image_token_id).to(embeds.device)
-    sizes = {} if sample.image_sizes is None else {"image_sizes": sample.image_sizes}
-    pixels = sample.pixel_values.to(model.device)
-    features = torch.cat(list(inner.get_image_features(pixel_values=pixels, **sizes).pooler_output)).to(embeds)
-    if len(features) != int(visual.sum()):
-        raise ReductionError(
-            f"the prompt has {int(visual.sum())} placeholders, but its images give {len(features)} visual tokens: "
-            "build it with the processor that belongs to this model."
-        )
-    return Prompt(embeds.masked_scatter(visual[:, None], features), visual)
 
 
 @torch.no_grad()
@@ -103,29 +69,6 @@ def measure_layer_contributions(
     back = torch.tensor(order).argsort()
     texts = [part.text for part in parts if part.text is not None]
     return Contributions(torch.cat([part.visual for part in parts])[back], torch.cat(texts)[back] if texts else None)
-
-
-def plan_batches(prompts: Sequence[Tensor], image_token_id: int, samples_per_batch: int) -> list[list[int]]:
-    """Which prompts ([n] token ids) go through the model together: same text before the image, similar length.
-
-    Every index occurs once; the plan depends on nothing but the arguments. Raises ValueError for a prompt without
-    placeholders or an empty list.
-    """
-    if samples_per_batch < 1:
-        raise ReductionError(f"samples_per_batch={samples_per_batch}: must be at least 1.")
-    if not prompts:
-        raise ReductionError("no calibration samples: LC needs at least one prompt with an image.")
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, ids in enumerate(prompts):
-        places = (ids == image_token_id).nonzero()
-        if not len(places):
-            raise ReductionError(f"calibration sample {index} has no placeholder: LC needs prompts with an image.")
-        groups.setdefault(tuple(ids[: int(places[0])].tolist()), []).append(index)
-    plan = []
-    for group in groups.values():
-        group.sort(key=lambda index: (len(prompts[index]), index))
-        plan += [group[start : start + samples_per_batch] for start in range(0, len(group), samples_per_batch)]
-    return plan
 
 
 class LayerContributionMeter:
@@ -410,29 +353,3 @@ def _kl(of: Tensor, against: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- choosing layers
-
-
-def rank_layers(mean: Sequence[float]) -> list[int]:
-    """Layers by their mean LC, lowest (most ineffective) first; of equals the deeper first."""
-    return sorted(range(len(mean)), key=lambda layer: (mean[layer], -layer))
-
-
-def pick_layers(ranking: Sequence[int], freeze: str | int | float) -> list[int]:
-    """The layers to freeze, most ineffective first: the first of `ranking`, or the list that `freeze` is.
-
-    `freeze` is a number of layers, a share of them (a float, 0.6), or what :func:`parse_freeze` reads. Raises
-    ValueError when it is out of range.
-    """
-    if isinstance(freeze, str):
-        chosen = parse_freeze(freeze, len(ranking))
-        if isinstance(chosen, list):
-            return chosen
-    elif isinstance(freeze, float):
-        if not 0 <= freeze <= 1:
-            raise ReductionError(f"freeze={freeze}: a share must be from 0 to 1.")
-        chosen = round(freeze * len(ranking))
-    else:
-        chosen = freeze
-    if not 0 <= chosen <= len(ranking):
-        raise ReductionError(f"freeze={freeze}: the language model has {len(ranking)} layers.")
-    return list(ranking[:chosen])

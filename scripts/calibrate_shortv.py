@@ -27,7 +27,8 @@ from PIL import Image
 
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.files import replace_file, write_atomically, writing
-from shortzip.reduction.layer_contribution import DIRECTIONS, pick_layers
+from shortzip.reduction.layer_choice import pick_layers
+from shortzip.reduction.layer_contribution import DIRECTIONS
 from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.measuring import (

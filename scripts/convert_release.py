@@ -20,13 +20,8 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.train.release.convert import convert_to_transformers, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
-from shortzip.train.release.opening import (
-    find_projector_file,
-    load_processor,
-    open_release,
-    release_projector,
-    resolve_tower,
-)
+from shortzip.train.release.loading import load_processor
+from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_tower
 from shortzip.train.release.original_layout import is_original
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.settings.command_line import run_command, say

@@ -1,6 +1,7 @@
 """Compares models on held-out conversations: exact match, loss, visual tokens, LLM FLOPs and prefill time.
 
-    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --data.instructions FILE.json
+    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --data.instructions
+    FILE.json
 
 A model is a release (evaluated with all its visual tokens; with --visionzip or --shortv also reduced, untuned), a
 reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). Several GPUs: accelerate launch.
@@ -24,20 +25,20 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
 from shortzip.train.finish import candidates_of
 from shortzip.train.release.lineage import check_run, check_settings, release_of
-from shortzip.train.release.opening import dtype_of, open_release
+from shortzip.train.release.loading import dtype_of
+from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import PATIENCE, on_main_process
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
+from shortzip.train.settings.checks import ConfigError, repeated
 from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.settings.config import (
-    ConfigError,
     DataConfig,
     FastVConfig,
     ShortVConfig,
     TuneConfig,
     VisionZipConfig,
     reductions_of,
-    repeated,
 )
 
 

@@ -43,12 +43,12 @@ from shortzip.train.evaluation.papers_table import (
     show,
     table_rows,
 )
-from shortzip.train.release.content import release_content
 from shortzip.train.release.lineage import check_tuned, check_untuned
-from shortzip.train.release.opening import Release, open_release, reduced_config
+from shortzip.train.release.loading import reduced_config
+from shortzip.train.release.opening import Release, open_release, release_content
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import end_stopped, parse_config, printable, run_command, say
-from shortzip.train.settings.config import ConfigError
 
 LAST_LINES = 20
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed

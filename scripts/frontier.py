@@ -28,6 +28,7 @@ from shortzip.data.kept import Kept, conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
 from shortzip.train.evaluation.answers import write_answers
 from shortzip.train.evaluation.comparison import (
     Candidate,
@@ -40,26 +41,18 @@ from shortzip.train.evaluation.comparison import (
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
 from shortzip.train.evaluation.frontier_report import draw, show, summarise
 from shortzip.train.inputs.samples import (
-    calibration_prompts,
     check_instructions,
-    choose_layers,
     draw_demo_scenes,
     held_out_conversations,
     training_conversations,
 )
-from shortzip.train.release.content import release_content
-from shortzip.train.release.opening import dtype_of, load_processor, open_release
+from shortzip.train.release.loading import dtype_of, load_processor
+from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
 from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
-from shortzip.train.settings.config import (
-    ConfigError,
-    DataConfig,
-    FastVConfig,
-    ShortVConfig,
-    TuneConfig,
-    VisionZipConfig,
-)
+from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "eval" / "frontier-demo.yaml"

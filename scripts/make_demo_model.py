@@ -39,8 +39,8 @@ from shortzip.data.files import writing
 from shortzip.train.demo.language_model import Writer, measure, train_language_model
 from shortzip.train.demo.model import DemoModelConfig, build_model, build_tokenizer, save_demo_model
 from shortzip.train.demo.tower import draw_scenes, tower_features, train_tower
+from shortzip.train.settings.checks import check_seed
 from shortzip.train.settings.command_line import parse_config, run_command
-from shortzip.train.settings.config import check_seed
 
 HELD_OUT_SEED = 1  # scenes are a function of (seed, index): held-out ones share no seed with the training scenes
 

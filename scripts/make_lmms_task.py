@@ -5,8 +5,8 @@
     lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --include_path checkpoints/lmms-tasks \
         --tasks mine --batch_size 16
 
-NAME asks every question (exact match, as scripts/evaluate_models.py); NAME_likelihood, with lmms-eval's --force_simple, takes
-the loss of the true answers to first questions.
+NAME asks every question (exact match, as scripts/evaluate_models.py); NAME_likelihood, with lmms-eval's
+--force_simple, takes the loss of the true answers to first questions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from shortzip.data.files import refuse_to_replace
 from shortzip.data.instructions import read_instructions
 from shortzip.train.evaluation.lmms_plugin import write_questions, write_task
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import parse_config, run_command, say
-from shortzip.train.settings.config import DEMO, ConfigError, DataConfig, DemoScenesConfig
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 SHIPPED = "demo_scenes"
 

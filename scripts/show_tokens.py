@@ -19,11 +19,13 @@ import torch
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace, replace_file, writing
-from shortzip.data.images import open_image, squared
+from shortzip.data.images import open_image
+from shortzip.data.pixels import squared
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_viewer, open_release
+from shortzip.train.release.loading import load_viewer
+from shortzip.train.release.opening import open_release
 from shortzip.train.settings.command_line import parse_config, run_command, say
 
 

@@ -1,4 +1,5 @@
-"""What `pip install` of a wheel gives: one name, one command, in a folder whose files bear the names of our folders."""
+"""What `pip install` of a wheel gives: one name, one command, in a folder whose files bear the names of our
+folders."""
 
 import os
 import subprocess

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from shortzip.data.images import open_image, squared
+from shortzip.data.images import open_image
+from shortzip.data.pixels import squared
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.publish.push import PublishError, publish_run
 from shortzip.train.release.lineage import base_revision, write_record
-from shortzip.train.release.opening import Release, dtype_of, load_viewer, open_release
+from shortzip.train.release.loading import dtype_of, load_viewer
+from shortzip.train.release.opening import Release, open_release
 from shortzip.train.release.tensor_files import folder_specs
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.checkpoint import discard

@@ -24,23 +24,23 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
+from shortzip.train.calibration.choosing import choose_layers
 from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
-from shortzip.train.inputs.feature_cache import known_tower, store_features
-from shortzip.train.inputs.identity import check_same_origin, run_identity
+from shortzip.train.inputs.feature_filling import known_tower, store_features
+from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
 from shortzip.train.inputs.loading import check_shared_memory, loader_of
 from shortzip.train.inputs.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
 from shortzip.train.inputs.samples import (
     check_instructions,
     check_positions,
-    choose_layers,
     draw_demo_scenes,
-    fingerprint,
     held_out_set,
     training_set,
 )
 from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.opening import dtype_of, load_release, open_release
+from shortzip.train.release.loading import dtype_of, load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.run.checkpoint import (
     Checkpoint,
     check_same_run,

@@ -14,7 +14,8 @@ tokens of a prompt, p of them before the image. Per prompt:
 
 with P = L C(p, p) for the N prompts together. naive / shared is just under 2: a variant's tested layer costs nothing,
 but a frozen layer is cheap in the naive loop too. The measured speed-up is held against naive / limit.
-FLOPs are those of `shortzip.reduction.flops.llm_layer_flops_grouped`, the LM head added on both sides. The vision tower is in
+FLOPs are those of `shortzip.reduction.flops.llm_layer_flops_grouped`, the LM head added on both sides. The vision
+tower is in
 neither: both sides start from the same embeddings. The naive loop is given its best batch size (one prompt, or as many
 as the other side), rounds alternate, and the fastest round of each counts (on a CPU in the process's own time).
 """
@@ -34,8 +35,9 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortzip.data.files import refuse_to_replace
 from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
+from shortzip.reduction.calibration_prompts import Prompt
 from shortzip.reduction.flops import llm_layer_flops_grouped, lm_head_flops
-from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter, Prompt
+from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
 from shortzip.reduction.shortv import active_rows
 from shortzip.train.settings.command_line import parse_config, run_command
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shortzip.data.images
 from PIL import Image
 from processors import llava_next_processor, llava_processor
 
+import shortzip.data.images
 from shortzip.data.dataset import ConversationDataset, Sample
 from shortzip.data.drops import BadSample, Drop, DropLog
 from shortzip.data.images import HINTS

@@ -16,7 +16,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from shortzip.data.errors import UserError
-from shortzip.data.images import build_image_processor, open_image
+from shortzip.data.images import open_image
+from shortzip.data.pixels import build_image_processor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_release"
 IMAGES = ("extreme_ironing.jpg", "waterview.jpg", "llava_v1_5_radar.jpg")

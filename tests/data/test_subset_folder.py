@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shortzip.data.subset
 from PIL import Image
 
+import shortzip.data.subset
 from shortzip.data.errors import Busy, CannotWrite, FileInTheWay, UserError
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.data.subset_folder import new_subset, subset_report

@@ -8,13 +8,14 @@ import zlib
 
 import numpy as np
 import pytest
-import shortzip.data.images
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from shortzip.data.images import BadImage, build_image_processor, image_size, open_image, pixel_values, squared
+import shortzip.data.images
+from shortzip.data.images import BadImage, image_size, open_image
+from shortzip.data.pixels import build_image_processor, pixel_values, squared
 
 CLIP = build_image_processor(
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).to_dict(), "llava"

@@ -9,16 +9,9 @@ from reduced_models import DECODERS, IMAGE_TOKEN, build, make_row
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shortzip.reduction.layer_contribution import (
-    CalibrationSample,
-    LayerContributionMeter,
-    Prompt,
-    embed_prompt,
-    measure_layer_contributions,
-    pick_layers,
-    plan_batches,
-    rank_layers,
-)
+from shortzip.reduction.calibration_prompts import CalibrationSample, Prompt, embed_prompt, plan_batches
+from shortzip.reduction.layer_choice import pick_layers, rank_layers
+from shortzip.reduction.layer_contribution import LayerContributionMeter, measure_layer_contributions
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shortv"
 

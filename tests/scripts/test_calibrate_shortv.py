@@ -20,7 +20,7 @@ from shortzip.scripts.calibrate_shortv import calibrate, report
 from shortzip.train.calibration import measuring as calibration
 from shortzip.train.calibration.choosing import load_sample
 from shortzip.train.calibration.measuring import CalibrateConfig, Partial, asked_of, budget_name, measure
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "calibrate_shortv.py"

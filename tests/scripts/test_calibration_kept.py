@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from shortzip.data.errors import CannotWrite, FileInTheWay, UserError
 from shortzip.scripts.calibrate_shortv import calibrate
 from shortzip.train.calibration import measuring as calibration
+from shortzip.train.calibration.choosing import choose_layers
 from shortzip.train.calibration.measuring import CalibrateConfig
-from shortzip.train.inputs.samples import choose_layers
 from shortzip.train.release.opening import open_release
 from shortzip.train.settings.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
 

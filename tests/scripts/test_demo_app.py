@@ -30,11 +30,13 @@ from scripts import demo_app
 from shortzip.data.errors import UserError
 from shortzip.data.generated.scenes import render_scene, sample_scene
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.demo_app import ALL, REDUCED, TUNED, AppConfig, Models, choices, converse, main
+from shortzip.scripts.demo_app import ALL, REDUCED, TUNED, choices, converse, main
+from shortzip.scripts.demo_models import AppConfig, Models
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
-from shortzip.train.release.opening import load_release, open_release, read_release_projector
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release, read_release_projector
 from shortzip.train.release.writing import Shape, write_reduced_checkpoint
-from shortzip.train.settings.config import ConfigError
+from shortzip.train.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"

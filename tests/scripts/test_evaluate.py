@@ -20,8 +20,9 @@ from shortzip.scripts.evaluate_models import (
     runs_of,
 )
 from shortzip.train.run.run_folder import CONFIG
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import MENDABLE, dump_config
-from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.settings.config import DataConfig, TuneConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

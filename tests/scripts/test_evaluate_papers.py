@@ -52,11 +52,12 @@ from shortzip.train.evaluation.papers_table import (
     show,
     table_rows,
 )
-from shortzip.train.release.opening import Release, load_release, open_release, release_projector
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import Release, open_release, release_projector
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.processes import CONSENT_S, StopRequest, StopRequested
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import parse_config
-from shortzip.train.settings.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"

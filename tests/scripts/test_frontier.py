@@ -21,8 +21,9 @@ from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, poi
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, show, summarise
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import read_status, write_status
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import MENDABLE, load_config, parse_config
-from shortzip.train.settings.config import ConfigError, FastVConfig, TuneConfig
+from shortzip.train.settings.config import FastVConfig, TuneConfig
 
 LAYERS = {("lc", "0", budget, 0): [] for budget in ("all", "6+3", "9+3")}
 LAYERS |= {("lc", "60%", "all", 0): [1, 2], ("lc", "60%", "6+3", 0): [0, 1], ("lc", "60%", "9+3", 0): [0, 2]}

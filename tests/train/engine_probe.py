@@ -16,7 +16,7 @@ from shortzip.data.dataset import Collator, ConversationDataset
 from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.run.processes import start_accelerator
 from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.engine import WholeEngine, start_engine

@@ -11,7 +11,8 @@ import yaml
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.finish import write_final
-from shortzip.train.release.opening import load_release, open_release, release_projector
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release, release_projector
 from shortzip.train.settings.command_line import dump_config
 from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import lay_projector, load_release
+from shortzip.train.release.loading import lay_projector, load_release
 from shortzip.train.step.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
 
 VISIONZIP = {"dominant": 6, "contextual": 2}

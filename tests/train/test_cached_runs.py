@@ -17,7 +17,8 @@ from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from shortzip.train.release import towers
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.run.run_folder import read_metrics
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from shortzip.train.settings import command_line as command_line_module
 from shortzip.train.settings import config as config_module
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import check_keys, dump_config, known_keys, load_config
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.config import TuneConfig
 
 YAML = """
 model: some/release

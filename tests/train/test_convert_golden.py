@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 
 CASES = [(image, prompt) for image in range(3) for prompt in range(3)]
 

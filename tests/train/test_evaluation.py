@@ -20,7 +20,7 @@ from shortzip.reduction.flops import llm_prefill_flops_grouped
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, held_out_loss
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.settings.config import DataConfig
 from shortzip.train.step.objective import SupervisedLoss, count_supervised

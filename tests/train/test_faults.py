@@ -20,7 +20,8 @@ from shortzip.data.drops import BadSample, TooManyBadSamples
 from shortzip.train.run.checkpoint import CheckpointError
 from shortzip.train.run.processes import failures_recorded, start_accelerator, watched
 from shortzip.train.run.run_folder import RunFolderError, read_metrics, read_status
-from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.tune_projector import NonFiniteLoss
 

@@ -23,9 +23,11 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.kept import identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, fill_cache, image_key
-from shortzip.train.release.opening import load_release
-from shortzip.train.settings.config import ConfigError, DataConfig, TuneConfig
+from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
+from shortzip.train.inputs.feature_filling import fill_cache
+from shortzip.train.release.loading import load_release
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
@@ -179,7 +181,7 @@ def test_a_damaged_shard_is_computed_anew_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("shortzip.train.inputs.feature_cache.SHARD_IMAGES", 9)
+    monkeypatch.setattr("shortzip.train.inputs.feature_filling.SHARD_IMAGES", 9)
     dataset = dataset_of(tiny_instructions, loaded[1])
     cache = filled(tmp_path, loaded, dataset, batch_size=3, num_workers=workers)
     expected = {key: cache.get(key)["visual_tokens"].clone() for key in cache._places}

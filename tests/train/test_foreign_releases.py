@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.convert_release import main
 from shortzip.train.release.convert import convert_to_transformers
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
 
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000

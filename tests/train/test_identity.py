@@ -24,7 +24,8 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.base_release import describe_files
 from shortzip.train.inputs.identity import IMAGES, changed_versions, check_same_origin, data_identity, release_identity
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.release.tensor_files import write_index
 from shortzip.train.run.checkpoint import CHECKSUMS, FILES, CheckpointError
 

@@ -16,7 +16,7 @@ from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.generated.scene_questions import write_scenes
 from shortzip.train.inputs.loading import SharingCollator, check_shared_memory, loader_of
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, training_set
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
 
 Usage = namedtuple("Usage", "total used free")

@@ -15,9 +15,10 @@ from shortzip.reduction.parsing import parse_bytes
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.estimate_cost import known_release
 from shortzip.train.inputs.samples import training_set
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step import micro_batch
 from shortzip.train.step.memory import NF4_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.micro_batch import ENOUGH_TOKENS, MicroBatchLimits, StepEstimate, choose_limits

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from shortzip.train.inputs.samples import choose_layers
+from shortzip.train.calibration.choosing import choose_layers
 
 
 @pytest.mark.parametrize(("freeze", "count"), [("0", None), ("0%", None), ("10%", None), ("2", 2)])

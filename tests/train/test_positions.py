@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.answers import evaluate
 from shortzip.train.inputs.samples import check_positions, held_out_set, training_set
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.settings.config import DataConfig
 
 

@@ -23,10 +23,11 @@ from shortzip.train.inputs.preflight import (
     refuse_zero_gradient,
 )
 from shortzip.train.inputs.samples import training_set
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.run.processes import FEW_THREADS, start_accelerator
 from shortzip.train.run.run_folder import read_status
-from shortzip.train.settings.config import ConfigError, DataConfig, DemoScenesConfig, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from transformers import (
 
 from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import lay_projector, open_release, release_projector
+from shortzip.train.release.loading import lay_projector
+from shortzip.train.release.opening import open_release, release_projector
 from shortzip.train.release.writing import write_reduced_checkpoint
 
 VISIONZIP = {"dominant": 5, "contextual": 3}

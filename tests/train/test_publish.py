@@ -25,7 +25,8 @@ from runs import ROOT, run_here, write_recipe
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.train.publish.model_card import command_of, licence_of, write_card
 from shortzip.train.publish.push import PublishError, check_repo_id
-from shortzip.train.release.opening import load_release, read_release_projector
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import read_release_projector
 
 PUBLISH = str(ROOT / "scripts" / "publish.py")
 TUNE = str(ROOT / "train" / "tune_projector.py")

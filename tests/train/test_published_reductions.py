@@ -18,10 +18,11 @@ from shortzip.train.evaluation.answers import Evaluation
 from shortzip.train.evaluation.comparison import table_of
 from shortzip.train.finish import candidates_of
 from shortzip.train.publish.push import prepare
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.release.writing import SHAPES
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
-from shortzip.train.settings.config import ConfigError
 
 COMMIT = "5" * 40
 REDUCTIONS = {

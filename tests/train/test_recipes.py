@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
-from shortzip.train.settings.config import ConfigError
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 
 SIDE, PATCH = 40, 4  # 100 patches: the recipes' own budgets fit

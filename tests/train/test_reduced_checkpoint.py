@@ -17,7 +17,8 @@ from transformers import LlavaForConditionalGeneration
 from shortzip.reduction import ReducedLlavaForConditionalGeneration
 from shortzip.reduction.base_release import describe_files, digest
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import Release, load_release, open_release, read_projector, read_release_projector
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import Release, open_release, read_projector, read_release_projector
 from shortzip.train.release.writing import SHAPES, write_reduced_checkpoint
 
 VISIONZIP = {"dominant": 12, "contextual": 4}

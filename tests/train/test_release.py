@@ -26,7 +26,8 @@ from transformers import (
 
 from shortzip.data.supervision import load_template
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release, load_viewer, open_release, read_projector, release_projector
+from shortzip.train.release.loading import load_release, load_viewer
+from shortzip.train.release.opening import open_release, read_projector, release_projector
 from shortzip.train.release.original_layout import split_after_images
 from shortzip.train.release.writing import write_reduced_checkpoint
 

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.calibration.choosing import load_sample
+from shortzip.train.calibration.choosing import choose_layers, load_sample
 from shortzip.train.calibration.measuring import CalibrateConfig, asked_of
-from shortzip.train.inputs.samples import choose_layers, draw_demo_scenes, held_out_set, training_set
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.inputs.samples import draw_demo_scenes, held_out_set, training_set
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import (
-    ConfigError,
     DataConfig,
     DemoScenesConfig,
     ShortVConfig,

@@ -18,7 +18,7 @@ from runs import ROOT, run_here, write_recipe
 from shortzip.data.files import sha256
 from shortzip.data.instructions import read_instructions
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.run.checkpoint import CHECKSUMS, FILES, damage, find_checkpoint, load_checkpoint
 
 TOKEN = "hf_" + "ThisIsASecret" * 3

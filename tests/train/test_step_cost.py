@@ -11,7 +11,7 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.run.report import LEFT_OUT, Speed, matmul_speed
 from shortzip.train.step.flops import (
     RowShape,

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import kinds_of, load_config
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.yaml_files import read_settings
 
 KINDS = dict(kinds_of(TuneConfig))

@@ -20,22 +20,18 @@ from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.kept import conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
-from shortzip.reduction.layer_contribution import (
-    DIRECTIONS,
-    Direction,
-    LayerContributionMeter,
-    embed_prompt,
-    plan_batches,
-    rank_layers,
-)
+from shortzip.reduction.calibration_prompts import embed_prompt, plan_batches
+from shortzip.reduction.layer_choice import rank_layers
+from shortzip.reduction.layer_contribution import DIRECTIONS, Direction, LayerContributionMeter
 from shortzip.reduction.parsing import format_budget, parse_budget, read_freeze
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
-from shortzip.train.release.content import release_content
-from shortzip.train.release.opening import Release, load_processor, load_release, open_release
+from shortzip.train.release.loading import load_processor, load_release
+from shortzip.train.release.opening import Release, open_release, release_content
 from shortzip.train.run.checkpoint import differing_settings
-from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, check_seed
+from shortzip.train.settings.checks import check_seed
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
 

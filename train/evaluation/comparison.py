@@ -1,4 +1,5 @@
-"""Models side by side on the same held-out conversations: what the tables of a run and of scripts/evaluate_models.py show."""
+"""Models side by side on the same held-out conversations: what the tables of a run and of
+scripts/evaluate_models.py show."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, wri
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, measure_prefill, write_answers
 from shortzip.train.inputs.samples import held_out_set
-from shortzip.train.release.opening import Release, load_release, open_release, reduced_config
+from shortzip.train.release.loading import load_release, reduced_config
+from shortzip.train.release.opening import Release, open_release
 from shortzip.train.run.report import literal
 from shortzip.train.run.run_folder import ANSWERS, RESULTS
 from shortzip.train.settings.config import DataConfig

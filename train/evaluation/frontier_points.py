@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import ALL, Reductions
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
-from shortzip.train.settings.config import ConfigError, FastVConfig, repeated
+from shortzip.train.settings.checks import ConfigError, repeated
+from shortzip.train.settings.config import FastVConfig
 
 DOMINANT_ONLY = "dominant only"
 DRAWN = ("random", "random layers")

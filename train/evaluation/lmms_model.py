@@ -32,7 +32,8 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.baselines import METHODS
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
-from shortzip.train.release.opening import load_release, open_release
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_KEYS = (

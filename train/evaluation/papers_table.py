@@ -12,7 +12,7 @@ from shortzip.reduction.baselines import METHODS
 from shortzip.reduction.parsing import parse_budget, parse_layers
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.run.report import print_table
-from shortzip.train.settings.config import ConfigError, repeated
+from shortzip.train.settings.checks import ConfigError, repeated
 
 TRAINING_FREE, TUNED = "training-free", "tuned"
 VISIONZIP = METHODS[0]

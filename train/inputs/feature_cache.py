@@ -8,49 +8,32 @@ shard holds a digest of what it holds: a damaged one counts as not there, and it
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from shortzip.data.dataset import ConversationDataset
 from shortzip.data.errors import UserError
-from shortzip.data.files import replace_file, sweep, write_atomically, writing
+from shortzip.data.files import replace_file, write_atomically, writing
 from shortzip.data.images import (
     BadImage,
     ImageSource,
     image_bytes,
     image_name,
-    open_image,
-    pixel_values,
     resolve_image_path,
 )
-from shortzip.data.kept import Kept, identity_of
-from shortzip.train.release.opening import Release
+from shortzip.data.kept import identity_of
 from shortzip.train.release.tensor_files import read_safetensors_specs
-from shortzip.train.release.towers import load_tower, tensors_digest, tower_digest, tower_parts
-from shortzip.train.run.processes import StopRequest, StopRequested
-from shortzip.train.run.report import Reporter
-from shortzip.train.settings.config import TuneConfig
-
-logger = logging.getLogger(__name__)
+from shortzip.train.release.towers import tensors_digest, tower_digest
 
 FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
-SHARD_IMAGES = 256
-SHARD_SECONDS = 60.0
 _NOT_OF_FEATURES = ("transformers_version", "_name_or_path", "dtype")  # the tower's digest holds its dtype
 
 
@@ -211,194 +194,3 @@ def _is_whole(path: Path) -> bool:
             return tensors_digest({name: shard.get_tensor(name) for name in shard.keys()}) == header[1]  # noqa: SIM118
     except (OSError, SafetensorError):
         return False
-
-
-class _Seen(NamedTuple):
-    """An image that was read: its key, its pixels if it is not in the cache, and what is new in `known_files`."""
-
-    key: str
-    pixels: Tensor | None
-    known_files: dict[str, tuple[int, str]]
-
-
-class _Images(Dataset[_Seen | None]):
-    """What a worker sees of each image; None for those that cannot be read."""
-
-    def __init__(self, sources: Sequence[tuple[ImageSource, Any]], cache: FeatureCache, image_processor: Any) -> None:
-        self.sources, self.cache, self.image_processor = sources, copy.copy(cache), image_processor
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> _Seen | None:
-        source, root = self.sources[index]
-        known: dict[str, tuple[int, str]] = {}
-        self.cache.known_files = known
-        try:
-            key = self.cache.key_of(source, root)
-            if key in self.cache:
-                return _Seen(key, None, known)
-            pixels = pixel_values(open_image(source, root), self.image_processor)
-        except BadImage:
-            return None  # it is dropped, or refused, with its row when that is read
-        return _Seen(key, pixels if pixels.dim() == 4 else pixels[None], known)
-
-
-def _sources(datasets: Sequence[ConversationDataset]) -> list[tuple[ImageSource, Any]]:
-    """Every image of the datasets once, in order."""
-    found: dict[Any, tuple[ImageSource, Any]] = {}
-    for dataset in datasets:
-        for conversation in dataset.conversations:
-            for source in conversation.images:
-                found.setdefault((str(dataset.image_root), source), (source, dataset.image_root))
-    return list(found.values())
-
-
-@torch.no_grad()
-def fill_cache(
-    cache: FeatureCache,
-    model: Any,
-    image_processor: Any,
-    datasets: Sequence[ConversationDataset],
-    accelerator: Accelerator,
-    *,
-    batch_size: int = 16,
-    num_workers: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    stopped: Callable[[], bool] = lambda: False,
-    prepare: Callable[[], None] = lambda: None,
-) -> int:
-    """Stores the visual tokens of every image of the datasets that has none yet; gives how many were computed.
-
-    Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
-    called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
-    """
-    sweep(cache.folder)
-    _leave_out_damaged(cache, accelerator)
-    sources = _sources(datasets)
-    share = sources[accelerator.process_index :: accelerator.num_processes]
-    loader: Any = DataLoader(
-        _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
-    )
-    computed, waiting, written = 0, {}, time.monotonic()
-    for number, batch in enumerate(loader):
-        progress(number * batch_size, len(share))
-        seen = [image for image in batch if image is not None]
-        for image in seen:
-            cache.known_files.update(image.known_files)
-        found = {image.key: image.pixels for image in seen if image.pixels is not None and image.key not in waiting}
-        if found:
-            prepare()
-            computed += len(found)
-            waiting.update(dict(zip(found, _visual_tokens(model, list(found.values())), strict=True)))
-        if len(waiting) >= SHARD_IMAGES or (waiting and time.monotonic() - written > SHARD_SECONDS):
-            cache.write(waiting)
-            waiting, written = {}, time.monotonic()
-        if stopped():
-            break
-    if waiting:
-        cache.write(waiting)
-    accelerator.wait_for_everyone()
-    cache.refresh()
-    cache.drop([])  # what was written since it was looked at is whole
-    counted = torch.tensor(computed, device=accelerator.device)
-    return int(accelerator.reduce(counted))
-
-
-def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
-    """Has every process count as not there what one of them, each reading its share, found damaged; says so."""
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    damaged = sorted(gather_object(cache.damaged(share)))
-    cache.drop(damaged)
-    if damaged and accelerator.is_main_process:
-        logger.warning(
-            "%d of the shards in %s are damaged (%s): their images are computed anew",
-            len(damaged),
-            cache.folder,
-            ", ".join(damaged[:3]),
-        )
-        for name in damaged:
-            (cache.folder / name).unlink(missing_ok=True)
-
-
-def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, kept) of each image, given as [tiles, 3, S, S]."""
-    tower = model.model.vision_tower
-    weight = next(tower.parameters())
-    visual = model.model.get_visual_tokens(torch.cat(images).to(weight.device))
-    counts = [len(image) for image in images]
-    return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
-
-
-def _kept_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> tuple[Kept, str, dict[str, Any]] | None:
-    """Where the digest of the release's tower is kept, under which name and parts; None where none can be."""
-    root, parts = config.data.cache_features, tower_parts(release.folder, dtype)
-    return None if root is None or parts is None else (Kept(root), f"tower-{identity_of(parts)[:16]}", parts)
-
-
-def known_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> str | None:
-    """The digest of the release's tower, if features are cached and an earlier run left it."""
-    if config.data.cache_features is None or (where := _kept_tower(config, release, dtype)) is None:
-        return None
-    kept, name, parts = where
-    return kept.find(name, parts)
-
-
-def store_features(
-    config: TuneConfig,
-    release: Release,
-    tower: str | None,
-    model: Any,
-    processor: Any,
-    training: ConversationDataset,
-    held_out: ConversationDataset | None,
-    accelerator: Accelerator,
-    report: Reporter,
-    stop: StopRequest,
-) -> None:
-    """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.
-
-    `tower`: what `known_tower` gave; then the model has come without its tower, which is loaded only if an image has
-    no features yet. The model is left without it. Raises `StopRequested` on every process if one was asked to stop,
-    and ValueError if the tower is not the one that was known.
-    """
-    assert config.data.cache_features is not None
-    datasets = [dataset for dataset in (training, held_out) if dataset is not None]
-    identity = features_identity(model, processor, tower)
-    cache = FeatureCache(config.data.cache_features, identity)
-    dtype = model.get_input_embeddings().weight.dtype
-    if tower is None and (where := _kept_tower(config, release, dtype)) is not None:
-        kept, name, parts = where
-        kept.keep(name, parts, identity["tower"])
-
-    def tower_on_device() -> None:
-        if isinstance(model.model.vision_tower, nn.Identity):
-            model.model.vision_tower = load_tower(release.folder, model.config, dtype)
-            if tower_digest(model.model.vision_tower) != tower:
-                if (where := _kept_tower(config, release, dtype)) is not None:
-                    where[0].path(where[1]).unlink(missing_ok=True)
-                raise UserError(
-                    f"{release.folder}: the tower has changed where its samples do not show it. The features of the "
-                    "one before are left alone: start the run again"
-                )
-        model.model.vision_tower.to(accelerator.device)
-
-    computed = fill_cache(
-        cache,
-        model,
-        processor.image_processor,
-        datasets,
-        accelerator,
-        num_workers=config.data.num_workers,
-        progress=lambda done, total: report.progress("features", done, total),
-        stopped=lambda: stop.signal is not None,
-        prepare=tower_on_device,
-    )
-    report.end_progress()
-    stops = torch.tensor(int(stop.signal is not None), device=accelerator.device)
-    if int(accelerator.reduce(stops)):
-        raise StopRequested(stop.signal or "a signal to another process")
-    model.model.vision_tower = nn.Identity()
-    for dataset in datasets:
-        dataset.features = cache
-    report.say(f"features: {computed} images computed, {len(cache)} in {cache.folder}; the tower is not needed")

@@ -239,3 +239,14 @@ def _json(value: Any) -> bytes:
 
 def _short(digest: Any) -> str:
     return str(digest.hexdigest()[:16])
+
+
+def fingerprint(dataset: ConversationDataset, projector: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What a run starts from, by its content: folders and files may move between a run and its continuation."""
+    samples = hashlib.sha256(dataset.lengths.tobytes() + dataset.supervised.tobytes())
+    for conversation in dataset.conversations:
+        samples.update(conversation.id.encode() + b"\0")
+    weights = hashlib.sha256()
+    for name in sorted(projector):
+        weights.update(projector[name].detach().cpu().contiguous().numpy().tobytes())
+    return {"content of the samples": samples.hexdigest()[:16], "release's projector": weights.hexdigest()[:16]}

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from shortzip.data.dataset import Collator, Sample
-from shortzip.data.images import pixel_values
 from shortzip.data.instructions import Conversation
+from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import Encoded, Supervision
 
 
@@ -36,7 +36,8 @@ def encode_prompt(
     """The prompt of a conversation that ends with the user's turn, as the release's template renders it.
 
     `turns` are (role, text) with one `<image>` per image of `images` (RGB), which come in the order of their
-    placeholders. Raises `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation `name`.
+    placeholders. Raises `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation
+    `name`.
     """
     sizes = [(image.height, image.width) for image in images]
     conversation = Conversation(name, ("",) * len(images), tuple(turns))

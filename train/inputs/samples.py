@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from shortzip.data.dataset import ConversationDataset
-from shortzip.data.drops import BadSample, DropLog
+from shortzip.data.drops import DropLog
 from shortzip.data.errors import FileInTheWay, UserError
-from shortzip.data.files import write_atomically, written_whole
+from shortzip.data.files import written_whole
 from shortzip.data.generated.scene_questions import write_scenes
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.strata import draw
 from shortzip.data.subset_folder import subset_report
 from shortzip.data.supervision import Supervision
 from shortzip.data.tables import check_source
-from shortzip.reduction.layer_contribution import (
-    CalibrationSample,
-    measure_layer_contributions,
-    pick_layers,
-    rank_layers,
-)
-from shortzip.reduction.layer_cosine import cosine_changes
-from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from shortzip.train.inputs.preflight import check_sees_images
-from shortzip.train.release.opening import Release, load_release
-from shortzip.train.run.run_folder import LAYERS
-from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig, TuneConfig, reductions_of
+from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 
 def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationDataset:
@@ -157,87 +140,6 @@ def draw_demo_scenes(config: DataConfig) -> None:
         except FileInTheWay:
             if not drawn.is_file():
                 raise
-
-
-def choose_layers(
-    config: TuneConfig,
-    release: Release,
-    dtype: torch.dtype,
-    accelerator: Accelerator,
-    write: Callable[[Path, str], None] = write_atomically,
-) -> list[int] | None:
-    """The layers to freeze: those listed, or the first of a ranking of all; None for none.
-
-    LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
-    are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
-    by `write`.
-    """
-    if config.shortv is None or config.shortv.freeze is None:
-        return config.shortv.layers if config.shortv else None
-    if config.shortv.ranking == "random":
-        count = int(release.config["text_config"]["num_hidden_layers"])
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-        return sorted(pick_layers(drawn, config.shortv.freeze)) or None
-    model, processor = load_release(
-        release,
-        reductions_of(config.visionzip, None, None),
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-    )
-    model.to(accelerator.device)
-    samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
-    share = samples[accelerator.process_index :: accelerator.num_processes]
-    if config.shortv.ranking == "cosine":
-        measured = cosine_changes(model, share)
-    else:
-        measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
-    places = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    rows = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
-    mean = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
-    ranking = rank_layers(mean)
-    chosen = sorted(pick_layers(ranking, config.shortv.freeze))
-    if accelerator.is_main_process:
-        found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
-        write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
-    return chosen or None
-
-
-def calibration_prompts(
-    config: TuneConfig, supervision: Supervision, count: int, drops: DropLog
-) -> tuple[list[Chosen], str]:
-    """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
-    conversations, root = training_conversations(config.data, config.seed, drops)
-    source = config.data.instructions
-    chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
-    return chosen, root
-
-
-def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
-    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
-    supervision = Supervision(processor, max_length=None)
-    chosen, root = calibration_prompts(config, supervision, count, drops)
-    dataset = dataset_of(chosen, supervision, root)
-    samples: list[CalibrationSample] = []
-    for item in chosen:
-        try:
-            samples.append(load_sample(item, dataset))
-        except BadSample as error:
-            drops.add(error)
-    if not samples:
-        raise UserError(f"{config.data.instructions}: no image could be read to measure LC on: {drops.summary()}")
-    return samples
-
-
-def fingerprint(dataset: ConversationDataset, projector: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """What a run starts from, by its content: folders and files may move between a run and its continuation."""
-    samples = hashlib.sha256(dataset.lengths.tobytes() + dataset.supervised.tobytes())
-    for conversation in dataset.conversations:
-        samples.update(conversation.id.encode() + b"\0")
-    weights = hashlib.sha256()
-    for name in sorted(projector):
-        weights.update(projector[name].detach().cpu().contiguous().numpy().tobytes())
-    return {"content of the samples": samples.hexdigest()[:16], "release's projector": weights.hexdigest()[:16]}
 
 
 def demo_folder(scenes: DemoScenesConfig, held_out: bool, fraction: float = 1.0) -> Path:

@@ -25,7 +25,8 @@ from shortzip.train.publish.published_files import published_files, refuse_secre
 from shortzip.train.release.foreign_code import refuse_foreign_code
 from shortzip.train.release.hub import retrying
 from shortzip.train.release.lineage import check_run, check_settings, release_of
-from shortzip.train.release.opening import Release, load_processor, open_release, release_projector
+from shortzip.train.release.loading import load_processor
+from shortzip.train.release.opening import Release, open_release, release_projector
 from shortzip.train.release.writing import SHAPES, Shape, describe_base, write_reduced_checkpoint
 from shortzip.train.run.run_folder import CONFIG, HELD_OUT_PICTURE, PICTURES
 from shortzip.train.settings.command_line import printable

@@ -13,7 +13,7 @@ from shortzip.reduction.base_release import PROJECTOR_FILE, digest
 from shortzip.train.release.tensor_files import weight_files
 
 if TYPE_CHECKING:
-    from shortzip.train.release.opening import Release
+    pass
 
 READ_WHOLE = 64 << 20  # bytes: smaller files are hashed whole
 _SAMPLE, _STRIDE = 1 << 12, 1 << 20
@@ -37,8 +37,8 @@ SMALL_FILES = (
 def content_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's content; of a large one, of samples that reach into every tensor.
 
-    Of a large safetensors file as `shortzip.reduction.base_release.digest` says. Of a large .bin: a zip's own checksum of each
-    tensor and its first 4 KiB, or, in the format without zip, 4 KiB of every MiB.
+    Of a large safetensors file as `shortzip.reduction.base_release.digest` says. Of a large .bin: a zip's own
+    checksum of each tensor and its first 4 KiB, or, in the format without zip, 4 KiB of every MiB.
     """
     size = path.stat().st_size
     if size <= READ_WHOLE:
@@ -69,13 +69,3 @@ def folder_content(folder: Path) -> dict[str, str]:
     small = [folder / name for name in (*SMALL_FILES, PROJECTOR_FILE) if (folder / name).is_file()]
     templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
     return content_of([*small, *templates, *weight_files(folder)])
-
-
-def release_content(release: Release) -> dict[str, dict[str, str]]:
-    """The content of what loading a release reads: of its folder in transformers' layout, of the config that it was
-    found with, and of the projector that is laid over it."""
-    return {
-        "release": folder_content(release.folder),
-        "found with": content_of([release.source / "config.json"]),
-        "projector": content_of([release.projector] if release.projector else []),
-    }

@@ -15,7 +15,7 @@ from shortzip.reduction.base_release import fetch_base
 from shortzip.train.release.opening import Release, open_release, release_projector
 from shortzip.train.release.tensor_files import open_tensors, weight_files
 from shortzip.train.release.writing import lineage, weights_folder
-from shortzip.train.settings.config import ConfigError
+from shortzip.train.settings.checks import ConfigError
 
 RECORD = "tuned_with.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shortzip.data.files import read_json
-from shortzip.data.images import build_image_processor
+from shortzip.data.pixels import build_image_processor
 from shortzip.data.supervision import choose_template
 from shortzip.train.release.original_layout import split_after_images
 

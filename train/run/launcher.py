@@ -8,7 +8,8 @@ import os
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import TuneConfig
 
 
 def deepspeed_wanted() -> bool:

@@ -27,7 +27,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from shortzip.data.errors import ToldElsewhere
 from shortzip.train.run.launcher import check_engine, deepspeed_wanted
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import TuneConfig
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)  # of processes for each other: writing a large model keeps the others waiting

@@ -23,7 +23,8 @@ import yaml
 
 from shortzip.data.errors import ToldElsewhere, UserError, printable
 from shortzip.reduction.errors import ReductionError
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.yaml_files import read_settings
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shortzip.data.errors import UserError
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
 # Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
@@ -27,15 +27,6 @@ FREE_KEYS = (
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
-
-
-class ConfigError(UserError):
-    """A key that does not exist, a value of the wrong type, or settings that do not go together."""
-
-
-def repeated(values: Sequence[Any]) -> list[Any]:
-    """The values of a setting that stand there more than once."""
-    return [value for value in values if values.count(value) > 1]
 
 
 @dataclass(frozen=True)
@@ -383,24 +374,3 @@ class TuneConfig:
     @property
     def name(self) -> str:
         return self.run_name or Path(self.output_dir).resolve().name
-
-
-def check_seed(key: str, seed: int) -> None:
-    """Raises `ConfigError` for a seed that a random generator does not take: they have 32 bits."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"{key} is {seed}: 0 to {2**32 - 1} are allowed")
-
-
-def _at_least(section: Any, prefix: str, **minima: float) -> None:
-    for key, minimum in minima.items():
-        value = getattr(section, key)
-        if value is not None and not minimum <= value < float("inf"):  # NaN too
-            raise ConfigError(f"{prefix}{key} is {value}: at least {minimum} is needed, and finite")
-
-
-def _within(section: Any, prefix: str, **ranges: tuple[int, int]) -> None:
-    """Bounds of what costs memory or time by its size alone: a slip of the keyboard is no machine that was bought."""
-    for key, (least, most) in ranges.items():
-        value = getattr(section, key)
-        if value is not None and not least <= value <= most:
-            raise ConfigError(f"{prefix}{key} is {value}: at least {least}, and at most {most}, is needed")

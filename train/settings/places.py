@@ -1,4 +1,5 @@
-"""Where what travels with the package lies: in a clone its top folders, in a wheel the same folders under shortzip/."""
+"""Where what travels with the package lies: in a clone its top folders, in a wheel the same folders under
+shortzip/."""
 
 from __future__ import annotations
 

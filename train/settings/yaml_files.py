@@ -15,7 +15,7 @@ import yaml
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text
-from shortzip.train.settings.config import ConfigError
+from shortzip.train.settings.checks import ConfigError
 
 LONGEST = 200_000  # characters of a file
 MOST = 10_000  # keys and values, those that aliases repeat included

@@ -2,8 +2,8 @@
 
 FLOPs count a multiply-add as two and attention as if it were not causal, as in reduction/flops.py. Two counts of the
 same row stand side by side: :func:`plain_flops` is what transformers' LLaVA computes, :func:`needed_flops` what the
-loss and the projector's gradient need, which train/step/objective.py computes. In the backward pass an untrained matrix
-costs its forward once more (the gradient of its input) and attention twice its forward.
+loss and the projector's gradient need, which train/step/objective.py computes. In the backward pass an untrained
+matrix costs its forward once more (the gradient of its input) and attention twice its forward.
 """
 
 from __future__ import annotations

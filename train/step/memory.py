@@ -25,7 +25,8 @@ from shortzip.reduction.flops import (
 
 # What a CUDA process holds beside tensors: context, cuBLAS and cuDNN workspaces, the allocator's rounding.
 CUDA_OVERHEAD_BYTES = 1 << 30
-# Logits computed at a time in a training step (supervised_states leaves them to train/step/objective.py), on a CUDA device.
+# Logits computed at a time in a training step (supervised_states leaves them to train/step/objective.py), on a CUDA
+# device.
 LOGITS_AT_ONCE = 1 << 25
 # NF4 with double quantisation: 4 bits per weight, 8 per block of 64 and 32 per 256 blocks.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -39,7 +40,8 @@ class TrainingStep:
     ``visual_tokens`` are one sample's after VisionZip, ``tiles`` the images or tiles that the tower reads for it.
     ``weights`` is "bfloat16", "float32" or "4bit" (NF4 decoder layers, everything else bfloat16). ``every_token``:
     transformers' modules take every token through every layer, as they do where
-    :func:`shortzip.train.step.supervised_states.can_walk` says no. ``cached_features``: the tower is not on the device.
+    :func:`shortzip.train.step.supervised_states.can_walk` says no. ``cached_features``: the tower is not on the
+    device.
     ``weights_share``: of the LLM's weights, what the device holds at rest: 1 / processes where an engine spreads them,
     0 where they wait in the host's memory; two layers are gathered at a time.
     """

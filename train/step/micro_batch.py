@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.config import ConfigError, TuneConfig
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.memory import TrainingStep, tower_activation_bytes, training_step_memory

@@ -1,0 +1,104 @@
+"""From a picture to the pixels that a vision tower reads: which image processor, and padding to a square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from shortzip.data import images
+from shortzip.data.errors import UserError
+
+
+def build_image_processor(settings: Mapping[str, Any], model_type: str, where: str = "release") -> BaseImageProcessor:
+    """The image processor that gives the pixels a release was trained on, at its sizes.
+
+    LLaVA-1.5 releases in transformers' format ship `CLIPImageProcessor`, which crops the centre and ignores `do_pad`
+    in silence, where LLaVA pads to a square with the mean colour. LLaVA-NeXT's tiles and SigLIP's processor, which
+    resizes to a square without padding, are what their releases say. The backend is always Pillow: torchvision's
+    differs from the original's in 0.12 % of values.
+
+    Args:
+        settings: of the release's own image processor, as its JSON gives them.
+        model_type: of the release's config.
+        where: what messages call it.
+
+    Raises:
+        UserError: a kind of image processor that is not known; code that a release brings along is never run.
+    """
+    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
+    kind = kind.removesuffix("Pil").removesuffix("Fast")
+    dropped = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "backend")
+    plain = {key: value for key, value in settings.items() if key not in dropped}
+    if "llava_next" in model_type:
+        if kind in ("LlavaNextImageProcessor", ""):
+            return LlavaNextImageProcessorPil.from_dict(plain)
+        raise UserError(f"{where}: image_processor_type is {kind!r}, needed for LLaVA-NeXT is LlavaNextImageProcessor")
+    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
+        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
+    if kind in ("LlavaImageProcessor", ""):
+        return LlavaImageProcessorPil.from_dict({"do_pad": kind == "", **plain})
+    if kind in ("SiglipImageProcessor", "SiglipFeatureExtractor"):
+        return SiglipImageProcessorPil.from_dict(plain)
+    raise UserError(
+        f"{where}: image_processor_type is {kind!r}, known are CLIPImageProcessor, LlavaImageProcessor, "
+        "LlavaNextImageProcessor and SiglipImageProcessor"
+    )
+
+
+def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
+    """What a release's image processor makes of an RGB image: float32 [3, H, W], for LLaVA-NeXT [tiles, 3, H, W]."""
+    return image_processor(squared(image, image_processor), return_tensors="pt")["pixel_values"][0]
+
+
+def squared(image: Image.Image, image_processor: Any) -> Image.Image:
+    """The image as it is; or, where padding it to a square would take more than `images.MAX_PIXELS`, padded and resized.
+
+    `image_processor` makes the same pixels of both, without the gigabytes of the square: of a wide image exactly, of a
+    high one but for a grey level here and there.
+    """
+    long = max(image.size)
+    pads = isinstance(image_processor, LlavaImageProcessorPil) and image_processor.do_pad and image_processor.do_resize
+    if not pads or long * long <= images.MAX_PIXELS or image.width == image.height:
+        return image
+    size = image_processor.size
+    side = size.shortest_edge or size.height
+    if side != (size.shortest_edge or size.width):
+        return image
+    mean = image_processor.image_mean
+    colour = tuple(int(value * 255) for value in mean) if mean else (0, 0, 0)
+    resample = image_processor.resample
+    # Pillow resizes each row first, and then each column; rows of one colour stay what they are.
+    if image.width == long:
+        rows, left = image.resize((side, image.height), resample), 0
+    else:
+        rows, left = _padded_rows(image, side, colour, resample)
+    strip = Image.new("RGB", (side, long), colour)
+    strip.paste(rows, (left, (long - image.height) // 2))
+    return strip.resize((side, side), resample)
+
+
+def _padded_rows(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> tuple[Image.Image, int]:
+    """The rows of a high image, padded to a square and resized to `side`: of them, the columns in which something of
+    the image is seen, and the number of the first."""
+    long = image.height
+    start, scale = (long - image.width) // 2, long / side
+    reach = math.ceil((3 if resample == Image.Resampling.LANCZOS else 2) * scale) + 1  # of the filter, in pixels
+    first = max(int((start - reach) / scale), 0)
+    last = min(math.ceil((start + image.width + reach) / scale), side)
+    begin, end = max(int(first * scale) - reach, 0), min(math.ceil(last * scale) + reach, long)
+    rows = Image.new("RGB", (last - first, long), colour)
+    for top in range(0, long, 1024):
+        bottom = min(top + 1024, long)
+        near = Image.new("RGB", (end - begin, bottom - top), colour)
+        near.paste(image.crop((0, top, image.width, bottom)), (start - begin, 0))
+        box = (first * scale - begin, 0, last * scale - begin, near.height)
+        rows.paste(near.resize((last - first, near.height), resample, box=box), (0, top))
+    return rows, first

@@ -1,0 +1,226 @@
+"""The page's settings and models: a release with all tokens, reduced, and tuned, with their weights shared."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from shortzip.data.dataset import Collator
+from shortzip.data.errors import UserError
+from shortzip.data.pixels import squared
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.pictures import draw_images, map_tokens
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.release.lineage import check_tuned, check_untuned
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.run.run_folder import LAYERS
+from shortzip.train.settings.checks import ConfigError
+
+ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
+DEMO_RUN = "checkpoints/demo"
+PREFILLS = 3
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Settings of scripts/demo_app.py."""
+
+    model: str = "checkpoints/demo-llava"
+    """A release that is neither reduced nor tuned: folder or Hub id."""
+    tuned: str | None = None
+    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
+    else none."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    images: str | None = None
+    """Folder of images to choose from; null: the demo's held-out scenes."""
+    ranking: list[int] | None = None
+    """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    seconds: float = 30
+    """After so many seconds an answer ends where it is."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to listen on."""
+
+    def __post_init__(self) -> None:
+        for key, least, most in (
+            ("max_new_tokens", 1, 4096), ("seconds", 1, 3600), ("port", 0, 65535),
+        ):  # fmt: skip
+            if not least <= getattr(self, key) <= most:
+                raise ConfigError(f"{key} is {getattr(self, key)}: {least} to {most} are allowed")
+
+
+class Stopwatch(BaseStreamer):
+    """When `generate` began, and when each of its tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, and then with each token: on the CPU, so what computes it is done."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+def open_tuned(name: str, release: Release) -> Release:
+    """The checkpoint tuned from `release`. Raises ConfigError where it was tuned from another one, or with a reduction
+    that the page's sliders do not set."""
+    tuned = open_release(name)
+    saved = tuned.saved_reductions
+    if saved.visionzip is None or saved.fastv:
+        method = "FastV" if saved.fastv else "all visual tokens"
+    else:
+        method = saved.method
+    if method != "visionzip":
+        raise ConfigError(
+            f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
+            f"there is python scripts/evaluate_models.py --model {tuned.name}"
+        )
+    check_tuned(tuned, release)
+    return tuned
+
+
+class Models:
+    """One release's weights, and the models that share them: all tokens, reduced, and with a tuned projector."""
+
+    def __init__(self, config: AppConfig) -> None:
+        """Loads. Raises ConfigError for models that do not fit each other, and what `load_release` raises."""
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', and there is no GPU here: give --device cpu")
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        release = open_release(config.model, config.revision)
+        check_untuned(release)
+        tuned = self._tuned(config, release)
+        self.base, self.processor = load_release(
+            release,
+            Reductions(),
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        )
+        self.base.to(device)
+        self.max_new_tokens = config.max_new_tokens
+        self.seconds = config.seconds
+        vision: Any = self.base.config.vision_config
+        self.cls = int(TOWER_HAS_CLS[vision.model_type])
+        self.patches = (vision.image_size // vision.patch_size) ** 2
+        self.depth = int(self.base.config.text_config.num_hidden_layers)
+        self.tuned_projector: dict[str, torch.Tensor] | None = None
+        self.saved = Reductions()
+        if tuned is not None:
+            self.tuned_projector = {name: t.float().to(device) for name, t in release_projector(tuned).items()}
+            self.saved = tuned.saved_reductions
+        self.ranking = self._ranking(config, None if tuned is None else tuned.name)
+
+    def _tuned(self, config: AppConfig, release: Release) -> Release | None:
+        if config.tuned is not None:
+            return open_tuned(config.tuned, release)
+        if config.model != AppConfig.model or not (Path(DEMO_RUN) / "final" / "config.json").is_file():
+            return None
+        try:
+            return open_tuned(DEMO_RUN, release)
+        except ConfigError as error:  # nobody asked for it
+            print(f"without {DEMO_RUN}: {error}", flush=True)
+            return None
+
+    def _ranking(self, config: AppConfig, tuned: str | None) -> list[int]:
+        ranking = config.ranking
+        if ranking is None and tuned is not None and (Path(tuned) / LAYERS).is_file():
+            ranking = json.loads((Path(tuned) / LAYERS).read_text(encoding="utf-8"))["ranking"]
+        if ranking is None:
+            first = self.saved.layers
+            ranking = [*first, *(layer for layer in reversed(range(self.depth)) if layer not in first)]
+        if sorted(ranking) != list(range(self.depth)):
+            raise ConfigError(f"ranking must name each of the layers 0 to {self.depth - 1} once, got {ranking}")
+        return ranking
+
+    @property
+    def kinds(self) -> list[str]:
+        """The models there are."""
+        return [ALL, REDUCED, TUNED] if self.tuned_projector is not None else [ALL, REDUCED]
+
+    @property
+    def defaults(self) -> tuple[int, int, int]:
+        """Dominant, contextual and number of frozen layers to begin with."""
+        visionzip = self.saved.visionzip or {
+            "dominant": max(2, round(0.094 * self.patches)),
+            "contextual": max(1, round(0.017 * self.patches)),
+        }
+        return int(visionzip["dominant"]), int(visionzip["contextual"]), len(self.saved.layers)
+
+    def build(self, kind: str, dominant: int, contextual: int, frozen: int) -> tuple[Any, Supervision]:
+        """The model of a kind and how it is prompted. Raises ValueError for a budget or layers that cannot be."""
+        visionzip = None if kind == ALL else {"dominant": dominant, "contextual": contextual}
+        processor = copy.copy(self.processor)
+        processor.visionzip = visionzip
+        if kind == ALL:
+            return self.base, Supervision(processor, max_length=None)
+        config = copy.deepcopy(self.base.config)
+        config.visionzip = visionzip
+        config.shortv = {"layers": sorted(self.ranking[:frozen])} if frozen else None
+        with torch.device("meta"):
+            model = type(self.base)(config)
+        model.load_state_dict(self.base.state_dict(), assign=True)
+        for name, module in self.base.named_modules():  # what no checkpoint holds: positions, rotary frequencies
+            model.get_submodule(name)._buffers.update(module._buffers)
+        if kind == TUNED and self.tuned_projector is not None:
+            model.model.multi_modal_projector.load_state_dict(self.tuned_projector, assign=True)
+        model.generation_config = self.base.generation_config
+        return model.eval(), Supervision(processor, max_length=None)
+
+    @torch.inference_mode()
+    def answer(
+        self, model: Any, supervision: Supervision, turns: Sequence[tuple[str, str]], image: Image.Image
+    ) -> tuple[str, str]:
+        """(answer, what it took) of what `build` gave, to `turns` that end with a question; the first shows the image.
+
+        The time of an answer is that of the median prefill and of the further tokens.
+        """
+        inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
+        longest = getattr(self.base.config.text_config, "max_position_embeddings", None)
+        if longest is not None and inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
+            raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
+        prefills, said = [], torch.empty(0)
+        for limit in (*[1] * PREFILLS, self.max_new_tokens):
+            watch = Stopwatch()
+            said = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=limit,
+                eos_token_id=supervision.tokenizer.eos_token_id,
+                pad_token_id=Collator.of(supervision).pad_token_id,
+                streamer=watch,
+                max_time=self.seconds,
+            )
+            prefills.append(watch.times[1] - watch.times[0])
+        prefill = statistics.median(prefills[1:])  # the first sets up what a first batch needs
+        whole = prefill + watch.times[-1] - watch.times[1]
+        length = inputs["input_ids"].shape[1]
+        visual = int((inputs["input_ids"] == self.base.config.image_token_id).sum())
+        took = f"{visual} visual tokens, prefill {1000 * prefill:.0f} ms, answer {1000 * whole:.0f} ms"
+        text: Any = supervision.tokenizer.decode(said[0, length:], skip_special_tokens=True)
+        return str(text).strip(), took
+
+    def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:
+        """The kept patches and merged groups over `image`, as a PNG. Raises ValueError for an impossible budget."""
+        model, supervision = self.build(REDUCED, dominant, contextual, 0)
+        views = map_tokens(model, supervision.processor, squared(image, supervision.processor.image_processor))
+        draw_images([view[0] for view in views], path)
