@@ -225,8 +225,8 @@ class _Server:
                 raise
             except RangeError as error:
                 raise SourceDown(
-                    f"{self.source.archive}: {error}; name a mirror that serves ranges (--sources), or fetch the whole "
-                    f"archive and unpack it into {self.options.to / self.folder}"
+                    f"{self.source.archive}: {error}; name a mirror that serves ranges (--sources), or fetch all of "
+                    f"the archive and unpack it into {self.options.to / self.folder}"
                 ) from error
             except BadZipFile as error:
                 raise SourceDown(f"{self.source.archive} is no ZIP archive: {error}") from error

@@ -59,7 +59,7 @@ def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
 
 
 def squared(image: Image.Image, image_processor: Any) -> Image.Image:
-    """The image as it is; or, where padding it to a square would take more than `images.MAX_PIXELS`, padded and resized.
+    """The image as it is; where padding it to a square would take more than `MAX_PIXELS`, padded and resized.
 
     `image_processor` makes the same pixels of both, without the gigabytes of the square: of a wide image exactly, of a
     high one but for a grey level here and there.

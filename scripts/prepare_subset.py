@@ -124,11 +124,13 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
         say(f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop-missing.")
     elif options.image_root is not None and report["image_root"] != str(options.image_root):
         say(f"the table holds its images, which lie in {report['image_root']} now: --image-root was not needed")
-    root = report["image_root"] or "IMAGE_ROOT"
+    root = report["image_root"] or "images"
     say("next:", style="bold")
+    if report["image_root"] is None or report["missing_images"]:
+        say(f"  shortzip fetch {quote(str(options.output / 'images.txt'))} --to {quote(root)}")
+    say("  shortzip estimate --model llava-1.5-7b --budget 54+10")
     say(
-        f"  accelerate launch --config_file configs/accelerate/one_gpu.yaml train/tune_projector.py "
-        f"--config configs/llava-1.5-7b-3090.yaml --data.instructions {quote(str(options.output / SUBSET))} "
+        f"  shortzip tune --config llava-1.5-7b-3090 --data.instructions {quote(str(options.output / SUBSET))} "
         f"--data.image_root {quote(root)} --data.fraction 1.0"
     )
 

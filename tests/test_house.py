@@ -64,8 +64,10 @@ def test_what_travels_to_the_hub_imports_its_own_folder_alone() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_of_imports(package: str) -> None:
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
-    edges = {name: {".".join(parts[:n]) for parts in ours(path) for n in range(2, len(parts) + 1)} & set(names.values())
-             for path, name in names.items()}  # fmt: skip
+    edges = {
+        name: {".".join(parts[:n]) for parts in ours(path) for n in range(2, len(parts) + 1)} & set(names.values())
+        for path, name in names.items()
+    }
     seen: dict[str, bool] = {}  # False while its imports are followed
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

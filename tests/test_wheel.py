@@ -109,8 +109,8 @@ def test_a_recipe_that_is_not_there_names_the_nearest(environment: Path, elsewhe
 @pytest.mark.slow
 def test_the_demo_runs_from_the_wheel(environment: Path, elsewhere: Path) -> None:
     few = (
-        "--max_steps", "2", "--warmup_ratio", "0", "--control", "false", "--data.eval_samples", "16", "--data.demo_scenes.train", "40",
-        "--data.demo_scenes.held_out", "8",
+        "--max_steps", "2", "--warmup_ratio", "0", "--control", "false", "--data.eval_samples", "16",
+        "--data.demo_scenes.train_scenes", "40", "--data.demo_scenes.eval_scenes", "8",
     )  # fmt: skip
     done = run(environment, elsewhere, "shortzip", "demo", *few)
     assert done.returncode == 0, done.stderr

@@ -301,7 +301,8 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
             engine.discard()
             torch.cuda.empty_cache()
             report.say(
-                f"out of memory at step {state.step + 1}: it is repeated, {in_words(plan.micro_batch_size, plan.max_tokens)} from here on"
+                f"out of memory at step {state.step + 1}: it is repeated, "
+                f"{in_words(plan.micro_batch_size, plan.max_tokens)} from here on"
             )
             micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
             continue

@@ -119,7 +119,8 @@ def test_files_members_and_an_index_give_the_images_that_are_listed_and_no_other
     names = [f"images/{number}.jpg" for number in range(300)]
     server.files = {
         "/coco/1.jpg": jpeg(1), "/coco/2.jpg": jpeg(2), "/gqa.zip": archive(names, padding=8 << 20),
-        "/amazon/x.jpg": jpeg(7), "/dataset.json": json.dumps({"77": {"imageURL": server.url + "/amazon/x.jpg"}}).encode(),
+        "/amazon/x.jpg": jpeg(7),
+        "/dataset.json": json.dumps({"77": {"imageURL": server.url + "/amazon/x.jpg"}}).encode(),
     }  # fmt: skip
     listed = ["coco/train2017/1.jpg", "gqa/images/17.jpg", "gqa/images/250.jpg", "ocr_vqa/images/77.jpg"]
     outcome = fetch(options(server, tmp_path, listed))

@@ -90,7 +90,8 @@ RANK = 16741429658320828068
 
 def test_another_python_with_another_hash_seed_draws_the_same() -> None:
     code = (
-        "from shortzip.data.generated.mixture import rows_of_the_mix; from shortzip.data.instructions import parse_llava_row; "
+        "from shortzip.data.generated.mixture import rows_of_the_mix; "
+        "from shortzip.data.instructions import parse_llava_row; "
         "from shortzip.data.strata import draw; "
         "print(*(row.images for row in draw([parse_llava_row(row) for row in rows_of_the_mix(0, 200)], 0.2, 0)))"
     )
@@ -275,7 +276,8 @@ def test_the_histogram_of_answers() -> None:
 def test_the_whole_mix_takes_two_minutes_and_two_gibibytes_at_most(tmp_path: Path) -> None:
     """A generated file of the real size; `python scripts/benchmarks/loading.py subset` prints the same measurement."""
     code = (
-        "import resource, sys, time; from pathlib import Path; from shortzip.data.subset import *; start = time.time(); "
+        "import resource, sys, time; from pathlib import Path; from shortzip.data.subset import *; "
+        "start = time.time(); "
         "report = prepare_subset(SubsetOptions(sys.argv[1], Path(sys.argv[2])), lambda *step: None); "
         "print(time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, report['written'])"
     )

@@ -253,8 +253,11 @@ def test_control_characters_are_shown_and_lines_joined() -> None:
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
-    code = "from shortzip.train.settings.command_line import run_command\nrun_command(lambda argv: [print('x' * 99)
-    for _ in range(9999)])" process = subprocess.run(
+    code = (
+        "from shortzip.train.settings.command_line import run_command\n"
+        "run_command(lambda argv: [print('x' * 99) for _ in range(9999)])"
+    )
+    process = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "$1" | head -1', "bash", code], cwd=ROOT, capture_output=True, text=True
     )
     assert (process.stdout, process.stderr) == ("x" * 99 + "\n", "")

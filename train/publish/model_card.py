@@ -282,7 +282,8 @@ def _table(run: RunRecord) -> str:
         precision += ", the language model's layers in 4 bits (NF4)"
     return (
         f"## What was measured\n\n{int(first['questions'])} questions of {inline(_dataset_name(run))}, answered "
-        "greedily; an answer is right when it equals the expected one. `scripts/evaluate_models.py` measured the published "
+        "greedily; an answer is right when it equals the expected one. `scripts/evaluate_models.py` measured "
+        "the published "
         f"weights{precision}{where}; prefill is from pixels to the first token, {int(first['prefill_batch'])} prompts "
         f"at once.{said}\n\n" + "\n".join(lines)
     )

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 
 from shortzip.data.errors import MissingFile, UserError
+from shortzip.train.settings.places import DEMO_MODEL, DEMO_NAMES
 
 _SMALL_FILES = (
     "README.md",
@@ -51,6 +52,8 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         if revision is not None:
             raise UserError(f"revision {revision!r} is for Hub ids, but {name} is a folder: leave revision out")
         return folder, None
+    if name in DEMO_NAMES and revision is None:
+        return DEMO_MODEL, None  # it travels with the package
     cure = f"needed is a folder, or a Hub id (such as llava-hf/llava-1.5-7b-hf) within reach; got {name!r}"
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise MissingFile(f"{name} does not exist: {cure}")

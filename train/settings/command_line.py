@@ -25,6 +25,7 @@ from shortzip.data.errors import ToldElsewhere, UserError, printable
 from shortzip.reduction.errors import ReductionError
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.places import CONFIGS, find_recipe
 from shortzip.train.settings.yaml_files import read_settings
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
@@ -33,7 +34,7 @@ _FROM_WORKER = re.compile(
     re.S,
 )
 WAIT = 10.0  # seconds, in which a launcher ends the other processes when one has failed
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
 def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
@@ -83,7 +84,11 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None, pr
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action="config", help=f"YAML file of keys (default: {default})")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"a recipe's name, or a YAML file of keys (default: {default and default.stem})",
+    )
     parser.add_class_arguments(section)
     try:
         values = parser.instantiate(parser.parse_args(given))
@@ -115,7 +120,7 @@ def _expanded(argv: Sequence[str], kinds: dict[str, Any], known: Sequence[str]) 
         token = tokens.pop(0)
         key, equals, value = token.removeprefix("--").partition("=") if token.startswith("--") else ("", "", "")
         if key == "config" and (equals or tokens):
-            path = value if equals else tokens.pop(0)
+            path = find_recipe(value if equals else tokens.pop(0))
             content = read_settings(path, kinds)
             check_keys(list(_keys_in(content)), known, path)
             content = _nulls_checked(content, kinds, path)

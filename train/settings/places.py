@@ -3,8 +3,29 @@ shortzip/."""
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+
+from shortzip.data.errors import MissingFile
 
 HOME = Path(__file__).resolve().parents[2]
 CONFIGS = HOME / "configs"
 DEMO_MODEL = HOME / "checkpoints" / "demo-llava"
+DEMO_NAMES = ("demo-llava", "checkpoints/demo-llava")  # what it is called where it is not in the working directory
+
+
+def find_recipe(given: str) -> str:
+    """The path of a YAML file: `given` itself, or the recipe of that name among configs/ and configs/eval/.
+
+    Raises `MissingFile`, naming the nearest recipe.
+    """
+    if Path(given).is_file() or Path(given).suffix in (".yaml", ".yml"):
+        return given
+    recipes = {path.stem: path for folder in (CONFIGS / "eval", CONFIGS) for path in sorted(folder.glob("*.yaml"))}
+    if given in recipes:
+        return str(recipes[given])
+    near = difflib.get_close_matches(given, recipes, n=1, cutoff=0.5)
+    raise MissingFile(
+        f"--config {given}: there is no such file and no such recipe"
+        + (f"; did you mean {near[0]}?" if near else f"; recipes are {', '.join(sorted(recipes))}")
+    )
