@@ -41,8 +41,8 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
     missing = (out / "missing_images.txt").read_text().splitlines()
     assert len(missing) == report["missing_images"] > 0
     assert f"{len(missing)} of them are missing" in ended.stdout
-    (command,) = [line for line in ended.stdout.splitlines() if "tune_projector.py" in line]
-    config = load_config(command.split("tune_projector.py ")[1].split())
+    (command,) = [line for line in ended.stdout.splitlines() if "shortzip tune" in line]
+    config = load_config(command.split("shortzip tune ")[1].split())
     assert config.model == "llava-hf/llava-1.5-7b-hf", "not the demo, which is what a command without --config tunes"
     assert (config.data.instructions, config.data.fraction) == (str(tmp_path / "out" / "subset.json"), 1.0)
 
@@ -94,8 +94,8 @@ def test_the_printed_command_works_whatever_the_folders_are_called(
     assert script().main(given) == 0
     printed = capsys.readouterr().out
     assert "[red]coco" in printed
-    (command,) = [line for line in printed.splitlines() if "tune_projector.py" in line]
-    config = load_config(shlex.split(command.split("tune_projector.py ")[1]))
+    (command,) = [line for line in printed.splitlines() if "shortzip tune" in line]
+    config = load_config(shlex.split(command.split("shortzip tune ")[1]))
     assert (config.data.instructions, config.data.image_root) == (str(folder / "o ut" / "subset.json"), str(folder))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import reduction
+import shortzip.reduction
 from shortzip.data.errors import UserError
 from shortzip.reduction.base_release import PROJECTOR_FILE
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE
@@ -70,7 +70,7 @@ def published_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
     Raises UserError where one of them is a link, whose target may be anything.
     """
-    code = {path.name for path in Path(reduction.__file__).parent.glob("*.py")}
+    code = {path.name for path in Path(shortzip.reduction.__file__).parent.glob("*.py")}
     files: dict[str, Path] = {}
     left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
