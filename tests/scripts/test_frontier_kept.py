@@ -20,8 +20,8 @@ from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
 from shortzip.train.evaluation.papers_table import PapersConfig, Task
 from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import StopRequest
-from shortzip.train.run.run_folder import prepare_folder, write_status
-from shortzip.train.settings.command_line import load_config
+from shortzip.train.run.run_folder import CONFIG, write_status
+from shortzip.train.settings.command_line import dump_config, load_config
 from shortzip.train.settings.config import TuneConfig
 
 POINT = Point("VisionZip", "6+3", 0, {"dominant": 6, "contextual": 3}, ())
@@ -193,8 +193,10 @@ def test_a_tuned_run_of_other_content_is_tuned_anew(
 
     def run(command: list[str], *_: Any) -> int:
         ways.append(command[-2])
-        prepare_folder(load_config(command[2:]))
-        write_status(Path(asked.output) / "runs" / point.name, "finished", 7)
+        folder = Path(asked.output) / "runs" / point.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(dump_config(load_config(command[2:-2])))
+        write_status(folder, "finished", 7)
         return 0
 
     monkeypatch.setattr(frontier, "run_until_stopped", run)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from PIL import Image
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.answers import evaluate
@@ -25,8 +26,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rows of one exchange; one of them has an answer of some thousand tokens."""
     said = [("short", "yes"), ("endless", "it is red " * 500), ("other", "no")]
     file = tmp_path_factory.mktemp("rows") / "rows.json"
-    turns = [(name, [{"from": "human", "value": "Q"}, {"from": "gpt", "value": text}]) for name, text in said]
-    file.write_text(json.dumps([{"id": name, "conversations": found} for name, found in turns]))
+    Image.new("RGB", (8, 8)).save(file.with_name("image.png"))
+    turns = [(name, [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": text}]) for name, text in said]
+    rows = [{"id": name, "image": "image.png", "conversations": found} for name, found in turns]
+    file.write_text(json.dumps(rows))
     return file
 
 

@@ -146,7 +146,6 @@ def test_settings_with_which_nothing_is_learned_are_refused(key: str) -> None:
         ("max_new_tokens", 10**9),
         ("pictures", 10**9),
         ("lora_r", 10**9),
-        ("seed", 2**32),
         ("data.num_workers", 100_000),
         ("data.worker_timeout", 10**12),
         ("data.max_length", 10**9),
