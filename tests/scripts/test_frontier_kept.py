@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scripts import evaluate_papers, frontier
+from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
 from shortzip.train.evaluation.papers_table import PapersConfig, Task
 from shortzip.train.release.opening import open_release
@@ -24,7 +25,7 @@ from shortzip.train.run.run_folder import CONFIG, write_status
 from shortzip.train.settings.command_line import dump_config, load_config
 from shortzip.train.settings.config import TuneConfig
 
-POINT = Point("VisionZip", "6+3", 0, {"dominant": 6, "contextual": 3}, ())
+POINT = Point("VisionZip", Reductions({"dominant": 6, "contextual": 3}))
 
 
 @dataclass
@@ -60,9 +61,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for whatever is measured; nothing is computed."""
     calls: list[str] = []
 
-    def compare(*_: Any, **__: Any) -> list[Found]:
+    def compare(*_: Any, **__: Any) -> tuple[list[Found], list[list[Any]]]:
         calls.append("point")
-        return [Found(float(len(calls)))]
+        return [Found(float(len(calls)))], [[]]
 
     def choose(*_: Any) -> list[int]:
         calls.append("layers")
