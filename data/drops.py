@@ -71,6 +71,7 @@ class DropLog:
     Attributes:
         drops: every row that was left out, in the order it was found.
         bad: how many of them are the data's fault (`BAD_REASONS`).
+        settled: how many of those were checked against the rows of the whole file, of which a part may be drawn then.
         placed: rows that are used, but name no place for their images: they stand at the start of the first question.
     """
 
@@ -83,6 +84,7 @@ class DropLog:
         self.max_bad_fraction = max_bad_fraction
         self.drops: list[Drop] = []
         self.bad = 0
+        self.settled = 0
         self.placed = 0
 
     def add(self, error: BadSample) -> None:
@@ -120,10 +122,11 @@ class DropLog:
         Raises:
             TooManyBadSamples: the share of bad rows is above `max_bad_fraction`.
         """
-        share = self.bad / max(seen, minimum)
+        bad = self.bad - self.settled
+        share = bad / max(seen, minimum)
         if share > self.max_bad_fraction:
             raise TooManyBadSamples(
-                f"{self.bad} of {seen} rows are bad ({share:.1%}), more than max_bad_fraction = "
+                f"{bad} of {seen} rows are bad ({share:.1%}), more than max_bad_fraction = "
                 f"{self.max_bad_fraction:.1%} allows. {self.summary()}. Mend the data, or raise max_bad_fraction."
             )
 

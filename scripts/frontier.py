@@ -272,8 +272,6 @@ def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig
 def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: TuneConfig) -> None:
     """The table, the picture and the JSON."""
     output, rows = Path(config.output), summarise(entries)
-    write_atomically(output / "table.md", show(rows))
-    draw(rows, output / "frontier.png")
     plain = [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows]
     report = {
         "recipe": config.recipe,
@@ -283,7 +281,9 @@ def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: 
         "seeds": config.seeds,
         "rows": plain,
     }
-    write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")  # before anything is shown
+    draw(rows, output / "frontier.png")
+    write_atomically(output / "table.md", show(rows))
     say(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
+from shortzip.data.drops import TooManyBadSamples
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
@@ -103,3 +105,18 @@ def test_listed_layers_and_none_are_taken_as_they_are(tiny_release: Path, accele
     assert choose_layers(listed, release, torch.float32, accelerator) == [3, 0]
     with pytest.raises(ConfigError):
         ShortVConfig()
+
+
+def test_bad_rows_of_the_whole_file_are_no_share_of_the_part_that_is_drawn(tmp_path: Path, tiny_release: Path) -> None:
+    """Two of 300 rows are bad: 0.7 %, also where a tenth is drawn."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": str(n), "image": "image.png", "conversations": turns} for n in range(300)]
+    rows[200]["conversations"] = rows[299]["conversations"] = "none"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    _, processor = load_release(str(tiny_release), Reductions({"dominant": 3, "contextual": 1}))
+    config = DataConfig(str(tmp_path / "rows.json"), fraction=0.1, on_bad_sample="skip", max_bad_fraction=0.01)
+    dataset = training_set(config, processor, 0)
+    assert (len(dataset), dataset.drops.bad) == (30, 2)
+    with pytest.raises(TooManyBadSamples, match=r"of 300 rows|of \d+ rows"):
+        training_set(replace(config, max_bad_fraction=0.005), processor, 0)
