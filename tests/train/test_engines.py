@@ -25,10 +25,10 @@ from runs import (
 )
 
 from shortzip.train.run.checkpoint import CHECKSUMS, FILES
+from shortzip.train.run.launcher import check_engine
 from shortzip.train.run.run_folder import read_metrics
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import DataConfig, TuneConfig
-from shortzip.train.step.engine import check_engine
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed", exc_type=ImportError)
 PROBE = Path(__file__).with_name("engine_probe.py")
@@ -201,7 +201,7 @@ def test_what_an_engine_cannot_do_is_refused_with_the_cure(
 
 def test_without_the_package_deepspeed_is_refused_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("shortzip.train.step.engine.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shortzip.train.run.launcher.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'shortzip\[deepspeed\]'"):
         check_engine(TuneConfig(model="m", data=DataConfig(instructions="i")))
 
