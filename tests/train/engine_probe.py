@@ -19,8 +19,9 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.run.processes import start_accelerator
 from shortzip.train.settings.config import DataConfig, TuneConfig
-from shortzip.train.step.engine import WholeEngine, start_engine
+from shortzip.train.step.engine import WholeEngine
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
+from shortzip.train.step.start import start_engine
 
 State = dict[str, torch.Tensor]
 

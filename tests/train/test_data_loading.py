@@ -14,7 +14,7 @@ from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.generated.scene_questions import write_scenes
-from shortzip.train.inputs.loading import SharingCollator, check_shared_memory, loader_of
+from shortzip.train.inputs.loading import SharingCollator, check_shared_memory, loader_of, step_inputs
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, training_set
 from shortzip.train.release.loading import load_release
 from shortzip.train.settings.config import DataConfig, DemoScenesConfig, TuneConfig
@@ -83,6 +83,24 @@ def with_pixels(side: int) -> Any:
     return get
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loop_takes_the_global_batches_that_the_loader_was_told_of(
+    dataset: Any, plan: BatchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Cutting one is a dynamic programme over all its rows: it runs once for each."""
+    expected = list(plan.batches(8))
+    cut: list[int] = []
+    real = BatchPlan.global_batch
+    monkeypatch.setattr(BatchPlan, "global_batch", lambda self, place: cut.append(place) or real(self, place))
+    config = TuneConfig(model="m", data=DataConfig(instructions="i", num_workers=workers), output_dir=str(tmp_path))
+    steps = list(step_inputs(dataset, plan, Accelerator(mixed_precision="no"), config, 8))
+    assert [batch for batch, _ in steps] == expected
+    assert cut == [batch.position for batch in expected]
+    for batch, micro_batches in steps:
+        ids = [[dataset.conversations[row].id for row in rows] for rows in batch.micro_batches[0]]
+        assert [micro.sample_ids for micro in micro_batches] == ids
+
+
 def test_a_worker_that_gets_no_shared_memory_is_told_of_at_once(
     dataset: Any, plan: BatchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +114,7 @@ def test_a_worker_that_gets_no_shared_memory_is_told_of_at_once(
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     data = DataConfig(instructions="i", num_workers=1, worker_timeout=300)
     config = TuneConfig(model="m", data=data, output_dir=str(tmp_path))
-    batches = loader_of(dataset, plan, Accelerator(mixed_precision="no"), config)
+    batches = loader_of(dataset, plan.batches(), Accelerator(mixed_precision="no"), config)
     with pytest.raises(UserError, match=r"^the shared memory \(/dev/shm, .* free\) is too small .*--shm-size"):
         next(batches)
 

@@ -1,6 +1,7 @@
 """Memory runs out inside a step: repeated once in halves by a single process, an end with the cure otherwise."""
 
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,13 +28,20 @@ def small(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_here(recipe, tmp_path_factory.mktemp("small") / "run", "--per_device_train_batch_size", "2")
 
 
-def full_beyond(real: Forward, rows: int, first_call: int) -> Forward:
-    """The loss of a device that cannot hold more than `rows` rows, from the call of this number on."""
+def full_beyond(
+    real: Forward, rows: int, first_call: int, filling: list[weakref.ref[Tensor]] | None = None
+) -> Forward:
+    """The loss of a device that cannot hold more than `rows` rows, from the call of this number on.
+
+    What is there when it fails is added to `filling`.
+    """
     calls = iter(range(1_000_000))
 
     def forward(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
         loss = real(self, batch)
         if next(calls) >= first_call and len(batch["input_ids"]) > rows:
+            if filling is not None:
+                filling.append(weakref.ref(loss))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return loss
 
@@ -50,11 +58,19 @@ def test_a_single_process_repeats_the_step_in_halves_and_ends_where_the_small_mi
     first_call: int,
     step: int,
 ) -> None:
-    """The second micro-batch of a step fails, when the first one's gradient is there already: it must not stay."""
-    monkeypatch.setattr(SupervisedLoss, "forward", full_beyond(SupervisedLoss.forward, 2, first_call))
+    """The second micro-batch of a step fails, when the first one's gradient is there already: it must not stay.
+
+    Nor may what the failed one had computed, which the exception holds on to, when memory is emptied.
+    """
+    filling: list[weakref.ref[Tensor]] = []
+    left: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.extend(loss() is not None for loss in filling))
+    monkeypatch.setattr(SupervisedLoss, "forward", full_beyond(SupervisedLoss.forward, 2, first_call, filling))
     folder = run_here(recipe, tmp_path / "run")
     said = capsys.readouterr().out
     words = f"out of memory at step {step}: it is repeated, micro-batches of at most 2 rows from here on"
+    assert left
+    assert not any(left)
     assert said.count(words) == said.count("out of memory") == 1
     lines, expected_lines = (read_metrics(path / "metrics.jsonl") for path in (folder, small))
     for line, expected in zip(lines, expected_lines, strict=True):
