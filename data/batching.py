@@ -5,11 +5,10 @@ A run is a stream of samples: epoch after epoch, each a permutation of all sampl
 batch depend on (seed, position) alone, on no process count, micro-batch size or machine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from shortzip.data.errors import UserError
 
@@ -153,26 +152,10 @@ class BatchPlan:
         return micro_batches
 
 
-class MicroBatchSampler(Sampler[list[int]]):
-    """The micro-batches of one process from a position on: a `batch_sampler` for torch's DataLoader.
-
-    Args:
-        plan: the run's plan.
-        process_index: 0 to `num_processes` - 1.
-        position: samples of the run that are done.
-
-    Raises:
-        ValueError: no such process.
-    """
-
-    def __init__(self, plan: BatchPlan, process_index: int = 0, position: int = 0) -> None:
-        if not 0 <= process_index < plan.num_processes:
-            raise UserError(f"process_index is {process_index}; 0 to {plan.num_processes - 1}")
-        self.plan, self.process_index, self.position = plan, process_index, position
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.plan.batches(self.position):
-            yield from batch.micro_batches[self.process_index]
+def micro_batches_of(batches: Iterable[GlobalBatch], process_index: int = 0) -> Iterator[list[int]]:
+    """One process's micro-batches, in order: a `batch_sampler` for torch's DataLoader, for one pass."""
+    for batch in batches:
+        yield from batch.micro_batches[process_index]
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

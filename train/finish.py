@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from shortzip.data.images import open_image
 from shortzip.data.pixels import squared
@@ -22,8 +21,8 @@ from shortzip.train.release.opening import Release, open_release
 from shortzip.train.release.tensor_files import folder_specs
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.checkpoint import discard
-from shortzip.train.run.processes import StopRequest, StopRequested, on_main_process
-from shortzip.train.run.report import Reporter, draw_loss_curve
+from shortzip.train.run.processes import on_main_process
+from shortzip.train.run.report import draw_loss_curve
 from shortzip.train.run.run_folder import (
     ANSWERS,
     CONFIG,
@@ -35,6 +34,7 @@ from shortzip.train.run.run_folder import (
     PICTURES,
     RESULTS,
 )
+from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.adapters import ADAPTER_FOLDER, ProjectorAdapter
 
@@ -111,14 +111,13 @@ def candidates_of(config: TuneConfig, folder: Path, final: Release) -> list[Cand
     return rows
 
 
-def compare_and_draw(
-    config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter, stop: StopRequest
-) -> None:
+def compare_and_draw(config: TuneConfig, folder: Path, session: Session) -> None:
     """The table, the pictures and the last words. Raises `StopRequested` if asked to stop meanwhile."""
+    accelerator, report = session.accelerator, session.report
 
     def progress(name: str, done: int, total: int) -> None:
-        if stop.signal is not None:
-            raise StopRequested(stop.signal)
+        if session.stop.signal is not None:
+            raise session.stopped()
         report.progress(f"evaluating {name}", done, total)
 
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
@@ -175,8 +174,10 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
         draw_images(maps, folder / PICTURES / HELD_OUT_PICTURE, [conversation.id for conversation in pictured])
 
 
-def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator, report: Reporter) -> None:
+def publish_if_asked(config: TuneConfig, folder: Path, session: Session) -> None:
     """With push_to_hub: publishes `folder`/final. A Hub that refuses or cannot be reached ends no run: it is said."""
+
+    report = session.report
 
     def publish() -> None:
         try:
@@ -191,4 +192,4 @@ def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator,
             report.say(published.describe())
 
     if config.push_to_hub:
-        on_main_process(accelerator, publish)
+        on_main_process(session.accelerator, publish)

@@ -2,7 +2,8 @@
 
     accelerate launch train/tune_projector.py [--config configs/X.yaml] [--learning_rate 1e-4] ...
 
-Settings: train/settings/config.py, or --help. What a run writes: train/run/run_folder.py.
+Settings: train/settings/config.py, or --help. What a run writes: train/run/run_folder.py. What it starts from:
+train/preparation.py. What follows the last step: train/finish.py.
 """
 
 from __future__ import annotations
@@ -12,43 +13,25 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch import Tensor
 
-from shortzip.data.batching import BatchPlan
+from shortzip.data.batching import BatchPlan, GlobalBatch
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
-from shortzip.train.calibration.choosing import choose_layers
 from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
-from shortzip.train.inputs.feature_filling import known_tower, store_features
-from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
-from shortzip.train.inputs.loading import check_shared_memory, loader_of
-from shortzip.train.inputs.preflight import answer_images, check_learns, conversations_in_words, refuse_zero_gradient
-from shortzip.train.inputs.samples import (
-    check_instructions,
-    check_positions,
-    draw_demo_scenes,
-    held_out_set,
-    training_set,
-)
-from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.loading import dtype_of, load_release
-from shortzip.train.release.opening import open_release
-from shortzip.train.run.checkpoint import (
-    Checkpoint,
-    check_same_run,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-    versions,
-)
+from shortzip.train.inputs.loading import loader_of, step_inputs
+from shortzip.train.inputs.preflight import answer_images, refuse_zero_gradient
+from shortzip.train.preparation import Prepared, prepare
+from shortzip.train.release.loading import dtype_of
+from shortzip.train.run.checkpoint import Checkpoint, random_states, save_checkpoint
 from shortzip.train.run.processes import (
     StopRequest,
     StopRequested,
@@ -56,73 +39,36 @@ from shortzip.train.run.processes import (
     on_main_process,
     start_accelerator,
 )
-from shortzip.train.run.report import (
-    Reporter,
-    Speed,
-    component_table,
-    matmul_speed,
-    peak_memory,
-    reset_peak_memory,
-)
+from shortzip.train.run.report import Reporter, Speed, matmul_speed, peak_memory, reset_peak_memory
 from shortzip.train.run.run_folder import DROPPED, NONFINITE, Metrics
 from shortzip.train.run.run_start import RunFolder
+from shortzip.train.run.session import Session
 from shortzip.train.run.tracking import Trackers
 from shortzip.train.settings.command_line import end_stopped, load_config, run_command
-from shortzip.train.settings.config import TuneConfig, reductions_of
-from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.flops import StepFlops
-from shortzip.train.step.micro_batch import half_the_micro_batch, in_words, plan_micro_batches
-from shortzip.train.step.objective import (
-    SupervisedLoss,
-    count_supervised,
-    describe_components,
-    projector_parameters,
-    recompute_layers,
-    train_only_projector,
-)
-from shortzip.train.step.start import start_engine
+from shortzip.train.step.micro_batch import half_the_micro_batch, in_words
+from shortzip.train.step.objective import count_supervised
 
 
 class NonFiniteLoss(UserError):
     """Too many steps in a row with NaN or Inf."""
 
 
-@dataclass
-class RunState:
-    """Where a run stands: all that a checkpoint needs to continue it, beside weights, moments and schedule."""
-
-    step: int = 0
-    samples_seen: int = 0
-    evaluation_due: bool = True
-    """The held-out loss at this step is still to be measured."""
-    interval_loss: float = 0.0
-    """Sum of the losses since the last line of metrics.jsonl."""
-    interval_tokens: int = 0
-    """Number of those losses: supervised tokens."""
-    micro_batch: dict[str, Any] = field(default_factory=dict)
-    """How large micro-batches are at most (train/step/micro_batch.py): a continued run is cut the same way."""
-    nonfinite_steps: int = 0
-    """Steps skipped because of NaN or Inf."""
-    nonfinite_streak: list[dict[str, Any]] = field(default_factory=list)
-    """Those since the last good step, each with the ids of its samples."""
-    dropped: list[dict[str, str]] = field(default_factory=list)
-    """Rows that turned out to be unreadable when their turn came."""
-
-
 def main(argv: Sequence[str]) -> None:
     config = load_config(argv)
     accelerator = start_accelerator(config)
-    report = Reporter(accelerator.is_main_process)
+    session = Session(accelerator, Reporter(accelerator.is_main_process), StopRequest())
     try:
-        with StopRequest() as stop, held_folder(config, accelerator, report) as run:
-            tune(config, run, accelerator, report, stop)
+        with session.stop, held_folder(config, session) as run:
+            tune(config, run, session)
             if config.control:
-                report.heading("control: the same tuning with all visual tokens")
+                session.report.heading("control: the same tuning with all visual tokens")
                 control = control_of(config, run.path)
-                with held_folder(control, accelerator, report) as beneath:
-                    tune(control, beneath, accelerator, report, stop)
-            compare_and_draw(config, run.path, accelerator, report, stop)
-            publish_if_asked(config, run.path, accelerator, report)
+                with held_folder(control, session) as beneath:
+                    tune(control, beneath, session)
+            compare_and_draw(config, run.path, session)
+            publish_if_asked(config, run.path, session)
     except StopRequested as request:
         words = f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest"
         end_stopped(words, by=str(request), silent=not accelerator.is_main_process)
@@ -130,267 +76,259 @@ def main(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def held_folder(config: TuneConfig, accelerator: Accelerator, report: Reporter) -> Iterator[RunFolder]:
+def held_folder(config: TuneConfig, session: Session) -> Iterator[RunFolder]:
     """The run's folder, for this run alone, which says afterwards how the run ended."""
-    with RunFolder(config, accelerator, report.say) as run, failures_recorded(run.failed, accelerator):
+    accelerator = session.accelerator
+    with RunFolder(config, accelerator, session.report.say) as run, failures_recorded(run.failed, accelerator):
         yield run
 
 
-def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: Reporter, stop: StopRequest) -> None:
+def tune(config: TuneConfig, run: RunFolder, session: Session) -> None:
     """One run, from the release to final/ in its folder. Raises `StopRequested`, after saving, if asked to stop."""
-    device, folder = accelerator.device, run.path
     set_seed(config.seed)
-
-    # ---- the checkpoint to continue from, if any
-    checkpoint = run.checkpoint()
-    state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
-
-    # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
-    check_instructions(config.data)
-    on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
-    dtype = dtype_of(config.mixed_precision)
-    release = open_release(
-        config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
-    )
-    check_publishable(config, release)
-    run.check_base(release.config.get("base_release"))
-    layers = (
-        checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator, run.write)
-    )
-    reductions = reductions_of(config.visionzip, layers, config.fastv)
-    tower = known_tower(config, release, dtype)
-    model, processor = load_release(
-        release,
-        reductions,
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-        with_tower=tower is None,
-    )
-    train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
-    adapter = None
-    if config.tuning != "full":
-        adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
-    parameters = adapter.parameters if adapter else projector_parameters(model)
-    report.table(component_table(describe_components(model)))
-    report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
-
-    # ---- the samples, in an order that is the same for every number of processes and size of micro-batch
-    dataset = training_set(config.data, processor, config.seed)
-    held_out = held_out_set(config.data, processor) if config.eval_steps is not None else None
-    state.evaluation_due &= held_out is not None
-    check_positions(model.config, dataset)
-    check_positions(model.config, held_out, held_out=True)
-    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
-    identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
-    if checkpoint:
-        check_same_run(checkpoint.state["settings"], settings, folder)
-        state_then = checkpoint.state
-        on_main_process(accelerator, lambda: check_same_origin(state_then, identity, dataset, folder, report.say))
-    if config.data.cache_features is not None:
-        run.accept(state.step)  # what follows may take hours
-        store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
-    limits, limits_said = plan_micro_batches(config, model, dataset, accelerator, state.micro_batch)
-    if limits.gradient_checkpointing:
-        recompute_layers(model)
-    state.micro_batch = asdict(limits)
-    plan = BatchPlan(
-        dataset.lengths.tolist(),
-        config.global_batch_size,
-        seed=config.seed,
-        num_epochs=None if config.max_steps is not None else config.num_train_epochs or 1,
-        num_processes=accelerator.num_processes,
-        micro_batch_size=limits.rows,
-        max_tokens_per_micro_batch=limits.tokens,
-    )
-    total_steps = config.max_steps or plan.total_steps
-    assert total_steps is not None
-    report.say(f"{conversations_in_words(dataset)}. {dataset.drops.summary()}.")
-    report.say(
-        f"{total_steps} steps of {config.global_batch_size} on {accelerator.num_processes} process(es), {device}"
-    )
-    report.say(limits_said)
-    dataset.drops.extend(Drop(**drop) for drop in state.dropped)
-
-    # ---- optimizer and schedule, as they were
-    from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
-
-    adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
-    schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
-    check_learns(schedule, plan, dataset, total_steps)
-    check_shared_memory(dataset, plan, config.data.num_workers)
-    if checkpoint:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(checkpoint.projector[name])
-        schedule.load_state_dict(checkpoint.state["schedule"])
-        for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if accelerator.process_index < len(checkpoint.rng):
-            restore_random_states(checkpoint.rng[accelerator.process_index])
-    engine = start_engine(accelerator, SupervisedLoss(model), adamw, parameters, config.max_grad_norm)
-    if checkpoint:
-        engine.restore_moments(checkpoint.optimizer)
+    start = prepare(config, run, session)
+    state = start.state
     run.accept(state.step)
-    metrics = Metrics(folder if accelerator.is_main_process else None, state.step if checkpoint else None, run.say)
-    trackers = Trackers(accelerator, config, folder, report.say)
 
-    def save() -> None:
-        saved = Checkpoint(
-            projector=engine.projector(),
-            optimizer=engine.moments(),
-            rng=gather_object([random_states()]),
-            state={
-                "step": state.step,
-                "run": asdict(state),
-                "schedule": schedule.state_dict(),
-                "layers": layers,
-                "settings": settings,
-                "identity": identity,
-                "num_processes": accelerator.num_processes,
-                "versions": versions(),
-            },
-        )
-        on_main_process(accelerator, lambda: save_checkpoint(folder, saved, config.save_total_limit, run.say))
-        if accelerator.is_main_process:
-            run.saved(state.step)
-
-    def evaluate() -> None:
-        assert held_out is not None
-        cut = BatchPlan(
-            held_out.lengths.tolist(),
-            len(held_out),
-            num_processes=accelerator.num_processes,
-            micro_batch_size=config.eval_batch_size,
-        )
-        batches = loader_of(held_out, cut, accelerator, config)
-        loss = held_out_loss(engine.unwrapped, batches, accelerator, stop)
-        if loss is not None:
-            state.evaluation_due = False
-            metrics.write("eval", state.step, loss=loss)
-            trackers.log(state.step, **{"eval/loss": loss})
-            report.say(f"step {state.step}: held-out loss {loss:.4f}")
-
-    # ---- the loop: one turn is one global batch
-    micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
-    stopping = out_of_memory = halved = has_learned = False
-    flops, speed = StepFlops(model, dataset), Speed(accelerator.num_processes * matmul_speed(device, dtype))
+    loop = Loop(config, run, start, session)
     if state.evaluation_due:
-        evaluate()
-    reset_peak_memory(device)
-    while state.step < total_steps and not stopping:
+        loop.evaluate()
+    reset_peak_memory(session.accelerator.device)
+    while state.step < start.total_steps and not loop.stopping:
+        step = loop.step()
+        if step is None:  # memory ran out: the same step again, in smaller micro-batches
+            continue
+        loop.show(step)
+        loop.refuse_nonfinite()
+        if state.evaluation_due and not loop.stopping:
+            loop.evaluate()
+        if loop.is_due(config.save_steps) or loop.stopping:
+            loop.save()
+    loop.close()
+    if loop.stopping:
+        raise session.stopped()
+
+    if session.accelerator.is_main_process and start.training.drops.drops:
+        start.training.drops.write(run.path / DROPPED)
+    subject, settings, say = start.subject, config.shaping_settings(), session.report.say
+    tuned = subject.adapter or start.engine.projector()
+    on_main_process(
+        session.accelerator,
+        lambda: write_final(run.path, subject.release, tuned, subject.processor, subject.reductions, settings, say),
+    )
+    session.accelerator.free_memory()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch, as all processes together saw it."""
+
+    batch: GlobalBatch
+    supervised: int
+    """Tokens."""
+    loss: float
+    """The sum over these tokens."""
+    norm: float
+    """Of the gradient of their mean, before clipping."""
+    learning_rate: float
+    started: float
+    """As time.perf_counter says it."""
+    waited: float
+    """Seconds without data, on this process."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update was made: not with a NaN or Inf."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class Loop:
+    """The steps of a run: a turn is one global batch, cut into micro-batches that the processes share."""
+
+    def __init__(self, config: TuneConfig, run: RunFolder, start: Prepared, session: Session) -> None:
+        self.config, self.run, self.start, self.session = config, run, start, session
+        self.accelerator, self.device = session.accelerator, session.accelerator.device
+        self.state, self.engine, self.schedule = start.state, start.engine, start.schedule
+        self.plan: BatchPlan = start.plan
+        self.stopping = self.has_learned = False
+        folder = run.path if self.accelerator.is_main_process else None
+        self.metrics = Metrics(folder, self.state.step, run.say)
+        self.trackers = Trackers(self.accelerator, config, run.path, session.report.say)
+        self.inputs = self.inputs_from_here()
+        self.flops = StepFlops(start.subject.model, start.training)
+        peak = matmul_speed(self.device, dtype_of(config.mixed_precision))
+        self.speed = Speed(self.accelerator.num_processes * peak)
+
+    def inputs_from_here(self) -> Iterator[tuple[GlobalBatch, list[MicroBatch]]]:
+        return step_inputs(self.start.training, self.plan, self.accelerator, self.config, self.state.samples_seen)
+
+    def step(self) -> Step | None:
+        """Gradient, update and schedule of the next global batch; None, and nothing done, where memory ran out."""
         started = time.perf_counter()
-        batch = plan.global_batch(state.samples_seen)
-        mine: list[MicroBatch] = [next(micro_batches) for _ in batch.micro_batches[accelerator.process_index]]
+        batch, micro_batches = next(self.inputs)
         waited = time.perf_counter() - started
 
         # The loss is the mean over the global batch's supervised tokens; their number is known before any gradient.
-        # Engines average gradients over the processes, hence the factor that undoes it.
-        local = torch.tensor(sum(count_supervised(micro.inputs["labels"]) for micro in mine), device=device)
-        supervised = max(1, int(accelerator.reduce(local)))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        try:
-            for number, micro in enumerate(mine):
-                scale, is_last = accelerator.num_processes / supervised, number == len(mine) - 1
-                loss_sum += engine.backward(micro.to(device).inputs, scale, last=is_last)
-        except torch.OutOfMemoryError as error:
-            plan, out_of_memory = half_the_micro_batch(plan, error, again=halved or not engine.can_repeat), True
-            state.micro_batch |= {"rows": plan.micro_batch_size, "tokens": plan.max_tokens}
-        if out_of_memory:  # and past the handler, whose exception holds on to what filled the memory
-            out_of_memory, halved = False, True
-            engine.discard()
-            torch.cuda.empty_cache()
-            report.say(
-                f"out of memory at step {state.step + 1}: it is repeated, "
-                f"{in_words(plan.micro_batch_size, plan.max_tokens)} from here on"
-            )
-            micro_batches = loader_of(dataset, plan, accelerator, config, state.samples_seen)
-            continue
-        drops = [asdict(drop) for micro in mine for drop in micro.dropped]
-        counts = [stop.signal is not None, len(drops), answer_images(mine, model.config.image_token_id)]
-        local = torch.tensor([loss_sum, *counts], dtype=torch.float64, device=device)
-        total_loss, stops, dropped, images = accelerator.reduce(local).tolist()
+        local = sum(count_supervised(micro.inputs["labels"]) for micro in micro_batches)
+        supervised = max(1, int(self.session.total(local)[0]))
+        loss = self.accumulate(micro_batches, supervised)
+        if loss is None:
+            self.begin_again()
+            return None
+        asked = self.session.stop.signal is not None
+        drops = [drop for micro in micro_batches for drop in micro.dropped]
+        sees_image = answer_images(micro_batches, self.start.subject.model.config.image_token_id)
+        total_loss, stops, dropped, images = self.session.total(loss, asked, len(drops), sees_image)
 
         # Every process has the same loss by now, and will have the same gradient: it decides as the others do.
-        learning_rate = schedule.get_last_lr()[0]
-        state.step += 1
-        state.samples_seen = batch.next_position
-        norm = engine.update(finite=math.isfinite(total_loss))
-        finite = math.isfinite(total_loss) and math.isfinite(norm)
-        if images and not has_learned:
-            has_learned = refuse_zero_gradient(norm, state.step)
-        if finite:
-            state.nonfinite_streak = []
-            state.interval_loss += total_loss
-            state.interval_tokens += supervised
-        else:
-            state.nonfinite_steps += 1
-            ids = [dataset.conversations[sample].id for sample in batch.samples]
-            state.nonfinite_streak.append({"step": state.step, "loss": str(total_loss), "norm": str(norm), "ids": ids})
-            report.say(f"step {state.step}: loss {total_loss}, gradient norm {norm}: the update is skipped")
-        schedule.step()
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.state.step += 1
+        self.state.samples_seen = batch.next_position
+        norm = self.engine.update(finite=math.isfinite(total_loss))
+        if images and not self.has_learned:
+            self.has_learned = refuse_zero_gradient(norm, self.state.step)
+        step = Step(batch, supervised, total_loss, norm, learning_rate, started, waited)
+        self.count(step)
+        self.schedule.step()
         if dropped:
-            state.dropped += gather_object(drops)
-            dataset.drops.extend(Drop(**drop) for drop in state.dropped[-int(dropped) :])
-            dataset.drops.check(state.samples_seen)
-        stopping = stops > 0
-        state.evaluation_due = config.eval_steps is not None and (
-            state.step % config.eval_steps == 0 or state.step == total_steps
+            self.count_drops(drops, int(dropped))
+        self.stopping = stops > 0
+        self.state.evaluation_due = self.is_due(self.config.eval_steps)
+        return step
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], supervised: int) -> Tensor | None:
+        """Adds up the gradient of the mean over `supervised` tokens; gives the sum of this process's losses, float64.
+
+        None where memory ran out: then the plan is one of smaller micro-batches. What was raised is gone with this
+        method's return, and with it what it held on to: all that filled the memory.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        scale = self.accelerator.num_processes / supervised  # engines average gradients over the processes
+        try:
+            for number, micro in enumerate(micro_batches):
+                is_last = number == len(micro_batches) - 1
+                loss += self.engine.backward(micro.to(self.device).inputs, scale, last=is_last)
+        except torch.OutOfMemoryError as error:
+            is_halved = self.plan is not self.start.plan
+            self.plan = half_the_micro_batch(self.plan, error, again=is_halved or not self.engine.can_repeat)
+            return None
+        return loss
+
+    def begin_again(self) -> None:
+        """Empties the memory and has the step at hand repeated, with what the plan is by now."""
+        self.engine.discard()
+        torch.cuda.empty_cache()
+        rows, tokens = self.plan.micro_batch_size, self.plan.max_tokens
+        self.state.micro_batch |= {"rows": rows, "tokens": tokens}
+        said = f"out of memory at step {self.state.step + 1}: it is repeated, {in_words(rows, tokens)} from here on"
+        self.session.report.say(said)
+        self.inputs = self.inputs_from_here()
+
+    def count(self, step: Step) -> None:
+        """Adds a step to what is said of those since the last line of metrics.jsonl, or to those without an update."""
+        state = self.state
+        if step.is_finite:
+            state.nonfinite_streak = []
+            state.interval_loss += step.loss
+            state.interval_tokens += step.supervised
+            return
+        ids = [self.start.training.conversations[sample].id for sample in step.batch.samples]
+        state.nonfinite_steps += 1
+        state.nonfinite_streak.append({"step": state.step, "loss": str(step.loss), "norm": str(step.norm), "ids": ids})
+        said = f"step {state.step}: loss {step.loss}, gradient norm {step.norm}: the update is skipped"
+        self.session.report.say(said)
+
+    def count_drops(self, drops: Sequence[Drop], total: int) -> None:
+        """Notes the `total` rows that the processes could not read. Raises `TooManyBadSamples` where that is so."""
+        self.state.dropped += gather_object([asdict(drop) for drop in drops])
+        log = self.start.training.drops
+        log.extend(Drop(**drop) for drop in self.state.dropped[-total:])
+        log.check(self.state.samples_seen)
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now; None: never."""
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.start.total_steps)
+
+    def show(self, step: Step) -> None:
+        """Writes a line of metrics.jsonl, if it is time for one, and shows how far the run is."""
+        samples, steps_left = step.batch.samples, self.start.total_steps - self.state.step
+        tokens, seconds = int(self.plan.lengths[samples].sum()), time.perf_counter() - step.started
+        self.speed.add(len(samples), tokens, seconds, step.waited, self.flops(samples))
+        if self.is_due(self.config.logging_steps):
+            values = self.measured(step, seconds, steps_left)
+            self.metrics.write("train", self.state.step, **values)
+            known = {f"train/{key}": value for key, value in values.items() if value is not None}
+            self.trackers.log(self.state.step, **known)
+        details = f"loss {step.loss / step.supervised:.4f} {self.speed.text(steps_left)}"
+        self.session.report.progress("tuning", self.state.step, self.start.total_steps, details)
+
+    def measured(self, step: Step, seconds: float, steps_left: int) -> dict[str, Any]:
+        """The values of a line of metrics.jsonl; its loss is the mean since the last one."""
+        state = self.state
+        loss = state.interval_loss / state.interval_tokens if state.interval_tokens else None
+        state.interval_loss, state.interval_tokens = 0.0, 0
+        return {
+            "loss": loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.norm if step.is_finite else None,
+            "samples_seen": state.samples_seen,
+            "epoch": state.samples_seen / len(self.start.training),
+            "supervised_tokens": step.supervised,
+            "nonfinite_steps": state.nonfinite_steps,
+            "seconds": seconds,
+            "peak_memory": peak_memory(self.device),
+            "seconds_left": self.speed.seconds_left(steps_left),
+            **self.speed.averages(),
+        }
+
+    def refuse_nonfinite(self) -> None:
+        """Raises `NonFiniteLoss` after too many steps in a row without an update, and writes down their samples."""
+        streak, path = self.state.nonfinite_streak, self.run.path / NONFINITE
+        if len(streak) < self.config.max_nonfinite_steps:
+            return
+        if self.accelerator.is_main_process:
+            write_atomically(path, json.dumps(streak, indent=1) + "\n")
+        raise NonFiniteLoss(
+            f"{len(streak)} steps in a row had NaN or Inf in loss or gradient; the ids of their samples are in "
+            f"{path}. Lower learning_rate, or look at these samples"
         )
 
-        # ---- what it measured
-        seconds = time.perf_counter() - started
-        speed.add(len(batch.samples), int(plan.lengths[batch.samples].sum()), seconds, waited, flops(batch.samples))
-        if state.step % config.logging_steps == 0 or state.step == total_steps:
-            loss_mean = state.interval_loss / state.interval_tokens if state.interval_tokens else None
-            state.interval_loss, state.interval_tokens = 0.0, 0
-            values = {
-                "loss": loss_mean,
-                "learning_rate": learning_rate,
-                "grad_norm": norm if finite else None,
-                "samples_seen": state.samples_seen,
-                "epoch": state.samples_seen / len(dataset),
-                "supervised_tokens": supervised,
-                "nonfinite_steps": state.nonfinite_steps,
-                "seconds": seconds,
-                "peak_memory": peak_memory(device),
-                "seconds_left": speed.seconds_left(total_steps - state.step),
-                **speed.averages(),
-            }
-            metrics.write("train", state.step, **values)
-            trackers.log(state.step, **{f"train/{key}": value for key, value in values.items() if value is not None})
-        report.progress(
-            "tuning",
-            state.step,
-            total_steps,
-            f"loss {total_loss / supervised:.4f} {speed.text(total_steps - state.step)}",
+    def evaluate(self) -> None:
+        """Measures the held-out loss, unless asked to stop meanwhile: then it stays due."""
+        held_out, step = self.start.held_out, self.state.step
+        assert held_out is not None
+        plan = BatchPlan(
+            held_out.lengths.tolist(),
+            len(held_out),
+            num_processes=self.accelerator.num_processes,
+            micro_batch_size=self.config.eval_batch_size,
         )
-        if len(state.nonfinite_streak) >= config.max_nonfinite_steps:
-            if accelerator.is_main_process:
-                write_atomically(folder / NONFINITE, json.dumps(state.nonfinite_streak, indent=1) + "\n")
-            raise NonFiniteLoss(
-                f"{len(state.nonfinite_streak)} steps in a row had NaN or Inf in loss or gradient; the ids of their "
-                f"samples are in {folder / NONFINITE}. Lower learning_rate, or look at these samples"
-            )
-        if state.evaluation_due and not stopping:
-            evaluate()
-        if state.step % config.save_steps == 0 or state.step == total_steps or stopping:
-            save()
-    report.end_progress()
-    metrics.close()
-    trackers.finish()
-    if stopping:
-        raise StopRequested(stop.signal or "a signal to another process")
+        micro_batches = loader_of(held_out, plan.batches(), self.accelerator, self.config)
+        loss = held_out_loss(self.engine.unwrapped, micro_batches, self.session)
+        if loss is not None:
+            self.state.evaluation_due = False
+            self.metrics.write("eval", step, loss=loss)
+            self.trackers.log(step, **{"eval/loss": loss})
+            self.session.report.say(f"step {step}: held-out loss {loss:.4f}")
 
-    # ---- the reduced checkpoint
-    if accelerator.is_main_process and dataset.drops.drops:
-        dataset.drops.write(folder / DROPPED)
-    tuned = adapter or engine.projector()
-    on_main_process(
-        accelerator,
-        lambda: write_final(folder, release, tuned, processor, reductions, config.shaping_settings(), report.say),
-    )
-    accelerator.free_memory()
+    def save(self) -> None:
+        """Writes a checkpoint. All processes call it."""
+        schedule, state = self.schedule.state_dict(), self.state
+        checkpoint = Checkpoint(
+            projector=self.engine.projector(),
+            optimizer=self.engine.moments(),
+            rng=gather_object([random_states()]),
+            state={"step": state.step, "run": asdict(state), "schedule": schedule, **self.start.record},
+        )
+        folder, keep, say = self.run.path, self.config.save_total_limit, self.run.say
+        on_main_process(self.accelerator, lambda: save_checkpoint(folder, checkpoint, keep, say))
+        if self.accelerator.is_main_process:
+            self.run.saved(state.step)
+
+    def close(self) -> None:
+        self.session.report.end_progress()
+        self.metrics.close()
+        self.trackers.finish()
 
 
 if __name__ == "__main__":

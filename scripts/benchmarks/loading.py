@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from shortzip.data.batching import BatchPlan, MicroBatchSampler, padding_share, permutation
+from shortzip.data.batching import BatchPlan, micro_batches_of, padding_share, permutation
 from shortzip.data.dataset import Collator, ConversationDataset
 from shortzip.data.generated.mixture import estimated_length, rows_of_the_mix, write_mix
 from shortzip.data.images import open_image
@@ -154,7 +154,7 @@ def wait(
         loader = iter(
             DataLoader(
                 dataset,
-                batch_sampler=MicroBatchSampler(plan),
+                batch_sampler=micro_batches_of(plan.batches()),
                 collate_fn=Collator.of(supervision),
                 num_workers=num_workers,
             )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from shortzip.data.batching import (
     BatchPlan,
     GlobalBatch,
-    MicroBatchSampler,
     cut_into_groups,
+    micro_batches_of,
     padding_share,
     permutation,
 )
@@ -98,26 +98,17 @@ def test_another_global_batch_size_goes_on_with_the_same_stream() -> None:
     assert [sample for batch in wider.batches(32) for sample in batch.samples] == stream[32:]
 
 
-def test_the_sampler_of_each_process_gives_its_micro_batches_from_a_position_on() -> None:
-    whole = plan(num_processes=2)
-    for process in (0, 1):
-        expected = [micro for batch in whole.batches(48) for micro in batch.micro_batches[process]]
-        assert list(MicroBatchSampler(whole, process, 48)) == expected
-    with pytest.raises(ValueError, match="process_index is 2; 0 to 1"):
-        MicroBatchSampler(whole, 2)
-
-
 @pytest.mark.parametrize(("before", "after"), [((2, 4), (1, 4)), ((1, 4), (2, 4)), ((2, 4), (2, 3)), ((3, 5), (2, 7))])
 @pytest.mark.parametrize("position", [16, 80, 96])  # within the first epoch, and at and after its end
 def test_a_run_that_goes_on_with_other_processes_and_cuts_leaves_out_no_sample_and_takes_none_twice(
     before: tuple[int, int], after: tuple[int, int], position: int
 ) -> None:
-    """By listing what the samplers of all processes give: two epochs, each sample once in each."""
+    """By listing what all processes are given: two epochs, each sample once in each."""
 
     def seen(cut: tuple[int, int], start: int) -> list[list[int]]:
         processes, rows = cut
         cut_plan = plan(num_processes=processes, micro_batch_size=rows)
-        samplers = [iter(MicroBatchSampler(cut_plan, process, start)) for process in range(processes)]
+        samplers = [micro_batches_of(cut_plan.batches(start), process) for process in range(processes)]
         steps = []
         for batch in cut_plan.batches(start):
             counts = [len(micro_batches) for micro_batches in batch.micro_batches]

@@ -12,7 +12,7 @@ from processors import llava_next_processor, llava_processor
 from torch.utils.data import DataLoader
 
 import shortzip.data.dataset
-from shortzip.data.batching import BatchPlan, MicroBatchSampler
+from shortzip.data.batching import BatchPlan, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import BadSample, Drop, DropLog, TooManyBadSamples
 from shortzip.data.instructions import Conversation
@@ -119,7 +119,7 @@ def loader(dataset: ConversationDataset, workers: int) -> DataLoader[Any]:
     plan = BatchPlan(dataset.lengths, 4, num_epochs=1, micro_batch_size=2)
     return DataLoader(
         dataset,
-        batch_sampler=MicroBatchSampler(plan),
+        batch_sampler=list(micro_batches_of(plan.batches())),
         collate_fn=Collator.of(dataset.supervision),
         num_workers=workers,
     )
@@ -234,7 +234,7 @@ def test_the_loader_gives_the_same_micro_batches_from_any_position(supervision: 
     plan = BatchPlan(dataset.lengths, 4, num_epochs=2, micro_batch_size=2)
 
     def batches(position: int, workers: int) -> list[MicroBatch]:
-        sampler = MicroBatchSampler(plan, 0, position)
+        sampler = micro_batches_of(plan.batches(position))
         return list(
             DataLoader(dataset, batch_sampler=sampler, collate_fn=Collator.of(supervision), num_workers=workers)
         )

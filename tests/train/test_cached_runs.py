@@ -98,7 +98,7 @@ def test_a_second_run_and_a_sweep_neither_load_the_tower_nor_run_it(
         with_tower.append(keywords["with_tower"])
         return load_release(*arguments, **keywords)
 
-    monkeypatch.setattr("shortzip.train.tune_projector.load_release", load)
+    monkeypatch.setattr("shortzip.train.preparation.load_release", load)
     monkeypatch.setattr("shortzip.train.inputs.feature_cache.load_tower", None)
     again = run_here(recipe, tmp_path / "again")
     assert "features: 0 images computed" in capsys.readouterr().out

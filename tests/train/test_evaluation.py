@@ -22,6 +22,8 @@ from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, held
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from shortzip.train.release.loading import load_release
 from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.session import Session
 from shortzip.train.settings.config import DataConfig
 from shortzip.train.step.objective import SupervisedLoss, count_supervised
 
@@ -166,12 +168,12 @@ def test_the_held_out_loss_of_the_loop_is_the_table_s(
     dataset = ConversationDataset(read_instructions(held_out), Supervision(processor), held_out.parent)
     collate = Collator.of(dataset.supervision)
     batches = [collate([dataset[index] for index in rows]) for rows in (range(3), range(3, 12), [])]
-    stop = StopRequest()
-    loss = held_out_loss(SupervisedLoss(model), batches, accelerator, stop)
+    session = Session(accelerator, Reporter(is_main=False), StopRequest())
+    loss = held_out_loss(SupervisedLoss(model), batches, session)
     assert loss == pytest.approx(evaluated[0].loss, rel=1e-5)
     assert sum(count_supervised(b.inputs["labels"]) for b in batches) == evaluated[0].supervised_tokens
-    stop.signal = "SIGTERM"
-    assert held_out_loss(SupervisedLoss(model), batches, accelerator, stop) is None
+    session.stop.signal = "SIGTERM"
+    assert held_out_loss(SupervisedLoss(model), batches, session) is None
 
 
 def test_prefill_is_timed_side_by_side(

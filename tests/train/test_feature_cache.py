@@ -26,6 +26,9 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
 from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.release.loading import load_release
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.session import Session
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
@@ -44,10 +47,14 @@ def dataset_of(instructions: Path, processor: Any) -> ConversationDataset:
     return ConversationDataset(read_instructions(instructions), Supervision(processor), instructions.parent)
 
 
+def session() -> Session:
+    return Session(Accelerator(cpu=True), Reporter(is_main=False), StopRequest())
+
+
 def filled(root: Path, loaded: tuple[Any, Any], dataset: ConversationDataset, **options: Any) -> FeatureCache:
     model, processor = loaded
     cache = FeatureCache(root, features_identity(model, processor))
-    fill_cache(cache, model, processor.image_processor, [dataset], Accelerator(cpu=True), **options)
+    fill_cache(cache, model, processor.image_processor, [dataset], session(), **options)
     return cache
 
 
@@ -193,7 +200,7 @@ def test_a_damaged_shard_is_computed_anew_and_that_is_said(
         reader.get(next(key for key, place in reader._places.items() if place[0] == shards[0].name))
     again = FeatureCache(tmp_path, features_identity(*loaded))
     model, processor = loaded
-    computed = fill_cache(again, model, processor.image_processor, [dataset], Accelerator(cpu=True))
+    computed = fill_cache(again, model, processor.image_processor, [dataset], session())
     assert 0 < computed <= 12, "those of the damaged one alone"
     assert "1 of the shards" in caplog.text
     assert again._places.keys() == expected.keys()

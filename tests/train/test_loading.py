@@ -96,7 +96,7 @@ def test_a_worker_that_gets_no_shared_memory_is_told_of_at_once(
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     data = DataConfig(instructions="i", num_workers=1, worker_timeout=300)
     config = TuneConfig(model="m", data=data, output_dir=str(tmp_path))
-    batches = loader_of(dataset, plan, Accelerator(mixed_precision="no"), config)
+    batches = loader_of(dataset, plan.batches(), Accelerator(mixed_precision="no"), config)
     with pytest.raises(UserError, match=r"^the shared memory \(/dev/shm, .* free\) is too small .*--shm-size"):
         next(batches)
 

@@ -26,8 +26,8 @@ from shortzip.data.files import writing
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
-from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import synchronise
+from shortzip.train.run.session import Session
 from shortzip.train.step.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
 
 WARM_UPS, TIMED_RUNS = 2, 5
@@ -158,25 +158,23 @@ def evaluate(
     return evaluation, listed
 
 
-def held_out_loss(
-    loss_module: nn.Module, batches: Iterable[MicroBatch], accelerator: Accelerator, stop: StopRequest
-) -> float | None:
+def held_out_loss(loss_module: nn.Module, batches: Iterable[MicroBatch], session: Session) -> float | None:
     """Mean cross-entropy over the supervised tokens of this and all other processes' `batches`, without gradients.
 
     None if one of the processes was asked to stop meanwhile.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    device = session.accelerator.device
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in batches:
             # Agreed on, not each for itself: engines that shard weights need all processes in every forward pass.
-            asked = torch.tensor(int(stop.signal is not None), device=accelerator.device)
-            if int(accelerator.reduce(asked)):
+            if session.asked_to_stop():
                 total[2] = 1
                 break
-            moved = batch.to(accelerator.device)
+            moved = batch.to(device)
             total[0] += loss_module(moved.inputs).double()
             total[1] += count_supervised(moved.inputs["labels"])
-    loss, tokens, stopped = accelerator.reduce(total).tolist()
+    loss, tokens, stopped = session.total(*total)
     return loss / tokens if tokens and not stopped else None
 
 

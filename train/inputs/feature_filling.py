@@ -28,8 +28,7 @@ from shortzip.data.pixels import pixel_values
 from shortzip.train.inputs.feature_cache import FeatureCache, features_identity
 from shortzip.train.release.opening import Release
 from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
-from shortzip.train.run.processes import StopRequest, StopRequested
-from shortzip.train.run.report import Reporter
+from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 
 logger = logging.getLogger(__name__)
@@ -85,12 +84,10 @@ def fill_cache(
     model: Any,
     image_processor: Any,
     datasets: Sequence[ConversationDataset],
-    accelerator: Accelerator,
+    session: Session,
     *,
     batch_size: int = 16,
     num_workers: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    stopped: Callable[[], bool] = lambda: False,
     prepare: Callable[[], None] = lambda: None,
 ) -> int:
     """Stores the visual tokens of every image of the datasets that has none yet; gives how many were computed.
@@ -98,6 +95,7 @@ def fill_cache(
     Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
+    accelerator = session.accelerator
     sweep(cache.folder)
     _leave_out_damaged(cache, accelerator)
     sources = _sources(datasets)
@@ -107,7 +105,7 @@ def fill_cache(
     )
     computed, waiting, written = 0, {}, time.monotonic()
     for number, batch in enumerate(loader):
-        progress(number * batch_size, len(share))
+        session.report.progress("features", number * batch_size, len(share))
         seen = [image for image in batch if image is not None]
         for image in seen:
             cache.known_files.update(image.known_files)
@@ -119,15 +117,15 @@ def fill_cache(
         if len(waiting) >= SHARD_IMAGES or (waiting and time.monotonic() - written > SHARD_SECONDS):
             cache.write(waiting)
             waiting, written = {}, time.monotonic()
-        if stopped():
+        if session.stop.signal is not None:
             break
+    session.report.end_progress()
     if waiting:
         cache.write(waiting)
     accelerator.wait_for_everyone()
     cache.refresh()
     cache.drop([])  # what was written since it was looked at is whole
-    counted = torch.tensor(computed, device=accelerator.device)
-    return int(accelerator.reduce(counted))
+    return int(session.total(computed)[0])
 
 
 def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
@@ -175,11 +173,8 @@ def store_features(
     tower: str | None,
     model: Any,
     processor: Any,
-    training: ConversationDataset,
-    held_out: ConversationDataset | None,
-    accelerator: Accelerator,
-    report: Reporter,
-    stop: StopRequest,
+    datasets: Sequence[ConversationDataset],
+    session: Session,
 ) -> None:
     """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.
 
@@ -188,7 +183,6 @@ def store_features(
     and ValueError if the tower is not the one that was known.
     """
     assert config.data.cache_features is not None
-    datasets = [dataset for dataset in (training, held_out) if dataset is not None]
     identity = features_identity(model, processor, tower)
     cache = FeatureCache(config.data.cache_features, identity)
     dtype = model.get_input_embeddings().weight.dtype
@@ -206,24 +200,22 @@ def store_features(
                     f"{release.folder}: the tower has changed where its samples do not show it. The features of the "
                     "one before are left alone: start the run again"
                 )
-        model.model.vision_tower.to(accelerator.device)
+        model.model.vision_tower.to(session.accelerator.device)
 
     computed = fill_cache(
         cache,
         model,
         processor.image_processor,
         datasets,
-        accelerator,
+        session,
         num_workers=config.data.num_workers,
-        progress=lambda done, total: report.progress("features", done, total),
-        stopped=lambda: stop.signal is not None,
         prepare=tower_on_device,
     )
-    report.end_progress()
-    stops = torch.tensor(int(stop.signal is not None), device=accelerator.device)
-    if int(accelerator.reduce(stops)):
-        raise StopRequested(stop.signal or "a signal to another process")
+    if session.asked_to_stop():
+        raise session.stopped()
     model.model.vision_tower = nn.Identity()
     for dataset in datasets:
         dataset.features = cache
-    report.say(f"features: {computed} images computed, {len(cache)} in {cache.folder}; the tower is not needed")
+    session.report.say(
+        f"features: {computed} images computed, {len(cache)} in {cache.folder}; the tower is not needed"
+    )

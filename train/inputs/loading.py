@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, tee
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, get_worker_info
 
-from shortzip.data.batching import BatchPlan, MicroBatchSampler
+from shortzip.data.batching import BatchPlan, GlobalBatch, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
@@ -26,20 +27,33 @@ _CURE = (
 
 
 def loader_of(
-    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int = 0
+    dataset: ConversationDataset, batches: Iterable[GlobalBatch], accelerator: Accelerator, config: TuneConfig
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of the plan from a position on."""
+    """This process's micro-batches of global batches."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
     loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
-        batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
+        batch_sampler=micro_batches_of(batches, accelerator.process_index),
         collate_fn=SharingCollator(Collator.of(dataset.supervision)),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
     )
-    batches = watched(iter(loader), patience) if patience else iter(loader)
-    return _told_of_shared_memory(batches) if workers else batches
+    micro_batches = watched(iter(loader), patience) if patience else iter(loader)
+    return _told_of_shared_memory(micro_batches) if workers else micro_batches
+
+
+def step_inputs(
+    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int
+) -> Iterator[tuple[GlobalBatch, list[MicroBatch]]]:
+    """Each global batch of the plan from a position on, with this process's micro-batches of it.
+
+    A global batch is cut once: when data workers are told of it, some steps ahead.
+    """
+    ahead, batches = tee(plan.batches(position))
+    micro_batches = loader_of(dataset, ahead, accelerator, config)
+    process = accelerator.process_index
+    return ((batch, list(islice(micro_batches, len(batch.micro_batches[process])))) for batch in batches)
 
 
 class SharingCollator:

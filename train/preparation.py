@@ -1,0 +1,261 @@
+"""What a run starts from: all that is made ready, and refused, before its first step.
+
+In this order: the release and its model, the samples, whether this is the run that a checkpoint belongs to, features
+of the images, how global batches are cut, optimizer, schedule and engine. Until the start is accepted
+(train/run/run_start.py) nothing of the run is in its folder, so that a refused command leaves no trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import Drop
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.calibration.choosing import choose_layers
+from shortzip.train.inputs.feature_filling import known_tower, store_features
+from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
+from shortzip.train.inputs.loading import check_shared_memory
+from shortzip.train.inputs.preflight import check_learns, conversations_in_words
+from shortzip.train.inputs.samples import (
+    check_instructions,
+    check_positions,
+    draw_demo_scenes,
+    held_out_set,
+    training_set,
+)
+from shortzip.train.publish.push import check_publishable
+from shortzip.train.release.loading import dtype_of, load_release
+from shortzip.train.release.opening import Release, open_release
+from shortzip.train.run.checkpoint import Checkpoint, check_same_run, restore_random_states, versions
+from shortzip.train.run.processes import on_main_process
+from shortzip.train.run.report import component_table
+from shortzip.train.run.run_start import RunFolder
+from shortzip.train.run.session import Session
+from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.step.engine import WholeEngine
+from shortzip.train.step.micro_batch import plan_micro_batches
+from shortzip.train.step.objective import (
+    SupervisedLoss,
+    describe_components,
+    projector_parameters,
+    recompute_layers,
+    train_only_projector,
+)
+from shortzip.train.step.start import start_engine
+
+
+@dataclass
+class RunState:
+    """Where a run stands: all that a checkpoint needs to continue it, beside weights, moments and schedule."""
+
+    step: int = 0
+    samples_seen: int = 0
+    evaluation_due: bool = True
+    """The held-out loss at this step is still to be measured."""
+    interval_loss: float = 0.0
+    """Sum of the losses since the last line of metrics.jsonl."""
+    interval_tokens: int = 0
+    """Number of those losses: supervised tokens."""
+    micro_batch: dict[str, Any] = field(default_factory=dict)
+    """How large micro-batches are at most (train/step/micro_batch.py): a continued run is cut the same way."""
+    nonfinite_steps: int = 0
+    """Steps skipped because of NaN or Inf."""
+    nonfinite_streak: list[dict[str, Any]] = field(default_factory=list)
+    """Those since the last good step, each with the ids of its samples."""
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    """Rows that turned out to be unreadable when their turn came."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tuned: a release with its visual tokens reduced; of its weights, only the projector is trained."""
+
+    release: Release
+    reductions: Reductions
+    layers: list[int] | None
+    """The frozen ones; None for none."""
+    tower: str | None
+    """Its digest, if the model has come without it because its features are known."""
+    model: Any
+    processor: Any
+    adapter: ProjectorAdapter | None
+    """What is trained in the projector's place, if anything."""
+    parameters: Mapping[str, nn.Parameter]
+    """What is trained, by name; fp32."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for its next step."""
+
+    state: RunState
+    subject: Subject
+    training: ConversationDataset
+    held_out: ConversationDataset | None
+    """None where the config asks for no held-out loss."""
+    plan: BatchPlan
+    total_steps: int
+    engine: WholeEngine
+    schedule: LRScheduler
+    record: dict[str, Any]
+    """What each of the run's checkpoints says of what it belongs to."""
+
+
+def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
+    """A run at the step where it begins, or where its checkpoint left it.
+
+    Raises what refuses the start: `UserError` and `ConfigError`, among them `CheckpointError`, `RunFolderError` and
+    `NothingToLearn`; and `StopRequested` if asked to stop while features are computed.
+    """
+    accelerator = session.accelerator
+    checkpoint = run.checkpoint()
+    state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
+    check_instructions(config.data)
+    on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
+    subject = load_subject(config, run, checkpoint, session)
+    training = training_set(config.data, subject.processor, config.seed)
+    held_out = held_out_set(config.data, subject.processor) if config.eval_steps is not None else None
+    state.evaluation_due &= held_out is not None
+    check_positions(subject.model.config, training)
+    check_positions(subject.model.config, held_out, held_out=True)
+    record = recognise(config, run, subject, training, checkpoint, session)
+    if config.data.cache_features is not None:
+        run.accept(state.step)  # what follows may take hours
+        datasets = [dataset for dataset in (training, held_out) if dataset is not None]
+        store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
+    plan, total_steps = plan_batches(config, subject, training, state, session)
+    adamw, schedule = make_optimizer(config, subject.parameters, total_steps)
+    check_learns(schedule, plan, training, total_steps)
+    check_shared_memory(training, plan, config.data.num_workers)
+    if checkpoint:
+        restore(checkpoint, subject.parameters, adamw, schedule, accelerator)
+    loss = SupervisedLoss(subject.model)
+    engine = start_engine(accelerator, loss, adamw, subject.parameters, config.max_grad_norm)
+    if checkpoint:
+        engine.restore_moments(checkpoint.optimizer)
+    return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record)
+
+
+def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | None, session: Session) -> Subject:
+    """The model in the compute dtype on the CPU, with what is trained in fp32; said on the screen."""
+    dtype = dtype_of(config.mixed_precision)
+    release = open_release(
+        config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
+    )
+    check_publishable(config, release)
+    run.check_base(release.config.get("base_release"))
+    if checkpoint:
+        layers = checkpoint.state["layers"]
+    else:
+        layers = choose_layers(config, release, dtype, session.accelerator, run.write)
+    reductions = reductions_of(config.visionzip, layers, config.fastv)
+    tower = known_tower(config, release, dtype)
+    model, processor = load_release(
+        release,
+        reductions,
+        dtype=dtype,
+        chat_template=config.data.chat_template,
+        load_in_4bit=config.load_in_4bit,
+        with_tower=tower is None,
+    )
+    train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
+    adapter = None
+    if config.tuning != "full":
+        adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
+    parameters = adapter.parameters if adapter else projector_parameters(model)
+    session.report.table(component_table(describe_components(model)))
+    session.report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
+    return Subject(release, reductions, layers, tower, model, processor, adapter, parameters)
+
+
+def recognise(
+    config: TuneConfig,
+    run: RunFolder,
+    subject: Subject,
+    training: ConversationDataset,
+    checkpoint: Checkpoint | None,
+    session: Session,
+) -> dict[str, Any]:
+    """What a run's checkpoints say of what it belongs to: settings that shape the result, content, versions.
+
+    Raises `CheckpointError` if `checkpoint` says something else.
+    """
+    settings = {**config.shaping_settings(), **fingerprint(training, subject.parameters)}
+    identity = on_main_process(session.accelerator, lambda: run_identity(subject.release, training))
+    if checkpoint:
+        then, say = checkpoint.state, session.report.say
+        check_same_run(then["settings"], settings, run.path)
+        on_main_process(session.accelerator, lambda: check_same_origin(then, identity, training, run.path, say))
+    return {
+        "layers": subject.layers,
+        "settings": settings,
+        "identity": identity,
+        "num_processes": session.accelerator.num_processes,
+        "versions": versions(),
+    }
+
+
+def plan_batches(
+    config: TuneConfig, subject: Subject, training: ConversationDataset, state: RunState, session: Session
+) -> tuple[BatchPlan, int]:
+    """The samples in an order that is the same for every number of processes and size of micro-batch; the steps."""
+    accelerator, say = session.accelerator, session.report.say
+    limits, limits_said = plan_micro_batches(config, subject.model, training, accelerator, state.micro_batch)
+    if limits.gradient_checkpointing:
+        recompute_layers(subject.model)
+    state.micro_batch = asdict(limits)
+    plan = BatchPlan(
+        training.lengths.tolist(),
+        config.global_batch_size,
+        seed=config.seed,
+        num_epochs=None if config.max_steps is not None else config.num_train_epochs or 1,
+        num_processes=accelerator.num_processes,
+        micro_batch_size=limits.rows,
+        max_tokens_per_micro_batch=limits.tokens,
+    )
+    total_steps = config.max_steps or plan.total_steps
+    assert total_steps is not None
+    processes = f"{accelerator.num_processes} process(es), {accelerator.device}"
+    say(f"{conversations_in_words(training)}. {training.drops.summary()}.")
+    say(f"{total_steps} steps of {config.global_batch_size} on {processes}")
+    say(limits_said)
+    training.drops.extend(Drop(**drop) for drop in state.dropped)
+    return plan, total_steps
+
+
+def make_optimizer(
+    config: TuneConfig, parameters: Mapping[str, nn.Parameter], total_steps: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
+
+    adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    return adamw, get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    adamw: torch.optim.AdamW,
+    schedule: LRScheduler,
+    accelerator: Accelerator,
+) -> None:
+    """Puts a checkpoint back: weights, schedule and random states; the moments, which are an engine's, come later."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(checkpoint.projector[name])
+    schedule.load_state_dict(checkpoint.state["schedule"])
+    for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    if accelerator.process_index < len(checkpoint.rng):
+        restore_random_states(checkpoint.rng[accelerator.process_index])
