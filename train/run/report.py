@@ -56,7 +56,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end_progress()
+        with self._unless_unseen():
+            self._end_display()
 
     def say(self, message: str) -> None:
         with self._unless_unseen():
@@ -117,16 +118,24 @@ class Reporter:
                 self._display.start()
             tasks = {task.description: task.id for task in self._display.tasks}
             if what not in tasks:
+                self._fill_bars()
                 tasks[what] = self._display.add_task(what, total=total, details=details)
             self._display.update(tasks[what], completed=done, total=total, details=details)
             if self._is_time(REDRAWN_EVERY, done == total):
                 self._display.refresh()
 
     def end_progress(self) -> None:
-        """Leaves what is displayed as it stands; what comes next is another run, or another bar."""
+        """What was displayed is done, and stays in sight; what comes next is another run, or other bars."""
         with self._unless_unseen():
+            self._fill_bars()
             self._end_display()
         self._screen = RunScreen(self._screen.warnings)
+
+    def _fill_bars(self) -> None:
+        """Bars are told of what is begun: the last piece of each is done when something else is begun."""
+        if isinstance(self._display, Progress):
+            for task in self._display.tasks:
+                self._display.update(task.id, completed=task.total)
 
     def _end_display(self) -> None:
         display, self._display = self._display, None
