@@ -279,7 +279,7 @@ def draw_loss_curve(metrics: Path, target: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
         axes.plot(steps, smooth, color="tab:blue", label="running mean")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out loss")
+        axes.plot(*zip(*held_out, strict=True), "s--", color="black", label="held-out loss")  # told apart in grey, too
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy per supervised token")
     axes.grid(alpha=0.3)
