@@ -46,6 +46,7 @@ from shortzip.train.calibration.measuring import (
 from shortzip.train.settings.command_line import parse_config, run_command, say
 
 INK = "#222222"
+FROZEN = "////"  # hatched: its colour alone is that of the second budget in grey
 DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
 
 
@@ -199,7 +200,9 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
                 _bar_color(number, is_frozen=kind == "visual" and number == 0 and layer in frozen)
                 for layer in range(depth)
             ]
-            axes.bar(places, mean, width, color=colors, yerr=error, ecolor=INK, error_kw={"elinewidth": 0.8})
+            hatches = [FROZEN if color == _bar_color(0, is_frozen=True) else "" for color in colors]
+            bars = {"color": colors, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
+            axes.bar(places, mean, width, yerr=error, ecolor=INK, error_kw={"elinewidth": 0.8}, **bars)
             for place in places[mean == 0]:
                 axes.annotate(
                     "0", (place, 0.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=INK
@@ -219,7 +222,14 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
     handles = [Patch(color=_bar_color(number), label=budget_name(item["budget"])) for number, item in
                enumerate(measurements)]  # fmt: skip
     if frozen:
-        handles.append(Patch(color=_bar_color(0, is_frozen=True), label=f"frozen: {len(frozen)} of {depth} layers"))
+        handles.append(
+            Patch(
+                facecolor=_bar_color(0, is_frozen=True),
+                hatch=FROZEN,
+                edgecolor="white",
+                label=f"frozen: {len(frozen)} of {depth} layers",
+            )
+        )
     panels[0].legend(handles=handles, fontsize=8.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
     figure.suptitle("How much the answer changes when a layer leaves tokens as they are", fontsize=11, color=INK)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

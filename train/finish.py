@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shortzip.data.errors import shown
 from shortzip.data.images import open_image
 from shortzip.data.pixels import squared
 from shortzip.reduction.reductions import Reductions
@@ -150,11 +152,25 @@ def compare_and_draw(config: TuneConfig, folder: Path, session: Session) -> None
             on_main_process(accelerator, lambda: draw_held_out(config, folder))
     report.heading("what next")
     written = [name for name in (METRICS, CURVE, RESULTS, ANSWERS, PICTURES) if (folder / name).exists()]
-    report.say(f"the run       {folder}: {', '.join(written)}")
-    report.say(f"evaluate      python scripts/evaluate_models.py --model {folder} --data.instructions FILE.json")
-    report.say("a real LLaVA  accelerate launch train/tune_projector.py --config configs/llava-1.5-7b-3090.yaml \\")
-    report.say("                  --data.instructions FILE.json --data.image_root IMAGES")
-    report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
+    report.say(f"the run       {shown(str(folder))}: {', '.join(written)}")
+    for what, command in next_commands(config, folder).items():
+        report.say(f"{what:<12}  {command}")
+    report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained({str(folder / FINAL)!r})")
+
+
+def next_commands(config: TuneConfig, folder: Path) -> dict[str, str]:
+    """What a user may do with a run, by a word for it, as lines for a shell; capitals stand for what is theirs."""
+    run, release = shlex.quote(str(folder)), shlex.quote(config.model)
+    repository = shlex.quote(config.hub_model_id or "USER/NAME")
+    held_out = "" if config.data.eval_instructions is not None else " --data.instructions FILE.json"
+    return {
+        "look": f"shortzip show PHOTO.jpg --model {run}",
+        "ask": f"shortzip app --model {release} --tuned {run}",
+        "evaluate": f"shortzip evaluate --model {run}{held_out}",
+        "publish": f"shortzip publish {run} --repo_id {repository} --shape {config.hub_shape}",
+        "a real LLaVA": "shortzip tune --config llava-1.5-7b-3090 --data.instructions FILE.json "
+        "--data.image_root IMAGES",
+    }
 
 
 def draw_held_out(config: TuneConfig, folder: Path) -> None:
@@ -184,9 +200,8 @@ def publish_if_asked(config: TuneConfig, folder: Path, session: Session) -> None
             published = publish_run(config, folder, report.say)
         except (PublishError, OSError, ValueError) as error:
             report.heading("not published")
-            report.say(str(error))
-            shape = f"--repo-id {config.hub_model_id} --shape {config.hub_shape}"
-            report.say(f"the run is whole; publish it later: python scripts/publish.py {folder} {shape}")
+            report.warn(str(error))
+            report.say(f"the run is whole; publish it later: {next_commands(config, folder)['publish']}")
         else:
             report.heading("published")
             report.say(published.describe())

@@ -194,9 +194,9 @@ def recognise(
     settings = {**config.shaping_settings(), **fingerprint(training, subject.parameters)}
     identity = on_main_process(session.accelerator, lambda: run_identity(subject.release, training))
     if checkpoint:
-        then, say = checkpoint.state, session.report.say
+        then, warn = checkpoint.state, session.report.warn
         check_same_run(then["settings"], settings, run.path)
-        on_main_process(session.accelerator, lambda: check_same_origin(then, identity, training, run.path, say))
+        on_main_process(session.accelerator, lambda: check_same_origin(then, identity, training, run.path, warn))
     return {
         "layers": subject.layers,
         "settings": settings,
@@ -227,7 +227,11 @@ def plan_batches(
     total_steps = config.max_steps or plan.total_steps
     assert total_steps is not None
     processes = f"{accelerator.num_processes} process(es), {accelerator.device}"
-    say(f"{conversations_in_words(training)}. {training.drops.summary()}.")
+    rows_said = f"{conversations_in_words(training)}. {training.drops.summary()}."
+    if training.drops.drops:
+        session.report.warn(rows_said, topic="dropped rows")
+    else:
+        say(rows_said)
     say(f"{total_steps} steps of {config.global_batch_size} on {processes}")
     say(limits_said)
     training.drops.extend(Drop(**drop) for drop in state.dropped)

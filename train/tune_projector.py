@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator = start_accelerator(config)
     session = Session(accelerator, Reporter(accelerator.is_main_process), StopRequest())
     try:
-        with session.stop, held_folder(config, session) as run:
+        with session.stop, session.report, held_folder(config, session) as run:
             tune(config, run, session)
             if config.control:
                 session.report.heading("control: the same tuning with all visual tokens")
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
 @contextmanager
 def held_folder(config: TuneConfig, session: Session) -> Iterator[RunFolder]:
     """The run's folder, for this run alone, which says afterwards how the run ended."""
-    accelerator = session.accelerator
-    with RunFolder(config, accelerator, session.report.say) as run, failures_recorded(run.failed, accelerator):
+    accelerator, report = session.accelerator, session.report
+    with RunFolder(config, accelerator, report.say, report.warn) as run, failures_recorded(run.failed, accelerator):
         yield run
 
 
@@ -152,8 +152,8 @@ class Loop:
         self.plan: BatchPlan = start.plan
         self.stopping = self.has_learned = False
         folder = run.path if self.accelerator.is_main_process else None
-        self.metrics = Metrics(folder, self.state.step, run.say)
-        self.trackers = Trackers(self.accelerator, config, run.path, session.report.say)
+        self.metrics = Metrics(folder, self.state.step, run.warn)
+        self.trackers = Trackers(self.accelerator, config, run.path, session.report.warn)
         self.inputs = self.inputs_from_here()
         self.flops = StepFlops(start.subject.model, start.training)
         peak = matmul_speed(self.device, dtype_of(config.mixed_precision))
@@ -221,7 +221,7 @@ class Loop:
         rows, tokens = self.plan.micro_batch_size, self.plan.max_tokens
         self.state.micro_batch |= {"rows": rows, "tokens": tokens}
         said = f"out of memory at step {self.state.step + 1}: it is repeated, {in_words(rows, tokens)} from here on"
-        self.session.report.say(said)
+        self.session.report.warn(said, topic="out of memory")
         self.inputs = self.inputs_from_here()
 
     def count(self, step: Step) -> None:
@@ -236,7 +236,7 @@ class Loop:
         state.nonfinite_steps += 1
         state.nonfinite_streak.append({"step": state.step, "loss": str(step.loss), "norm": str(step.norm), "ids": ids})
         said = f"step {state.step}: loss {step.loss}, gradient norm {step.norm}: the update is skipped"
-        self.session.report.say(said)
+        self.session.report.warn(said, topic="skipped updates")
 
     def count_drops(self, drops: Sequence[Drop], total: int) -> None:
         """Notes the `total` rows that the processes could not read. Raises `TooManyBadSamples` where that is so."""
@@ -244,6 +244,7 @@ class Loop:
         log = self.start.training.drops
         log.extend(Drop(**drop) for drop in self.state.dropped[-total:])
         log.check(self.state.samples_seen)
+        self.session.report.warn(f"{log.summary()} (step {self.state.step})", topic="dropped rows")
 
     def is_due(self, every: int | None) -> bool:
         """Whether what is done every so many steps, and after the last one, is to be done now; None: never."""
@@ -259,8 +260,8 @@ class Loop:
             self.metrics.write("train", self.state.step, **values)
             known = {f"train/{key}": value for key, value in values.items() if value is not None}
             self.trackers.log(self.state.step, **known)
-        details = f"loss {step.loss / step.supervised:.4f} {self.speed.text(steps_left)}"
-        self.session.report.progress("tuning", self.state.step, self.start.total_steps, details)
+        loss, memory = step.loss / step.supervised, peak_memory(self.device)
+        self.session.report.step(self.state.step, self.start.total_steps, loss, self.speed, memory)
 
     def measured(self, step: Step, seconds: float, steps_left: int) -> dict[str, Any]:
         """The values of a line of metrics.jsonl; its loss is the mean since the last one."""
@@ -309,7 +310,7 @@ class Loop:
             self.state.evaluation_due = False
             self.metrics.write("eval", step, loss=loss)
             self.trackers.log(step, **{"eval/loss": loss})
-            self.session.report.say(f"step {step}: held-out loss {loss:.4f}")
+            self.session.report.held_out(step, loss)
 
     def save(self) -> None:
         """Writes a checkpoint. All processes call it."""
@@ -320,8 +321,8 @@ class Loop:
             rng=gather_object([random_states()]),
             state={"step": state.step, "run": asdict(state), "schedule": schedule, **self.start.record},
         )
-        folder, keep, say = self.run.path, self.config.save_total_limit, self.run.say
-        on_main_process(self.accelerator, lambda: save_checkpoint(folder, checkpoint, keep, say))
+        folder, keep, warn = self.run.path, self.config.save_total_limit, self.run.warn
+        on_main_process(self.accelerator, lambda: save_checkpoint(folder, checkpoint, keep, warn))
         if self.accelerator.is_main_process:
             self.run.saved(state.step)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import psutil
 import pytest
 import yaml
 from accelerate import Accelerator
+from matplotlib.text import Text
 from runs import ROOT, environment, output_of, wait_until
 from tiny import LLM_LAYERS
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, points_of, tuned_points
-from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, show, summarise
+from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, picture, show, summarise
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import read_status, write_status
 from shortzip.train.settings.checks import ConfigError
@@ -102,6 +104,21 @@ def test_the_table_says_what_each_point_is() -> None:
     ])  # fmt: skip
     names = [line.split("|")[1].strip() for line in said.splitlines()[2:]]
     assert names == ["all tokens", "ShortV", "VisionZip 6+3", "VisionZip 6+3 and ShortV"]
+
+
+def test_no_label_of_the_picture_covers_another_or_a_mark() -> None:
+    """Of the points that the demo's frontier has, many of which cost the same."""
+    kept = json.loads((ROOT / "checkpoints" / "demo-llava" / "pictures" / "frontier.json").read_text())["rows"]
+    rows = [
+        Summary(**{key: value for key, value in row.items() if key in Summary.__dataclass_fields__}) for row in kept
+    ]
+    for axis in picture(rows).axes:
+        boxes = [Text.get_window_extent(label) for label in axis.texts]
+        assert len(boxes) == 7
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        marks = [line.get_xydata()[0] for line in axis.lines if len(line.get_xydata()) == 1]
+        assert not any(box.contains(*mark) for box in boxes for mark in axis.transData.transform(marks))
+        assert all(axis.bbox.count_contains(box.corners()) == 4 for box in boxes)
 
 
 def test_bad_settings_are_refused() -> None:

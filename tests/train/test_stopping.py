@@ -70,7 +70,7 @@ def test_a_run_whose_terminal_is_gone_saves_and_says_stopped(
 
     monkeypatch.setattr(SupervisedLoss, "forward", hung_up)
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, save_steps=1000)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="1"):
         run_here(recipe, tmp_path / "run")
     assert "stopped by SIGHUP; continue by the same command" in capsys.readouterr().err
     status = read_status(tmp_path / "run")

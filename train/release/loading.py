@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from shortzip.data.errors import MissingExtra
 from shortzip.reduction.configuration_reduced_llava import validate
@@ -19,6 +22,8 @@ from shortzip.train.release.towers import TOWERLESS, load_tower
 
 if TYPE_CHECKING:
     from shortzip.train.release.opening import Release
+
+LONG_LOAD = 1_000_000_000  # bytes of weights
 
 
 def load_release(
@@ -52,14 +57,15 @@ def load_release(
     if reductions is None:
         reductions = release.saved_reductions
     _, model_class, processor_class = model_classes(config["model_type"])
-    loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
-        release.folder,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=False,
-        **reductions.as_config(),
-        **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
-    )
+    with _bar_if_long(release.folder):
+        loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
+            release.folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            **reductions.as_config(),
+            **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
+        )
     lay_projector(loaded, release_projector(release))
     loaded.eval()
     return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
@@ -95,6 +101,19 @@ def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple
         model = model_class(config)
     model.model.vision_tower = load_tower(release.folder, config, torch.float32)
     return model.eval(), build_processor(release.folder, release.config, processor_class, config, "auto")
+
+
+@contextmanager
+def _bar_if_long(folder: Path) -> Iterator[None]:
+    """Keeps transformers' bar for the loading of weights where it would only flash by."""
+    wanted = is_progress_bar_enabled()
+    if sum(path.stat().st_size for path in weight_files(folder)) < LONG_LOAD:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if wanted:
+            enable_progress_bar()
 
 
 def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:

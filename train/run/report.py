@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,16 +12,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from shortzip.data.files import writing
+from shortzip.train.run.foreign_words import keep_back
 from shortzip.train.run.run_folder import read_metrics
+from shortzip.train.run.screen import RunScreen, clock
 from shortzip.train.settings.command_line import printable
 
 LEFT_OUT = 3  # first steps, in which caches and allocators fill
+REDRAWN_EVERY = 0.25  # seconds, on a terminal
+LINE_EVERY = 5.0  # seconds, elsewhere
 
 
 class _Console(Console):
@@ -31,20 +37,38 @@ class _Console(Console):
 class Reporter:
     """Messages, tables and progress for the user; silent on every process but the main one.
 
-    Once nobody can see them any more (a terminal that is gone, a pipe whose reader has ended) they stop, not the run.
+    On a terminal there is one live display at a time, and messages appear above it. It has no thread of its own:
+    processes that are forked meanwhile inherit no lock that is held. Once nobody can see anything any more (a terminal
+    that is gone, a pipe whose reader has ended) it stops, not the run. Leaving the context gives the terminal back.
     """
 
     def __init__(self, is_main: bool) -> None:
         self.console = _Console(quiet=not is_main, highlight=False)
+        keep_back()
         if not self.console.is_terminal:
             self.console.width = 140  # a log file has no edge
             disable_progress_bar()
-        self._progress: Progress | None = None
-        self._line_shown = 0.0
+        self._display: Live | Progress | None = None
+        self._shown_at = 0.0
+        self._screen = RunScreen(warnings={})
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._unless_unseen():
+            self._end_display()
 
     def say(self, message: str) -> None:
         with self._unless_unseen():
             self.console.print(literal(message), soft_wrap=True)
+
+    def warn(self, message: str, topic: str = "") -> None:
+        """Says it, and keeps it in a run's display; of several warnings on one topic, the last and their number."""
+        topic = topic or message
+        self._screen.warnings[topic] = [*self._screen.warnings.pop(topic, []), printable(message)]
+        with self._unless_unseen():
+            self.console.print(Text(printable(f"warning: {message}"), style="yellow"), soft_wrap=True)
 
     def heading(self, message: str) -> None:
         with self._unless_unseen():
@@ -54,31 +78,81 @@ class Reporter:
         with self._unless_unseen():
             self.console.print(table)
 
+    def step(self, step: int, total: int, loss: float, speed: Speed, memory: int) -> None:
+        """Shows where a run stands: after `step` of `total`, with its loss (mean per supervised token; any number) and
+        the peak of memory in bytes."""
+        screen = self._screen
+        screen.add_loss(loss)
+        screen.step, screen.total_steps, screen.memory = step, total, memory
+        screen.rates, screen.seconds_left = speed.averages(), speed.seconds_left(total - step)
+        if not self.console.is_interactive:
+            self._line(f"tuning: {step}/{total} loss {loss:.4f} {speed.text(total - step)}", step == total)
+            return
+        with self._unless_unseen():
+            if not isinstance(self._display, Live):
+                self._end_display()
+                self._display = Live(screen, console=self.console, auto_refresh=False, redirect_stderr=_stderr_shown())
+                self._display.start()
+            if self._is_time(REDRAWN_EVERY, step == total):
+                self._display.refresh()
+
+    def held_out(self, step: int, loss: float) -> None:
+        """Says the held-out loss after `step`, and keeps it in the run's display."""
+        self._screen.held_out_loss = f"{loss:.4f} after step {step}"
+        self.say(f"step {step}: held-out loss {loss:.4f}")
+
     def progress(self, what: str, done: int, total: int, details: str = "") -> None:
         """Shows how far `what` is: a bar on a terminal, else a line now and then."""
         what = printable(what)
-        if not self.console.is_terminal:
-            now = time.monotonic()
-            if done == total or now - self._line_shown >= 10:
-                self._line_shown = now
-                self.say(f"{what}: {done}/{total} {details}".rstrip())
+        if not self.console.is_interactive:
+            self._line(f"{what}: {done}/{total} {details}", done == total)
             return
         with self._unless_unseen():
-            if self._progress is None:
+            if not isinstance(self._display, Progress):
+                self._end_display()
                 words = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[details]")]
                 bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-                self._progress = Progress(words[0], *bar, words[1], console=self.console)
-                self._progress.start()
-            tasks = {task.description: task.id for task in self._progress.tasks}
+                self._display = Progress(
+                    words[0], *bar, words[1], console=self.console, auto_refresh=False, redirect_stderr=_stderr_shown()
+                )
+                self._display.start()
+            tasks = {task.description: task.id for task in self._display.tasks}
             if what not in tasks:
-                tasks[what] = self._progress.add_task(what, total=total, details=details)
-            self._progress.update(tasks[what], completed=done, total=total, details=details)
+                self._fill_bars()
+                tasks[what] = self._display.add_task(what, total=total, details=details)
+            self._display.update(tasks[what], completed=done, total=total, details=details)
+            if self._is_time(REDRAWN_EVERY, done == total):
+                self._display.refresh()
 
     def end_progress(self) -> None:
-        if self._progress is not None:
-            with self._unless_unseen():
-                self._progress.stop()
-            self._progress = None
+        """What was displayed is done, and stays in sight; what comes next is another run, or other bars."""
+        with self._unless_unseen():
+            self._fill_bars()
+            self._end_display()
+        self._screen = RunScreen(self._screen.warnings)
+
+    def _fill_bars(self) -> None:
+        """Bars are told of what is begun: the last piece of each is done when something else is begun."""
+        if isinstance(self._display, Progress):
+            for task in self._display.tasks:
+                self._display.update(task.id, completed=task.total)
+
+    def _end_display(self) -> None:
+        display, self._display = self._display, None
+        if display is not None:
+            display.stop()
+
+    def _line(self, line: str, is_last: bool) -> None:
+        if self._is_time(LINE_EVERY, is_last):
+            self.say(line.rstrip())
+
+    def _is_time(self, seconds: float, is_last: bool) -> bool:
+        """Whether so much time has passed since it last was."""
+        now = time.monotonic()
+        if not is_last and now - self._shown_at < seconds:
+            return False
+        self._shown_at = now
+        return True
 
     @contextmanager
     def _unless_unseen(self) -> Iterator[None]:
@@ -88,6 +162,11 @@ class Reporter:
             self.console.quiet = True
             with suppress(OSError, ValueError):  # or what is left in its buffer fails again when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
+
+
+def _stderr_shown() -> bool:
+    """Whether what goes to stderr appears on a terminal, and has to be put above a live display."""
+    return sys.stderr.isatty()
 
 
 def literal(words: str) -> Text:
@@ -135,8 +214,7 @@ class Speed:
         if not self._seconds:
             return ""
         rates = self.averages()
-        seconds = round(self.seconds_left(steps_left) or 0)
-        left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        left = clock(self.seconds_left(steps_left) or 0)
         mfu = f"MFU {rates['mfu']:.0%} " if "mfu" in rates else ""
         return (
             f"{rates['samples_per_second']:.1f} samples/s {rates['tokens_per_second']:,.0f} tokens/s {mfu}"
@@ -201,7 +279,7 @@ def draw_loss_curve(metrics: Path, target: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
         axes.plot(steps, smooth, color="tab:blue", label="running mean")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out loss")
+        axes.plot(*zip(*held_out, strict=True), "s--", color="black", label="held-out loss")  # told apart in grey, too
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy per supervised token")
     axes.grid(alpha=0.3)

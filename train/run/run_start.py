@@ -59,9 +59,15 @@ class RunFolder:
     and `Busy` while another process has it; leaving it writes how the run ended.
     """
 
-    def __init__(self, config: TuneConfig, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: TuneConfig,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         self.config, self.path = config, Path(config.output_dir)
-        self.say = cache(say)  # whatever is said again and again is said once
+        self.say, self.warn = cache(say), cache(warn or say)  # whatever is said again and again is said once
         self._accelerator = accelerator
         self._accepted = self._certain = False
         self._held = ExitStack()
@@ -100,11 +106,11 @@ class RunFolder:
         if is_new:
             self._held.callback(self._leave_lock, folder / LOCK)
         if not self._certain:
-            self.say(f"{folder}: this file system knows no locks. See to it that no other run writes there meanwhile")
+            self.warn(f"{folder}: this file system knows no locks. See to it that no other run writes there meanwhile")
         check_folder(self.config)  # once more: another process may have had the folder in between
         with writing(folder):
             if not is_settled(folder):
-                put_back(folder, self.say)
+                put_back(folder, self.warn)
             put_back_replaced(folder)
 
     def _leave_folder(self, folder: Path, made: list[Path], before: os.stat_result | None) -> None:
@@ -138,7 +144,7 @@ class RunFolder:
         path, damaged = find_checkpoint(self.path, wanted)
         self._damaged = list(damaged)
         for passed_over, fault in damaged.items():
-            self.say(f"{passed_over} is damaged: {fault}. It is renamed to damaged-{passed_over.name}")
+            self.warn(f"{passed_over} is damaged: {fault}. It is renamed to damaged-{passed_over.name}")
         if path is None:
             self.say(f"{self.path} holds no checkpoint yet: beginning at step 0")
             return None
@@ -155,7 +161,7 @@ class RunFolder:
         folder = self.path
         sweep_partial(folder)
         if self._certain:
-            sweep(folder, self.say)
+            sweep(folder, self.warn)
         is_overwriting = self.config.resume_from_checkpoint is None and is_run(folder)
         if is_overwriting and failed_to_start(folder) and not (folder / EARLIER).is_dir():
             is_overwriting = False  # the word of a failure is not worth coming back to
@@ -187,7 +193,7 @@ class RunFolder:
 
     def saved(self, step: int) -> None:
         """Notes a checkpoint: from now on there is no way back to the run that was overwritten."""
-        discard(self.path / EARLIER, self.say)
+        discard(self.path / EARLIER, self.warn)
         write_status(self.path, "running", step)
 
     def failed(self, reason: str) -> None:
@@ -197,13 +203,13 @@ class RunFolder:
 
     def _discard_own(self) -> None:
         for path in own_files(self.path):
-            discard(path, self.say)
+            discard(path, self.warn)
 
     def _give_back(self) -> None:
         try:
             put_back(self.path, self.say)
         except OSError as error:
-            self.say(f"the run that was to be overwritten lies in {self.path / EARLIER} ({error})")
+            self.warn(f"the run that was to be overwritten lies in {self.path / EARLIER} ({error})")
         else:
             self.say(f"{self.path} holds again the run that was to be overwritten, and nothing of the one that failed")
 
