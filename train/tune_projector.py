@@ -39,8 +39,9 @@ from shortzip.train.inputs.samples import (
     training_set,
 )
 from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.loading import dtype_of, load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -148,25 +149,14 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     # ---- the release with its visual tokens reduced; of its weights, only the projector is trained
     check_instructions(config.data)
     on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
-    dtype = dtype_of(config.mixed_precision)
-    release = open_release(
-        config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
-    )
+    release = open_release(ReleaseSpec.of(config))
+    dtype = release.spec.dtype
     check_publishable(config, release)
     run.check_base(release.config.get("base_release"))
-    layers = (
-        checkpoint.state["layers"] if checkpoint else choose_layers(config, release, dtype, accelerator, run.write)
-    )
+    layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, accelerator, run.write)
     reductions = reductions_of(config.visionzip, layers, config.fastv)
     tower = known_tower(config, release, dtype)
-    model, processor = load_release(
-        release,
-        reductions,
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-        with_tower=tower is None,
-    )
+    model, processor = load_release(release, reductions, with_tower=tower is None)
     train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":

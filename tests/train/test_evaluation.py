@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from tiny import write_instructions
@@ -21,6 +20,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, held_out_loss
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.settings.config import DataConfig
 from shortzip.train.step.objective import SupervisedLoss, count_supervised
@@ -183,10 +183,10 @@ def test_prefill_is_timed_side_by_side(
         monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: (next(times), 4))
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
     candidates = [
-        Candidate("all tokens", str(learned_release), Reductions()),
-        Candidate("reduced", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
+        Candidate("reduced", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    rows, _ = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2)
+    rows, _ = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=2)
     assert [row.prefill_ms for row in rows] == [8.0, 5.0]
 
 
@@ -195,10 +195,10 @@ def test_side_by_side_with_answers_in_files(
 ) -> None:
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
     candidates = [
-        Candidate("all tokens", str(learned_release), Reductions()),
-        Candidate("reduced, untuned", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
+        Candidate("reduced, untuned", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    results, answers = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4)
+    results, answers = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=4)
     write_evaluation(tmp_path, results, answers, recovered_share=None)
     assert [row.name for row in results] == ["all tokens", "reduced, untuned"]
     assert [row.visual_tokens for row in results] == [36, 3]

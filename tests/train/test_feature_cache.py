@@ -26,6 +26,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
 from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
@@ -367,7 +368,8 @@ def test_random_patches_are_the_same_cached_and_not_in_bfloat16(
     tmp_path: Path, tiny_release: Path, tiny_instructions: Path
 ) -> None:
     model, processor = load_release(
-        str(tiny_release), Reductions({"dominant": 8, "contextual": 0, "method": "random"}), dtype=torch.bfloat16
+        ReleaseSpec(str(tiny_release), dtype=torch.bfloat16),
+        Reductions({"dominant": 8, "contextual": 0, "method": "random"}),
     )
     dataset = dataset_of(tiny_instructions, processor)
     dataset.features = filled(tmp_path, (model, processor), dataset)

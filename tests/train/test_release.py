@@ -29,6 +29,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release, load_viewer
 from shortzip.train.release.opening import open_release, read_projector, release_projector
 from shortzip.train.release.original_layout import split_after_images
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
 
 VISIONZIP = {"dominant": 4, "contextual": 2}
@@ -86,7 +87,7 @@ def test_the_processor_writes_the_budget_and_carries_the_template(tiny_release: 
 
 
 def test_the_projector_is_float32_and_exact_whatever_the_rest_is_in(tiny_release: Path) -> None:
-    model, _ = load_release(str(tiny_release), dtype=torch.bfloat16)
+    model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16))
     assert model.lm_head.weight.dtype == torch.bfloat16
     stored = load_file(tiny_release / "model.safetensors")
     name = next(name for name in stored if name.endswith("multi_modal_projector.linear_1.weight"))
@@ -95,8 +96,8 @@ def test_the_projector_is_float32_and_exact_whatever_the_rest_is_in(tiny_release
 
 def test_a_reduced_checkpoint_keeps_the_template_that_it_was_tuned_with(tiny_release: Path, tmp_path: Path) -> None:
     """Even one of pretraining, which teaches no end token and would be refused in a release."""
-    release = open_release(str(tiny_release))
-    _, processor = load_release(release, chat_template="plain")
+    release = open_release(ReleaseSpec(str(tiny_release), chat_template="plain"))
+    _, processor = load_release(release)
     folder = tmp_path / "tuned"
     write_reduced_checkpoint(folder, release, release_projector(release), processor, Reductions.parse("5+3"))
     _, loaded = load_release(str(folder))
@@ -249,7 +250,7 @@ def test_projector_files_over_a_transformers_release(release: Path, tmp_path: Pa
         "multi_modal_projector." + name: t + 1 for name, t in release_projector(open_release(str(release))).items()
     }
     save_file(tensors, tmp_path / "projector.safetensors")
-    model, _ = load_release(str(release), mm_projector=str(tmp_path))
+    model, _ = load_release(ReleaseSpec(str(release), mm_projector=str(tmp_path)))
     laid = model.model.multi_modal_projector.state_dict()
     assert all(torch.equal(laid[name], tensors["multi_modal_projector." + name]) for name in laid)
     tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(3, 3)
@@ -257,9 +258,9 @@ def test_projector_files_over_a_transformers_release(release: Path, tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"projector.safetensors: the projector's linear_1.weight is \(3, 3\), needed"
     ):
-        open_release(str(release), mm_projector=str(tmp_path))
+        open_release(ReleaseSpec(str(release), mm_projector=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"mm_projector .*nothing: no such file"):
-        open_release(str(release), mm_projector=str(tmp_path / "nothing"))
+        open_release(ReleaseSpec(str(release), mm_projector=str(tmp_path / "nothing")))
     torch.save({"model.embed_tokens.weight": torch.zeros(2)}, tmp_path / "x.bin")
     with pytest.raises(ValueError, match=r"x.bin holds no projector"):
         read_projector(tmp_path / "x.bin")
@@ -287,18 +288,19 @@ def test_a_name_that_is_nothing(name: str) -> None:
 
 def test_a_revision_of_a_folder(tiny_release: Path) -> None:
     with pytest.raises(ValueError, match=r"revision 'v1' is for Hub ids, but .* is a folder"):
-        open_release(str(tiny_release), "v1")
+        open_release(ReleaseSpec(str(tiny_release), "v1"))
 
 
 def test_four_bits_without_bitsandbytes(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'shortzip\[4bit\]'"):
-        load_release(str(tiny_release), load_in_4bit=True)
+        load_release(ReleaseSpec(str(tiny_release), load_in_4bit=True))
 
 
 FETCH = """
 import sys
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.spec import ReleaseSpec
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
     try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate import Accelerator
 
 from shortzip.data.subset import SubsetOptions, prepare_subset
@@ -83,7 +82,7 @@ def test_lc_chooses_the_layers_that_matter_least(
         output_dir=str(tmp_path),
     )
     release = open_release(str(tiny_release))
-    chosen = choose_layers(config, release, torch.float32, accelerator)
+    chosen = choose_layers(config, release, accelerator)
     budget = Reductions({"dominant": 5, "contextual": 2})
     model, _ = load_release(release, budget)
     calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
@@ -98,8 +97,8 @@ def test_lc_chooses_the_layers_that_matter_least(
 def test_listed_layers_and_none_are_taken_as_they_are(tiny_release: Path, accelerator: Accelerator) -> None:
     base = TuneConfig(model=str(tiny_release), data=DataConfig(instructions="unused"))
     release = open_release(str(tiny_release))
-    assert choose_layers(base, release, torch.float32, accelerator) is None
+    assert choose_layers(base, release, accelerator) is None
     listed = TuneConfig(model="m", data=base.data, shortv=ShortVConfig(layers=[3, 0]))
-    assert choose_layers(listed, release, torch.float32, accelerator) == [3, 0]
+    assert choose_layers(listed, release, accelerator) == [3, 0]
     with pytest.raises(ConfigError):
         ShortVConfig()

@@ -104,7 +104,6 @@ def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> 
 def choose_layers(
     config: TuneConfig,
     release: Release,
-    dtype: torch.dtype,
     accelerator: Accelerator,
     write: Callable[[Path, str], None] = write_atomically,
 ) -> list[int] | None:
@@ -120,13 +119,7 @@ def choose_layers(
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
         return sorted(pick_layers(drawn, config.shortv.freeze)) or None
-    model, processor = load_release(
-        release,
-        reductions_of(config.visionzip, None, None),
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-    )
+    model, processor = load_release(release, reductions_of(config.visionzip, None, None))
     model.to(accelerator.device)
     samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
     share = samples[accelerator.process_index :: accelerator.num_processes]

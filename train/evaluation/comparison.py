@@ -24,7 +24,8 @@ from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, measure_prefill, write_answers
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.release.loading import load_release, reduced_config
-from shortzip.train.release.opening import Release, open_release
+from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.report import literal
 from shortzip.train.run.run_folder import ANSWERS, RESULTS
 from shortzip.train.settings.config import DataConfig
@@ -35,22 +36,18 @@ NAME_LENGTH = 100  # characters of a file's name
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the table: a model (whatever `load_release` takes), and how it is reduced."""
+    """A row of the table: a model, and how it is reduced."""
 
     name: str
-    model: str
+    spec: ReleaseSpec
     reductions: Reductions | None = None
     """None: as the model was saved."""
-    revision: str | None = None
-    mm_projector: str | None = None
-    vision_tower: str | None = None
-    chat_template: str = "auto"
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
     """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
     for candidate in candidates:
-        reduced_config(_opened(candidate), candidate.reductions)
+        reduced_config(open_release(candidate.spec), candidate.reductions)
 
 
 def compare(
@@ -58,21 +55,18 @@ def compare(
     data: DataConfig,
     accelerator: Accelerator,
     *,
-    dtype: torch.dtype,
-    load_in_4bit: bool = False,
     batch_size: int,
     max_new_tokens: int,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[list[Evaluation], list[list[Answer]]]:
     """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
 
-    Returns their evaluations and their answers. Weights are loaded in `dtype`, the projector in float32. In the end
-    prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
-    meanwhile.
+    Returns their evaluations and their answers. In the end prefill is timed side by side (`prefill_times`): rows of
+    equal work would else differ by what the machine did meanwhile.
     """
     results, answers = [], []
     for candidate in candidates:
-        model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
+        model, processor = _loaded(candidate, accelerator)
         evaluation, said = evaluate(
             candidate.name,
             model,
@@ -93,8 +87,6 @@ def compare(
         candidates,
         data,
         accelerator,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
         batch_size=batch_size,
         rounds=ROUNDS,
         progress=partial(progress, "prefill, side by side"),
@@ -108,8 +100,6 @@ def prefill_times(
     data: DataConfig,
     accelerator: Accelerator,
     *,
-    dtype: torch.dtype,
-    load_in_4bit: bool = False,
     batch_size: int,
     rounds: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -122,7 +112,7 @@ def prefill_times(
     for turn in range(rounds):
         for number, (found, candidate) in enumerate(zip(times, candidates, strict=True)):
             progress(turn * len(candidates) + number, rounds * len(candidates))
-            model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
+            model, processor = _loaded(candidate, accelerator)
             found.append(measure_prefill(model, held_out_set(data, processor), batch_size)[0])
             del model
             gc.collect()
@@ -130,23 +120,8 @@ def prefill_times(
     return [statistics.median(found) for found in times]
 
 
-def _opened(candidate: Candidate) -> Release:
-    return open_release(
-        candidate.model,
-        candidate.revision,
-        mm_projector=candidate.mm_projector,
-        vision_tower=candidate.vision_tower,
-    )
-
-
-def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, load_in_4bit: bool) -> tuple[Any, Any]:
-    model, processor = load_release(
-        _opened(candidate),
-        candidate.reductions,
-        dtype=dtype,
-        chat_template=candidate.chat_template,
-        load_in_4bit=load_in_4bit,
-    )
+def _loaded(candidate: Candidate, accelerator: Accelerator) -> tuple[Any, Any]:
+    model, processor = load_release(candidate.spec, candidate.reductions)
     return model.to(accelerator.device), processor
 
 

@@ -13,6 +13,7 @@ import torch
 from shortzip.data.files import read_json, write_atomically
 from shortzip.reduction.base_release import fetch_base
 from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import open_tensors, weight_files
 from shortzip.train.release.writing import lineage, weights_folder
 from shortzip.train.settings.checks import ConfigError
@@ -56,11 +57,9 @@ def base_revision(final: Release, config: Mapping[str, Any]) -> str | None:
 
 def release_of(final: Release, config: Mapping[str, Any]) -> Release:
     """The release that a run's config names, as it was when the run started. Raises what `open_release` raises."""
+    revision = base_revision(final, config)
     return open_release(
-        str(config["model"]),
-        base_revision(final, config),
-        mm_projector=config.get("mm_projector"),
-        vision_tower=config.get("vision_tower"),
+        ReleaseSpec(str(config["model"]), revision, config.get("mm_projector"), config.get("vision_tower"))
     )
 
 
