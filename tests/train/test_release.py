@@ -26,7 +26,7 @@ from transformers import (
 
 from shortzip.data.supervision import load_template
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.loading import load_release, load_viewer
+from shortzip.train.release.loading import load_release, load_viewer, share_weights
 from shortzip.train.release.opening import open_release, read_projector, release_projector
 from shortzip.train.release.original_layout import split_after_images
 from shortzip.train.release.spec import ReleaseSpec
@@ -49,6 +49,38 @@ def test_a_viewer_chooses_the_tokens_of_the_whole_model_and_holds_its_tower_alon
     assert held
     assert all("vision_tower" in name for name in held)
     assert processor.visionzip == viewer.config.visionzip
+
+
+REDUCED = [
+    Reductions(),
+    Reductions(VISIONZIP, {"layers": [1, 2]}),
+    Reductions({"dominant": 6, "contextual": 0, "method": "grid"}, fastv={"layer": 2, "keep": 0.5}),
+]
+
+
+@pytest.mark.parametrize("first", REDUCED)
+@pytest.mark.parametrize("second", REDUCED)
+def test_models_that_share_weights_are_those_loaded_apart(
+    tiny_release: Path, first: Reductions, second: Reductions
+) -> None:
+    model, _ = load_release(str(tiny_release), first)
+    apart, processor = load_release(str(tiny_release), second)
+    projector = apart.model.multi_modal_projector
+    with torch.no_grad():
+        projector.linear_2.bias += 1.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shared = share_weights(model, second, projector.state_dict())
+    inputs = processor(images=Image.new("RGB", (30, 20), (9, 99, 199)), text="<image>\nhello", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(shared(**inputs).logits, apart(**inputs).logits)
+    own, theirs = dict(shared.named_parameters()), dict(model.named_parameters())
+    assert own.keys() == theirs.keys() == dict(apart.named_parameters()).keys()
+    copied = {name for name in own if own[name] is not theirs[name]}
+    assert copied == {name for name in own if "multi_modal_projector" in name}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (model.config.visionzip, model.config.fastv) == (first.visionzip, first.fastv)
+    with pytest.raises(ValueError, match="layers \\[9\\] do not exist"):
+        share_weights(model, Reductions(shortv={"layers": [9]}))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,31 @@ def load_release(
     )
     lay_projector(model, release_projector(release))
     return model.eval(), release_processor(release, model.config)
+
+
+def share_weights(model: Any, reductions: Reductions, projector: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """A model with the weights of a loaded one and other `reductions`, in eval mode; no weight is read or copied.
+
+    `projector`: tensors as `lay_projector` takes them, for a projector of its own. Raises ReductionError for
+    reductions that the model cannot take.
+    """
+    config = copy.deepcopy(model.config)
+    for key, value in reductions.as_config().items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        other = type(model)(config)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if next(module.children(), None) is None:
+            other.set_submodule(name, module)  # itself, for in 4 bits it is of another class
+        else:
+            counterpart = other.get_submodule(name)
+            counterpart._parameters.update(module._parameters)
+            counterpart._buffers.update(module._buffers)
+    other.generation_config = model.generation_config
+    if projector is not None:
+        other.model.multi_modal_projector = copy.deepcopy(model.model.multi_modal_projector)
+        lay_projector(other, projector)
+    return other.eval()
 
 
 def reduced_config(release: Release, reductions: Reductions | None = None) -> Any:
