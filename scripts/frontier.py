@@ -104,7 +104,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                 asked = replace(
                     recipe, visionzip=visionzip, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder)
                 )
-                known[key] = choose_layers(asked, release, accelerator) or []
+                known[key] = choose_layers(asked, release, accelerator)[0] or []
             kept.keep("frozen-layers", measured_with, known)
         found[ranking, freeze, budget, seed] = known[key]
     return found

@@ -24,7 +24,7 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
-from shortzip.train.calibration.choosing import choose_layers
+from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from shortzip.train.inputs.feature_filling import known_tower, store_features
@@ -153,10 +153,16 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     dtype = release.spec.dtype
     check_publishable(config, release)
     run.check_base(release.config.get("base_release"))
-    layers = checkpoint.state["layers"] if checkpoint else choose_layers(config, release, accelerator, run.write)
+    layers, loaded = (
+        (checkpoint.state["layers"], None) if checkpoint else choose_layers(config, release, accelerator, run.write)
+    )
     reductions = reductions_of(config.visionzip, layers, config.fastv)
     tower = known_tower(config, release, dtype)
-    model, processor = load_release(release, reductions, with_tower=tower is None)
+    if loaded is None:
+        model, processor = load_release(release, reductions, with_tower=tower is None)
+    else:
+        model, processor = freeze_layers(loaded, reductions, with_tower=tower is None)
+        del loaded  # and with it a tower that is not needed
     train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":
