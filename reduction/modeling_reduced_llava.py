@@ -26,7 +26,7 @@ from .configuration_reduced_llava import (
 )
 from .errors import ReductionError
 from .fastv import Pruning, last_attended, prompt_end, prune_in_decoder, refuse_cache, refuse_chunks
-from .projector import PROJECTOR, DtypeProjector, lay_projector, settle_projector, was_reduced
+from .projector import PROJECTOR, DtypeProjector, load_projector, settle_projector, was_reduced
 from .refusals import (
     refuse_changed,
     refuse_mismatch,
@@ -306,7 +306,7 @@ class ReducedForGenerationMixin:
                 f"{pretrained_model_name_or_path} does not fill {cls.__name__}: {'; '.join(problems)}"
             )
         if projector is not None:
-            lay_projector(model, projector)
+            load_projector(model, projector)
         else:
             settle_projector(model)
         return (model, info) if with_info else model

@@ -34,7 +34,7 @@ def settle_projector(model: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def lay_projector(model: Any, path: Path) -> None:
+def load_projector(model: Any, path: Path) -> None:
     """Puts a projector's file into a loaded model, whose config then names no base any more: it is whole. What the
     file holds in float32 stays float32.
 

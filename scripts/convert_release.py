@@ -23,6 +23,7 @@ from shortzip.train.release.hub import fetch
 from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_tower
 from shortzip.train.release.original_layout import is_original
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.settings.command_line import run_command, say
 
@@ -66,9 +67,8 @@ def to_transformers(given: argparse.Namespace) -> None:
 def to_llava(given: argparse.Namespace) -> None:
     if given.dtype is not None:
         raise UserError("--dtype is for --to transformers: a projector is written in float32")
-    release = open_release(
-        given.model, given.revision, mm_projector=given.mm_projector, vision_tower=given.vision_tower
-    )
+    spec = ReleaseSpec(given.model, given.revision, given.mm_projector, given.vision_tower, chat_template="release")
+    release = open_release(spec)
     write_reduced_checkpoint(
         given.output,
         release,

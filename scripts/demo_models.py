@@ -26,6 +26,7 @@ from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.lineage import check_tuned, check_untuned
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import LAYERS
 from shortzip.train.settings.checks import ConfigError
 
@@ -108,14 +109,11 @@ class Models:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is 'cuda', and there is no GPU here: give --device cpu")
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        release = open_release(config.model, config.revision)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        release = open_release(ReleaseSpec(config.model, config.revision, dtype=dtype))
         check_untuned(release)
         tuned = self._tuned(config, release)
-        self.base, self.processor = load_release(
-            release,
-            Reductions(),
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-        )
+        self.base, self.processor = load_release(release, Reductions())
         self.base.to(device)
         self.max_new_tokens = config.max_new_tokens
         self.seconds = config.seconds

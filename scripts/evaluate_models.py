@@ -25,8 +25,8 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
 from shortzip.train.finish import candidates_of
 from shortzip.train.release.lineage import check_run, check_settings, release_of
-from shortzip.train.release.loading import dtype_of
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec, dtype_of
 from shortzip.train.run.processes import PATIENCE, on_main_process
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
@@ -144,11 +144,12 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
             check_run(final, release_of(final, settings), file)
             rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
             continue
-        saved = open_release(model, config.revision).saved_reductions
+        spec = ReleaseSpec(model, config.revision)
+        saved = open_release(spec).saved_reductions
         if not saved.is_empty:
-            rows.append(Candidate(model, model, revision=config.revision))
+            rows.append(Candidate(model, spec))
             continue
-        release = Candidate(several + "all tokens", model, Reductions(), revision=config.revision)
+        release = Candidate(several + "all tokens", spec, Reductions())
         rows.append(release)
         if reduces:
             given = True
@@ -225,21 +226,19 @@ def answer(
     """Evaluates the candidates, prints the table and writes it. Raises what `compare` raises."""
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     dtype, load_in_4bit = precision_for(config, runs, accelerator.device)
+    as_asked = [replace(row, spec=replace(row.spec, dtype=dtype, load_in_4bit=load_in_4bit)) for row in candidates]
     report = Reporter(accelerator.is_main_process)
     output = Path(config.output)
     results, answers = compare(
-        candidates,
+        as_asked,
         data,
         accelerator,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         progress=lambda name, done, total: report.progress(f"evaluating {name}", done, total),
     )
     report.end_progress()
-    precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": load_in_4bit}
-    on_main_process(accelerator, lambda: write_evaluation(output, results, answers, **precision))
+    on_main_process(accelerator, lambda: write_evaluation(output, results, answers, **as_asked[0].spec.precision()))
     report.table(table_of(results, f"held-out conversations of {data.eval_instructions}"))
     report.say(f"written: {output / RESULTS}, {output / ANSWERS}/")
     accelerator.end_training()

@@ -46,6 +46,7 @@ from shortzip.train.evaluation.papers_table import (
 from shortzip.train.release.lineage import check_tuned, check_untuned
 from shortzip.train.release.loading import reduced_config
 from shortzip.train.release.opening import Release, open_release, release_content
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import end_stopped, parse_config, printable, run_command, say
@@ -99,7 +100,9 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
     rows = {}
     for row in rows_of(config):
         if row.model not in releases:
-            releases[row.model] = open_release(row.model, config.revision if row.model == config.model else None)
+            releases[row.model] = open_release(
+                ReleaseSpec(row.model, config.revision if row.model == config.model else None)
+            )
         release = releases[row.model]
         if row.kind == TUNED:
             saved = Row.saved(row.model, release.saved_reductions)

@@ -46,8 +46,9 @@ from shortzip.train.inputs.samples import (
     held_out_conversations,
     training_conversations,
 )
-from shortzip.train.release.loading import dtype_of, load_processor
+from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import open_release, release_content
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
 from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
 from shortzip.train.settings.checks import ConfigError
@@ -65,9 +66,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
     """
     kept, known_settings = Kept(config.output), recipe.shortv or ShortVConfig(freeze=1)
     settings = ("model", "revision", "mm_projector", "vision_tower", "mixed_precision", "load_in_4bit")
-    release = open_release(
-        recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
-    )
+    release = open_release(ReleaseSpec.of(recipe))
     first, count = config.seeds[0], known_settings.calibration_samples
     measured_with = {
         **{key: getattr(recipe, key) for key in settings},
@@ -76,7 +75,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
         "calibration_samples": count,
     }
     if any(freeze not in ("0", "0%") for freeze in config.freeze):
-        processor = load_processor(release, Reductions(), chat_template=recipe.data.chat_template)
+        processor = load_processor(release, Reductions())
         drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
         supervision = Supervision(processor, max_length=None)
         chosen, root = calibration_prompts(replace(recipe, seed=first), supervision, count, drops)
@@ -105,7 +104,7 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                 asked = replace(
                     recipe, visionzip=visionzip, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder)
                 )
-                known[key] = choose_layers(asked, release, dtype_of(recipe.mixed_precision), accelerator) or []
+                known[key] = choose_layers(asked, release, accelerator)[0] or []
             kept.keep("frozen-layers", measured_with, known)
         found[ranking, freeze, budget, seed] = known[key]
     return found
@@ -117,9 +116,7 @@ class TuningFailed(UserError):
 
 def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
     """The content of what a tuned point is made of: the release's files, the conversations and their images."""
-    release = open_release(
-        recipe.model, recipe.revision, mm_projector=recipe.mm_projector, vision_tower=recipe.vision_tower
-    )
+    release = open_release(ReleaseSpec.of(recipe))
     drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
     conversations, root = training_conversations(recipe.data, point.seed or 0, drops)
     return {**release_content(release), "conversations": conversations_digest(conversations, root)}
@@ -172,15 +169,10 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content
 
 def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
     """What is evaluated of a point: `model` is the recipe's, or of a tuned point its checkpoint."""
-    return Candidate(
-        point.name,
-        model,
-        None if point.tuned else point.reductions,
-        revision=None if point.tuned else recipe.revision,
-        mm_projector=None if point.tuned else recipe.mm_projector,
-        vision_tower=None if point.tuned else recipe.vision_tower,
-        chat_template=recipe.data.chat_template,
-    )
+    release = ReleaseSpec.of(recipe)
+    if point.tuned:
+        return Candidate(point.name, release.tuned(model))
+    return Candidate(point.name, release, point.reductions)
 
 
 def evaluate_point(
@@ -189,14 +181,10 @@ def evaluate_point(
     """The point's values; kept from before where model, reduction, settings and conversations are the same."""
     data, candidate = held_out_data(config, recipe), candidate_of(point, model, recipe)
     drops = DropLog(data.on_bad_sample, data.max_bad_fraction)
-    release = open_release(
-        model, candidate.revision, mm_projector=candidate.mm_projector, vision_tower=candidate.vision_tower
-    )
+    release = open_release(candidate.spec)
     parts = {
-        "candidate": asdict(candidate),
+        "candidate": {**asdict(candidate), "spec": candidate.spec.as_config()},
         "data": asdict(data),
-        "mixed_precision": recipe.mixed_precision,
-        "load_in_4bit": recipe.load_in_4bit,
         "batch_size": recipe.eval_batch_size,
         "max_new_tokens": recipe.max_new_tokens,
         "device": str(accelerator.device),
@@ -209,8 +197,6 @@ def evaluate_point(
             [candidate],
             data,
             accelerator,
-            dtype=dtype_of(recipe.mixed_precision),
-            load_in_4bit=recipe.load_in_4bit,
             batch_size=recipe.eval_batch_size,
             max_new_tokens=recipe.max_new_tokens,
         )
@@ -236,8 +222,6 @@ def time_prefill(
             [candidate_of(point, recipe.model, recipe) for point in points],
             held_out_data(config, recipe),
             accelerator,
-            dtype=dtype_of(recipe.mixed_precision),
-            load_in_4bit=recipe.load_in_4bit,
             batch_size=recipe.eval_batch_size,
             rounds=config.prefill_rounds,
         )

@@ -26,6 +26,7 @@ from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_viewer
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.command_line import parse_config, run_command, say
 
 
@@ -68,7 +69,7 @@ def show(settings: ShowConfig) -> list[Path]:
     refuse_to_replace(output, overwrite=settings.overwrite, inputs=settings.images)
     budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
     images = [open_image(name) for name in settings.images]
-    release = open_release(settings.model, settings.revision)
+    release = open_release(ReleaseSpec(settings.model, settings.revision))
     model, processor = load_viewer(release, Reductions(budgets[0]) if budgets else None)
     if budgets is None:
         vision = model.config.vision_config

@@ -18,8 +18,9 @@ from shortzip.train.evaluation.comparison import Candidate, compare, recovered_s
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.publish.push import PublishError, publish_run
 from shortzip.train.release.lineage import base_revision, write_record
-from shortzip.train.release.loading import dtype_of, load_viewer
+from shortzip.train.release.loading import load_viewer
 from shortzip.train.release.opening import Release, open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import folder_specs
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.checkpoint import discard
@@ -92,24 +93,17 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
 def candidates_of(config: TuneConfig, folder: Path, final: Release) -> list[Candidate]:
     """The rows of a run's table: its release with all tokens and reduced, `final`, and the control."""
     saved = final.saved_reductions
-    release = Candidate(
-        "all tokens",
-        config.model,
-        Reductions(),
-        revision=base_revision(final, asdict(config)),
-        mm_projector=config.mm_projector,
-        vision_tower=config.vision_tower,
-        chat_template=config.data.chat_template,
-    )
-    rows = [release]
+    release = replace(ReleaseSpec.of(config), revision=base_revision(final, asdict(config)))
+    tuned = release.tuned(str(folder / FINAL))
+    rows = [Candidate("all tokens", release, Reductions())]
     if not saved.is_empty:
-        rows.append(replace(release, name="reduced, untuned", reductions=saved))
-        rows.append(Candidate("reduced + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
+        rows.append(Candidate("reduced, untuned", release, saved))
+        rows.append(Candidate("reduced + tuned", tuned))
     else:
-        rows.append(Candidate("all tokens + tuned", str(folder / FINAL), chat_template=config.data.chat_template))
+        rows.append(Candidate("all tokens + tuned", tuned))
     if config.control:
-        control = str(folder / CONTROL / FINAL)
-        rows.append(Candidate("all tokens + the same tuning", control, chat_template=config.data.chat_template))
+        control = release.tuned(str(folder / CONTROL / FINAL))
+        rows.append(Candidate("all tokens + the same tuning", control))
     return rows
 
 
@@ -124,23 +118,20 @@ def compare_and_draw(config: TuneConfig, folder: Path, session: Session) -> None
 
     on_main_process(accelerator, lambda: draw_loss_curve(folder / METRICS, folder / CURVE))
     if config.final_evaluation and config.data.eval_instructions is not None:
-        dtype = dtype_of(config.mixed_precision)
+        spec = ReleaseSpec.of(config)
         results, answers = compare(
             candidates_of(config, folder, open_release(str(folder / FINAL))),
             config.data,
             accelerator,
-            dtype=dtype,
-            load_in_4bit=config.load_in_4bit,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
             progress=progress,
         )
         report.end_progress()
         share = recovered_share(*results[:3]) if len(results) > 2 else None
-        precision = {"dtype": str(dtype).removeprefix("torch."), "load_in_4bit": config.load_in_4bit}
         on_main_process(
             accelerator,
-            lambda: write_evaluation(folder, results, answers, recovered_share=share, **precision),
+            lambda: write_evaluation(folder, results, answers, recovered_share=share, **spec.precision()),
         )
         report.table(table_of(results, f"held-out conversations of {config.data.eval_instructions}"))
         if share is not None:

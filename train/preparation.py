@@ -21,7 +21,7 @@ from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.calibration.choosing import choose_layers
+from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.inputs.feature_filling import known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
 from shortzip.train.inputs.loading import check_shared_memory
@@ -34,8 +34,9 @@ from shortzip.train.inputs.samples import (
     training_set,
 )
 from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.loading import dtype_of, load_release
+from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import Release, open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import Checkpoint, check_same_run, restore_random_states, versions
 from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.report import component_table
@@ -149,26 +150,22 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
 
 def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | None, session: Session) -> Subject:
     """The model in the compute dtype on the CPU, with what is trained in fp32; said on the screen."""
-    dtype = dtype_of(config.mixed_precision)
-    release = open_release(
-        config.model, config.revision, mm_projector=config.mm_projector, vision_tower=config.vision_tower
-    )
+    release = open_release(ReleaseSpec.of(config))
+    dtype = release.spec.dtype
     check_publishable(config, release)
     run.check_base(release.config.get("base_release"))
-    if checkpoint:
-        layers = checkpoint.state["layers"]
-    else:
-        layers = choose_layers(config, release, dtype, session.accelerator, run.write)
+    layers, loaded = (
+        (checkpoint.state["layers"], None)
+        if checkpoint
+        else choose_layers(config, release, session.accelerator, run.write)
+    )
     reductions = reductions_of(config.visionzip, layers, config.fastv)
     tower = known_tower(config, release, dtype)
-    model, processor = load_release(
-        release,
-        reductions,
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-        with_tower=tower is None,
-    )
+    if loaded is None:
+        model, processor = load_release(release, reductions, with_tower=tower is None)
+    else:
+        model, processor = freeze_layers(loaded, reductions, with_tower=tower is None)
+        del loaded  # and with it a tower that is not needed
     train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":

@@ -30,7 +30,7 @@ from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked
 from shortzip.train.inputs.loading import loader_of, step_inputs
 from shortzip.train.inputs.preflight import answer_images, refuse_zero_gradient
 from shortzip.train.preparation import Prepared, prepare
-from shortzip.train.release.loading import dtype_of
+from shortzip.train.release.spec import dtype_of
 from shortzip.train.run.checkpoint import Checkpoint, random_states, save_checkpoint
 from shortzip.train.run.processes import (
     StopRequest,

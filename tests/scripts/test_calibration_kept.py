@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
@@ -140,7 +139,7 @@ def test_the_script_and_a_run_freeze_the_same_layers(settings: CalibrateConfig, 
         output_dir=str(tmp_path / "run"),
     )
     (tmp_path / "run").mkdir()
-    chosen = choose_layers(config, open_release(settings.model), torch.float32, Accelerator(cpu=True))
+    chosen, _ = choose_layers(config, open_release(settings.model), Accelerator(cpu=True))
     assert chosen == measured["layers"]
     found = json.loads((tmp_path / "run" / "layers.json").read_text())
     mean = measured["measurements"][0]["visual"]["full_to_frozen"]["mean"]

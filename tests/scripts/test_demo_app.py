@@ -30,9 +30,8 @@ from scripts import demo_app
 from shortzip.data.errors import UserError
 from shortzip.data.generated.scenes import render_scene, sample_scene
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.demo_models import ALL, REDUCED, TUNED
 from shortzip.scripts.demo_app import choices, converse, main
-from shortzip.scripts.demo_models import AppConfig, Models
+from shortzip.scripts.demo_models import ALL, REDUCED, TUNED, AppConfig, Models
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release, read_release_projector

@@ -255,10 +255,10 @@ def test_layers_are_those_that_a_run_of_the_points_budget_would_freeze(
 ) -> None:
     asked: list[tuple[str, Any, Any]] = []
 
-    def choose(recipe: TuneConfig, *_: object) -> list[int]:
+    def choose(recipe: TuneConfig, *_: object) -> tuple[list[int], None]:
         assert recipe.shortv
         asked.append((recipe.shortv.ranking, recipe.shortv.freeze, recipe.visionzip and recipe.visionzip.as_key()))
-        return [1, 3]
+        return [1, 3], None
 
     monkeypatch.setattr("shortzip.scripts.frontier.choose_layers", choose)
     (tmp_path / "out").mkdir()

@@ -65,9 +65,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("point")
         return [Found(float(len(calls)))], [[]]
 
-    def choose(*_: Any) -> list[int]:
+    def choose(*_: Any) -> tuple[list[int], None]:
         calls.append("layers")
-        return [1, len(calls)]
+        return [1, len(calls)], None
 
     def prefill(candidates: Any, *_: Any, **__: Any) -> list[float]:
         calls.append("prefill")

@@ -17,6 +17,7 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import start_accelerator
 from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.engine import WholeEngine
@@ -27,7 +28,9 @@ State = dict[str, torch.Tensor]
 
 
 def build(accelerator: Accelerator, release: str, dtype: torch.dtype) -> WholeEngine:
-    model, _ = load_release(release, Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]}), dtype=dtype)
+    model, _ = load_release(
+        ReleaseSpec(release, dtype=dtype), Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]})
+    )
     train_only_projector(model, dtype, gradient_checkpointing=False)
     parameters = projector_parameters(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import lay_projector, load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.step.adapters import TUNINGS, ProjectorAdapter, adapter_config, merged_projector
 
 VISIONZIP = {"dominant": 6, "contextual": 2}
@@ -85,7 +86,7 @@ def test_the_adapter_loads_on_plain_transformers_llava(tiny_release: Path, tmp_p
 
 
 def test_merging_is_in_float32_under_a_bf16_model(tiny_release: Path) -> None:
-    model, processor = load_release(str(tiny_release), Reductions(VISIONZIP), dtype=torch.bfloat16)
+    model, processor = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16), Reductions(VISIONZIP))
     adapter = trained_adapter(model, processor, "lora")
     layer = model.model.multi_modal_projector.linear_1
     wanted = layer.base_layer.weight + layer.get_delta_weight("default")

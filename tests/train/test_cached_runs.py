@@ -19,6 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from shortzip.train.release import towers
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import read_metrics
 
 
@@ -142,7 +143,7 @@ def test_images_that_are_new_have_the_tower_loaded_alone(
     assert "images computed" in (said := capsys.readouterr().out)
     assert "features: 0 images" not in said
     assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
-    whole, _ = load_release(str(release), dtype=torch.bfloat16)
+    whole, _ = load_release(ReleaseSpec(str(release), dtype=torch.bfloat16))
     alone = towers.load_tower(open_release(str(release)).folder, whole.config, torch.bfloat16)
     assert isinstance(alone, CLIPVisionModel)
     assert towers.tower_digest(alone) == towers.tower_digest(whole.model.vision_tower)

@@ -19,6 +19,7 @@ from shortzip.train.release import conversions
 from shortzip.train.release.content import content_digest
 from shortzip.train.release.convert import convert_to_transformers
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 
 
 @pytest.fixture
@@ -87,9 +88,9 @@ def test_another_converter_projector_or_template_gives_another_one(
     open_release(str(release), cache_dir=cache)
     projector = release.parent / "projector"
     shutil.copytree(PRETRAIN, projector)
-    open_release(str(release), mm_projector=str(projector), cache_dir=cache)
+    open_release(ReleaseSpec(str(release), mm_projector=str(projector)), cache_dir=cache)
     alter(projector / "mm_projector.bin")
-    open_release(str(release), mm_projector=str(projector), cache_dir=cache)
+    open_release(ReleaseSpec(str(release), mm_projector=str(projector)), cache_dir=cache)
     monkeypatch.setattr(conversions, "FORMAT", conversions.FORMAT + 1)
     open_release(str(release), cache_dir=cache)
     template = release.parent / "other.jinja"

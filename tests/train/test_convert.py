@@ -25,6 +25,7 @@ from transformers import (
 from shortzip.train.release.convert import convert_to_transformers, write_llava_projector
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.original_layout import to_original_config
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, read_specs, write_safetensors
 
 
@@ -95,6 +96,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from shortzip.train.release.convert import convert_to_transformers
+from shortzip.train.release.spec import ReleaseSpec
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()
 for release in sys.argv[2:]:
@@ -162,7 +164,7 @@ def test_an_unfinished_conversion_leaves_nothing(release: Path, tmp_path: Path, 
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shortzip.train.release.convert.build_processor", full_disk)
+    monkeypatch.setattr("shortzip.train.release.convert.original_processor", full_disk)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space left"):
         convert_to_transformers(release, tmp_path / "out", tower=TOWER)
@@ -324,7 +326,7 @@ def test_a_missing_tower_says_how_to_give_it(tmp_path: Path) -> None:
     edit_config(tmp_path / RELEASE.name, mm_vision_tower=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"the vision tower .*nowhere' .* was not found.*vision_tower"):
         open_release(str(tmp_path / RELEASE.name), cache_dir=tmp_path)
-    found = open_release(str(tmp_path / RELEASE.name), cache_dir=tmp_path, vision_tower=str(TOWER))
+    found = open_release(ReleaseSpec(str(tmp_path / RELEASE.name), vision_tower=str(TOWER)), cache_dir=tmp_path)
     assert (found.folder / "config.json").is_file()
 
 

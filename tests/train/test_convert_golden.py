@@ -18,6 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 
 CASES = [(image, prompt) for image in range(3) for prompt in range(3)]
 
@@ -128,7 +129,7 @@ def test_config_and_tokenizer_files_of_the_2023_release(tmp_path: Path, golden: 
 @pytest.mark.parametrize("base", ["original", "converted"])
 def test_mm_projector_over_a_base(cache: Path, golden: dict[str, torch.Tensor], given: Path, base: str) -> None:
     name = str(RELEASE if base == "original" else open_release(str(RELEASE), cache_dir=cache).folder)
-    model, processor = load_release(open_release(name, mm_projector=str(given), cache_dir=cache))
+    model, processor = load_release(open_release(ReleaseSpec(name, mm_projector=str(given)), cache_dir=cache))
     inputs = processor(images=photograph(0), text=EXPECTED["prompt_texts"][0], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1, :1000]
@@ -145,7 +146,7 @@ def test_mm_projector_over_the_vicuna_it_was_pretrained_on(tmp_path: Path, golde
     (release / "config.json").write_text(json.dumps({**kept, "model_type": "llama"}))
     with pytest.raises(ValueError, match=r"text-only language model.*mm_projector"):
         open_release(str(release), cache_dir=tmp_path)
-    model, _ = load_release(open_release(str(release), mm_projector=str(PRETRAIN), cache_dir=tmp_path))
+    model, _ = load_release(open_release(ReleaseSpec(str(release), mm_projector=str(PRETRAIN)), cache_dir=tmp_path))
     with torch.no_grad():
         features = torch.stack(list(model.get_image_features(golden["pixel_values"]).pooler_output))
     torch.testing.assert_close(features, golden["pretrain_projected_features"], rtol=0, atol=1e-4)

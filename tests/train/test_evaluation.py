@@ -1,7 +1,9 @@
 """Exact match and loss: what a user would get by asking one question after the other."""
 
 import json
+import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import write_instructions
 from transformers import LlavaForConditionalGeneration
 
@@ -20,7 +23,10 @@ from shortzip.reduction.flops import llm_prefill_flops_grouped
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, held_out_loss
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
-from shortzip.train.release.loading import load_release
+from shortzip.train.release.loading import load_processor, load_release
+from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.release.spec import ReleaseSpec
+from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
@@ -182,14 +188,53 @@ def test_prefill_is_timed_side_by_side(
     """A machine that is busy in one round (here the second) changes no row."""
     times = iter([99.0, 99.0, 8.0, 4.0, 80.0, 40.0, 7.0, 5.0])
     for module in ("shortzip.train.evaluation.answers", "shortzip.train.evaluation.comparison"):
-        monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: (next(times), 4))
+        monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: next(times))
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
     candidates = [
-        Candidate("all tokens", str(learned_release), Reductions()),
-        Candidate("reduced", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
+        Candidate("reduced", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    rows, _ = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=2)
+    rows, _ = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=2)
     assert [row.prefill_ms for row in rows] == [8.0, 5.0]
+
+
+def test_rows_of_the_same_weights_share_them_and_are_what_each_is_alone(
+    learned_release: Path, held_out: Path, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, reduced = (
+        open_release(str(learned_release)),
+        Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]}),
+    )
+    projector = {name: 1.5 * tensor for name, tensor in release_projector(release).items()}
+    write_reduced_checkpoint(tmp_path / "tuned", release, projector, load_processor(release, reduced), reduced)
+    other = shutil.copytree(learned_release, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    head = next(name for name in weights if name.endswith("lm_head.weight"))
+    save_file({**weights, head: 0.5 * weights[head]}, other / "model.safetensors")
+    candidates = [
+        Candidate("reduced", ReleaseSpec(str(learned_release)), reduced),
+        Candidate("other", ReleaseSpec(str(other)), Reductions()),
+        Candidate("all", ReleaseSpec(str(learned_release)), Reductions()),
+        Candidate("tuned", ReleaseSpec(str(tmp_path / "tuned"))),
+        Candidate("bfloat16", ReleaseSpec(str(tmp_path / "tuned"), dtype=torch.bfloat16)),
+    ]
+    loaded = []
+
+    def load(release: Release, reductions: Reductions | None) -> Any:
+        loaded.append((Path(release.name).name, str(release.spec.dtype)))
+        return load_release(release, reductions)
+
+    monkeypatch.setattr("shortzip.train.evaluation.comparison.load_release", load)
+    data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=3)
+    rows, answers = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=4)
+    assert loaded == [
+        (learned_release.name, "torch.float32"), ("other", "torch.float32"), ("tuned", "torch.bfloat16")
+    ]  # fmt: skip
+    for candidate, row, said in zip(candidates, rows, answers, strict=True):
+        (alone,), (its,) = compare([candidate], data, accelerator, batch_size=4, max_new_tokens=4)
+        assert replace(row, seconds=0, prefill_ms=0) == replace(alone, seconds=0, prefill_ms=0)
+        assert said == its
+    assert len({row.loss for row in rows}) == len(rows)
 
 
 def test_side_by_side_with_answers_in_files(
@@ -197,10 +242,10 @@ def test_side_by_side_with_answers_in_files(
 ) -> None:
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
     candidates = [
-        Candidate("all tokens", str(learned_release), Reductions()),
-        Candidate("reduced, untuned", str(learned_release), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
+        Candidate("reduced, untuned", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
     ]
-    results, answers = compare(candidates, data, accelerator, dtype=torch.float32, batch_size=4, max_new_tokens=4)
+    results, answers = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=4)
     write_evaluation(tmp_path, results, answers, recovered_share=None)
     assert [row.name for row in results] == ["all tokens", "reduced, untuned"]
     assert [row.visual_tokens for row in results] == [36, 3]
@@ -215,8 +260,6 @@ def test_side_by_side_with_answers_in_files(
 def test_the_recovered_share_is_of_what_was_lost(
     evaluated: tuple[Evaluation, list[Answer]], tuned: float, share: float
 ) -> None:
-    from dataclasses import replace
-
     full, untuned = (replace(evaluated[0], exact_match=value) for value in (0.8, 0.6))
     assert recovered_share(full, untuned, replace(full, exact_match=tuned)) == pytest.approx(share)
     assert recovered_share(untuned, full, full) is None

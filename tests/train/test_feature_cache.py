@@ -26,6 +26,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
 from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
@@ -374,7 +375,8 @@ def test_random_patches_are_the_same_cached_and_not_in_bfloat16(
     tmp_path: Path, tiny_release: Path, tiny_instructions: Path
 ) -> None:
     model, processor = load_release(
-        str(tiny_release), Reductions({"dominant": 8, "contextual": 0, "method": "random"}), dtype=torch.bfloat16
+        ReleaseSpec(str(tiny_release), dtype=torch.bfloat16),
+        Reductions({"dominant": 8, "contextual": 0, "method": "random"}),
     )
     dataset = dataset_of(tiny_instructions, processor)
     dataset.features = filled(tmp_path, (model, processor), dataset)

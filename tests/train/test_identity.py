@@ -26,6 +26,7 @@ from shortzip.reduction.base_release import describe_files
 from shortzip.train.inputs.identity import IMAGES, changed_versions, check_same_origin, data_identity, release_identity
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import write_index
 from shortzip.train.run.checkpoint import CHECKSUMS, FILES, CheckpointError
 
@@ -119,7 +120,9 @@ def test_the_same_release_in_other_files_is_the_same(
 
     alone = tmp_path / "projector.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if "multi_modal_projector" in name}, alone)
-    assert not differing(release_parts, release_identity(open_release(str(tiny_release), mm_projector=str(alone))))
+    assert not differing(
+        release_parts, release_identity(open_release(ReleaseSpec(str(tiny_release), mm_projector=str(alone))))
+    )
 
     small = tmp_path / "small"
     shutil.copytree(tiny_release, small)
@@ -138,7 +141,7 @@ def test_another_projector_laid_over_is_another_beginning(
     tensors = load_file(other / "model.safetensors")
     path = tmp_path / "projector.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if "multi_modal_projector" in name}, path)
-    release = open_release(str(tiny_release), mm_projector=str(path))
+    release = open_release(ReleaseSpec(str(tiny_release), mm_projector=str(path)))
     assert differing(release_parts, release_identity(release)) == {PROJECTOR}
 
 

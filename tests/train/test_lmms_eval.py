@@ -20,6 +20,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare
 from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
 from shortzip.train.evaluation.lmms_plugin import middle_image, write_questions, write_task
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +31,8 @@ ARGUMENTS = "budget=6+3,layers=1+2,dtype=float32"
 def answer(release: Path, instructions: Path) -> tuple[float, list[dict[str, Any]]]:
     """Exact match and answers, as scripts/evaluate_models.py gets them."""
     data = DataConfig(str(instructions), eval_instructions=str(instructions))
-    candidate = Candidate("reduced", str(release), Reductions(BUDGET, {"layers": LAYERS}))
-    found, (said,) = compare(
-        [candidate], data, Accelerator(cpu=True), dtype=torch.float32, batch_size=4, max_new_tokens=8
-    )
+    candidate = Candidate("reduced", ReleaseSpec(str(release)), Reductions(BUDGET, {"layers": LAYERS}))
+    found, (said,) = compare([candidate], data, Accelerator(cpu=True), batch_size=4, max_new_tokens=8)
     return found[0].exact_match, [asdict(answer) for answer in said]
 
 

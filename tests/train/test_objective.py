@@ -13,6 +13,7 @@ from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
@@ -109,14 +110,14 @@ def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(
 
 def test_the_projector_is_not_rounded_on_its_way_to_training_in_bf16(tiny_release: Path) -> None:
     exact = projector_parameters(load_release(str(tiny_release), Reductions(BUDGET, FROZEN))[0])
-    model, _ = load_release(str(tiny_release), Reductions(BUDGET, FROZEN), dtype=torch.bfloat16)
+    model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16), Reductions(BUDGET, FROZEN))
     train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
     for name, parameter in projector_parameters(model).items():
         assert torch.equal(parameter, exact[name])
 
 
 def test_only_the_projector_is_trained_and_nothing_upstream_has_a_graph(tiny_release: Path) -> None:
-    model, _ = load_release(str(tiny_release), Reductions(BUDGET, FROZEN), dtype=torch.bfloat16)
+    model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16), Reductions(BUDGET, FROZEN))
     model.train()
     train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -20,6 +20,7 @@ from shortzip.train.finish import candidates_of
 from shortzip.train.publish.push import prepare
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import SHAPES
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
@@ -94,7 +95,7 @@ def test_all_tokens_means_no_reduction_at_all(runs: dict[str, Path], tmp_path: P
     rows = {row.name: row for row in candidates_of(config, again, open_release(str(again)))}
     assert rows["all tokens"].reductions == Reductions()
     assert rows["reduced, untuned"].reductions == Reductions.parse("4+2")
-    model, _ = load_release(rows["all tokens"].model, rows["all tokens"].reductions)
+    model, _ = load_release(rows["all tokens"].spec, rows["all tokens"].reductions)
     assert Reductions(model.config.visionzip, model.config.shortv, model.config.fastv).is_empty
 
 
@@ -209,8 +210,8 @@ def test_options_that_would_mean_nothing_are_refused(run: Path, tiny_release: Pa
 def test_the_release_is_looked_for_at_the_commit_that_was_tuned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def opened(model: str, revision: str | None, **_: Any) -> Any:
-        asked.append((model, revision))
+    def opened(spec: ReleaseSpec) -> Any:
+        asked.append((spec.name, spec.revision))
         raise FileNotFoundError
 
     with_setting(run, model="maker/llava", revision="main")
@@ -220,7 +221,7 @@ def test_the_release_is_looked_for_at_the_commit_that_was_tuned(run: Path, monke
     published_config(run, "full")
     assert asked == [("maker/llava", COMMIT)]
     config = load_config(["--config", str(run / "config.yaml")])
-    assert candidates_of(config, run, open_release(str(run)))[0].revision == COMMIT
+    assert candidates_of(config, run, open_release(str(run)))[0].spec.revision == COMMIT
 
 
 def test_the_card_says_in_which_precision_was_measured_and_is_loaded(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
@@ -160,7 +161,7 @@ def test_gradients_through_four_bit_layers(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'shortzip[4bit]'")
     release = write_toy(tmp_path / "toy", "llava-1.5-13b-3090-4bit.yaml")
     reductions = Reductions.parse("6+2", "3+5")
-    quantised, processor = load_release(str(release), reductions, load_in_4bit=True)
+    quantised, processor = load_release(ReleaseSpec(str(release), load_in_4bit=True), reductions)
     plain, _ = load_release(str(release), reductions)
     for (_, layer), (_, other) in zip(quantised.named_modules(), plain.named_modules(), strict=True):
         if isinstance(layer, bitsandbytes.nn.Linear4bit):

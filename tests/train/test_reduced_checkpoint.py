@@ -19,6 +19,7 @@ from shortzip.reduction.base_release import describe_files, digest
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import Release, open_release, read_projector, read_release_projector
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import SHAPES, write_reduced_checkpoint
 
 VISIONZIP = {"dominant": 12, "contextual": 4}
@@ -57,8 +58,8 @@ class Tuned:
         with torch.no_grad():
             return model(**inputs).logits
 
-    def open(self, name: str | Path) -> Release:
-        return open_release(str(name), cache_dir=self.root / "cache")
+    def open(self, name: str | Path, dtype: torch.dtype = torch.float32) -> Release:
+        return open_release(ReleaseSpec(str(name), dtype=dtype), cache_dir=self.root / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_dtypes_of_a_reduced_checkpoint(tuned: Tuned) -> None:
     """In bf16 the projector stays float32, and from whichever shape the logits are the same."""
     found = []
     for shape in SHAPES:
-        model, processor = load_release(tuned.open(tuned.folders[shape]), dtype=torch.bfloat16)
+        model, processor = load_release(tuned.open(tuned.folders[shape], torch.bfloat16))
         assert model.lm_head.weight.dtype == torch.bfloat16
         assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
         found.append(tuned.logits_of(model, processor))

@@ -26,9 +26,10 @@ from transformers import (
 
 from shortzip.data.supervision import load_template
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.loading import load_release, load_viewer
+from shortzip.train.release.loading import load_release, load_viewer, share_weights
 from shortzip.train.release.opening import open_release, read_projector, release_projector
 from shortzip.train.release.original_layout import split_after_images
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
 
 VISIONZIP = {"dominant": 4, "contextual": 2}
@@ -48,6 +49,38 @@ def test_a_viewer_chooses_the_tokens_of_the_whole_model_and_holds_its_tower_alon
     assert held
     assert all("vision_tower" in name for name in held)
     assert processor.visionzip == viewer.config.visionzip
+
+
+REDUCED = [
+    Reductions(),
+    Reductions(VISIONZIP, {"layers": [1, 2]}),
+    Reductions({"dominant": 6, "contextual": 0, "method": "grid"}, fastv={"layer": 2, "keep": 0.5}),
+]
+
+
+@pytest.mark.parametrize("first", REDUCED)
+@pytest.mark.parametrize("second", REDUCED)
+def test_models_that_share_weights_are_those_loaded_apart(
+    tiny_release: Path, first: Reductions, second: Reductions
+) -> None:
+    model, _ = load_release(str(tiny_release), first)
+    apart, processor = load_release(str(tiny_release), second)
+    projector = apart.model.multi_modal_projector
+    with torch.no_grad():
+        projector.linear_2.bias += 1.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shared = share_weights(model, second, projector.state_dict())
+    inputs = processor(images=Image.new("RGB", (30, 20), (9, 99, 199)), text="<image>\nhello", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(shared(**inputs).logits, apart(**inputs).logits)
+    own, theirs = dict(shared.named_parameters()), dict(model.named_parameters())
+    assert own.keys() == theirs.keys() == dict(apart.named_parameters()).keys()
+    copied = {name for name in own if own[name] is not theirs[name]}
+    assert copied == {name for name in own if "multi_modal_projector" in name}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (model.config.visionzip, model.config.fastv) == (first.visionzip, first.fastv)
+    with pytest.raises(ValueError, match="layers \\[9\\] do not exist"):
+        share_weights(model, Reductions(shortv={"layers": [9]}))
 
 
 @pytest.fixture
@@ -86,7 +119,7 @@ def test_the_processor_writes_the_budget_and_carries_the_template(tiny_release: 
 
 
 def test_the_projector_is_float32_and_exact_whatever_the_rest_is_in(tiny_release: Path) -> None:
-    model, _ = load_release(str(tiny_release), dtype=torch.bfloat16)
+    model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16))
     assert model.lm_head.weight.dtype == torch.bfloat16
     stored = load_file(tiny_release / "model.safetensors")
     name = next(name for name in stored if name.endswith("multi_modal_projector.linear_1.weight"))
@@ -95,8 +128,8 @@ def test_the_projector_is_float32_and_exact_whatever_the_rest_is_in(tiny_release
 
 def test_a_reduced_checkpoint_keeps_the_template_that_it_was_tuned_with(tiny_release: Path, tmp_path: Path) -> None:
     """Even one of pretraining, which teaches no end token and would be refused in a release."""
-    release = open_release(str(tiny_release))
-    _, processor = load_release(release, chat_template="plain")
+    release = open_release(ReleaseSpec(str(tiny_release), chat_template="plain"))
+    _, processor = load_release(release)
     folder = tmp_path / "tuned"
     write_reduced_checkpoint(folder, release, release_projector(release), processor, Reductions.parse("5+3"))
     _, loaded = load_release(str(folder))
@@ -249,7 +282,7 @@ def test_projector_files_over_a_transformers_release(release: Path, tmp_path: Pa
         "multi_modal_projector." + name: t + 1 for name, t in release_projector(open_release(str(release))).items()
     }
     save_file(tensors, tmp_path / "projector.safetensors")
-    model, _ = load_release(str(release), mm_projector=str(tmp_path))
+    model, _ = load_release(ReleaseSpec(str(release), mm_projector=str(tmp_path)))
     laid = model.model.multi_modal_projector.state_dict()
     assert all(torch.equal(laid[name], tensors["multi_modal_projector." + name]) for name in laid)
     tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(3, 3)
@@ -257,9 +290,9 @@ def test_projector_files_over_a_transformers_release(release: Path, tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"projector.safetensors: the projector's linear_1.weight is \(3, 3\), needed"
     ):
-        open_release(str(release), mm_projector=str(tmp_path))
+        open_release(ReleaseSpec(str(release), mm_projector=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"mm_projector .*nothing: no such file"):
-        open_release(str(release), mm_projector=str(tmp_path / "nothing"))
+        open_release(ReleaseSpec(str(release), mm_projector=str(tmp_path / "nothing")))
     torch.save({"model.embed_tokens.weight": torch.zeros(2)}, tmp_path / "x.bin")
     with pytest.raises(ValueError, match=r"x.bin holds no projector"):
         read_projector(tmp_path / "x.bin")
@@ -287,18 +320,19 @@ def test_a_name_that_is_nothing(name: str) -> None:
 
 def test_a_revision_of_a_folder(tiny_release: Path) -> None:
     with pytest.raises(ValueError, match=r"revision 'v1' is for Hub ids, but .* is a folder"):
-        open_release(str(tiny_release), "v1")
+        open_release(ReleaseSpec(str(tiny_release), "v1"))
 
 
 def test_four_bits_without_bitsandbytes(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'shortzip\[4bit\]'"):
-        load_release(str(tiny_release), load_in_4bit=True)
+        load_release(ReleaseSpec(str(tiny_release), load_in_4bit=True))
 
 
 FETCH = """
 import sys
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.spec import ReleaseSpec
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
     try:

@@ -13,7 +13,7 @@ from shortzip.data.drops import TooManyBadSamples
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.calibration.choosing import choose_layers, load_sample
+from shortzip.train.calibration.choosing import choose_layers, freeze_layers, load_sample
 from shortzip.train.calibration.measuring import CalibrateConfig, asked_of
 from shortzip.train.inputs.samples import draw_demo_scenes, held_out_set, training_set
 from shortzip.train.release.loading import load_release
@@ -85,7 +85,7 @@ def test_lc_chooses_the_layers_that_matter_least(
         output_dir=str(tmp_path),
     )
     release = open_release(str(tiny_release))
-    chosen = choose_layers(config, release, torch.float32, accelerator)
+    chosen, loaded = choose_layers(config, release, accelerator)
     budget = Reductions({"dominant": 5, "contextual": 2})
     model, _ = load_release(release, budget)
     calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
@@ -96,13 +96,28 @@ def test_lc_chooses_the_layers_that_matter_least(
     assert found["layers"] == chosen
     assert found["layer_contributions"] == pytest.approx(mean)
 
+    assert loaded is not None
+    measured, reductions = loaded[0], Reductions(budget.visionzip, {"layers": chosen})
+    random = torch.get_rng_state()
+    frozen, processor = freeze_layers(loaded, reductions, with_tower=True)
+    assert torch.equal(torch.get_rng_state(), random), "an adapter is drawn afterwards"
+    apart, its = load_release(release, reductions)
+    assert processor.visionzip == its.visionzip
+    inputs = its(images=Image.new("RGB", (30, 20), (9, 99, 199)), text="<image>\nhello", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(frozen(**inputs).logits, apart(**inputs).logits)
+    assert {id(weight) for weight in frozen.parameters()} == {id(weight) for weight in measured.parameters()}
+    towerless, _ = freeze_layers(loaded, reductions, with_tower=False)
+    assert not list(towerless.model.vision_tower.parameters())
+    assert list(measured.model.vision_tower.parameters())
+
 
 def test_listed_layers_and_none_are_taken_as_they_are(tiny_release: Path, accelerator: Accelerator) -> None:
     base = TuneConfig(model=str(tiny_release), data=DataConfig(instructions="unused"))
     release = open_release(str(tiny_release))
-    assert choose_layers(base, release, torch.float32, accelerator) is None
+    assert choose_layers(base, release, accelerator) == (None, None)
     listed = TuneConfig(model="m", data=base.data, shortv=ShortVConfig(layers=[3, 0]))
-    assert choose_layers(listed, release, torch.float32, accelerator) == [3, 0]
+    assert choose_layers(listed, release, accelerator) == ([3, 0], None)
     with pytest.raises(ConfigError):
         ShortVConfig()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from shortzip.data.batching import permutation
 from shortzip.data.dataset import Collator, ConversationDataset, Sample, encode_unread
@@ -25,11 +26,15 @@ from shortzip.reduction.calibration_prompts import CalibrationSample
 from shortzip.reduction.layer_choice import pick_layers, rank_layers
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.layer_cosine import cosine_changes
+from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.samples import training_conversations
-from shortzip.train.release.loading import load_release
+from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release
 from shortzip.train.run.run_folder import LAYERS
 from shortzip.train.settings.config import TuneConfig, reductions_of
+
+Loaded = tuple[Any, Any]
+"""A model and its processor, as `load_release` gives them."""
 
 
 class Chosen(NamedTuple):
@@ -104,29 +109,24 @@ def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> 
 def choose_layers(
     config: TuneConfig,
     release: Release,
-    dtype: torch.dtype,
     accelerator: Accelerator,
     write: Callable[[Path, str], None] = write_atomically,
-) -> list[int] | None:
-    """The layers to freeze: those listed, or the first of a ranking of all; None for none.
+) -> tuple[list[int] | None, Loaded | None]:
+    """The layers to freeze: those listed, or the first of a ranking of all; None for none. And what they were measured
+    with, on the device that it was loaded to: model and processor of the run's budget with no layer frozen.
 
     LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
     are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
     by `write`.
     """
     if config.shortv is None or config.shortv.freeze is None:
-        return config.shortv.layers if config.shortv else None
+        return (config.shortv.layers if config.shortv else None), None
     if config.shortv.ranking == "random":
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-        return sorted(pick_layers(drawn, config.shortv.freeze)) or None
-    model, processor = load_release(
-        release,
-        reductions_of(config.visionzip, None, None),
-        dtype=dtype,
-        chat_template=config.data.chat_template,
-        load_in_4bit=config.load_in_4bit,
-    )
+        return sorted(pick_layers(drawn, config.shortv.freeze)) or None, None
+    model, processor = load_release(release, reductions_of(config.visionzip, None, None))
+    loaded_to = model.device
     model.to(accelerator.device)
     samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
     share = samples[accelerator.process_index :: accelerator.num_processes]
@@ -142,7 +142,16 @@ def choose_layers(
     if accelerator.is_main_process:
         found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
         write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
-    return chosen or None
+    return chosen or None, (model.to(loaded_to), processor)
+
+
+def freeze_layers(loaded: Loaded, reductions: Reductions, *, with_tower: bool) -> Loaded:
+    """What `load_release` would give for the same release: the weights that `choose_layers` measured with, under the
+    run's `reductions`, and its processor. `with_tower` False: with nothing in the tower's place."""
+    model, processor = share_weights(loaded[0], reductions), loaded[1]
+    if not with_tower:
+        model.model.vision_tower = nn.Identity()
+    return model, processor
 
 
 def calibration_prompts(

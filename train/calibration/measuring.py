@@ -29,6 +29,7 @@ from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
 from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import Release, open_release, release_content
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import differing_settings
 from shortzip.train.settings.checks import check_seed
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
@@ -150,8 +151,16 @@ def asked_of(settings: CalibrateConfig, budget: Reductions | None) -> Asked:
 
     Raises what opening the release and reading the conversations raises.
     """
-    release = open_release(settings.model, settings.revision)
-    processor = load_processor(release, budget, chat_template=settings.chat_template)
+    release = open_release(
+        ReleaseSpec(
+            settings.model,
+            settings.revision,
+            chat_template=settings.chat_template,
+            dtype=getattr(torch, settings.dtype),
+            load_in_4bit=settings.load_in_4bit,
+        )
+    )
+    processor = load_processor(release, budget)
     supervision = Supervision(processor, max_length=None)
     drops = DropLog(settings.on_bad_sample)
     conversations, root = _conversations(settings, drops)
@@ -176,13 +185,7 @@ def measure(
     """LC under one budget (None: as the model was saved), going on from the batches that `done` holds, and adding to
     them. `asked`: what `asked_of` gave, where it was called already."""
     release, chosen, dataset, drops, _, content = asked or asked_of(settings, budget)
-    model, _ = load_release(
-        release,
-        (release.saved_reductions if budget is None else budget).before_the_llm,
-        dtype=getattr(torch, settings.dtype),
-        chat_template=settings.chat_template,
-        load_in_4bit=settings.load_in_4bit,
-    )
+    model, _ = load_release(release, (release.saved_reductions if budget is None else budget).before_the_llm)
     if not settings.load_in_4bit:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(automatic if settings.device == "auto" else settings.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def evaluate(
     if not listed:
         raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
     seconds = time.perf_counter() - start
-    prefill_ms, prefill_batch = measure_prefill(model, dataset, batch_size)
+    inputs = prefill_inputs(model, dataset, batch_size)
     visual = totals["visual"] / max(totals["images"], 1)
     reductions = Reductions(config.visionzip, config.shortv, config.fastv)
     text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
@@ -150,8 +150,8 @@ def evaluate(
         visual_tokens=visual,
         frozen_layers=len(reductions.layers),
         llm_flops=reductions.prefill_flops(config.text_config, text, shown),
-        prefill_ms=prefill_ms,
-        prefill_batch=prefill_batch,
+        prefill_ms=measure_prefill(model, inputs),
+        prefill_batch=len(inputs["input_ids"]) if inputs else 0,
         seconds=seconds,
         fastv=reductions.fastv_words,
     )
@@ -271,14 +271,18 @@ def _generate(
     return [_text(dataset, row.tolist()) for row in output[:, inputs["input_ids"].shape[1] :]]
 
 
-@torch.no_grad()
-def measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int) -> tuple[float, int]:
-    """(median milliseconds up to the first new token's logits, prompts) for one batch of first questions."""
+def prefill_inputs(model: Llava, dataset: ConversationDataset, batch_size: int) -> dict[str, Tensor]:
+    """The first questions of the first conversations as the model's inputs, on its device; empty if none is read."""
     samples = _load(dataset, range(min(batch_size, len(dataset))))
     questions = [next(_questions(dataset, sample, index))[0] for index, sample in samples.items()]
-    if not questions:
-        return float("nan"), 0
-    inputs = _prompt_inputs(model, dataset, questions)
+    return _prompt_inputs(model, dataset, questions) if questions else {}
+
+
+@torch.no_grad()
+def measure_prefill(model: Llava, inputs: Mapping[str, Tensor]) -> float:
+    """Median milliseconds up to the first new token's logits of what `prefill_inputs` gave; NaN for none."""
+    if not inputs:
+        return float("nan")
     times = []
     for run in range(WARM_UPS + TIMED_RUNS):
         synchronise(model.device)
@@ -287,4 +291,4 @@ def measure_prefill(model: Llava, dataset: ConversationDataset, batch_size: int)
         synchronise(model.device)
         if run >= WARM_UPS:
             times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times), len(questions)
+    return 1000 * statistics.median(times)

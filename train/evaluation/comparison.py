@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.table import Table
+from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from shortzip.reduction.reductions import NONE, Reductions
-from shortzip.train.evaluation.answers import Answer, Evaluation, evaluate, measure_prefill, write_answers
+from shortzip.train.evaluation.answers import (
+    Answer,
+    Evaluation,
+    evaluate,
+    measure_prefill,
+    prefill_inputs,
+    write_answers,
+)
 from shortzip.train.inputs.samples import held_out_set
-from shortzip.train.release.loading import load_release, reduced_config
-from shortzip.train.release.opening import Release, open_release
+from shortzip.train.release.lineage import shares_weights
+from shortzip.train.release.loading import load_processor, load_release, reduced_config, share_weights
+from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.report import literal
 from shortzip.train.run.run_folder import ANSWERS, RESULTS
 from shortzip.train.settings.config import DataConfig
@@ -35,22 +45,18 @@ NAME_LENGTH = 100  # characters of a file's name
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the table: a model (whatever `load_release` takes), and how it is reduced."""
+    """A row of the table: a model, and how it is reduced."""
 
     name: str
-    model: str
+    spec: ReleaseSpec
     reductions: Reductions | None = None
     """None: as the model was saved."""
-    revision: str | None = None
-    mm_projector: str | None = None
-    vision_tower: str | None = None
-    chat_template: str = "auto"
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
     """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
     for candidate in candidates:
-        reduced_config(_opened(candidate), candidate.reductions)
+        reduced_config(open_release(candidate.spec), candidate.reductions)
 
 
 def compare(
@@ -58,49 +64,38 @@ def compare(
     data: DataConfig,
     accelerator: Accelerator,
     *,
-    dtype: torch.dtype,
-    load_in_4bit: bool = False,
     batch_size: int,
     max_new_tokens: int,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[list[Evaluation], list[list[Answer]]]:
     """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
 
-    Returns their evaluations and their answers. Weights are loaded in `dtype`, the projector in float32. In the end
-    prefill is timed side by side (`prefill_times`): rows of equal work would else differ by what the machine did
-    meanwhile.
+    Returns their evaluations and their answers. Rows of the same weights share one copy of them, which is loaded once,
+    and have their prefill timed side by side: rows of equal work would else differ by what the machine did meanwhile.
     """
-    results, answers = [], []
-    for candidate in candidates:
-        model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
-        evaluation, said = evaluate(
-            candidate.name,
-            model,
-            held_out_set(data, processor),
-            accelerator,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=partial(progress, candidate.name),
-        )
-        results.append(evaluation)
-        answers.append(said)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    if len(candidates) == 1:
-        return results, answers
-    times = prefill_times(
-        candidates,
-        data,
-        accelerator,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        batch_size=batch_size,
-        rounds=ROUNDS,
-        progress=partial(progress, "prefill, side by side"),
-    )
-    timed = [replace(result, prefill_ms=milliseconds) for result, milliseconds in zip(results, times, strict=True)]
-    return timed, answers
+    results: dict[int, Evaluation] = {}
+    answers: dict[int, list[Answer]] = {}
+    for group in _groups(candidates):
+        timed = []
+        for number, model, processor in _loaded(candidates, group, accelerator.device):
+            dataset = held_out_set(data, processor)
+            results[number], answers[number] = evaluate(
+                candidates[number].name,
+                model,
+                dataset,
+                accelerator,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=partial(progress, candidates[number].name),
+            )
+            timed.append((model, prefill_inputs(model, dataset, batch_size)))
+        if len(candidates) > 1:
+            times = _side_by_side(timed, ROUNDS, partial(progress, "prefill, side by side"))
+            for number, milliseconds in zip(group, times, strict=True):
+                results[number] = replace(results[number], prefill_ms=milliseconds)
+        del model, timed  # before the next weights are loaded
+        _free_memory()
+    return [results[number] for number in sorted(results)], [answers[number] for number in sorted(answers)]
 
 
 def prefill_times(
@@ -108,46 +103,75 @@ def prefill_times(
     data: DataConfig,
     accelerator: Accelerator,
     *,
-    dtype: torch.dtype,
-    load_in_4bit: bool = False,
     batch_size: int,
+    rounds: int,
+) -> list[float]:
+    """Milliseconds of each candidate's prefill, as `Evaluation.prefill_ms`, timed as `compare` does."""
+    times: dict[int, float] = {}
+    for group in _groups(candidates):
+        timed = []
+        for _, model, processor in _loaded(candidates, group, accelerator.device):
+            timed.append((model, prefill_inputs(model, held_out_set(data, processor), batch_size)))
+        times.update(zip(group, _side_by_side(timed, rounds), strict=True))
+        del model, timed
+        _free_memory()
+    return [times[number] for number in sorted(times)]
+
+
+def _groups(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """The numbers of the candidates that share weights, of one group after the other."""
+    groups: list[tuple[Release, list[int]]] = []
+    for number, candidate in enumerate(candidates):
+        release = open_release(candidate.spec)
+        for first, group in groups:
+            if shares_weights(release, first):
+                group.append(number)
+                break
+        else:
+            groups.append((release, [number]))
+    return [group for _, group in groups]
+
+
+def _loaded(
+    candidates: Sequence[Candidate], group: Sequence[int], device: torch.device
+) -> Iterator[tuple[int, Any, Any]]:
+    """Number, model and processor of each candidate of a group, whose weights are read and on the device once."""
+    first: Any = None
+    for number in group:
+        release, reductions = open_release(candidates[number].spec), candidates[number].reductions
+        if first is None:
+            first, processor = load_release(release, reductions)
+            yield number, first.to(device), processor
+            continue
+        if reductions is None:
+            reductions = release.saved_reductions
+        yield (
+            number,
+            share_weights(first, reductions, release_projector(release)),
+            load_processor(release, reductions),
+        )
+
+
+def _side_by_side(
+    timed: Sequence[tuple[Any, Mapping[str, Tensor]]],
     rounds: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Milliseconds of each candidate's prefill, as `Evaluation.prefill_ms`: the median of `rounds` measurements.
+    """Milliseconds of the prefill of each model on its inputs: the median of `rounds` measurements.
 
-    A round measures every candidate once: a machine that is slower for a while is so for all of them.
+    A round measures every model once: a machine that is slower for a while is so for all of them.
     """
-    times: list[list[float]] = [[] for _ in candidates]
+    times: list[list[float]] = [[] for _ in timed]
     for turn in range(rounds):
-        for number, (found, candidate) in enumerate(zip(times, candidates, strict=True)):
-            progress(turn * len(candidates) + number, rounds * len(candidates))
-            model, processor = _loaded(candidate, accelerator, dtype, load_in_4bit)
-            found.append(measure_prefill(model, held_out_set(data, processor), batch_size)[0])
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
+        for number, (model, inputs) in enumerate(timed):
+            progress(turn * len(timed) + number, rounds * len(timed))
+            times[number].append(measure_prefill(model, inputs))
     return [statistics.median(found) for found in times]
 
 
-def _opened(candidate: Candidate) -> Release:
-    return open_release(
-        candidate.model,
-        candidate.revision,
-        mm_projector=candidate.mm_projector,
-        vision_tower=candidate.vision_tower,
-    )
-
-
-def _loaded(candidate: Candidate, accelerator: Accelerator, dtype: torch.dtype, load_in_4bit: bool) -> tuple[Any, Any]:
-    model, processor = load_release(
-        _opened(candidate),
-        candidate.reductions,
-        dtype=dtype,
-        chat_template=candidate.chat_template,
-        load_in_4bit=load_in_4bit,
-    )
-    return model.to(accelerator.device), processor
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def answer_files(names: Sequence[str]) -> list[str]:

@@ -34,6 +34,7 @@ from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.spec import ReleaseSpec
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_KEYS = (
@@ -118,18 +119,19 @@ class ReducedLlava(lmms):
         self._device = torch.device(device if single else self.accelerator.device)  # type: ignore[arg-type]
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device is {device!r}, and there is no GPU here: give --device cpu")
-        release = open_release(pretrained, None if revision is None else str(revision))
+        spec = ReleaseSpec(
+            pretrained,
+            None if revision is None else str(revision),
+            chat_template=chat_template,
+            dtype=DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16),
+            load_in_4bit=load_in_4bit,
+            attn_implementation=attn_implementation,
+        )
+        release = open_release(spec)
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
             raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
-        computed = DTYPES[dtype] or (torch.float32 if self._device.type == "cpu" else torch.bfloat16)
-        self._model, processor = load_release(
-            release,
-            _reductions(release.saved_reductions, budget, method, seed, layers, fastv),
-            dtype=computed,
-            attn_implementation=attn_implementation,
-            load_in_4bit=load_in_4bit,
-            chat_template=chat_template,
-        )
+        reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv)
+        self._model, processor = load_release(release, reductions)
         self._model.to(self._device)
         self.batch_size = int(batch_size)
         self.supervision = Supervision(processor, max_length=None)

@@ -6,14 +6,10 @@ import hashlib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shortzip.data.files import sha256
 from shortzip.reduction.base_release import PROJECTOR_FILE, digest
 from shortzip.train.release.tensor_files import weight_files
-
-if TYPE_CHECKING:
-    pass
 
 READ_WHOLE = 64 << 20  # bytes: smaller files are hashed whole
 _SAMPLE, _STRIDE = 1 << 12, 1 << 20

@@ -24,10 +24,10 @@ from shortzip.train.release.original_layout import (
     PROJECTOR_NAMES,
     build_config,
     build_generation_config,
-    build_processor,
     check_original_config,
     check_projector_widths,
     find_projector,
+    original_processor,
     read_vocabulary,
     text_config,
     tower_config,
@@ -176,7 +176,7 @@ def convert_to_transformers(
         _write_shards(folder, plan, {f"language_model.{name}" for name in _EMBEDDINGS}, fill_from)
         new_config.save_pretrained(folder)
         (folder / ORIGINAL_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        processor = build_processor(config, tower, vision, vocabulary, VICUNA_TEMPLATE.read_text(encoding="utf-8"))
+        processor = original_processor(config, tower, vision, vocabulary, VICUNA_TEMPLATE.read_text(encoding="utf-8"))
         processor.save_pretrained(folder)
         build_generation_config(source, config, vocabulary).save_pretrained(folder)
 

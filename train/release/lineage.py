@@ -12,12 +12,17 @@ import torch
 
 from shortzip.data.files import read_json, write_atomically
 from shortzip.reduction.base_release import fetch_base
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.release.loading import reduced_config
 from shortzip.train.release.opening import Release, open_release, release_projector
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import open_tensors, weight_files
 from shortzip.train.release.writing import lineage, weights_folder
 from shortzip.train.settings.checks import ConfigError
 
 RECORD = "tuned_with.json"
+# Keys of config.json that say how it was written, and nothing of the model.
+_OF_THE_FILE = ("_name_or_path", "architectures", "auto_map", "base_release", "transformers_version", "dtype")
 
 
 def write_record(final: Path, release: Release, settings: Mapping[str, Any]) -> None:
@@ -56,11 +61,9 @@ def base_revision(final: Release, config: Mapping[str, Any]) -> str | None:
 
 def release_of(final: Release, config: Mapping[str, Any]) -> Release:
     """The release that a run's config names, as it was when the run started. Raises what `open_release` raises."""
+    revision = base_revision(final, config)
     return open_release(
-        str(config["model"]),
-        base_revision(final, config),
-        mm_projector=config.get("mm_projector"),
-        vision_tower=config.get("vision_tower"),
+        ReleaseSpec(str(config["model"]), revision, config.get("mm_projector"), config.get("vision_tower"))
     )
 
 
@@ -101,6 +104,17 @@ def check_tuned(tuned: Release, release: Release) -> None:
             raise ConfigError(f"tuned {tuned.name}: {differs}: {cure}")
     if not _same_base(tuned, release):
         raise ConfigError(f"tuned {tuned.name} was tuned from other weights than model {release.name}: {cure}")
+
+
+def shares_weights(one: Release, other: Release) -> bool:
+    """Whether both are loaded alike but for reductions and projector: the same tower, language model and config."""
+    loaded, plain = [], []
+    for release in (one, other):
+        spec = release.spec
+        loaded.append((spec.dtype, spec.load_in_4bit, spec.attn_implementation))
+        config = reduced_config(release, Reductions()).to_dict()
+        plain.append({key: value for key, value in config.items() if key not in _OF_THE_FILE})
+    return loaded[0] == loaded[1] and plain[0] == plain[1] and _same_base(one, other)
 
 
 def _same_base(tuned: Release, release: Release) -> bool:

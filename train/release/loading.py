@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -16,59 +17,68 @@ from shortzip.data.errors import MissingExtra
 from shortzip.reduction.configuration_reduced_llava import validate
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.opening import Release, model_classes, open_release, release_projector
-from shortzip.train.release.processors import build_processor
+from shortzip.train.release.processors import release_processor
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import weight_files
 from shortzip.train.release.towers import TOWERLESS, load_tower
-
-if TYPE_CHECKING:
-    from shortzip.train.release.opening import Release
 
 LONG_LOAD = 1_000_000_000  # bytes of weights
 
 
 def load_release(
-    model: str | Release,
-    reductions: Reductions | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    attn_implementation: str = "sdpa",
-    mm_projector: str | None = None,
-    vision_tower: str | None = None,
-    load_in_4bit: bool = False,
-    chat_template: str = "auto",
-    with_tower: bool = True,
+    release: str | ReleaseSpec | Release, reductions: Reductions | None = None, *, with_tower: bool = True
 ) -> tuple[Any, Any]:
     """The reduced model of any release, with its processor.
 
     `reductions`: None takes what a reduced checkpoint was saved with, which is nothing for other releases.
-    `dtype` is of everything but the projector, which is float32: it is what gets tuned. `load_in_4bit`: the language
-    model's layers in NF4 (ImportError without bitsandbytes). `with_tower` False: for cached features, without reading
-    the tower's weights. See `open_release` for the other arguments and for what is refused.
+    `with_tower` False: for cached features, without reading the tower's weights. Raises ImportError for 4 bits without
+    bitsandbytes, and what `open_release` raises.
 
     The processor writes as many placeholders as the model fills, pads images as the release was trained (PIL backend),
     and carries the chat template to train with.
     """
-    if isinstance(model, Release):
-        release = model
-    else:
-        release = open_release(model, revision, mm_projector=mm_projector, vision_tower=vision_tower)
-    config = release.config
+    if not isinstance(release, Release):
+        release = open_release(release)
+    spec = release.spec
     if reductions is None:
         reductions = release.saved_reductions
-    _, model_class, processor_class = model_classes(config["model_type"])
+    _, model_class, _ = model_classes(release.config["model_type"])
     with _bar_if_long(release.folder):
-        loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
+        model = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
             release.folder,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
             trust_remote_code=False,
             **reductions.as_config(),
-            **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
+            **({"quantization_config": _four_bit(spec.dtype)} if spec.load_in_4bit else {}),
         )
-    lay_projector(loaded, release_projector(release))
-    loaded.eval()
-    return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
+    lay_projector(model, release_projector(release))
+    return model.eval(), release_processor(release, model.config)
+
+
+def share_weights(model: Any, reductions: Reductions, projector: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """A model with the weights of a loaded one and other `reductions`, in eval mode; no weight is read or copied.
+
+    `projector`: tensors as `lay_projector` takes them, for a projector of its own. Raises ReductionError for
+    reductions that the model cannot take.
+    """
+    config = copy.deepcopy(model.config)
+    for key, value in reductions.as_config().items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        other = type(model)(config)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if next(module.children(), None) is None:
+            other.set_submodule(name, module)  # itself, for in 4 bits it is of another class
+        else:
+            counterpart = other.get_submodule(name)
+            counterpart._parameters.update(module._parameters)
+            counterpart._buffers.update(module._buffers)
+    other.generation_config = model.generation_config
+    if projector is not None:
+        other.model.multi_modal_projector = copy.deepcopy(model.model.multi_modal_projector)
+        lay_projector(other, projector)
+    return other.eval()
 
 
 def reduced_config(release: Release, reductions: Reductions | None = None) -> Any:
@@ -84,23 +94,18 @@ def reduced_config(release: Release, reductions: Reductions | None = None) -> An
     return config
 
 
-def dtype_of(mixed_precision: str) -> torch.dtype:
-    """What `mixed_precision` ("no" or "bf16") has everything but the projector computed in."""
-    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-
-
 def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple[Any, Any]:
     """A model that chooses visual tokens and can do nothing else, with its processor: of its weights, only the tower's
     are read, in float32. `reductions`: as of `load_release`, and as it refuses; those inside the LLM are left out."""
     reductions = (release.saved_reductions if reductions is None else reductions).before_the_llm
     if not weight_files(release.folder):  # a projector alone, whose release transformers finds
         return load_release(release, reductions)
-    _, model_class, processor_class = model_classes(release.config["model_type"])
+    _, model_class, _ = model_classes(release.config["model_type"])
     config = reduced_config(release, reductions)
     with torch.device("meta"):
         model = model_class(config)
     model.model.vision_tower = load_tower(release.folder, config, torch.float32)
-    return model.eval(), build_processor(release.folder, release.config, processor_class, config, "auto")
+    return model.eval(), release_processor(release, config)
 
 
 @contextmanager
@@ -136,8 +141,6 @@ def lay_projector(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     projector.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def load_processor(release: Release, reductions: Reductions | None = None, *, chat_template: str = "release") -> Any:
+def load_processor(release: Release, reductions: Reductions | None = None) -> Any:
     """The processor that `load_release` gives with the model for these arguments, without reading weights."""
-    _, _, processor_class = model_classes(release.config["model_type"])
-    model_config = reduced_config(release, reductions)
-    return build_processor(release.folder, release.config, processor_class, model_config, chat_template)
+    return release_processor(release, reduced_config(release, reductions))

@@ -7,7 +7,7 @@ processor are loaded (`load_release`). LLaVA's own layout is converted once into
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from shortzip.train.release.original_layout import (
     find_projector,
     is_original,
 )
+from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
 
 MM_PROJECTOR_FILE = "mm_projector.bin"
@@ -49,8 +50,8 @@ _KNOWN = ("llava", "reduced_llava", *_NEXT)
 class Release:
     """A release on this machine."""
 
-    name: str
-    """As the user gave it: a folder or a Hub id."""
+    spec: ReleaseSpec
+    """Where it comes from, as the user gave it, and how it is loaded."""
     revision: str | None
     """The commit, for a Hub id."""
     source: Path
@@ -61,6 +62,11 @@ class Release:
     """A projector to lay over the weights of `folder`."""
     converted: bool = False
     """Whether `source` is LLaVA's own layout and `folder` its conversion."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it: a folder or a Hub id."""
+        return self.spec.name
 
     @property
     def config(self) -> dict[str, Any]:
@@ -103,33 +109,26 @@ def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = 
         ) from error
 
 
-def open_release(
-    model: str,
-    revision: str | None = None,
-    *,
-    mm_projector: str | None = None,
-    vision_tower: str | None = None,
-    cache_dir: Path | None = None,
-) -> Release:
-    """Finds the release that `model` names, fetches and converts it where needed, and checks that it is whole.
+def open_release(spec: str | ReleaseSpec, *, cache_dir: Path | None = None) -> Release:
+    """Finds the release that `spec` names, fetches and converts it where needed, and checks that it is whole.
 
-    `model`: a folder or a Hub id: a transformers LLaVA, LLaVA's own layout, a reduced checkpoint or a run's folder.
-    `mm_projector`: a projector (mm_projector.bin, its folder, or projector.safetensors) to lay over it.
-    `vision_tower`: where the tower of an original release is, when not where its config says. `cache_dir`: where
-    converted releases are kept (default: beside the Hugging Face cache).
+    `spec`: text is its name, with everything else as `ReleaseSpec` has it. `cache_dir`: where converted releases are
+    kept (default: beside the Hugging Face cache).
 
     Only file headers are read. Raises FileNotFoundError or ValueError naming what was found, what is needed and the
     cure: a text-only language model, a projector of another width, a file cut short, mixed dtypes and so on.
     """
-    source, commit = fetch(model, revision)
+    if isinstance(spec, str):
+        spec = ReleaseSpec(spec)
+    source, commit = fetch(spec.name, spec.revision)
     if (source / "config.yaml").is_file():
         if not (source / "final" / "config.json").is_file():
             raise MissingFile(
-                f"{model} is the folder of a run that has not finished (no final/): continue it with "
+                f"{spec.name} is the folder of a run that has not finished (no final/): continue it with "
                 "--resume_from_checkpoint latest, or name the release it started from"
             )
         source = source / "final"
-    projector = find_projector_file(mm_projector) if mm_projector else None
+    projector = find_projector_file(spec.mm_projector) if spec.mm_projector else None
     refuse_adapter(source)
     config = read_json(source / "config.json")
     has_weights = bool(weight_files(source))
@@ -137,18 +136,17 @@ def open_release(
         if not has_weights and (source / MM_PROJECTOR_FILE).is_file():
             base = config.get("_name_or_path")
             if not base:
-                raise UserError(f"{model} holds a projector only, and its config.json names no base (_name_or_path)")
-            release = open_release(
-                _beside(source, str(base)),
-                mm_projector=str(projector or source / MM_PROJECTOR_FILE),
-                vision_tower=vision_tower,
-                cache_dir=cache_dir,
-            )
-            return Release(model, commit, source, release.folder, release.projector, release.converted)
-        folder = _converted(source, projector, vision_tower, cache_dir)
-        return Release(model, commit, source, folder, None, True)
+                raise UserError(
+                    f"{spec.name} holds a projector only, and its config.json names no base (_name_or_path)"
+                )
+            laid = str(projector or source / MM_PROJECTOR_FILE)
+            base_spec = replace(spec, name=_beside(source, str(base)), revision=None, mm_projector=laid)
+            release = open_release(base_spec, cache_dir=cache_dir)
+            return Release(spec, commit, source, release.folder, release.projector, release.converted)
+        folder = _converted(source, projector, spec.vision_tower, cache_dir)
+        return Release(spec, commit, source, folder, None, True)
     check_transformers_release(source, config, has_weights)
-    release = Release(model, commit, source, source, projector)
+    release = Release(spec, commit, source, source, projector)
     if projector is not None:
         _check_overlay(projector, config)
     return release

@@ -307,7 +307,7 @@ def build_config(
     return result
 
 
-def build_processor(
+def original_processor(
     config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, vocabulary: Vocabulary, chat_template: str
 ) -> LlavaProcessor | LlavaNextProcessor:
     """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shortzip.data.files import read_json
 from shortzip.data.pixels import build_image_processor
 from shortzip.data.supervision import choose_template
+from shortzip.train.release.opening import Release, model_classes
 from shortzip.train.release.original_layout import split_after_images
 
 
-def build_processor(
-    folder: Path, config: Mapping[str, Any], processor_class: Any, model_config: Any, chat_template: str
-) -> Any:
-    """The processor of a release in `folder`, for the model whose config is `model_config`.
+def release_processor(release: Release, model_config: Any) -> Any:
+    """The processor of a release, for its model whose config is `model_config`.
 
     It writes as many placeholders as that model fills, pads images as the release was trained, and carries the chat
-    template that `chat_template` names.
+    template that the release's `spec` names.
     """
+    folder, model_type, chat_template = release.folder, str(release.config["model_type"]), release.spec.chat_template
+    _, _, processor_class = model_classes(model_type)
     processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
     # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
     processor.tokenizer.init_kwargs.pop("auto_map", None)
@@ -28,7 +27,7 @@ def build_processor(
     settings = given.get("image_processor")
     if settings is None:
         settings = read_json(folder / "preprocessor_config.json")
-    processor.image_processor = build_image_processor(settings, str(config["model_type"]), str(folder))
+    processor.image_processor = build_image_processor(settings, model_type, str(folder))
     # Files of some years lack one or all of these, and transformers' defaults are then one placeholder short.
     if given.get("patch_size") is None:
         processor.patch_size = model_config.vision_config.patch_size
@@ -36,7 +35,7 @@ def build_processor(
         processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     if given.get("num_additional_image_tokens") is None:
         processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
-    if chat_template == "auto" and str(config["model_type"]).startswith("reduced_llava"):
+    if chat_template == "auto" and model_type.startswith("reduced_llava"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
     processor.chat_template = choose_template(processor, chat_template)
     processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
