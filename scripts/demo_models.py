@@ -24,7 +24,7 @@ from shortzip.reduction.pictures import draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.lineage import check_tuned, check_untuned
-from shortzip.train.release.loading import load_release
+from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release, open_release, release_projector
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import LAYERS
@@ -124,7 +124,7 @@ class Models:
         self.tuned_projector: dict[str, torch.Tensor] | None = None
         self.saved = Reductions()
         if tuned is not None:
-            self.tuned_projector = {name: t.float().to(device) for name, t in release_projector(tuned).items()}
+            self.tuned_projector = release_projector(tuned)
             self.saved = tuned.saved_reductions
         self.ranking = self._ranking(config, None if tuned is None else tuned.name)
 
@@ -171,18 +171,10 @@ class Models:
         processor.visionzip = visionzip
         if kind == ALL:
             return self.base, Supervision(processor, max_length=None)
-        config = copy.deepcopy(self.base.config)
-        config.visionzip = visionzip
-        config.shortv = {"layers": sorted(self.ranking[:frozen])} if frozen else None
-        with torch.device("meta"):
-            model = type(self.base)(config)
-        model.load_state_dict(self.base.state_dict(), assign=True)
-        for name, module in self.base.named_modules():  # what no checkpoint holds: positions, rotary frequencies
-            model.get_submodule(name)._buffers.update(module._buffers)
-        if kind == TUNED and self.tuned_projector is not None:
-            model.model.multi_modal_projector.load_state_dict(self.tuned_projector, assign=True)
-        model.generation_config = self.base.generation_config
-        return model.eval(), Supervision(processor, max_length=None)
+        layers = sorted(self.ranking[:frozen])
+        reductions = Reductions(visionzip, {"layers": layers} if layers else None)
+        projector = self.tuned_projector if kind == TUNED else None
+        return share_weights(self.base, reductions, projector), Supervision(processor, max_length=None)
 
     @torch.inference_mode()
     def answer(
