@@ -9,7 +9,7 @@ Two ways of counting the language model's prefill stand side by side:
   size that is not hidden/heads); both agree where their assumptions do.
 
 Both count a multiply-add as two operations, attention as if it were not causal, and leave out embeddings, norms,
-softmax and the LM head, as the papers do. :func:`visionzip_formula` keeps VisionZip's own convention (§2.1).
+softmax and the LM head, as the papers do.
 """
 
 from __future__ import annotations
@@ -22,15 +22,6 @@ from transformers import PreTrainedConfig
 from shortzip.reduction.errors import ReductionError
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
-
-
-def visionzip_formula(tokens: int, hidden_size: int, intermediate_size: int, num_layers: int) -> int:
-    """VisionZip's cost T(4nd² + 2n²d + 2ndm) of ``tokens`` in a plain transformer (arXiv 2412.04467, §2.1).
-
-    The formula counts a multiply-add once and an FFN of two matrices, so it is not comparable with ShortV's.
-    """
-    n, d, m = tokens, hidden_size, intermediate_size
-    return num_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
 
 
 def shortv_layer_flops(

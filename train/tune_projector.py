@@ -44,8 +44,6 @@ from shortzip.train.release.opening import open_release
 from shortzip.train.run.checkpoint import (
     Checkpoint,
     check_same_run,
-    random_states,
-    restore_random_states,
     save_checkpoint,
     versions,
 )
@@ -167,7 +165,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         load_in_4bit=config.load_in_4bit,
         with_tower=tower is None,
     )
-    train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
+    train_only_projector(model, dtype)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
@@ -226,8 +224,6 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         schedule.load_state_dict(checkpoint.state["schedule"])
         for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        if accelerator.process_index < len(checkpoint.rng):
-            restore_random_states(checkpoint.rng[accelerator.process_index])
     engine = start_engine(accelerator, SupervisedLoss(model), adamw, parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
@@ -239,7 +235,6 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         saved = Checkpoint(
             projector=engine.projector(),
             optimizer=engine.moments(),
-            rng=gather_object([random_states()]),
             state={
                 "step": state.step,
                 "run": asdict(state),

@@ -27,7 +27,7 @@ State = dict[str, torch.Tensor]
 
 def build(accelerator: Accelerator, release: str, dtype: torch.dtype) -> WholeEngine:
     model, _ = load_release(release, Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]}), dtype=dtype)
-    train_only_projector(model, dtype, gradient_checkpointing=False)
+    train_only_projector(model, dtype)
     parameters = projector_parameters(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     adamw = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)

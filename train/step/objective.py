@@ -251,7 +251,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return of_states * gradient, None, None
 
 
-def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_checkpointing: bool) -> None:
+def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:
     """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
@@ -265,8 +265,6 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter not in trained:
             parameter.data = parameter.data.to(compute_dtype)
-    if gradient_checkpointing:
-        recompute_layers(model)
 
 
 def recompute_layers(model: Llava, again: bool = True) -> None:
