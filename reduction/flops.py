@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from shortzip.reduction.configuration_reduced_llava import DECODERS, TOWER_HAS_CLS
 from shortzip.reduction.errors import ReductionError
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
@@ -101,7 +102,7 @@ def kv_cache_bytes(text_config: PreTrainedConfig, tokens: int, bytes_per_value: 
 def visual_grid(config: PreTrainedConfig) -> tuple[int, int]:
     """(patches per side, number of special tokens such as CLS) of the vision tower."""
     vision = config.vision_config
-    return vision.image_size // vision.patch_size, 0 if vision.model_type.startswith("siglip") else 1
+    return vision.image_size // vision.patch_size, int(TOWER_HAS_CLS.get(vision.model_type, True))
 
 
 def tower_blocks_run(config: PreTrainedConfig) -> int:
@@ -126,6 +127,16 @@ def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
     """FLOPs of the two-layer projector for ``visual_tokens`` tokens."""
     width_in, h = projector_input(config), config.text_config.hidden_size
     return 2 * visual_tokens * (width_in * h + h * h)
+
+
+def projector_training_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
+    """FLOPs of a tuned projector: forward, weight gradients of both layers, input gradient of the second."""
+    return 2 * projector_flops(config, visual_tokens) + 2 * visual_tokens * config.text_config.hidden_size**2
+
+
+def usual_tiles(config: PreTrainedConfig) -> int:
+    """Tiles of an image as the papers count them: five in LLaVA-NeXT, else one."""
+    return 5 if config.model_type.endswith("llava_next") else 1
 
 
 def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:
@@ -173,8 +184,8 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
     text = config.text_config
     h, m = text.hidden_size, text.intermediate_size
     q_width, kv_width = attention_widths(text)
-    if text.model_type not in ("llama", "mistral", "qwen2"):
-        raise ReductionError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
+    if text.model_type not in DECODERS:
+        raise ReductionError(f"text_config.model_type={text.model_type!r}: known are {', '.join(DECODERS)}.")
     layer = 2 * q_width * h + 2 * kv_width * h + 3 * m * h + 2 * h
     if text.model_type == "qwen2":
         layer += q_width + 2 * kv_width
@@ -204,9 +215,7 @@ def _tower_parameters(config: PreTrainedConfig) -> int:
         if getattr(vision, "vision_use_head", True):  # the pooling head, loaded though LLaVA never reads it
             total += d + (4 * d * d + 4 * d) + 2 * d * m + d + m + 2 * d
         return total
-    raise ReductionError(
-        f"vision_config.model_type={vision.model_type!r}: known are clip_vision_model and siglip_vision_model."
-    )
+    raise ReductionError(f"vision_config.model_type={vision.model_type!r}: known are {', '.join(TOWER_HAS_CLS)}.")
 
 
 # ------------------------------------------------------------------------------------------------------ internals
@@ -234,6 +243,7 @@ def attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def projector_input(config: PreTrainedConfig) -> int:
+    """Width of what the projector reads: the tower's, times the layers that are taken from it."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
