@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.baselines import METHODS
+from shortzip.reduction.configuration_reduced_llava import METHODS
 from shortzip.reduction.flops import usual_tiles
 from shortzip.reduction.parsing import parse_budget, parse_layers
 from shortzip.reduction.reductions import ALL, NONE, Reductions

@@ -15,8 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
-from shortzip.reduction.baselines import METHODS
-from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.configuration_reduced_llava import METHODS, TOWER_HAS_CLS
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
