@@ -11,14 +11,14 @@ number of patches, `contextual` 0. B is the number of images, P of patches, n of
 """
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ReductionError
+from .tower import embed_patches
 
-METHODS = ("visionzip", "random", "grid", "pool", "downsample")
 ON_A_GRID = ("grid", "pool", "downsample")
 MOST_OBLONG = 2
 
@@ -35,6 +35,33 @@ class BaselineTokens(NamedTuple):
     tokens: Tensor
     kept: Tensor
     groups: Tensor
+
+
+def baseline_tokens(
+    tower: Any, pixel_values: Tensor, selected: int, visionzip: dict[str, Any], has_cls: bool
+) -> BaselineTokens:
+    """The tokens of the baseline `visionzip["method"]`, from the output of the tower's block `selected`."""
+    method, count = visionzip["method"], visionzip["dominant"]
+    side = tower.config.image_size // tower.config.patch_size
+    pixels = pixel_values
+    if method == "downsample":
+        pixels = downsample_images(pixel_values, grid_shape(count, side), tower.config.patch_size)
+    hidden = embed_patches(tower, pixels, interpolate=method == "downsample")
+    for block in tower.encoder.layers[: selected + 1]:
+        hidden = block(hidden, None)
+    patches = hidden[:, int(has_cls) :]
+    if method == "downsample":
+        return downsampled_tokens(patches, count, side)
+    return keep_patches(patches, pixel_values, method, count, visionzip.get("seed", 0))
+
+
+def check_grid(method: str, count: int, side: int) -> None:
+    """Refuses a number of tokens of which the method makes no grid. Raises ReductionError."""
+    if method in ON_A_GRID:
+        try:
+            grid_shape(count, side)
+        except ReductionError as error:
+            raise ReductionError(f"visionzip: method {method}: {error}") from error
 
 
 def grid_shape(count: int, side: int) -> tuple[int, int]:

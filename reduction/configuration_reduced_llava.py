@@ -5,10 +5,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
-from .baselines import METHODS, ON_A_GRID, grid_shape
 from .errors import ReductionError
+from .extras import extra
 from .weight_files import check_json
 
+METHODS = ("visionzip", "random", "grid", "pool", "downsample")
 # Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
@@ -55,11 +56,8 @@ def validate(config: Any) -> None:
                 f"{limit} tokens of an image (a grid of {side} by {side} patches{' and CLS' if cls else ''}): "
                 f"the sum must be 1 to {limit}"
             )
-        if method in ON_A_GRID:
-            try:
-                grid_shape(dominant, side)
-            except ValueError as error:
-                raise ReductionError(f"visionzip: method {method}: {error}") from error
+        if method != METHODS[0]:
+            extra("baselines", f"visionzip: method {method}").check_grid(method, dominant, side)
     if config.shortv is not None:
         text: Any = config.text_config
         if text.model_type not in DECODERS:

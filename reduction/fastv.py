@@ -151,6 +151,14 @@ class FastVLayer(GradientCheckpointingLayer):
         return (logits + allowed).softmax(dim=-1).mean(dim=1)[:, 0]
 
 
+def pruning_of(
+    keep: float, visual: Tensor | None, query: Tensor | None, length: int, mask: Tensor | None, cache: Any
+) -> Pruning:
+    """What a pass of `length` positions prunes; `query` None: as its attention mask says. Raises as `refuse_cache`."""
+    refuse_cache(cache)
+    return Pruning(keep, visual, last_attended(mask, length) if query is None else query)
+
+
 def prune_in_decoder(language_model: Any, layer: int) -> None:
     """Makes layer `layer` (counted from 1) of a decoder rank the visual tokens, and those after it leave them out.
 

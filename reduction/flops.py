@@ -9,7 +9,7 @@ Two ways of counting the language model's prefill stand side by side:
   size that is not hidden/heads); both agree where their assumptions do.
 
 Both count a multiply-add as two operations, attention as if it were not causal, and leave out embeddings, norms,
-softmax and the LM head, as the papers do. :func:`visionzip_formula` keeps VisionZip's own convention (§2.1).
+softmax and the LM head, as the papers do.
 """
 
 from __future__ import annotations
@@ -19,18 +19,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from shortzip.reduction.configuration_reduced_llava import DECODERS, TOWER_HAS_CLS
 from shortzip.reduction.errors import ReductionError
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
-
-
-def visionzip_formula(tokens: int, hidden_size: int, intermediate_size: int, num_layers: int) -> int:
-    """VisionZip's cost T(4nd² + 2n²d + 2ndm) of ``tokens`` in a plain transformer (arXiv 2412.04467, §2.1).
-
-    The formula counts a multiply-add once and an FFN of two matrices, so it is not comparable with ShortV's.
-    """
-    n, d, m = tokens, hidden_size, intermediate_size
-    return num_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
 
 
 def shortv_layer_flops(
@@ -110,7 +102,7 @@ def kv_cache_bytes(text_config: PreTrainedConfig, tokens: int, bytes_per_value: 
 def visual_grid(config: PreTrainedConfig) -> tuple[int, int]:
     """(patches per side, number of special tokens such as CLS) of the vision tower."""
     vision = config.vision_config
-    return vision.image_size // vision.patch_size, 0 if vision.model_type.startswith("siglip") else 1
+    return vision.image_size // vision.patch_size, int(TOWER_HAS_CLS.get(vision.model_type, True))
 
 
 def tower_blocks_run(config: PreTrainedConfig) -> int:
@@ -135,6 +127,16 @@ def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
     """FLOPs of the two-layer projector for ``visual_tokens`` tokens."""
     width_in, h = projector_input(config), config.text_config.hidden_size
     return 2 * visual_tokens * (width_in * h + h * h)
+
+
+def projector_training_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
+    """FLOPs of a tuned projector: forward, weight gradients of both layers, input gradient of the second."""
+    return 2 * projector_flops(config, visual_tokens) + 2 * visual_tokens * config.text_config.hidden_size**2
+
+
+def usual_tiles(config: PreTrainedConfig) -> int:
+    """Tiles of an image as the papers count them: five in LLaVA-NeXT, else one."""
+    return 5 if config.model_type.endswith("llava_next") else 1
 
 
 def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:
@@ -182,8 +184,8 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
     text = config.text_config
     h, m = text.hidden_size, text.intermediate_size
     q_width, kv_width = attention_widths(text)
-    if text.model_type not in ("llama", "mistral", "qwen2"):
-        raise ReductionError(f"text_config.model_type={text.model_type!r}: known are llama, mistral and qwen2.")
+    if text.model_type not in DECODERS:
+        raise ReductionError(f"text_config.model_type={text.model_type!r}: known are {', '.join(DECODERS)}.")
     layer = 2 * q_width * h + 2 * kv_width * h + 3 * m * h + 2 * h
     if text.model_type == "qwen2":
         layer += q_width + 2 * kv_width
@@ -213,9 +215,7 @@ def _tower_parameters(config: PreTrainedConfig) -> int:
         if getattr(vision, "vision_use_head", True):  # the pooling head, loaded though LLaVA never reads it
             total += d + (4 * d * d + 4 * d) + 2 * d * m + d + m + 2 * d
         return total
-    raise ReductionError(
-        f"vision_config.model_type={vision.model_type!r}: known are clip_vision_model and siglip_vision_model."
-    )
+    raise ReductionError(f"vision_config.model_type={vision.model_type!r}: known are {', '.join(TOWER_HAS_CLS)}.")
 
 
 # ------------------------------------------------------------------------------------------------------ internals
@@ -243,6 +243,7 @@ def attention_widths(text_config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def projector_input(config: PreTrainedConfig) -> int:
+    """Width of what the projector reads: the tower's, times the layers that are taken from it."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 

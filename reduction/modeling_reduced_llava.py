@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_release import find_base, open_base
-from .baselines import downsample_images, downsampled_tokens, grid_shape, keep_patches
 from .configuration_reduced_llava import (
+    METHODS,
     TOWER_HAS_CLS,
     ReducedLlavaConfig,
     reductions_of,
@@ -25,7 +25,7 @@ from .configuration_reduced_llava import (
     validate,
 )
 from .errors import ReductionError
-from .fastv import Pruning, last_attended, prompt_end, prune_in_decoder, refuse_cache, refuse_chunks
+from .extras import extra
 from .projector import PROJECTOR, DtypeProjector, load_projector, settle_projector, was_reduced
 from .refusals import (
     refuse_changed,
@@ -77,7 +77,7 @@ class ReducedModelMixin:
         self._reductions = copy.deepcopy(reductions_of(config))
         freeze_visual_tokens(self.language_model, [] if config.shortv is None else list(config.shortv["layers"]))
         if config.fastv is not None:
-            prune_in_decoder(self.language_model, config.fastv["layer"])
+            extra("fastv", "fastv").prune_in_decoder(self.language_model, config.fastv["layer"])
         self.post_init()
 
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
@@ -98,12 +98,15 @@ class ReducedModelMixin:
         if vision_feature_layer is None:
             vision_feature_layer = self.config.vision_feature_layer
         selected = selected_block(vision_feature_layer, len(blocks))
-        if self.config.visionzip.get("method", "visionzip") != "visionzip":
-            return self._baseline_tokens(pixel_values, selected)
+        has_cls = TOWER_HAS_CLS[tower.config.model_type]
+        method = self.config.visionzip.get("method", METHODS[0])
+        if method != METHODS[0]:
+            baselines = extra("baselines", f"visionzip: method {method}")
+            found = baselines.baseline_tokens(tower, pixel_values, selected, self.config.visionzip, has_cls)
+            return VisualTokens(targets=found.kept[:, :0], **found._asdict())
         hidden = embed_patches(tower, pixel_values)
         for block in blocks[:selected]:
             hidden = block(hidden, None)
-        has_cls = TOWER_HAS_CLS[tower.config.model_type]
         queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
         reduced = reduce_tokens(
             blocks[selected](hidden, None),
@@ -115,23 +118,6 @@ class ReducedModelMixin:
             has_cls,
         )
         return VisualTokens(**reduced._asdict())
-
-    def _baseline_tokens(self, pixel_values: Tensor, selected: int) -> VisualTokens:
-        """The tokens of the baseline that the config names (baselines.py), from the output of block `selected`."""
-        tower, method, count = self.vision_tower, self.config.visionzip["method"], self.config.visionzip["dominant"]
-        side = tower.config.image_size // tower.config.patch_size
-        pixels = pixel_values
-        if method == "downsample":
-            pixels = downsample_images(pixel_values, grid_shape(count, side), tower.config.patch_size)
-        hidden = embed_patches(tower, pixels, interpolate=method == "downsample")
-        for block in tower.encoder.layers[: selected + 1]:
-            hidden = block(hidden, None)
-        patches = hidden[:, int(TOWER_HAS_CLS[tower.config.model_type]) :]
-        if method == "downsample":
-            found = downsampled_tokens(patches, count, side)
-        else:
-            found = keep_patches(patches, pixel_values, method, count, self.config.visionzip.get("seed", 0))
-        return VisualTokens(targets=found.kept[:, :0], **found._asdict())
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         if not self._checks_rows():
@@ -188,10 +174,11 @@ class ReducedModelMixin:
                     visual = visual_of_token_types(key, mm_token_type_ids, inputs_embeds)
                 refuse_unmasked_attention(key, self.language_model.config, kwargs.get("output_attentions"))
                 if self.config.fastv is not None:
-                    refuse_cache(kwargs.get("past_key_values"))
                     length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-                    query = last_attended(kwargs.get("attention_mask"), length) if fastv_query is None else fastv_query
-                    kwargs["fastv"] = Pruning(self.config.fastv["keep"], visual, query)
+                    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+                    keep = self.config.fastv["keep"]
+                    fastv = extra("fastv", "fastv")
+                    kwargs["fastv"] = fastv.pruning_of(keep, visual, fastv_query, length, mask, cache)
                 elif visual is not None:
                     kwargs["active_rows"] = active_rows(visual)
         if image_sizes is not None:
@@ -238,11 +225,13 @@ class ReducedForGenerationMixin:
         """
         if self.config.fastv is not None:
             settings = self.generation_config if generation_config is None else generation_config  # type: ignore[attr-defined]
-            refuse_chunks(kwargs.get("prefill_chunk_size", settings.prefill_chunk_size))
+            fastv = extra("fastv", "fastv")
+            fastv.refuse_chunks(kwargs.get("prefill_chunk_size", settings.prefill_chunk_size))
             if kwargs.get("fastv_query") is None:
                 ids = kwargs.get("input_ids", inputs)
                 embeds = kwargs.get("inputs_embeds")
-                kwargs["fastv_query"] = prompt_end(ids, embeds, kwargs.get("attention_mask"), settings.pad_token_id)
+                mask = kwargs.get("attention_mask")
+                kwargs["fastv_query"] = fastv.prompt_end(ids, embeds, mask, settings.pad_token_id)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(

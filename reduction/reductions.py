@@ -16,8 +16,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.baselines import METHODS
-from shortzip.reduction.configuration_reduced_llava import validate_fastv, validate_shortv, validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import METHODS, validate_fastv, validate_shortv, validate_visionzip
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
 from shortzip.reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers

@@ -97,9 +97,10 @@ def refuse_compressed(path: Path) -> None:
         )
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, tuple[str, tuple[int, ...], int, int]]]:
-    """The header of a safetensors file, as it is and as dtype, shape, first and last byte + 1 of each tensor's data.
+def read_header(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """The header of a safetensors file as it is, and first and last byte + 1 of each tensor's data, ascending.
 
+    Read by hand because a digest is of these bytes, and because what travels imports torch and transformers alone.
     Raises ReductionError for anything that is no such header. Whether the file is as long as it says is not looked at.
     """
     size = path.stat().st_size
@@ -108,7 +109,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, tuple[str, tuple[int, ...]
         length = int.from_bytes(start, "little")
         header = file.read(length) if len(start) == 8 and length <= min(size, _MOST_HEADER) else b""
     damaged = f"{path} is no safetensors file, or was cut short within its header ({size} bytes)"
-    entries = {}
+    places = []
     try:
         for name, entry in json.loads(header).items():
             if name != "__metadata__":
@@ -116,11 +117,11 @@ def read_header(path: Path) -> tuple[bytes, dict[str, tuple[str, tuple[int, ...]
                 shape = tuple(entry["shape"])
                 if not all(type(number) is int and number >= 0 for number in (*shape, first, end - first)):
                     raise ReductionError(f"{path}: the header gives {name} a shape or a place that cannot be")
-                entries[name] = (str(entry["dtype"]), shape, first, end)
+                places.append((first, end))
     except ReductionError:
         raise
     except RecursionError as error:
         raise ReductionError(f"{damaged}: the header is nested too deeply. Download or convert it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReductionError(f"{damaged}: download or convert it again") from error
-    return header, entries
+    return header, sorted(places)

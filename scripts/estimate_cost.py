@@ -179,8 +179,7 @@ def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]
 def _row(
     config: PreTrainedConfig, settings: EstimateConfig, name: str, budget: tuple[int, int] | None, frozen: int
 ) -> CostRow:
-    next_family = isinstance(config, LlavaNextConfig)
-    tiles = settings.tiles if settings.tiles is not None else (5 if next_family else 1)
+    tiles = flops.usual_tiles(config) if settings.tiles is None else settings.tiles
     text, prompt = config.text_config, settings.text_tokens
     visual = flops.visual_tokens_per_image(config, budget, tiles)
     step = training_cost.TrainingStep(

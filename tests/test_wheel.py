@@ -22,6 +22,7 @@ for package in (shortzip.data, shortzip.reduction, shortzip.train):
         assert sys.modules[package.__name__].__file__.startswith(sys.prefix), package.__file__
 from importlib.resources import files
 assert (files("shortzip.data") / "templates" / "vicuna_v1.jinja").is_file()
+assert (files("shortzip.train.publish") / "model_card.jinja").is_file()
 print("imported", len([name for name in sys.modules if name.startswith("shortzip.")]))
 """
 

@@ -37,7 +37,7 @@ from shortzip.train.publish.push import check_publishable
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import Release, open_release
 from shortzip.train.release.spec import ReleaseSpec
-from shortzip.train.run.checkpoint import Checkpoint, check_same_run, restore_random_states, versions
+from shortzip.train.run.checkpoint import Checkpoint, check_same_run, versions
 from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.report import component_table
 from shortzip.train.run.run_start import RunFolder
@@ -166,7 +166,7 @@ def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | No
     else:
         model, processor = freeze_layers(loaded, reductions, with_tower=tower is None)
         del loaded  # and with it a tower that is not needed
-    train_only_projector(model, dtype, gradient_checkpointing=False)  # until the samples' lengths are known
+    train_only_projector(model, dtype)  # until the samples' lengths are known
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
@@ -252,11 +252,9 @@ def restore(
     schedule: LRScheduler,
     accelerator: Accelerator,
 ) -> None:
-    """Puts a checkpoint back: weights, schedule and random states; the moments, which are an engine's, come later."""
+    """Puts a checkpoint back: weights and schedule; the moments, which are an engine's, come later."""
     for name, parameter in parameters.items():
         parameter.data.copy_(checkpoint.projector[name])
     schedule.load_state_dict(checkpoint.state["schedule"])
     for group, rate in zip(adamw.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-    if accelerator.process_index < len(checkpoint.rng):
-        restore_random_states(checkpoint.rng[accelerator.process_index])

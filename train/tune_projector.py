@@ -31,7 +31,7 @@ from shortzip.train.inputs.loading import loader_of, step_inputs
 from shortzip.train.inputs.preflight import answer_images, refuse_zero_gradient
 from shortzip.train.preparation import Prepared, prepare
 from shortzip.train.release.spec import dtype_of
-from shortzip.train.run.checkpoint import Checkpoint, random_states, save_checkpoint
+from shortzip.train.run.checkpoint import Checkpoint, save_checkpoint
 from shortzip.train.run.processes import (
     StopRequest,
     StopRequested,
@@ -318,7 +318,6 @@ class Loop:
         checkpoint = Checkpoint(
             projector=self.engine.projector(),
             optimizer=self.engine.moments(),
-            rng=gather_object([random_states()]),
             state={"step": state.step, "run": asdict(state), "schedule": schedule, **self.start.record},
         )
         folder, keep, warn = self.run.path, self.config.save_total_limit, self.run.warn

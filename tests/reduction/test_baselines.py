@@ -10,7 +10,6 @@ from torch import Tensor
 
 from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
 from shortzip.reduction.baselines import (
-    METHODS,
     cells_of_patches,
     downsample_images,
     grid_counts,
@@ -19,7 +18,7 @@ from shortzip.reduction.baselines import (
     pool_patches,
     random_patches,
 )
-from shortzip.reduction.configuration_reduced_llava import validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import METHODS, validate_visionzip
 
 SIDE = IMAGE_SIZE // PATCH_SIZE
 BASELINES = [method for method in METHODS if method != "visionzip"]

@@ -57,15 +57,6 @@ def test_shortv_published_flops(sizes, visual_tokens, frozen, plain_tflops, froz
     )
 
 
-def test_visionzip_formula():
-    # T(4nd² + 2n²d + 2ndm) worked out by hand for n=3, d=2, m=5, T=7: 7·(48 + 36 + 60).
-    assert flops.visionzip_formula(3, 2, 5, 7) == 1008
-    # LLaVA-1.5-7B, visual tokens only: 576 -> 64 is a reduction to 10.8 %, a little under one ninth.
-    full = flops.visionzip_formula(576, 4096, 11008, 32)
-    reduced = flops.visionzip_formula(64, 4096, 11008, 32)
-    assert (full, reduced) == (2_986_076_012_544, 323_196_289_024)
-
-
 def test_grouped_equals_the_papers_formula_without_groups_and_is_less_with():
     plain = LlamaConfig(**SIZES_7B)
     for frozen in (0, 19, 32):

@@ -31,7 +31,7 @@ def build(accelerator: Accelerator, release: str, dtype: torch.dtype) -> WholeEn
     model, _ = load_release(
         ReleaseSpec(release, dtype=dtype), Reductions({"dominant": 4, "contextual": 2}, {"layers": [1]})
     )
-    train_only_projector(model, dtype, gradient_checkpointing=False)
+    train_only_projector(model, dtype)
     parameters = projector_parameters(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     adamw = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)

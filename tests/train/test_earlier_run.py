@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_keeps_its_name_when_the_one_before_is_refused(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    save_checkpoint(run, Checkpoint({"a": torch.zeros(1)}, {}, [{"b": torch.zeros(1)}], {"step": 3}), keep=None)
+    save_checkpoint(run, Checkpoint({"a": torch.zeros(1)}, {}, {"step": 3}), keep=None)
     (run / "step-000003" / "state.json").write_text("{}")
     assert damage(run / "step-000003")
     before = contents(run)

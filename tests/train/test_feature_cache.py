@@ -40,7 +40,7 @@ BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 @pytest.fixture
 def loaded(tiny_release: Path) -> tuple[Any, Any]:
     model, processor = load_release(str(tiny_release), Reductions(BUDGET, FROZEN))
-    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    train_only_projector(model, torch.float32)
     return model, processor
 
 

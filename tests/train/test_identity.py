@@ -293,20 +293,20 @@ def test_a_checkpoint_of_an_older_version_goes_on_and_says_what_is_not_known(
     recipe, run = stopped
     older = tmp_path / "run"
     shutil.copytree(run, older)
-    path = older / "step-000002" / FILES[3]
+    path = older / "step-000002" / FILES[-1]
     state = json.loads(path.read_text())
     del state["identity"], state["versions"]["tokenizers"]
     state["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(state))
     sums = older / "step-000002" / CHECKSUMS
-    sums.write_text(re.sub(rf"\w+  {FILES[3]}", f"{sha256(path)}  {FILES[3]}", sums.read_text()))
+    sums.write_text(re.sub(rf"\w+  {FILES[-1]}", f"{sha256(path)}  {FILES[-1]}", sums.read_text()))
     run_here(recipe, older, *RESUME)
     said = capsys.readouterr().out
     assert "begun by an older ShortZip: whether these have changed cannot be checked" in said
     assert "the vision tower's weights" in said
     assert f"torch was 1.0 and is {version('torch')}" in said
     assert "tokenizers" not in said.split("other library versions")[1].splitlines()[0]
-    assert json.loads((older / "step-000003" / FILES[3]).read_text())["identity"]
+    assert json.loads((older / "step-000003" / FILES[-1]).read_text())["identity"]
 
 
 def test_a_part_that_is_noted_since_is_not_checked_but_said(processor: Any, rows: Path) -> None:

@@ -139,7 +139,7 @@ def memory_for(estimate: StepEstimate, tokens: int) -> str:
 def estimate_of_run(recipe: Path) -> StepEstimate:
     config = load_config(["--config", str(recipe)])
     model, processor = load_release(config.model, Reductions({"dominant": 4, "contextual": 2}, {"layers": [1, 3]}))
-    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    train_only_projector(model, torch.float32)
     dataset = training_set(config.data, processor, 0)
     return micro_batch.estimate_of(config, model, dataset)
 

@@ -28,7 +28,7 @@ BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
 
 def loaded(release: Path, instructions: Path, **reductions: Any) -> tuple[SupervisedLoss, ConversationDataset]:
     model, processor = load_release(str(release), Reductions(**{"visionzip": BUDGET, "shortv": FROZEN, **reductions}))
-    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    train_only_projector(model, torch.float32)
     conversations = read_instructions(instructions)
     dataset = ConversationDataset(conversations, Supervision(processor), instructions.parent)
     return SupervisedLoss(model), dataset
@@ -111,7 +111,7 @@ def test_text_alone_gives_the_projector_exact_zeros_and_not_no_gradient(
 def test_the_projector_is_not_rounded_on_its_way_to_training_in_bf16(tiny_release: Path) -> None:
     exact = projector_parameters(load_release(str(tiny_release), Reductions(BUDGET, FROZEN))[0])
     model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16), Reductions(BUDGET, FROZEN))
-    train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
+    train_only_projector(model, torch.bfloat16)
     for name, parameter in projector_parameters(model).items():
         assert torch.equal(parameter, exact[name])
 
@@ -119,7 +119,7 @@ def test_the_projector_is_not_rounded_on_its_way_to_training_in_bf16(tiny_releas
 def test_only_the_projector_is_trained_and_nothing_upstream_has_a_graph(tiny_release: Path) -> None:
     model, _ = load_release(ReleaseSpec(str(tiny_release), dtype=torch.bfloat16), Reductions(BUDGET, FROZEN))
     model.train()
-    train_only_projector(model, torch.bfloat16, gradient_checkpointing=False)
+    train_only_projector(model, torch.bfloat16)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(projector_parameters(model))
     assert len(trained) == 4
@@ -142,7 +142,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
     module, dataset = reduced
     expected = gradient(module, dataset, [range(6)])
     other, _ = loaded(tiny_release, tiny_instructions)
-    train_only_projector(other.model, torch.float32, gradient_checkpointing=True)
+    train_only_projector(other.model, torch.float32)
+    recompute_layers(other.model)
     calls: list[bool] = []
     projection = other.model.model.language_model.layers[1].mlp.up_proj
     projection.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))

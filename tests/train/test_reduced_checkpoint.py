@@ -83,6 +83,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
 image, prompt, *names = sys.argv[1:]
+grid = {"dominant": 16, "contextual": 0, "method": "grid"}
+for refused in ({"shortv": None, "fastv": {"layer": 2, "keep": 0.5}}, {"visionzip": grid}):
+    try:
+        AutoModelForImageTextToText.from_pretrained(names[0], trust_remote_code=True, **refused)
+    except ValueError as error:
+        print(error)
 for name in names:
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
@@ -90,6 +96,7 @@ for name in names:
 
     with torch.no_grad():
         torch.save(model(**inputs).logits, name + "-logits.pt")
+        torch.save(model.generate(**inputs, max_new_tokens=3, do_sample=False), name + "-answer.pt")
     model.save_pretrained(name + "-saved")
 assert not {"reduction", "train", "data"} & set(sys.modules), "ShortZip itself was imported"
 """
@@ -97,17 +104,31 @@ assert not {"reduction", "train", "data"} & set(sys.modules), "ShortZip itself w
 
 def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tuned, tmp_path: Path) -> None:
     tuned.image.save(tmp_path / "image.png")
-    names = [str(tuned.folders[shape]) for shape in ("full", "projector")]
+    compared = {
+        "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
+        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
+    }
+    logits = dict.fromkeys(("full", "projector"), tuned.logits)
+    for name, reductions in compared.items():
+        write_reduced_checkpoint(tmp_path / name, tuned.release, tuned.projector, tuned.processor, reductions)
+        logits[name] = tuned.logits_of(load_release(tuned.open(tmp_path / name))[0], tuned.processor)
+    names = {shape: str(tuned.folders.get(shape, tmp_path / shape)) for shape in logits}
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", THREE_LINES, str(tmp_path / "image.png"), PROMPT, *names]
+    command = [sys.executable, "-P", "-c", THREE_LINES, str(tmp_path / "image.png"), PROMPT, *names.values()]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for name in names:
-        assert torch.equal(torch.load(f"{name}-logits.pt", weights_only=True), tuned.logits), name
+    assert "fastv: this checkpoint was published for other reductions, without the code of this one" in run.stdout
+    assert "visionzip: method grid: this checkpoint was published for other reductions" in run.stdout
+    for shape, name in names.items():
+        assert torch.equal(torch.load(f"{name}-logits.pt", weights_only=True), logits[shape]), shape
+        assert torch.load(f"{name}-answer.pt", weights_only=True).shape[1] > tuned.logits.shape[1], shape
+        for folder in (name, f"{name}-saved"):
+            files = {path.stem for path in Path(folder).glob("*.py")}
+            assert files & {"fastv", "baselines"} == {shape} & set(compared), "code travels where it is used"
         # What that process saved is whole: it names no base any more, and loads on its own.
         assert json.loads(Path(f"{name}-saved/config.json").read_text()).get("base_release") is None
         saved = ReducedLlavaForConditionalGeneration.from_pretrained(f"{name}-saved", dtype=torch.float32)
-        assert torch.equal(tuned.logits_of(saved, tuned.processor), tuned.logits), name
+        assert torch.equal(tuned.logits_of(saved, tuned.processor), logits[shape]), shape
 
 
 def test_full_keeps_the_release_bit_for_bit_and_the_projector_in_float32(tuned: Tuned) -> None:

@@ -245,7 +245,7 @@ def narrow(release: Path) -> None:
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("text-only LLaMA", text_only,
      r"text-only language model \(model_type 'llama'\): needed is a LLaVA .*mm_projector"),
-    ("cut short", cut, r"model.safetensors was cut short .*: its header announces \d+ bytes, the file has \d+"),
+    ("cut short", cut, r"model.safetensors was cut short or damaged \(\d+ bytes; .*\): download or convert it again"),
     ("another architecture", lambda r: edit_config(r, lambda c: c.update(model_type="idefics3")),
      "model_type is 'idefics3', known are llava"),
     ("no weights", lambda r: (r / "model.safetensors").unlink(), "holds no weights .*download the release again"),

@@ -29,7 +29,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.images import open_image
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import Supervision
-from shortzip.reduction.baselines import METHODS
+from shortzip.reduction.configuration_reduced_llava import METHODS
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release

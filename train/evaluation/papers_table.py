@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.baselines import METHODS
+from shortzip.reduction.configuration_reduced_llava import METHODS
+from shortzip.reduction.flops import usual_tiles
 from shortzip.reduction.parsing import parse_budget, parse_layers
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.run.report import print_table
@@ -17,7 +18,6 @@ from shortzip.train.settings.checks import ConfigError, repeated
 TRAINING_FREE, TUNED = "training-free", "tuned"
 VISIONZIP = METHODS[0]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NEXT_TILES = 5  # as the papers count LLaVA-NeXT's
 
 
 def _alike(key: str, text: str) -> str:
@@ -244,8 +244,7 @@ def _as_method(budget: str, method: str) -> str:
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
     """FLOPs of the language model for a prompt of `text_tokens` about one image (in LLaVA-NeXT of five tiles)."""
-    tiles = NEXT_TILES if model.model_type.endswith("llava_next") else 1
-    visual = row.reductions.tokens_per_image(model, tiles)
+    visual = row.reductions.tokens_per_image(model, usual_tiles(model))
     return row.reductions.prefill_flops(model.text_config, text_tokens, visual)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
-from shortzip.reduction.baselines import METHODS
-from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
-from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.reduction.configuration_reduced_llava import METHODS, TOWER_HAS_CLS
+from shortzip.reduction.reductions import Reductions
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
 from shortzip.train.release.hub import fetch
@@ -89,21 +90,38 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
 
     `size`: bytes of all published files. `picture`: whether PICTURE is among them.
     """
-    parts = [
-        f"# {repo_id.split('/')[-1]}",
-        _introduction(run),
-        _usage(repo_id, shape, run),
-        _table(run),
-        _cost(run, size),
-        _recipe(run),
-        _lineage(run),
-        _limits(run, shape),
-    ]
-    if picture:
-        caption = "What the model is given of four held-out images: patches kept as they are, and groups merged."
-        parts.append(f"## The tokens that are kept\n\n{caption}\n\n![kept tokens]({PICTURE})")
-    parts.append(_licence(run))
-    return f"---\n{_metadata(run, repo_id)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    # Not ModelCard.from_template: in this environment text is escaped wherever the template does not say `safe`.
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else inline(value),
+    )
+    subset = subset_report(str(run.config["data"]["instructions"]))
+    return environment.get_template("model_card.jinja").render(
+        run=run,
+        repo_id=repo_id,
+        shape=shape,
+        size=size,
+        picture=PICTURE if picture else None,
+        metadata=_metadata(run, repo_id),
+        base=_base(run),
+        on_hub=_on_hub(_base(run)),
+        loading=loading_lines(repo_id, shape, run),
+        budget=_budget(run),
+        frozen=_frozen(run),
+        pruning=_pruning(run),
+        dataset=_dataset_name(run) if run.evaluation else None,
+        precision=_precision(run) if run.evaluation else None,
+        tuned=_row(run, "tuned"),
+        training=_training(run),
+        subset=subset,
+        instructions=_instructions(run, subset),
+        command=command_of(run.config),
+        describe=lambda entry: Reductions.from_config(entry).describe(),
+        fenced=fenced,
+    )
 
 
 def _base(run: RunRecord) -> dict[str, Any]:
@@ -190,43 +208,6 @@ def _pruning(run: RunRecord) -> str:
     )
 
 
-def _introduction(run: RunRecord) -> str:
-    base = _base(run)
-    name = f"[{base['name']}](https://huggingface.co/{base['name']})" if _on_hub(base) else inline(base["name"])
-    pruned = f"; pruned inside it: {_pruning(run)}" if run.reductions.fastv else ""
-    methods = []
-    if run.reductions.visionzip and run.reductions.method == METHODS[0]:
-        methods.append("The visual tokens are chosen by [VisionZip](https://arxiv.org/abs/2412.04467).")
-    if run.reductions.shortv:
-        methods.append("Frozen layers are those of [ShortV](https://arxiv.org/abs/2504.00502).")
-    if run.reductions.fastv:
-        methods.append("The pruning is [FastV](https://arxiv.org/abs/2403.06764)'s.")
-    return (
-        f"{name} on {_budget(run)}; layers of its language model in which visual tokens are frozen: {_frozen(run)}"
-        f"{pruned}. Only the multimodal projector was tuned; vision tower and language model are the release's own. "
-        f"{' '.join(methods)} The tuning was done with ShortZip."
-    )
-
-
-def _usage(repo_id: str, shape: Shape, run: RunRecord) -> str:
-    lines = loading_lines(repo_id, shape, run)
-    if shape == "llava":
-        return (
-            "## Use\n\nThe projector in LLaVA's own layout, for LLaVA's own code (which uses all visual tokens unless "
-            f"VisionZip's patch is applied there):\n\n{fenced('bash', lines)}\n\nShortZip loads it as it is, "
-            f"reductions included: `load_release('{repo_id}')`."
-        )
-    fetched = (
-        ""
-        if shape == "full"
-        else f"\n\nThis repository holds the projector; the release it belongs to ({inline(_base(run)['name'])}, "
-        "pinned to a commit and to its files' digests) is fetched when it is loaded."
-    )
-    stored = inline(run.model_config.get("dtype") or "float32")
-    loaded = f"\n\nThe untrained weights are loaded in {stored}, as they are stored, and the projector in float32."
-    return f"## Use\n\n{fenced('python', lines)}{fetched}{loaded}"
-
-
 def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
     """What loads a published reduced checkpoint: three lines of transformers, or LLaVA's own commands."""
     if shape == "llava":
@@ -252,120 +233,32 @@ def _dataset_name(run: RunRecord) -> str:
     return "drawn scenes (held out)" if given == DEMO else f"{Path(given).stem} (held out)"
 
 
-def _table(run: RunRecord) -> str:
-    if not run.evaluation:
-        return (
-            "## What was measured\n\nThis run was not evaluated on held-out conversations: "
-            "`python scripts/evaluate_models.py --model RUN --data.instructions FILE.json` does it."
-        )
-    rows = run.evaluation["rows"]
-    first = rows[0]
-    lines = [
-        "| model | exact match | loss | visual tokens | frozen layers | LLM FLOPs | prefill |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        pruned = f", FastV {inline(row['fastv'])}" if row.get("fastv", NONE) != NONE else ""
-        lines.append(
-            f"| {inline(row['name'])} | {row['exact_match']:.1%} | {row['loss']:.4f} | "
-            f"{row['visual_tokens']:g}{pruned} | {int(row['frozen_layers'])} | {row['llm_flops']:.3g} "
-            f"({row['llm_flops'] / first['llm_flops']:.0%}) | "
-            f"{row['prefill_ms']:.1f} ms ({row['prefill_ms'] / first['prefill_ms']:.0%}) |"
-        )
-    share = run.evaluation.get("recovered_share")
-    said = f" Tuning won back {share:.0%} of the exact match that the reduction cost." if share is not None else ""
-    machine = run.evaluation.get("machine")
-    where = f" on {inline(machine)}" if machine else ""
+def _precision(run: RunRecord) -> str:
+    assert run.evaluation is not None
     of_run = "bfloat16" if run.config.get("mixed_precision", "bf16") == "bf16" else "float32"
-    precision = " in bf16 (projector fp32)" if run.evaluation.get("dtype", of_run) == "bfloat16" else " in fp32"
+    precision = "in bf16 (projector fp32)" if run.evaluation.get("dtype", of_run) == "bfloat16" else "in fp32"
     if run.evaluation.get("load_in_4bit", run.config.get("load_in_4bit")):
         precision += ", the language model's layers in 4 bits (NF4)"
-    return (
-        f"## What was measured\n\n{int(first['questions'])} questions of {inline(_dataset_name(run))}, answered "
-        "greedily; an answer is right when it equals the expected one. `scripts/evaluate_models.py` measured "
-        "the published "
-        f"weights{precision}{where}; prefill is from pixels to the first token, {int(first['prefill_batch'])} prompts "
-        f"at once.{said}\n\n" + "\n".join(lines)
-    )
+    return precision
 
 
-def _cost(run: RunRecord, size: int) -> str:
-    lines = [f"- published files: {size / 1e6:,.1f} MB"]
-    if run.evaluation:
-        first, tuned = run.evaluation["rows"][0], _row(run, "tuned")
-        if tuned:
-            lines.append(
-                f"- language model, one prompt: {tuned['llm_flops'] / 1e9:,.3g} GFLOPs instead of "
-                f"{first['llm_flops'] / 1e9:,.3g}; {tuned['visual_tokens']:g} visual tokens instead of "
-                f"{first['visual_tokens']:g}"
-            )
+def _training(run: RunRecord) -> str | None:
+    """Steps, conversations, time and memory of the tuning; None where the run's metrics are gone."""
     train = [line for line in run.metrics if line["kind"] == "train"]
-    if train:
-        seconds = sum(line["seconds"] for line in train) * int(run.config.get("logging_steps", 1))
-        speeds = [line["samples_per_second"] for line in train if "samples_per_second" in line]
-        speed = f", {speeds[-1]:.1f} samples/s" if speeds else ""
-        memory = max(line["peak_memory"] for line in train) / 2**30
-        lines.append(
-            f"- tuning: {train[-1]['step']} steps, {train[-1]['samples_seen']} conversations, about "
-            f"{seconds / 60:.0f} minutes{speed}, peak memory {memory:.1f} GiB"
-        )
-    return "## Cost\n\n" + "\n".join(lines)
-
-
-def _recipe(run: RunRecord) -> str:
-    data = run.config["data"]
-    instructions = "drawn scenes" if data["instructions"] == DEMO else Path(str(data["instructions"])).name
-    tuning = run.config.get("tuning", "full")
-    tuned = "all weights of the projector" if tuning == "full" else f"{inline(tuning)} on the projector, merged"
-    subset = subset_report(str(data["instructions"]))
-    if subset is None:
-        share = f"{data.get('fraction', 1.0):.0%} of {inline(instructions)}"
-    else:
-        source = inline(Path(subset["instructions"]).name)
-        drawn = f"prepare_subset, seed {int(subset['seed'])}"
-        share = f"{subset['written']:,} rows, {subset['fraction']:.0%} of {source} ({drawn})"
+    if not train:
+        return None
+    seconds = sum(line["seconds"] for line in train) * int(run.config.get("logging_steps", 1))
+    speeds = [line["samples_per_second"] for line in train if "samples_per_second" in line]
+    speed = f", {speeds[-1]:.1f} samples/s" if speeds else ""
+    memory = max(line["peak_memory"] for line in train) / 2**30
     return (
-        f"## How it was made\n\n- base: {inline(_base(run)['name'])}"
-        + (f" at {inline(_base(run)['revision'])}" if _base(run)["revision"] else "")
-        + f"\n- data: {share}\n- budget: {_budget(run)}\n- frozen layers: {_frozen(run)}\n"
-        f"- pruned inside the language model: {_pruning(run)}\n"
-        f"- tuned: {tuned}\n\n{fenced('bash', command_of(run.config))}"
+        f"{train[-1]['step']} steps, {train[-1]['samples_seen']} conversations, about "
+        f"{seconds / 60:.0f} minutes{speed}, peak memory {memory:.1f} GiB"
     )
 
 
-def _lineage(run: RunRecord) -> str:
-    if len(run.lineage) < 2:
-        return ""
-    lines = []
-    for entry in run.lineage:
-        commit = f" at {inline(entry['revision'])}" if entry["revision"] else ""
-        lines.append(f"1. {inline(entry['name'])}{commit}: {Reductions.from_config(entry).describe()}")
-    return "## Lineage\n\nThis checkpoint was tuned from another one; the oldest first:\n\n" + "\n".join(lines)
-
-
-def _limits(run: RunRecord, shape: Shape) -> str:
-    lines = [
-        "- Details that the kept tokens do not hold are lost: small print and small objects suffer first.",
-        "- The projector fits this budget and these layers; with others, tune again, from here if you like.",
-        "- Everything that the base release gets wrong or should not be used for holds here too.",
-    ]
-    if shape != "llava":
-        lines.insert(
-            1,
-            "- Load it with `trust_remote_code=True`. In plain LLaVA classes the weights load, but every visual token "
-            "is used there: with this processor's fewer placeholders, transformers then reports that image features "
-            "and image tokens do not match.",
-        )
-    if run.reductions.shortv:
-        lines.append("- Frozen layers need `attn_implementation` `sdpa` or `eager`.")
-    return "## Limits\n\n" + "\n".join(lines)
-
-
-def _licence(run: RunRecord) -> str:
-    name = inline(_base(run)["name"])
-    said = (
-        f"The weights are derived from {name} and stand under its licence: {inline(run.licence)}."
-        if run.licence
-        else f"The weights are derived from {name}, whose card names no licence: ask its authors before you use them."
-    )
-    return f"## Licence\n\n{said} The code in this repository stands under Apache-2.0."
+def _instructions(run: RunRecord, subset: Mapping[str, Any] | None) -> str:
+    given = str(run.config["data"]["instructions"])
+    if subset is not None:
+        return Path(subset["instructions"]).name
+    return "drawn scenes" if given == DEMO else Path(given).name

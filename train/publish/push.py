@@ -305,6 +305,7 @@ def _is_there(publication: Publication, remote: Mapping[str, str]) -> bool:
 
 
 def _commit(api: HfApi, publication: Publication, say: Callable[[str], None]) -> str:
+    # create_commit sends nothing twice. upload_folder would want files, picture and card copied into one folder first.
     remote = _remote_files(api, publication.repo_id)
     adding = [
         CommitOperationAdd("README.md", publication.card.encode()),

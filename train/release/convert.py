@@ -18,6 +18,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 import shortzip.data
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json, written_whole
+from shortzip.reduction.flops import projector_input
 from shortzip.reduction.weight_files import weight_names
 from shortzip.train.release.original_layout import (
     PROJECTOR_KEYS,
@@ -230,7 +231,7 @@ def _plan_projector(
     found = find_projector(specs, where)
     tensors = {PROJECTOR_NAMES[key]: specs[name] for key, name in found.items()}
     shapes = {name: spec.shape for name, spec in tensors.items()}
-    check_projector_widths(shapes, config.vision_config.hidden_size, config.text_config.hidden_size, where)
+    check_projector_widths(shapes, projector_input(config), config.text_config.hidden_size, where)
     if dtype is None:
         check_dtypes(tensors, "projector", where)
     for key, name in found.items():

@@ -100,7 +100,7 @@ def retrying(action: Callable[[], Result], say: Callable[[str], None], what: str
     """`action()`, repeated after 1, 2, 4, 8 and 16 seconds while the Hub is busy (429), fails (5xx) or is cut off.
 
     A Retry-After that the Hub sends is kept to, up to a minute. `what` is said in the message of each repetition. The
-    last error is raised as it is.
+    last error is raised as it is. (huggingface_hub repeats uploads alone, and silently; it reads no Retry-After.)
     """
     for wait in (*_WAITS, None):
         try:

@@ -27,6 +27,7 @@ from shortzip.reduction import (
 from shortzip.reduction.base_release import PROJECTOR_FILE
 from shortzip.reduction.configuration_reduced_llava import check_parts
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.flops import projector_input
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.content import content_of, folder_content
 from shortzip.train.release.conversions import keep_conversion
@@ -216,10 +217,7 @@ def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
     """What the projector reads (the tower's width, times the layers it is taken from) and writes (the LLM's)."""
     config_class, _, _ = model_classes(config["model_type"])
     full = config_class.from_dict({**config, "model_type": config_class.model_type})
-    layers = full.vision_feature_layer
-    return full.vision_config.hidden_size * (
-        len(layers) if isinstance(layers, list) else 1
-    ), full.text_config.hidden_size
+    return projector_input(full), full.text_config.hidden_size
 
 
 def _check_overlay(projector: Path, config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shortzip.data.errors import MissingFile, UserError
-from shortzip.reduction.weight_files import read_header, refuse_compressed, weight_names
+from shortzip.reduction.weight_files import refuse_compressed, weight_names
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -62,19 +62,18 @@ def read_safetensors_specs(path: Path) -> dict[str, TensorSpec]:
     Raises ValueError when the file is shorter or longer than its header announces: a copy or a conversion that was
     cut short is found without reading the tensors.
     """
-    size = path.stat().st_size
-    header, entries = read_header(path)
-    end = 8 + len(header) + max((entry[3] for entry in entries.values()), default=0)
-    shapes = {name: (shape, dtype) for name, (dtype, shape, _, _) in entries.items()}
-    if size != end:
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in entries.items()}
+    except SafetensorError as error:
         raise UserError(
-            f"{path} was cut short or damaged: its header announces {end} bytes, the file has {size}: "
-            "download or convert it again"
-        )
-    unknown = sorted({dtype for _, dtype in shapes.values()} - _TORCH_DTYPES.keys())
+            f"{path} was cut short or damaged ({path.stat().st_size} bytes; {error}): download or convert it again"
+        ) from error
+    unknown = sorted({dtype for _, dtype in found.values()} - _TORCH_DTYPES.keys())
     if unknown:
         raise UserError(f"{path} holds tensors of dtype {', '.join(unknown)}, known are {', '.join(_TORCH_DTYPES)}")
-    return {name: TensorSpec(shape, _TORCH_DTYPES[dtype]) for name, (shape, dtype) in shapes.items()}
+    return {name: TensorSpec(shape, _TORCH_DTYPES[dtype]) for name, (shape, dtype) in found.items()}
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from shortzip.reduction.configuration_reduced_llava import METHODS
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
@@ -97,11 +98,23 @@ def write_reduced_checkpoint(
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
+        leave_out_extras(folder, reductions)
         leave_out_foreign_code(folder)
         if shape == "projector":
             save_file({f"{_MARK}{name}": tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
         else:
             _copy_weights(weights, folder, tensors)
+
+
+def leave_out_extras(folder: Path, reductions: Reductions) -> None:
+    """Takes the code of the baselines and of FastV out of a checkpoint that has none (see reduction/extras.py)."""
+    used = {"baselines": reductions.method != METHODS[0], "fastv": reductions.fastv is not None}
+    code = folder / "extras.py"
+    lines = code.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name in (name for name in used if not used[name]):
+        (folder / f"{name}.py").unlink()
+        lines = [line for line in lines if f"from .{name} import" not in line]
+    code.write_text("".join(lines), encoding="utf-8")
 
 
 def base_name(release: Release) -> str:

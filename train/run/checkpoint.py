@@ -1,13 +1,14 @@
-"""Checkpoints of a run: the projector, its optimizer moments, the random states and the position in the samples.
+"""Checkpoints of a run: the projector, its optimizer moments and the position in the samples.
 
 One format for every engine and every number of processes; nothing that is untrained is in it, and no pickle:
 
     step-000100/
       projector.safetensors   the projector's weights under the release's names, fp32
       optimizer.safetensors   AdamW's `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`
-      rng.safetensors         random states of each process
       state.json              step, samples seen, scheduler, counters, versions, the settings that shape the result
-      SHA256SUMS              of the four files (`sha256sum -c SHA256SUMS` reads it)
+      SHA256SUMS              of the three files (`sha256sum -c SHA256SUMS` reads it)
+
+There are no random states in it: nothing in the loop draws.
 
 A checkpoint is written beside its place, flushed to the disk and renamed: what bears a checkpoint's name is whole, and
 damage that comes later is found by the checksums.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,7 +33,8 @@ from safetensors.torch import load_file, save_file
 from shortzip.data.errors import UserError
 from shortzip.data.files import flush_to_disk, sha256
 
-FILES = ("projector.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+FILES = ("projector.safetensors", "optimizer.safetensors", "state.json")
+_OLDER_FILES = {*FILES, "rng.safetensors"}  # nothing reads the fourth any more
 CHECKSUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFT = re.compile(r"\.((writing|replaced)-step-\d{6,}|removing-.+)")
@@ -47,11 +47,10 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds. `rng` has one entry per process that wrote it."""
+    """What a checkpoint holds."""
 
     projector: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    rng: list[dict[str, torch.Tensor]]
     state: dict[str, Any]
 
 
@@ -78,11 +77,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None, say: Ca
         beside.mkdir(parents=True)
         save_file(_contiguous(checkpoint.projector), beside / FILES[0])
         save_file(_contiguous(checkpoint.optimizer), beside / FILES[1])
-        ranks = {
-            f"{rank}.{name}": state for rank, states in enumerate(checkpoint.rng) for name, state in states.items()
-        }
-        save_file(_contiguous(ranks), beside / FILES[2])
-        (beside / FILES[3]).write_text(json.dumps(checkpoint.state, indent=1) + "\n", encoding="utf-8")
+        (beside / FILES[2]).write_text(json.dumps(checkpoint.state, indent=1) + "\n", encoding="utf-8")
         (beside / CHECKSUMS).write_text("".join(f"{sha256(beside / name)}  {name}\n" for name in FILES))
         for path in (*beside.iterdir(), beside):
             flush_to_disk(path)
@@ -154,7 +149,7 @@ def damage(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return f"{CHECKSUMS} is missing or unreadable"
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(sums) != set(FILES):
+    if set(sums) not in (set(FILES), _OLDER_FILES):
         return f"{CHECKSUMS} lists {sorted(sums)} instead of {sorted(FILES)}"
     for name, digest in sums.items():
         if not (path / name).is_file():
@@ -209,15 +204,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     fault = damage(path)
     if fault is not None:
         raise CheckpointError(f"{path} is damaged: {fault}")
-    ranks: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(path / FILES[2]).items():
-        rank, _, name = key.partition(".")
-        ranks.setdefault(int(rank), {})[name] = tensor
     return Checkpoint(
         projector=load_file(path / FILES[0]),
         optimizer=load_file(path / FILES[1]),
-        rng=[ranks[rank] for rank in sorted(ranks)],
-        state=json.loads((path / FILES[3]).read_text(encoding="utf-8")),
+        state=json.loads((path / FILES[2]).read_text(encoding="utf-8")),
     )
 
 
@@ -263,35 +253,6 @@ def restore_optimizer(
             )
         device = "cpu" if kind == "step" else parameters[name].device
         optimizer.state.setdefault(parameters[name], {})[kind] = value.clone().to(device)
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """The states of this process's generators (torch, its CUDA device, Python, numpy) as tensors."""
-    version, words, gauss = random.getstate()
-    assert version == 3, "Python's generator state changed its format"
-    numpy_state: Any = np.random.get_state()
-    _, keys, position, has_gauss, cached = numpy_state
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
-    """Undoes `random_states`."""
-    torch.set_rng_state(states["torch"])
-    gauss = states["python_gauss"].item()
-    random.setstate((3, tuple(states["python"].tolist()), None if np.isnan(gauss) else gauss))
-    *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy_gauss"].item()))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")

@@ -6,7 +6,6 @@ Full tuning is the loop's own: PEFT refuses `modules_to_save` without a tuner.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,7 +21,6 @@ Tuning = Literal["full", "lora", "rslora", "dora", "loha", "lokr"]
 TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
 ADAPTER_FOLDER = "adapter"
 _TARGETS = r".*multi_modal_projector\.linear_[12]"
-_PREFIX = "model.multi_modal_projector."
 
 
 def _peft() -> Any:
@@ -85,13 +83,12 @@ class ProjectorAdapter:
         """
         return merged_projector(self._projector)
 
-    def save(self, folder: Path, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path, base: str) -> None:
         """Writes the adapter to `folder` as PEFT does: `PeftModel.from_pretrained(release, folder)` loads it.
 
-        `base`: what adapter_config.json names as the base model. `tensors`: values to save instead of the model's own,
-        under the names of `parameters` (gathered ones, where an engine shards them).
+        `base`: what adapter_config.json names as the base model.
         """
-        state = {**{name: p.detach() for name, p in self.parameters.items()}, **(tensors or {})}
+        state = {name: parameter.detach() for name, parameter in self.parameters.items()}
         self._model.peft_config["default"].base_model_name_or_path = base
         self._model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a card; the checkpoint has its own

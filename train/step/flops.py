@@ -18,8 +18,9 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.flops import (
     llm_layer_flops_grouped,
     lm_head_flops,
-    projector_flops,
+    projector_training_flops,
     tower_blocks_run,
+    usual_tiles,
     vision_tower_flops,
 )
 
@@ -57,7 +58,7 @@ def plain_flops(
         tower = vision_tower_flops(config, row.tiles)
         if whole_tower:
             tower = round(tower * config.vision_config.num_hidden_layers / tower_blocks_run(config))
-        total += tower + _projector(config, row.visual)
+        total += tower + projector_training_flops(config, row.visual)
     return total
 
 
@@ -83,13 +84,8 @@ def needed_flops(
     total = (last - frozen) * layer(tokens) + frozen * layer(queries) + layer(row.supervised)
     total += passes * lm_head_flops(text, row.supervised)
     if row.visual:
-        total += _projector(config, row.visual) + (vision_tower_flops(config, row.tiles) if tower else 0)
+        total += projector_training_flops(config, row.visual) + (vision_tower_flops(config, row.tiles) if tower else 0)
     return total
-
-
-def _projector(config: Any, visual: int) -> int:
-    """Forward, weight gradients of both layers, input gradient of the second."""
-    return 2 * projector_flops(config, visual) + 2 * visual * config.text_config.hidden_size**2
 
 
 class StepFlops:
@@ -103,7 +99,7 @@ class StepFlops:
         self.config, self.dataset = config, dataset
         self.tower = not isinstance(model.model.vision_tower, nn.Identity)
         self.frozen = config.shortv["layers"] if config.shortv else []
-        self.tiles = 5 if supervision.needs_image_sizes else 1
+        self.tiles = usual_tiles(config)
         if supervision.needs_image_sizes:
             side = config.vision_config.image_size
             self.visual = supervision.placeholders((2 * side, 2 * side))

@@ -43,7 +43,10 @@ class Take(torch.autograd.Function):
 
 
 class LeanRmsNorm(torch.autograd.Function):
-    """transformers' RMSNorm of an untrained weight, keeping its input as it came and one number per token."""
+    """transformers' RMSNorm of an untrained weight, keeping its input as it came and one number per token.
+
+    torch's own `rms_norm` rounds differently in bfloat16 (by up to 1/32), and keeps a float32 copy there on CPUs.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -16,8 +16,8 @@ from shortzip.reduction.flops import (
     llm_flops,
     lm_head_flops,
     parameter_counts,
-    projector_flops,
     projector_input,
+    projector_training_flops,
     refuse_negative,
     vision_tower_flops,
     visual_grid,
@@ -103,8 +103,8 @@ def training_step_flops(config: PreTrainedConfig, step: TrainingStep) -> int:
     matrices, attention = llm_flops(text, t, v, step.frozen_layers)
     forwards = 2 if step.gradient_checkpointing else 1
     llm = (forwards + 1) * matrices + (forwards + 2) * attention
-    projector = 2 * projector_flops(config, v) + 2 * v * text.hidden_size**2
-    per_sample = vision_tower_flops(config, step.tiles) + projector + llm + 2 * lm_head_flops(text, t)
+    llm += 2 * lm_head_flops(text, t)
+    per_sample = vision_tower_flops(config, step.tiles) + projector_training_flops(config, v) + llm
     return step.global_batch_size * per_sample
 
 

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from shortzip.data.errors import UserError
+from shortzip.reduction.flops import projector_input
 from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.supervised_states import (
     IGNORE_INDEX,
@@ -168,10 +169,7 @@ class SupervisedLoss(nn.Module):
 
     def _no_token(self, device: torch.device) -> Tensor:
         """[1, input of the projector]: read from the config, for a sharded weight has no shape."""
-        config: Any = self.model.config
-        layers = config.vision_feature_layer
-        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return torch.zeros(1, width, device=device)
+        return torch.zeros(1, projector_input(self.model.config), device=device)
 
     def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
@@ -251,7 +249,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return of_states * gradient, None, None
 
 
-def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_checkpointing: bool) -> None:
+def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:
     """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
@@ -265,8 +263,6 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, gradient_chec
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter not in trained:
             parameter.data = parameter.data.to(compute_dtype)
-    if gradient_checkpointing:
-        recompute_layers(model)
 
 
 def recompute_layers(model: Llava, again: bool = True) -> None:

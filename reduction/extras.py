@@ -1,0 +1,24 @@
+"""Code that a checkpoint needs only where its config asks for it: the baselines, and FastV."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ReductionError
+
+# Never executed: transformers copies into a checkpoint every file that it reads in a line like these. Where one does
+# not use them, `leave_out_extras` (train/release/writing.py) takes out lines and files.
+if TYPE_CHECKING:
+    pass
+    from .baselines import baseline_tokens  # noqa: F401
+    from .fastv import FastVLayer  # noqa: F401
+
+
+def extra(name: str, key: str) -> Any:
+    """The module `name`, for which the config's `key` asks. Raises ReductionError where it was left out."""
+    try:
+        return import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise ReductionError(
+            f"{key}: this checkpoint was published for other reductions, without the code of this one ({name}.py): "
+            "load it with ShortZip's own classes, which have it"
+        ) from error
