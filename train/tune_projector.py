@@ -292,7 +292,7 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
         try:
             for number, micro in enumerate(mine):
                 scale, is_last = accelerator.num_processes / supervised, number == len(mine) - 1
-                loss_sum += engine.backward(micro.to(device).inputs, scale, last=is_last)
+                loss_sum += engine.backward(micro.to(device), scale, last=is_last)
         except torch.OutOfMemoryError as error:
             plan, out_of_memory = half_the_micro_batch(plan, error, again=halved or not engine.can_repeat), True
             state.micro_batch |= {"rows": plan.micro_batch_size, "tokens": plan.max_tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.step.places import lay_out
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
@@ -30,10 +32,11 @@ def loader_of(
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of the plan from a position on."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    lays_out = partial(lay_out, image_token_id=dataset.supervision.processor.image_token_id)
     loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
         batch_sampler=MicroBatchSampler(plan, accelerator.process_index, position),
-        collate_fn=SharingCollator(Collator.of(dataset.supervision)),
+        collate_fn=SharingCollator(Collator.of(dataset.supervision, lay_out=lays_out)),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
