@@ -21,12 +21,12 @@ from shortzip.data.images import (
     ImageSource,
     check_image_file,
     image_name,
-    image_size,
     open_image,
     resolve_image_path,
 )
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
+from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
@@ -119,6 +119,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         drops: where rows that cannot be used go; None: the first bad one raises.
         cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits, and
             as many placeholders for each image; None: nowhere.
+        known_images: what is known of the images' files; None: nothing yet.
         progress: called with the rows tokenized so far and with their number; not called for rows from the cache.
 
     Attributes:
@@ -141,10 +142,12 @@ class ConversationDataset(Dataset[Sample | Drop]):
         *,
         drops: DropLog | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        known_images: KnownImages | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.supervision = supervision
         self.image_root = image_root
+        self.known_images = known_images or KnownImages()
         self.features: FeatureSource | None = None
         self.drops = DropLog() if drops is None else drops
         counted, unusable = self._counted(conversations, cache_dir, progress or (lambda done, total: None))
@@ -206,18 +209,15 @@ class ConversationDataset(Dataset[Sample | Drop]):
         try:
             sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
             if self.supervision.needs_image_sizes:
-                sizes = [image_size(source, self.image_root) for source in conversation.images]
+                sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
             encoded = self.supervision.encode(conversation, sizes)
             found = []
             for source in conversation.images[: encoded.images]:
                 known = features.find(source, self.image_root)
                 if known is None:
                     open_image(source, self.image_root)
-                    raise BadImage(
-                        "unreadable_image",
-                        image_name(source),
-                        "has changed since its features were stored: start anew",
-                    )
+                    name, problem = image_name(source), "has changed since its features were stored: start anew"
+                    raise BadImage("unreadable_image", name, problem)
                 found.append(known)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
@@ -232,8 +232,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         """What `_count` gives: as kept in `cache_dir`, or counted now and kept there."""
         if cache_dir is None:
             return self._count(conversations, progress)
-        kept, parts = Kept(cache_dir), lengths_depend_on(conversations, self.supervision, self.image_root)
-        name = f"lengths-{identity_of(parts)[:24]}"
+        parts = lengths_depend_on(conversations, self.supervision, self.image_root, self.known_images)
+        kept, name = Kept(cache_dir), f"lengths-{identity_of(parts)[:24]}"
         found = kept.find(name, parts)
         if found is not None:
             return [Counted(*row) for row in found["rows"]], [Drop(**drop) for drop in found["drops"]]
@@ -253,7 +253,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if number % 500 == 0:
                 progress(number, len(conversations))
             try:
-                encoded = encode_unread(conversation, self.supervision, self.image_root)
+                encoded = encode_unread(conversation, self.supervision, self.image_root, self.known_images)
             except BadSample as error:
                 drops.append(Drop.of(error))
             else:
@@ -313,7 +313,7 @@ class Collator:
         samples = [row for row in rows if isinstance(row, Sample)]
         dropped = [row for row in rows if isinstance(row, Drop)]
         length = max((len(sample.encoded.input_ids) for sample in samples), default=1)
-        shape = (max(len(samples), 1), length)
+        shape = max(len(samples), 1), length
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -347,7 +347,10 @@ def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
 
 
 def encode_unread(
-    conversation: Conversation, supervision: Supervision, image_root: str | os.PathLike[str] | None
+    conversation: Conversation,
+    supervision: Supervision,
+    image_root: str | os.PathLike[str] | None,
+    known_images: KnownImages,
 ) -> Encoded:
     """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter.
 
@@ -356,14 +359,17 @@ def encode_unread(
     if not supervision.needs_image_sizes:
         return supervision.encode(conversation)
     try:
-        sizes = [image_size(source, image_root) for source in conversation.images]
+        sizes = [known_images.size(source, image_root) for source in conversation.images]
     except BadImage as error:
         raise BadSample(error.problem, conversation.id, str(error), error.file) from error
     return supervision.encode(conversation, sizes)
 
 
 def lengths_depend_on(
-    conversations: Sequence[Conversation], supervision: Supervision, image_root: str | os.PathLike[str] | None
+    conversations: Sequence[Conversation],
+    supervision: Supervision,
+    image_root: str | os.PathLike[str] | None,
+    known_images: KnownImages,
 ) -> dict[str, Any]:
     """All that `Supervision.encode` reads of conversations, as the parts of an identity.
 
@@ -374,7 +380,7 @@ def lengths_depend_on(
         images: list[int | str] = []
         for source in conversation.images:
             try:
-                size = image_size(source, image_root) if supervision.needs_image_sizes else (0, 0)
+                size = known_images.size(source, image_root) if supervision.needs_image_sizes else (0, 0)
                 images.append(supervision.placeholders(size))
             except BadImage as error:
                 images.append(error.problem)

@@ -25,10 +25,10 @@ from runs import (
 )
 
 from shortzip.train.run.checkpoint import CHECKSUMS, FILES
+from shortzip.train.run.launcher import check_engine
 from shortzip.train.run.run_folder import read_metrics
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import DataConfig, TuneConfig
-from shortzip.train.step.engine import check_engine
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed", exc_type=ImportError)
 PROBE = Path(__file__).with_name("engine_probe.py")
