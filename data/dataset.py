@@ -110,7 +110,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
     """Conversations that can be trained on, with their lengths known.
 
     Every row is tokenized once when the dataset is built; rows without supervised tokens, rows that are too long and
-    rows whose image files are not there are dropped and counted then. Images are opened when a row is asked for.
+    rows whose image files are not there are dropped and counted then. Images are opened when a row is asked for, and
+    it is tokenized again, by a worker: 1.3 ms of CPU in the mix, a tenth of its image's, for no tokens kept (1.5 kB).
 
     Args:
         conversations: what to train on.

@@ -81,6 +81,7 @@ class FeatureCache:
         self.folder = Path(root) / identity_of(identity)[:16]
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        # To be read by people: the folder's name is the identity, and shards hold digests of their own.
         write_atomically(self.folder / "identity.json", json.dumps(identity, sort_keys=True, indent=1) + "\n")
         self._places: dict[str, tuple[str, int]] = {}
         self._shards: dict[str, bool] = {}  # those taken in, and whether their digest was compared
