@@ -73,6 +73,7 @@ def _placed(output: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         with written_whole(new) as folder:
             yield folder
+        # Renamed one by one, since files that are no subset's stay.
         (output / SUBSET).unlink(missing_ok=True)
         for file in sorted(new.iterdir(), key=lambda file: file.name == SUBSET):
             target = output / file.name

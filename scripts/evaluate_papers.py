@@ -28,9 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically, writing
-from shortzip.data.kept import identity_of
+from shortzip.data.kept import Kept, identity_of
 from shortzip.train.evaluation.papers_table import (
     TRAINING_FREE,
     TUNED,
@@ -191,23 +190,17 @@ def digest_of(task: Task, config: PapersConfig) -> str:
     return digest.hexdigest()
 
 
-def identity(row: Row, release: Release, asked: str, config: PapersConfig) -> str:
-    """What kept results belong to: what is asked (`digest_of`), model and arguments, and the kind of device.
+def depends_on(row: Row, release: Release, asked: str, config: PapersConfig) -> dict[str, Any]:
+    """What kept results depend on: what is asked (`digest_of`), model and arguments, and the kind of device.
 
     A model is known by its commit on the Hub, or by the content of its files: weights, configs, tokenizer, template.
     """
-    known_by = release.revision or release_content(release)
-    return identity_of([asked, model_arguments(row, config), computed_on(config), known_by])[:20]
-
-
-def kept_results(path: Path) -> dict[str, Any] | None:
-    """lmms-eval's results as they were kept; None where there are none that can be read."""
-    try:
-        results = read_json(path).get("results")
-    except UserError:
-        return None
-    is_whole = isinstance(results, dict) and all(isinstance(block, dict) for block in results.values())
-    return results if is_whole else None
+    return {
+        "asked": asked,
+        "model's arguments": model_arguments(row, config),
+        "computed on": computed_on(config),
+        "model": release.revision or release_content(release),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -253,20 +246,21 @@ def run_all(
     Raises StopRequested when `stop` was signalled, after it has ended what runs.
     """
     scores: dict[Row, dict[str, float]] = {row: {} for row in rows}
-    failures: list[str] = []
+    failures, kept = list[str](), Kept(Path(config.output) / "results")
     total, number = len(rows) * len(config.asked), 0
     asked = {task.name: digest_of(task, config) for task in config.asked}
     for row, checked in rows.items():
         for task in config.asked:
             number += 1
-            key = identity(row, checked.release, asked[task.name], config)
-            kept = Path(config.output) / "results" / f"{task.task}-{key}.json"
+            parts = depends_on(row, checked.release, asked[task.name], config)
+            name = f"{task.task}-{identity_of(parts)[:20]}"
+            folder, results = kept.folder / name, kept.find(name, parts)
             what = f"[{number}/{total}] {row.title}, {row.settings}: {task.name}"
-            results = kept_results(kept)
             say(what if results is None else f"{what}: kept")
             try:
                 if results is None:
-                    results = _run(command_of(row, task, config, kept.with_suffix("")), task, kept, stop)
+                    results = _run(command_of(row, task, config, folder), task, folder, stop)
+                    kept.keep(name, parts, results)
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:
                 failures.append(f"{what}: {error}")
@@ -274,8 +268,8 @@ def run_all(
     return scores, failures
 
 
-def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> dict[str, Any]:
-    folder, start = kept.with_suffix(""), time.time()
+def _run(command: Sequence[str], task: Task, folder: Path, stop: StopRequest) -> dict[str, Any]:
+    start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     code = run_until_stopped(command, path, stop)
@@ -290,9 +284,8 @@ def _run(command: Sequence[str], task: Task, kept: Path, stop: StopRequest) -> d
         raise RuntimeError(f"lmms-eval ended with {code}{results} (all of it: {path}):\n{shown}")
     if task.judge:
         check_judged(task, [file for file in fresh if file.match("*_samples_*.jsonl")], path)
-    results = json.loads(max(written, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))["results"]
-    write_atomically(kept, json.dumps({"command": command, "results": results}, indent=1) + "\n")
-    return results
+    found: dict[str, Any] = read_json(max(written, key=lambda file: file.stat().st_mtime))["results"]
+    return found
 
 
 def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:

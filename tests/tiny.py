@@ -16,6 +16,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -58,6 +62,25 @@ def write_release(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
     image_processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
     LlavaProcessor(
         image_processor, tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_next_release(folder: Path) -> Path:
+    """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one."""
+    write_release(folder)
+    plain, processor = LlavaConfig.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
+    tiles = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE]]
+    config = LlavaNextConfig(
+        vision_config=plain.vision_config, text_config=plain.text_config, image_grid_pinpoints=tiles,
+        image_token_index=plain.image_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=tiles)
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    LlavaNextProcessor(
+        images, processor.tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
         image_token="<image>", num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -207,7 +207,7 @@ class Loop:
         try:
             for number, micro in enumerate(micro_batches):
                 is_last = number == len(micro_batches) - 1
-                loss += self.engine.backward(micro.to(self.device).inputs, scale, last=is_last)
+                loss += self.engine.backward(micro.to(self.device), scale, last=is_last)
         except torch.OutOfMemoryError as error:
             is_halved = self.plan is not self.start.plan
             self.plan = half_the_micro_batch(self.plan, error, again=is_halved or not self.engine.can_repeat)

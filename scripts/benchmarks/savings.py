@@ -17,12 +17,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.flops import vision_tower_flops
 from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, Conversation, Shape
-from shortzip.train.step import objective
+from shortzip.train.step import objective, places
 from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.flops import RowShape, needed_flops
 from shortzip.train.step.objective import SupervisedLoss
+from shortzip.train.step.places import Padded
 
 Batch = dict[str, Tensor]
 
@@ -100,7 +102,7 @@ def savings_of(model: Any, shape: Shape) -> list[Saving]:
 
 @contextmanager
 def no_fixed_text() -> Iterator[None]:
-    with mock.patch.object(SupervisedLoss, "_fixed_beginning", return_value=None):
+    with mock.patch.object(places, "shared_beginning", return_value=0):
         yield
 
 
@@ -122,9 +124,9 @@ def frozen_as_plain() -> Iterator[None]:
     """Every token is updated in a frozen layer, and the visual ones are then put back."""
 
     class Walk(walk._Walk):
-        def __init__(self, decoder: Any, embeds: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> None:
-            super().__init__(decoder, embeds, positions, slots, *rest)
-            self.every = self.queries(slots, rest[0])
+        def __init__(self, decoder: Any, embeds: Tensor, positions: Tensor, every: Padded, *rest: Any) -> None:
+            super().__init__(decoder, embeds, positions, every, *rest)
+            self.every = self.queries(every)
 
         def frozen_layer(self, layer: Any, number: int, of_text: Any, visual: Tensor, text: Tensor) -> Any:
             return visual, self.plain_layer(layer, number, self.every, visual, text)[1]
@@ -163,7 +165,7 @@ def sides_without(
     def step(saving: Saving, inputs: list[Batch]) -> None:
         with saving.off():
             for batch in inputs:
-                (module(batch) / supervised).backward()
+                (module(MicroBatch(batch, [])) / supervised).backward()
         model.zero_grad()
 
     sides: dict[str, Callable[[], None]] = {}

@@ -56,6 +56,7 @@ from rich.console import Console
 from torch import Tensor
 
 from shortzip.data.batching import BatchPlan
+from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace
 from shortzip.reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
@@ -163,7 +164,7 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
     def needed_step(batches: list[dict[str, Tensor]], plain: bool = False) -> None:
         loss_module.plain = plain
         for batch in batches:
-            (loss_module(batch) / supervised).backward()
+            (loss_module(MicroBatch(batch, [])) / supervised).backward()
         models.both.zero_grad()
 
     sides = {

@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from shortzip.reduction.shortv import freeze_visual_tokens
 from shortzip.train.step.memory import needed_activation_bytes
-from shortzip.train.step.supervised_states import (
-    can_walk,
-    compute_fixed_text,
-    needed_tokens,
-    place_tokens,
-    shared_beginning,
-    supervised_states,
-)
+from shortzip.train.step.places import needed_tokens, place_tokens, shared_beginning
+from shortzip.train.step.supervised_states import can_walk, compute_fixed_text, supervised_states
 
 LAYOUTS = {
     "one image": ["tttItttttt", "tttIttt", "tttItttt"],
@@ -142,7 +136,7 @@ def test_a_visual_token_may_predict_and_an_answer_may_come_first(reduction: str)
     rows = torch.tensor([0, 1])
     assert_equal_to_plain(model, {**batch}, labels, shared=True)
     places = place_tokens(batch["input_ids"][rows], batch["attention_mask"][rows], labels[rows], IMAGE_TOKEN)
-    assert bool((places.ends < places.visual_count).any())
+    assert bool((places.packed_ends < places.visual_count).any())
 
 
 def test_empty_slots_that_no_window_reaches_leave_gradients_finite() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
 from shortzip.scripts.benchmarks.savings import savings_of
 from shortzip.scripts.benchmarks.shapes import Conversation, Shape, build_models, make_batch
@@ -25,7 +26,7 @@ def test_without_a_saving_the_gradient_is_the_same() -> None:
 
     def gradient(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         model.zero_grad()
-        module(inputs).backward()
+        module(MicroBatch(inputs, [])).backward()
         return torch.cat([p.grad.flatten() for p in projector_parameters(model).values() if p.grad is not None])
 
     expected, original = gradient(batch), walk._Walk

@@ -19,6 +19,7 @@ import yaml
 from tiny import write_release
 
 from shortzip.data.instructions import read_instructions
+from shortzip.data.kept import Kept, identity_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.estimate_cost import known_release
 from shortzip.scripts.evaluate_papers import (
@@ -27,8 +28,8 @@ from shortzip.scripts.evaluate_papers import (
     check_lmms_eval,
     check_rows,
     command_of,
+    depends_on,
     digest_of,
-    identity,
     main,
     model_arguments,
     run_all,
@@ -236,7 +237,7 @@ def test_what_is_kept_belongs_to_its_arguments(tiny_release: Path, tmp_path: Pat
     task, row, release = config.tasks[0], rows_of(config)[0], open_release(str(tiny_release))
 
     def key(config: PapersConfig = config, task: Task = task, row: Row = row, release: Release = release) -> str:
-        return identity(row, release, digest_of(task, config), config)
+        return identity_of(depends_on(row, release, digest_of(task, config), config))
 
     same = key()
     assert same == key(replace(config, output="elsewhere", batch_size=2))
@@ -440,11 +441,10 @@ def kept_results(config: PapersConfig, rows: dict[Row, Checked], results: dict[s
     for row, checked in rows.items():
         for task in config.tasks:
             if task.task in results:
-                key = identity(row, checked.release, digest_of(task, config), config)
-                path = Path(config.output) / "results" / f"{task.task}-{key}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"command": [], "results": {task.task: results[task.task]}}))
-                written.append(path)
+                parts = depends_on(row, checked.release, digest_of(task, config), config)
+                kept, name = Kept(Path(config.output) / "results"), f"{task.task}-{identity_of(parts)[:20]}"
+                kept.keep(name, parts, {task.task: results[task.task]})
+                written.append(kept.path(name))
     return written
 
 

@@ -22,12 +22,12 @@ def learned_release(tiny_release: Path, tiny_instructions: Path, tmp_path_factor
         read_instructions(tiny_instructions), Supervision(processor), tiny_instructions.parent
     )
     collate = Collator.of(dataset.supervision)
-    batches = [collate([dataset[index] for index in range(start, start + 10)]).inputs for start in range(0, 40, 10)]
+    batches = [collate([dataset[index] for index in range(start, start + 10)]) for start in range(0, 40, 10)]
     module = SupervisedLoss(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(60):
         batch = batches[step % len(batches)]
-        (module(batch) / (batch["labels"] != -100).sum()).backward()
+        (module(batch) / (batch.inputs["labels"] != -100).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("learned")

@@ -50,7 +50,7 @@ def main(release: str, instructions: str, mixed_precision: str) -> None:
     collate = Collator.of(dataset.supervision)
     # The second process has text alone in its first micro-batch, and nothing at all in its second.
     rows = [[0, 1], [2]] if accelerator.process_index == 0 else [[4], []]
-    batches = [collate([dataset[index] for index in chosen]).to(accelerator.device).inputs for chosen in rows]
+    batches = [collate([dataset[index] for index in chosen]).to(accelerator.device) for chosen in rows]
 
     def step(engine: WholeEngine, *, finite: bool = True, factor: float = 1.0) -> tuple[float, State]:
         for number, batch in enumerate(batches):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import write_instructions, write_release
+from tiny import write_instructions, write_next_release, write_release
 from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
@@ -147,6 +148,46 @@ def test_images_that_are_new_have_the_tower_loaded_alone(
     alone = towers.load_tower(open_release(str(release)).folder, whole.config, torch.bfloat16)
     assert isinstance(alone, CLIPVisionModel)
     assert towers.tower_digest(alone) == towers.tower_digest(whole.model.vision_tower)
+
+
+OPENED: list[str] = []
+WATCHED: list[str] = []
+
+
+def note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: these cannot be taken away again."""
+    if event == "open" and WATCHED and str(arguments[0]).startswith(WATCHED[0]):
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(note_opened)
+
+
+@pytest.mark.parametrize("family", ["llava", pytest.param("llava-next", marks=pytest.mark.slow)])
+def test_a_second_run_opens_no_image(
+    family: str, tmp_path: Path, tiny_instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor reads its header for its size, nor looks whether it is still the same."""
+    release = (write_release if family == "llava" else write_next_release)(tmp_path / "release")
+    shutil.copytree(tiny_instructions.parent, tmp_path / "rows")
+    data = {"cache_features": str(tmp_path / "features"), "cache_dir": str(tmp_path / "lengths")}
+    keys = {"max_steps": 3, "final_evaluation": False, "learning_rate": 0.001, "eval_steps": None}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", release, tmp_path / "rows" / tiny_instructions.name, data=data, **keys
+    )
+    monkeypatch.setattr("shortzip.data.known_images.SETTLED", 0)
+    WATCHED[:] = [str(tmp_path / "rows" / "images")]
+    try:
+        first = run_here(recipe, tmp_path / "first")
+        assert OPENED
+        OPENED.clear()
+        second = run_here(recipe, tmp_path / "second")
+        assert not OPENED
+        assert losses(second) == losses(first)
+        torch.testing.assert_close(checkpoint_tensors(second, 3), checkpoint_tensors(first, 3), rtol=0, atol=0)
+    finally:
+        WATCHED.clear()
+        OPENED.clear()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from runs import run_here, write_recipe
 from torch import Tensor
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.train.run.checkpoint import Checkpoint, CheckpointError, damage, list_checkpoints, save_checkpoint
 from shortzip.train.run.earlier_run import EARLIER
@@ -266,7 +267,7 @@ def test_overwriting_gives_the_old_run_back_or_leaves_the_new_one_alone(
     (run / "step-000007").symlink_to(finished / "step-000002")
     before = contents(run)
 
-    def poisoned(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
+    def poisoned(self: SupervisedLoss, batch: MicroBatch) -> Tensor:
         return real(self, batch) * float("nan")
 
     real = SupervisedLoss.forward

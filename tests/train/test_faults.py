@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from runs import checkpoint_tensors, output_of, run_here, start_there, wait_until, write_recipe
 from torch import Tensor
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import BadSample, TooManyBadSamples
 from shortzip.train.run.checkpoint import CheckpointError
 from shortzip.train.run.processes import failures_recorded, start_accelerator, watched
@@ -25,7 +26,7 @@ from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.objective import SupervisedLoss
 from shortzip.train.tune_projector import NonFiniteLoss
 
-Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
+Forward = Callable[[SupervisedLoss, MicroBatch], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def poisoned(real: Forward, bad_calls: range) -> Forward:
     """The loss, with NaN in the calls of these numbers (two calls a step here)."""
     calls = iter(range(1_000_000))
 
-    def forward(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self: SupervisedLoss, batch: MicroBatch) -> Tensor:
         loss = real(self, batch)
         return loss * float("nan") if next(calls) in bad_calls else loss
 

@@ -60,7 +60,7 @@ def filled(root: Path, loaded: tuple[Any, Any], dataset: ConversationDataset, **
 
 
 def gradient(model: Any, dataset: ConversationDataset, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = Collator.of(dataset.supervision)([dataset[index] for index in range(8)]).inputs
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in range(8)])
     model.zero_grad()
     loss = SupervisedLoss(model, plain=plain)(batch)
     loss.backward()
@@ -81,8 +81,8 @@ def test_loss_and_gradient_equal_the_uncached_ones_without_a_tower(
     loss, found = gradient(model, dataset, plain)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    text = Collator.of(dataset.supervision)([dataset[4]]).inputs
-    assert "visual_tokens" not in text
+    text = Collator.of(dataset.supervision)([dataset[4]])
+    assert "visual_tokens" not in text.inputs
     SupervisedLoss(model, plain=plain)(text).backward()
 
 

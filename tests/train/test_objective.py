@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from shortzip.data.dataset import Collator, ConversationDataset
+from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
@@ -41,7 +41,7 @@ def gradient(module: SupervisedLoss, dataset: ConversationDataset, cut: Sequence
     count = max(1, sum(count_supervised(batch.inputs["labels"]) for batch in batches))
     module.zero_grad()
     for batch in batches:
-        (module(batch.inputs) / count).backward()
+        (module(batch) / count).backward()
     return torch.cat([p.grad.flatten() for p in projector_parameters(module.model).values() if p.grad is not None])
 
 
@@ -52,10 +52,10 @@ def reduced(tiny_release: Path, tiny_instructions: Path) -> tuple[SupervisedLoss
 
 def test_with_both_reductions_off_the_loss_is_that_of_plain_llava(tiny_release: Path, tiny_instructions: Path) -> None:
     module, dataset = loaded(tiny_release, tiny_instructions, visionzip=None, shortv=None)
-    inputs = Collator.of(dataset.supervision)([dataset[index] for index in range(6)]).inputs
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in range(6)])
     plain = LlavaForConditionalGeneration.from_pretrained(tiny_release).eval()
-    expected = plain(**inputs).loss  # transformers' mean over the supervised tokens of its input
-    assert module(inputs).item() / count_supervised(inputs["labels"]) == pytest.approx(expected.item(), rel=1e-6)
+    expected = plain(**batch.inputs).loss  # transformers' mean over the supervised tokens of its input
+    assert module(batch).item() / count_supervised(batch.inputs["labels"]) == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_a_micro_batch_s_result_does_not_depend_on_those_before_it(
     late = Conversation("late", dataset.conversations[0].images, tuple(turns))
     collate = Collator.of(dataset.supervision)
     for rows in ([dataset.load(late)], [dataset[4]], [dataset[4], dataset[9]]):
-        seasoned(collate(rows).inputs).backward()
+        seasoned(collate(rows)).backward()
     for rows in ([0, 1, 2], [4], [3]):
         results = []
         for module in (fresh, seasoned):
             module.zero_grad()
-            loss = module(collate([dataset[index] for index in rows]).inputs)
+            loss = module(collate([dataset[index] for index in rows]))
             loss.backward()
             results.append([loss, *(p.grad for p in projector_parameters(module.model).values())])
         torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -158,7 +158,7 @@ def test_logits_are_computed_at_supervised_positions_only(
     batch = Collator.of(dataset.supervision)([dataset[index] for index in range(5)])
     shapes: list[torch.Size] = []
     handle = module.model.lm_head.register_forward_hook(lambda _, arguments, output: shapes.append(output.shape))
-    module(batch.inputs)
+    module(batch)
     handle.remove()
     assert sum(rows for rows, _ in shapes) == count_supervised(batch.inputs["labels"])
 
@@ -170,7 +170,7 @@ def test_computing_only_what_is_needed_changes_neither_loss_nor_gradient(
 ) -> None:
     module, dataset = loaded(tiny_release, tiny_instructions, **reductions)
     plain = SupervisedLoss(module.model, plain=True)
-    batch = Collator.of(dataset.supervision)([dataset[index] for index in rows]).inputs
+    batch = Collator.of(dataset.supervision)([dataset[index] for index in rows])
     torch.testing.assert_close(module(batch), plain(batch), rtol=1e-5, atol=0)
     found, expected = gradient(module, dataset, [rows]), gradient(plain, dataset, [rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -185,7 +185,7 @@ def test_the_text_before_the_image_is_computed_once_for_a_run(
     handle = projection.register_forward_hook(lambda _, arguments, output: sizes.append(len(output)))
     collate = Collator.of(dataset.supervision)
     for rows in ([0], [1, 2], [0, 1]):
-        module(collate([dataset[index] for index in rows]).inputs)
+        module(collate([dataset[index] for index in rows]))
     handle.remove()
     ids = dataset[0].encoded.input_ids  # type: ignore[union-attr]
     before = ids.index(dataset.supervision.processor.image_token_id)
@@ -197,10 +197,10 @@ def test_the_text_before_the_image_is_computed_once_for_a_run(
 
 def test_a_wrong_number_of_visual_tokens_is_refused(reduced: tuple[SupervisedLoss, ConversationDataset]) -> None:
     module, dataset = reduced
-    batch = Collator.of(dataset.supervision)([dataset[0]]).inputs
+    batch = Collator.of(dataset.supervision)([dataset[0]])
+    pixels = batch.inputs.pop("pixel_values")
     with pytest.raises(ValueError, match="8 placeholders, the images give 16"):
-        module({**batch, "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)})
-    del batch["pixel_values"]
+        module(MicroBatch({**batch.inputs, "pixel_values": pixels.repeat(2, 1, 1, 1)}, []))
     with pytest.raises(ValueError, match="8 placeholders and there are 0"):
         module(batch)
 

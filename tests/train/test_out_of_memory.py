@@ -2,7 +2,7 @@
 
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ import torch
 from runs import ROOT, checkpoint_tensors, output_of, run_here, start_there, write_recipe
 from torch import Tensor
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.train.run.run_folder import read_metrics, read_status
 from shortzip.train.step.objective import SupervisedLoss
 
-Forward = Callable[[SupervisedLoss, Mapping[str, Tensor]], Tensor]
+Forward = Callable[[SupervisedLoss, MicroBatch], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def full_beyond(
     """
     calls = iter(range(1_000_000))
 
-    def forward(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self: SupervisedLoss, batch: MicroBatch) -> Tensor:
         loss = real(self, batch)
-        if next(calls) >= first_call and len(batch["input_ids"]) > rows:
+        if next(calls) >= first_call and len(batch.inputs["input_ids"]) > rows:
             if filling is not None:
                 filling.append(weakref.ref(loss))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -172,7 +173,7 @@ def test_gradients_through_four_bit_layers(tmp_path: Path) -> None:
     gradients = []
     for model in (quantised, plain):
         train_only_projector(model, torch.float32)
-        SupervisedLoss(model)(inputs).backward()
+        SupervisedLoss(model)(MicroBatch(dict(inputs), [])).backward()
         gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
     assert gradients[1].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=1e-2 * float(gradients[1].abs().max()))

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import pytest
 from runs import run_here, write_recipe
 from torch import Tensor
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import ToldElsewhere, UserError
 from shortzip.train.run.processes import (
     OPTIONAL_STOP_SIGNALS,
@@ -63,7 +64,7 @@ def test_a_run_whose_terminal_is_gone_saves_and_says_stopped(
     calls = iter(range(1_000))
     forward = SupervisedLoss.forward
 
-    def hung_up(self: SupervisedLoss, batch: Mapping[str, Tensor]) -> Tensor:
+    def hung_up(self: SupervisedLoss, batch: MicroBatch) -> Tensor:
         if next(calls) == 4:  # two calls a step
             os.kill(os.getpid(), signal.SIGHUP)
         return forward(self, batch)

@@ -21,6 +21,7 @@ from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
 from shortzip.data.instructions import Conversation
+from shortzip.data.known_images import KnownImages
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.calibration_prompts import CalibrationSample
 from shortzip.reduction.layer_choice import pick_layers, rank_layers
@@ -68,7 +69,7 @@ def choose_prompts(
         if not conversation.images:
             continue
         try:
-            encoded = encode_unread(conversation, supervision, image_root)
+            encoded = encode_unread(conversation, supervision, image_root, KnownImages())
         except BadSample as error:
             drops.add(error)
             continue

@@ -255,7 +255,10 @@ def _progress(what: str, done: int, total: int) -> None:
 
 
 class Partial:
-    """What an interrupted run has measured: JSON lines, the settings first, then one line per finished batch."""
+    """What an interrupted run has measured: JSON lines, the settings first, then one line per finished batch.
+
+    No `Kept`, which writes a result whole: this one grows by a line at a time for hours.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
         """Raises ValueError when the file is of other settings, or none of these, and may not be replaced."""

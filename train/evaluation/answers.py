@@ -23,12 +23,13 @@ from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sam
 from shortzip.data.drops import Drop, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import writing
+from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
 from shortzip.train.run.report import synchronise
 from shortzip.train.run.session import Session
-from shortzip.train.step.objective import IGNORE_INDEX, MODEL_INPUTS, Llava, count_supervised, fastv_query
+from shortzip.train.step.objective import MODEL_INPUTS, Llava, count_supervised, fastv_query
 
 WARM_UPS, TIMED_RUNS = 2, 5
 
@@ -172,7 +173,7 @@ def held_out_loss(loss_module: nn.Module, batches: Iterable[MicroBatch], session
                 total[2] = 1
                 break
             moved = batch.to(device)
-            total[0] += loss_module(moved.inputs).double()
+            total[0] += loss_module(moved).double()
             total[1] += count_supervised(moved.inputs["labels"])
     loss, tokens, stopped = session.total(*total)
     return loss / tokens if tokens and not stopped else None

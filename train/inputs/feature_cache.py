@@ -27,9 +27,9 @@ from shortzip.data.images import (
     ImageSource,
     image_bytes,
     image_name,
-    resolve_image_path,
 )
 from shortzip.data.kept import identity_of
+from shortzip.data.known_images import KnownImages
 from shortzip.train.release.tensor_files import read_safetensors_specs
 from shortzip.train.release.towers import tensors_digest, tower_digest
 
@@ -81,11 +81,12 @@ class FeatureCache:
         self.folder = Path(root) / identity_of(identity)[:16]
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        # To be read by people: the folder's name is the identity, and shards hold digests of their own.
         write_atomically(self.folder / "identity.json", json.dumps(identity, sort_keys=True, indent=1) + "\n")
         self._places: dict[str, tuple[str, int]] = {}
         self._shards: dict[str, bool] = {}  # those taken in, and whether their digest was compared
         self._open: dict[str, Any] = {}
-        self.known_files: dict[str, tuple[int, str]] = {}  # by path: what tells that a file has changed, and its key
+        self.known_images = KnownImages()
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,19 +116,9 @@ class FeatureCache:
         self._places = {key: place for key, place in self._places.items() if place[0] in self._shards}
 
     def key_of(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> str:
-        """As `image_key`; of a file that has not changed since it was asked for last, without reading it."""
-        if not isinstance(source, str):
-            return image_key(source, image_root)
-        path = resolve_image_path(source, image_root)
-        try:
-            status = path.stat()
-        except (OSError, ValueError):
-            return image_key(source, image_root)  # says what is wrong with it
-        stamp = hash((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-        known = self.known_files.get(str(path))
-        if known is None or known[0] != stamp:
-            known = self.known_files[str(path)] = (stamp, image_key(source, image_root))
-        return known[1]
+        """As `image_key`; of a file that has not changed since it was read, without opening it."""
+        key: str = self.known_images.get("key", source, image_root, image_key)
+        return key
 
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         """`visual_tokens` [tiles, budget, H of the tower] and `visual_kept` [tiles, D] int64 of an image, or None.

@@ -24,6 +24,7 @@ from shortzip.data.images import (
     open_image,
 )
 from shortzip.data.kept import Kept, identity_of
+from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
 from shortzip.train.inputs.feature_cache import FeatureCache, features_identity
 from shortzip.train.release.opening import Release
@@ -38,11 +39,11 @@ SHARD_SECONDS = 60.0
 
 
 class _Seen(NamedTuple):
-    """An image that was read: its key, its pixels if it is not in the cache, and what is new in `known_files`."""
+    """An image that was read: its key, its pixels if it is not in the cache, and what is known of its file."""
 
     key: str
     pixels: Tensor | None
-    known_files: dict[str, tuple[int, str]]
+    known: dict[str, dict[str, Any]]
 
 
 class _Images(Dataset[_Seen | None]):
@@ -56,8 +57,8 @@ class _Images(Dataset[_Seen | None]):
 
     def __getitem__(self, index: int) -> _Seen | None:
         source, root = self.sources[index]
-        known: dict[str, tuple[int, str]] = {}
-        self.cache.known_files = known
+        self.cache.known_images = KnownImages()
+        known = self.cache.known_images.files
         try:
             key = self.cache.key_of(source, root)
             if key in self.cache:
@@ -99,7 +100,8 @@ def fill_cache(
     sweep(cache.folder)
     _leave_out_damaged(cache, accelerator)
     sources = _sources(datasets)
-    share = sources[accelerator.process_index :: accelerator.num_processes]
+    mine, known, read = sources[accelerator.process_index :: accelerator.num_processes], cache.known_images, {}
+    share = [image for image in mine if not (known.has("key", *image) and cache.key_of(*image) in cache)]
     loader: Any = DataLoader(
         _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
     )
@@ -108,7 +110,7 @@ def fill_cache(
         session.report.progress("features", number * batch_size, len(share))
         seen = [image for image in batch if image is not None]
         for image in seen:
-            cache.known_files.update(image.known_files)
+            read.update(image.known)
         found = {image.key: image.pixels for image in seen if image.pixels is not None and image.key not in waiting}
         if found:
             prepare()
@@ -123,6 +125,8 @@ def fill_cache(
     if waiting:
         cache.write(waiting)
     accelerator.wait_for_everyone()
+    for files in gather_object([read]):
+        known.learn(files)
     cache.refresh()
     cache.drop([])  # what was written since it was looked at is whole
     return int(session.total(computed)[0])
@@ -185,6 +189,9 @@ def store_features(
     assert config.data.cache_features is not None
     identity = features_identity(model, processor, tower)
     cache = FeatureCache(config.data.cache_features, identity)
+    for dataset in datasets:
+        cache.known_images.learn(dataset.known_images.files)
+        dataset.known_images = cache.known_images
     dtype = model.get_input_embeddings().weight.dtype
     if tower is None and (where := _kept_tower(config, release, dtype)) is not None:
         kept, name, parts = where
@@ -211,6 +218,9 @@ def store_features(
         num_workers=config.data.num_workers,
         prepare=tower_on_device,
     )
+    session.report.end_progress()
+    if session.accelerator.is_main_process:
+        cache.known_images.keep(config.data.cache_features)
     if session.asked_to_stop():
         raise session.stopped()
     model.model.vision_tower = nn.Identity()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,7 @@ def data_identity(dataset: ConversationDataset) -> dict[str, str]:
     sources = images_of(dataset)
     parts = [sources[start : start + 256] for start in range(0, len(sources), 256)]
     with ThreadPoolExecutor(READERS) as readers:
-        content = readers.map(
-            lambda part: "".join(_image_digest(source, dataset.image_root) for source in part), parts
-        )
+        content = readers.map(lambda part: "".join(_image_digest(source, dataset) for source in part), parts)
         images = "".join(content)
     return {
         "the turns of the conversations": _short(turns),
@@ -199,20 +197,19 @@ def _sample(tensor: torch.Tensor) -> list[bytes]:
     return [flat[start : start + _SAMPLE].numpy().tobytes() for start in starts]
 
 
-def _image_digests(sources: Sequence[ImageSource], image_root: Any) -> str:
-    return "".join(_image_digest(source, image_root) for source in sources)
-
-
-def _image_digest(source: ImageSource, image_root: Any) -> str:
+def _image_digest(source: ImageSource, dataset: ConversationDataset) -> str:
     """IMAGE_DIGITS of a file, by parts, or of an embedded image, whole; dashes where it cannot be read."""
     try:
-        if isinstance(source, str):
-            digest = sampled_digest(resolve_image_path(source, image_root))
-        else:
-            digest = hashlib.sha256(image_bytes(source)).hexdigest()
+        digest: str = dataset.known_images.get("sampled digest", source, dataset.image_root, _sampled)
     except (OSError, ValueError):  # BadImage too
         return "-" * IMAGE_DIGITS
     return digest[:IMAGE_DIGITS]
+
+
+def _sampled(source: ImageSource, image_root: Any) -> str:
+    if isinstance(source, str):
+        return sampled_digest(resolve_image_path(source, image_root))
+    return hashlib.sha256(image_bytes(source)).hexdigest()
 
 
 def _files_digest(folder: Path, names: Iterable[str]) -> Any:

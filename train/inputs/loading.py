@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.step.places import lay_out
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
@@ -31,10 +33,11 @@ def loader_of(
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of global batches."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    lays_out = partial(lay_out, image_token_id=dataset.supervision.processor.image_token_id)
     loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
         batch_sampler=micro_batches_of(batches, accelerator.process_index),
-        collate_fn=SharingCollator(Collator.of(dataset.supervision)),
+        collate_fn=SharingCollator(Collator.of(dataset.supervision, lay_out=lays_out)),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",

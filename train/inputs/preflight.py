@@ -8,6 +8,7 @@ from typing import Any
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset, MicroBatch
 from shortzip.data.errors import UserError
+from shortzip.data.supervision import IGNORE_INDEX
 
 
 class NothingToLearn(UserError):
@@ -65,7 +66,7 @@ def answer_images(micro_batches: Sequence[MicroBatch], image_token_id: int) -> b
     """Whether a supervised token stands after a visual token, so that the projector must get a gradient."""
     for micro_batch in micro_batches:
         after_image = (micro_batch.inputs["input_ids"] == image_token_id).cumsum(1) > 0
-        if bool((after_image & (micro_batch.inputs["labels"] != -100)).any()):
+        if bool((after_image & (micro_batch.inputs["labels"] != IGNORE_INDEX)).any()):
             return True
     return False
 

@@ -11,6 +11,7 @@ from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.files import written_whole
 from shortzip.data.generated.scene_questions import write_scenes
 from shortzip.data.instructions import Conversation, read_instructions
+from shortzip.data.known_images import KnownImages
 from shortzip.data.strata import draw
 from shortzip.data.subset_folder import subset_report
 from shortzip.data.supervision import Supervision
@@ -27,7 +28,10 @@ def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationD
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = training_conversations(config, seed, drops)
     supervision = Supervision(processor, max_length=config.max_length)
-    dataset = ConversationDataset(conversations, supervision, root, drops=drops, cache_dir=config.cache_dir)
+    known = KnownImages(config.cache_features)
+    dataset = ConversationDataset(
+        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known
+    )
     check_sees_images(dataset)
     return dataset
 
@@ -67,7 +71,8 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = held_out_conversations(config, drops)
-    return ConversationDataset(conversations, Supervision(processor, max_length=None), root, drops=drops)
+    supervision, known = Supervision(processor, max_length=None), KnownImages(config.cache_features)
+    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known)
 
 
 def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:

@@ -81,6 +81,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None, say: Ca
         (beside / CHECKSUMS).write_text("".join(f"{sha256(beside / name)}  {name}\n" for name in FILES))
         for path in (*beside.iterdir(), beside):
             flush_to_disk(path)
+        # Not `written_whole`, which loses the step that was there if it is killed between its two renames.
         replaced = run / f".replaced-{final.name}"
         if os.path.lexists(final):  # a step that is taken again, after resuming from an older one
             discard(replaced, say)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.train.run.checkpoint import optimizer_tensors, restore_optimizer
 from shortzip.train.run.launcher import is_sharded
 from shortzip.train.step.objective import SupervisedLoss
@@ -73,13 +74,13 @@ class WholeEngine:
         """The loss without what the engine does to gradients: for forward passes alone."""
         return self.accelerator.unwrap_model(self.module)
 
-    def backward(self, inputs: Mapping[str, Tensor], scale: float, *, last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, scale: float, *, last: bool) -> Tensor:
         """Adds a micro-batch's gradient, times `scale`; returns its loss, a float32 scalar.
 
         `last`: it is this process's last one of the global batch. Every process has the same number of them.
         """
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss = self.module(inputs)
+            loss = self.module(batch)
             self.accelerator.backward(loss * scale)
         return loss.detach()
 
@@ -140,8 +141,8 @@ class ShardedEngine(WholeEngine):
     def unwrapped(self) -> nn.Module:
         return self.module
 
-    def backward(self, inputs: Mapping[str, Tensor], scale: float, *, last: bool) -> Tensor:
-        loss = self.module(inputs)
+    def backward(self, batch: MicroBatch, scale: float, *, last: bool) -> Tensor:
+        loss = self.module(batch)
         (loss * scale).backward()
         return loss.detach()
 

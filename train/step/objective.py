@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,19 +10,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
+from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.flops import projector_input
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.supervised_states import (
-    IGNORE_INDEX,
-    FixedText,
-    can_walk,
-    compute_fixed_text,
-    needed_tokens,
-    place_tokens,
-    shared_beginning,
-    supervised_states,
-)
+from shortzip.train.step.places import Layout, Rows, lay_out
+from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -55,28 +48,36 @@ class SupervisedLoss(nn.Module):
     which no cut into micro-batches or processes changes.
 
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
-    (train/step/supervised_states.py): the same loss and gradient up to rounding. `plain` turns that off.
+    (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
+    trained, and where the weights lie, is to be settled before. `plain` turns it off.
     """
 
     def __init__(self, model: Llava, *, plain: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.plain = plain
+        self.plain = plain or not can_walk(model.model.language_model)
         self._fixed: dict[bytes, FixedText] = {}
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """float32 scalar. `batch`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes for
-        LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes) if it has images.
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """float32 scalar. `batch.inputs`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes
+        for LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes) if it has images. `batch.layout`: the
+        `Layout` of its integers; without one, they are laid out here.
 
-        A micro-batch without images still has the projector in its graph, times zero: engines that average gradients
+        A micro-batch, not its tensors: DDP would move all of these to the device, and the integers be waited for.
+
+        One without images still has the projector in its graph, times zero: engines that average gradients
         by hooks would wait for it for ever. The gradient gains exact zeros.
 
         Raises:
             ValueError: placeholders and visual tokens do not match.
         """
-        if self.plain or not can_walk(self.model.model.language_model):
-            return self._plain_loss(batch)
-        return self._needed_loss(batch)
+        if self.plain:
+            return self._plain_loss(batch.inputs)
+        layout = batch.layout
+        if layout is None:
+            integers = (batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
+            layout = lay_out(*integers, image_token_id=self.model.config.image_token_id)
+        return self._needed_loss(batch.inputs, layout)
 
     def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Every token through every layer.
@@ -111,55 +112,49 @@ class SupervisedLoss(nn.Module):
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
-    def _needed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        decoder: Any = self.model.model.language_model
-        device, image_token = decoder.embed_tokens.weight.device, self.model.config.image_token_id
-        ids, mask, labels = (batch[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
-        visual = (ids == image_token) & mask.bool()
-        needed = needed_tokens(mask, labels)
-        sees_image = (needed & visual).any(1)
-        groups = {True: sees_image, False: ~sees_image & needed.any(1)}
-
+    def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         features = visual_features(self.model, batch)
+        _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
+        device = self._device
         loss = torch.zeros((), device=device)
-        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
-        if features is None:
-            connected = self.model.model.multi_modal_projector(self._no_token(device))
+        if layout.with_image is not None:
+            assert features is not None
+            used = features if layout.used is None else features[layout.used.to(device, non_blocking=True)]
+            loss = loss + self._loss_of(layout.with_image, used)
         else:
-            used = (needed & sees_image[:, None])[visual]
-            connected, features = features, features if bool(used.all()) else features[used.to(device)]
-        if not bool(sees_image.any()):
+            projector = self.model.model.multi_modal_projector
+            connected = projector(self._no_token(device)) if features is None else features
             loss = loss + 0 * connected.float().sum()
-        for has_image, rows in groups.items():
-            if not bool(rows.any()):
-                continue
-            group = (ids[rows], mask[rows], labels[rows])
-            fixed = self._fixed_beginning(*group, keep=has_image)
-            places = place_tokens(*group, image_token, len(fixed.ids) if fixed else 0).to(device)
-            # Rows without an image give the projector no gradient: their loss is only reported.
-            with nullcontext() if has_image else torch.no_grad():
-                states = supervised_states(
-                    decoder,
-                    features if has_image else None,
-                    places,
-                    fixed,
-                    decoder.layers[0].gradient_checkpointing,
-                )
-                part = summed_cross_entropy(self.model.lm_head, states, places.targets)
-            loss = loss + part
+        if layout.text_only is not None:
+            with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
+                reported = self._loss_of(layout.text_only, None)
+            loss = loss + reported
         return loss
 
-    def _fixed_beginning(self, ids: Tensor, mask: Tensor, labels: Tensor, *, keep: bool) -> FixedText | None:
-        """The text that all the rows [B, L] begin with; `keep` it for the next rows that begin with the very same.
+    def _loss_of(self, rows: Rows, visual: Tensor | None) -> Tensor:
+        """Summed cross-entropy of rows that see these visual tokens [N, H], or none."""
+        decoder: Any = self.model.model.language_model
+        fixed = self._fixed_text(rows.beginning, keep=visual is not None)
+        places, again = rows.places.to(self._device), decoder.layers[0].gradient_checkpointing
+        states = supervised_states(decoder, visual, places, fixed, again)
+        return summed_cross_entropy(self.model.lm_head, states, places.targets)
+
+    @property
+    def _device(self) -> torch.device:
+        embedding: Any = self.model.model.language_model.embed_tokens
+        return embedding.weight.device
+
+    def _fixed_text(self, beginning: Tensor, *, keep: bool) -> FixedText | None:
+        """The text [p] that rows begin with; `keep` it for the next rows that begin with the very same.
 
         A longer or shorter one that is known already is of no use: its rounding would make a micro-batch's result
         depend on those before it, and a resumed run would differ from one that was never interrupted.
         """
-        length = shared_beginning(ids, needed_tokens(mask, labels), labels, self.model.config.image_token_id)
-        beginning = ids[0, :length]
+        if not len(beginning):
+            return None
         key = beginning.numpy().tobytes()
         fixed = self._fixed.get(key)
-        if fixed is None and length:
+        if fixed is None:
             fixed = compute_fixed_text(self.model.model.language_model, beginning)
             if keep:
                 while len(self._fixed) >= FIXED_TEXTS:

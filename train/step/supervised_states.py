@@ -19,7 +19,7 @@ which is why packing changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,11 +32,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.shortv import SUPPORTED_ATTENTION, SUPPORTED_LAYERS, FrozenVisualTokens, windows_of
 from shortzip.train.step.lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
+from shortzip.train.step.places import Padded, Places
 
-IGNORE_INDEX = -100
 RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
 KeysValues = tuple[Tensor, Tensor]
 
@@ -75,133 +74,14 @@ class FixedText:
         return [(keys[:count], values[:count]) for keys, values in self.keys_values]
 
 
-@dataclass(frozen=True)
-class Places:
-    """Which tokens of a micro-batch are computed, and where they stand. All index tensors are int64.
-
-    Packed order: the visual tokens of all rows, row after row, then the text tokens of all rows.
-
-    Attributes:
-        shared: number of tokens p at the beginning of every row that are not computed but taken from a FixedText.
-        text: [T] token ids of the text tokens.
-        positions: [N] each packed token's position in its row.
-        slots: [N] its place in padded rows [B, K], the row's visual tokens first.
-        rows: [B, K] the positions of `slots`; L, beyond every real one, where a slot is empty.
-        text_slots: [T] each text token's place in padded rows [B, A].
-        text_rows: [B, A] the positions of `text_slots`.
-        ends: [S] packed indices of the supervised positions, in the order of the targets.
-        end_slots: [S] their places in padded rows [B, E].
-        end_rows: [B, E] the positions of `end_slots`.
-        targets: [S] the token that follows each of them.
-    """
-
-    shared: int
-    text: Tensor
-    positions: Tensor
-    slots: Tensor
-    rows: Tensor
-    text_slots: Tensor
-    text_rows: Tensor
-    ends: Tensor
-    end_slots: Tensor
-    end_rows: Tensor
-    targets: Tensor
-
-    @property
-    def visual_count(self) -> int:
-        return len(self.positions) - len(self.text)
-
-    def to(self, device: torch.device) -> Places:
-        moved: dict[str, Any] = {
-            key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-
-def needed_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """[B, L] bool: real tokens up to the one before the last supervised token of their row. Arguments [B, L]."""
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    after = predicts.flip(1).cumsum(1).flip(1) > 0
-    return after & attention_mask.bool()
-
-
-def shared_beginning(input_ids: Tensor, needed: Tensor, labels: Tensor, image_token_id: int) -> int:
-    """How many tokens all rows [B, L] begin with alike, before the first image and the first supervised position."""
-    ids = input_ids[0]
-    alike = ((input_ids == ids) & needed & (input_ids != image_token_id)).all(0)
-    alike[:-1] &= (labels[:, 1:] == IGNORE_INDEX).all(0)
-    return int(alike.to(torch.uint8).cumprod(0).sum())
-
-
-def place_tokens(
-    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int, shared: int = 0
-) -> Places:
-    """Places for a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
-
-    `shared`: what `shared_beginning` allows at most.
-
-    Raises:
-        ValueError: no supervised position, or one whose place to predict from is padding or shared.
-    """
-    batch, length = input_ids.shape
-    needed = needed_tokens(attention_mask, labels)
-    columns = torch.arange(length)
-    walked = needed & (columns >= shared)
-    visual = input_ids == image_token_id
-    text = walked & ~visual
-    needed_visual = walked & visual
-    counts = needed_visual.sum(1, keepdim=True)
-    in_row = torch.where(visual, needed_visual.cumsum(1) - 1, counts + text.cumsum(1) - 1)
-    width = int(walked.sum(1).max())
-
-    def arrange(chosen: Tensor, place: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Flat slots of the chosen tokens in the order row, column; positions of all slots [B, width]."""
-        rows, found = chosen.nonzero(as_tuple=True)
-        slots = rows * width + place[chosen]
-        filled = torch.full((batch * width,), length).index_copy(0, slots, found)
-        return slots, filled.view(batch, width)
-
-    visual_slots, _ = arrange(needed_visual, in_row, width)
-    text_all_slots, _ = arrange(text, in_row, width)
-    slots = torch.cat([visual_slots, text_all_slots])
-    positions = torch.cat([needed_visual.nonzero()[:, 1], text.nonzero()[:, 1]])
-    filled = torch.full((batch * width,), length).index_copy(0, slots, positions).view(batch, width)
-    text_slots, text_rows = arrange(text, text.cumsum(1) - 1, int(text.sum(1).max()))
-
-    predicts = torch.zeros_like(walked)
-    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    if not bool(predicts.any()) or bool((predicts & ~walked).any()):
-        raise ReductionError(
-            f"{int(predicts.sum())} supervised positions, {int((predicts & ~walked).sum())} of them predicted from "
-            f"padding or from the {shared} shared tokens: give at least one, and a smaller shared beginning"
-        )
-    packed = torch.full((batch, length), -1)
-    packed[needed_visual] = torch.arange(len(visual_slots))
-    packed[text] = len(visual_slots) + torch.arange(len(text_slots))
-    end_slots, end_rows = arrange(predicts, predicts.cumsum(1) - 1, int(predicts.sum(1).max()))
-    return Places(
-        shared=shared,
-        text=input_ids[text],
-        positions=positions,
-        slots=slots,
-        rows=filled,
-        text_slots=text_slots,
-        text_rows=text_rows,
-        ends=packed[predicts],
-        end_slots=end_slots,
-        end_rows=end_rows,
-        targets=labels[:, 1:][predicts[:, :-1]],
-    )
-
-
 @torch.no_grad()
 def compute_fixed_text(decoder: Any, ids: Tensor) -> FixedText:
     """Keys and values of a text [p] int64 (p ≥ 1) that stands at the beginning of rows."""
     embeds = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device))
     positions = torch.arange(len(ids), device=embeds.device)
-    walk = _Walk(decoder, embeds, positions, positions, positions[None])
-    every, states = walk.queries(positions, positions[None]), embeds
+    row = Padded(positions, positions[None])
+    walk = _Walk(decoder, embeds, positions, row)
+    every, states = walk.queries(row), embeds
     collected: list[KeysValues] = []
     for number, layer in enumerate(decoder.layers):
         normed = walk.normed(layer.input_layernorm, states)
@@ -223,14 +103,14 @@ def supervised_states(
         fixed: what rows begin with; needed where `places.shared` is above 0.
         checkpointing: compute each layer again in the backward pass instead of keeping its activations.
     """
-    text = decoder.embed_tokens(places.text)
+    text = decoder.embed_tokens(places.ids)
     count = places.visual_count
     states = (text[:0] if visual is None else visual.to(text.dtype), text)
     before = fixed.first(places.shared) if fixed is not None and places.shared else None
-    walk = _Walk(decoder, text, places.positions, places.slots, places.rows, before, count)
-    every = walk.queries(places.slots, places.rows)
-    of_text = walk.queries(places.text_slots, places.text_rows, slice(count, None))
-    ends = walk.queries(places.end_slots, places.end_rows, places.ends)
+    walk = _Walk(decoder, text, places.positions, places.every, before, count)
+    every = walk.queries(places.every)
+    of_text = walk.queries(places.text, slice(count, None))
+    ends = walk.queries(places.ends, places.packed_ends)
     for number, layer in enumerate(decoder.layers):
         frozen = isinstance(layer, FrozenVisualTokens) and count > 0
         if number == len(decoder.layers) - 1:
@@ -248,10 +128,9 @@ def supervised_states(
 
 @dataclass(frozen=True)
 class _Queries:
-    """Packed tokens that a layer updates: their places in padded rows, the positions of these rows, and which."""
+    """Packed tokens that a layer updates: where they stand in padded rows [B, Q], and which they are."""
 
-    slots: Tensor  # [M]
-    rows: Tensor  # [B, Q]
+    places: Padded
     cos: Tensor  # [M, 1, d]
     sin: Tensor
     index: slice | Tensor
@@ -266,8 +145,7 @@ class _Walk:
         decoder: Any,
         embeds: Tensor,
         positions: Tensor,
-        slots: Tensor,
-        rows: Tensor,
+        every: Padded,
         before: list[KeysValues] | None = None,
         visual_count: int = 0,
     ) -> None:
@@ -276,13 +154,13 @@ class _Walk:
         self.cos, self.sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
         self.before, self.visual_count = before, visual_count
         self.shared = 0 if before is None else len(before[0][0])
-        beginning = torch.arange(self.shared, device=rows.device).expand(len(rows), -1)
-        self.key_positions = torch.cat([beginning, rows], dim=1)
+        beginning = torch.arange(self.shared, device=every.rows.device).expand(len(every.rows), -1)
+        self.key_positions = torch.cat([beginning, every.rows], dim=1)
         # Keys stand behind the shared ones of their row.
-        self.key_slots = slots + (slots // rows.shape[1] + 1) * self.shared
+        self.key_slots = every.slots + (every.slots // every.rows.shape[1] + 1) * self.shared
 
-    def queries(self, slots: Tensor, rows: Tensor, index: slice | Tensor = slice(None)) -> _Queries:
-        return _Queries(slots, rows, self.cos[index], self.sin[index], index, {})
+    def queries(self, places: Padded, index: slice | Tensor = slice(None)) -> _Queries:
+        return _Queries(places, self.cos[index], self.sin[index], index, {})
 
     def plain_layer(
         self, layer: Any, number: int, every: _Queries, visual: Tensor, text: Tensor
@@ -335,8 +213,8 @@ class _Walk:
         attention = layer.self_attn
         asked = attention.q_proj(normed).view(len(states), -1, attention.head_dim)
         asked = _rotate(asked, queries.cos, queries.sin)
-        batch, width = queries.rows.shape
-        padded = Put.apply(asked, queries.slots, asked.new_zeros(batch, width, *asked.shape[1:]))
+        batch, width = queries.places.rows.shape
+        padded = Put.apply(asked, queries.places.slots, asked.new_zeros(batch, width, *asked.shape[1:]))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
@@ -347,7 +225,7 @@ class _Walk:
             dropout=0.0,
             scaling=attention.scaling,
         )
-        states = states + attention.o_proj(Take.apply(attended.reshape(batch * width, -1), queries.slots))
+        states = states + attention.o_proj(Take.apply(attended.reshape(batch * width, -1), queries.places.slots))
         return states + self.feed_forward(layer.mlp, self.normed(layer.post_attention_layernorm, states))
 
     def mask(self, queries: _Queries, layer: int) -> Tensor:
@@ -357,7 +235,7 @@ class _Walk:
         """
         window = self.windows[layer]
         if window not in queries.masks:
-            at, keys = queries.rows[:, None, :, None], self.key_positions[:, None, None, :]
+            at, keys = queries.places.rows[:, None, :, None], self.key_positions[:, None, None, :]
             hidden = keys > at
             if window is not None:
                 hidden = hidden | (keys <= at - window)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from shortzip.data.dataset import MicroBatch
 from shortzip.train.run.checkpoint import CheckpointError
 from shortzip.train.run.report import synchronise
 from shortzip.train.step.engine import WholeEngine
@@ -52,9 +53,9 @@ class ZeroEngine(WholeEngine):
         for name, parameter in self.parameters.items():
             self._set(parameter, masters[name], None)
 
-    def backward(self, inputs: Mapping[str, Tensor], scale: float, *, last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, scale: float, *, last: bool) -> Tensor:
         self.module.set_gradient_accumulation_boundary(last)
-        loss = self.module(inputs)
+        loss = self.module(batch)
         self.module.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 

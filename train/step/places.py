@@ -1,0 +1,212 @@
+"""Which tokens of a micro-batch a training step computes, and where they stand: integers only, laid out on the CPU.
+
+Data workers do it (`lay_out` is what the collator is given), so that no integer travels to a device and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.errors import ReductionError
+
+
+class _Laid:
+    """Small tensors, and what holds such. To another process they go by value: each of them would otherwise take a
+    file descriptor of shared memory, twenty for a micro-batch."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, _Laid):
+                changed[name] = value.each(change)
+        return replace(self, **changed)  # type: ignore[type-var]  # its subclasses are dataclasses
+
+    def to(self, device: torch.device) -> Self:
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        return self.each(Tensor.pin_memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: held.numpy() if isinstance(held, Tensor) else held for name, held in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, held in state.items():
+            vars(self)[name] = torch.from_numpy(held) if isinstance(held, np.ndarray) else held
+
+
+@dataclass(frozen=True)
+class Padded(_Laid):
+    """Where some of the packed tokens stand in rows that are padded for attention.
+
+    Attributes:
+        slots: [M] int64, each token's place in the rows, flat.
+        rows: [B, W] int64, the position of the token in each slot; L, beyond every real one, where a slot is empty.
+    """
+
+    slots: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Places(_Laid):
+    """The tokens that are computed, and where they stand. All tensors are int64.
+
+    One row, of which the first token is shared with all others, `v` is visual and A, B, C are supervised::
+
+        position        0   1   2   3   4   5   6   7
+        token           s   t   v   v   u   A   B   C
+        computed            t   v   v   u   A   B          C is only predicted, s is in a FixedText
+        packed          v   v | t   u   A   B              all rows' visual tokens, then all rows' text
+        every.rows      2   3   1   4   5   6              the row's visual tokens first
+        text.rows       1   4   5   6
+        ends.rows       4   5   6                          u predicts A, A predicts B, B predicts C
+
+    Attributes:
+        shared: number of tokens at the beginning of every row that are not computed but taken from a FixedText.
+        ids: [T] token ids of the text tokens.
+        positions: [N] each packed token's position in its row.
+        every: all N packed tokens in padded rows.
+        text: the T text tokens in padded rows.
+        ends: the S supervised positions in padded rows, in the order of the targets.
+        packed_ends: [S] where these are among the packed tokens.
+        targets: [S] the token that follows each of them.
+    """
+
+    shared: int
+    ids: Tensor
+    positions: Tensor
+    every: Padded
+    text: Padded
+    ends: Padded
+    packed_ends: Tensor
+    targets: Tensor
+
+    @property
+    def visual_count(self) -> int:
+        return len(self.positions) - len(self.ids)
+
+
+@dataclass(frozen=True)
+class Rows(_Laid):
+    """Rows that are computed together: the text [p] that all begin with, p ≥ 0, and the places of the rest."""
+
+    beginning: Tensor
+    places: Places
+
+
+@dataclass(frozen=True)
+class Layout(_Laid):
+    """What a training step computes of a micro-batch.
+
+    Attributes:
+        placeholders: visual tokens that the images must give.
+        used: [U] int64, which of them are computed further; None: all.
+        with_image: rows with a supervised position after an image; None without such.
+        text_only: rows with supervised positions and no image before the last of them, which give the projector no
+            gradient; None without such.
+    """
+
+    placeholders: int
+    used: Tensor | None
+    with_image: Rows | None
+    text_only: Rows | None
+
+
+def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_token_id: int) -> Layout:
+    """The layout of a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
+
+    Raises ReductionError where a supervised position would be predicted from padding.
+    """
+    needed = needed_tokens(attention_mask, labels)
+    visual = (input_ids == image_token_id) & attention_mask.bool()
+    sees = (needed & visual).any(1)
+
+    def rows_of(chosen: Tensor) -> Rows | None:
+        if not bool(chosen.any()):
+            return None
+        rows = (input_ids[chosen], attention_mask[chosen], labels[chosen])
+        shared = shared_beginning(rows[0], needed[chosen], rows[2], image_token_id)
+        return Rows(rows[0][0, :shared].clone(), place_tokens(*rows, image_token_id, shared))
+
+    used = (needed & sees[:, None])[visual]
+    return Layout(
+        placeholders=len(used),
+        used=None if bool(used.all()) else used.nonzero()[:, 0],
+        with_image=rows_of(sees),
+        text_only=rows_of(~sees & needed.any(1)),
+    )
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """[B, L] bool: tokens whose next one is supervised. `labels` [B, L]."""
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return predicts
+
+
+def needed_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """[B, L] bool: real tokens up to the one before the last supervised token of their row. Arguments [B, L]."""
+    after = predicting(labels).flip(1).cumsum(1).flip(1) > 0
+    return after & attention_mask.bool()
+
+
+def shared_beginning(input_ids: Tensor, needed: Tensor, labels: Tensor, image_token_id: int) -> int:
+    """How many tokens all rows [B, L] begin with alike, before the first image and the first supervised position."""
+    alike = (input_ids == input_ids[0]) & needed & (input_ids != image_token_id) & ~predicting(labels)
+    return int(alike.all(0).to(torch.uint8).cumprod(0).sum())
+
+
+def place_tokens(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int, shared: int = 0
+) -> Places:
+    """Places for rows; every argument [B, L] int64 on the CPU, padded on either side.
+
+    `shared`: what `shared_beginning` allows at most.
+
+    Raises:
+        ReductionError: no supervised position, or one whose place to predict from is padding or shared.
+    """
+    batch, length = input_ids.shape
+    walked = needed_tokens(attention_mask, labels) & (torch.arange(length) >= shared)
+    is_visual = input_ids == image_token_id
+    visual, text, predicts = walked & is_visual, walked & ~is_visual, predicting(labels)
+    if not bool(predicts.any()) or bool((predicts & ~walked).any()):
+        raise ReductionError(
+            f"{int(predicts.sum())} supervised positions, {int((predicts & ~walked).sum())} of them predicted from "
+            f"padding or from the {shared} shared tokens: give at least one, and a smaller shared beginning"
+        )
+
+    def padded(tokens: tuple[Tensor, ...], place: Tensor) -> Padded:
+        """Of tokens, (rows, positions); `place` [B, L]: where each is to stand in its padded row."""
+        rows, positions = tokens
+        places = place[rows, positions]
+        width = int(places.max()) + 1 if len(places) else 0
+        slots = rows * width + places
+        filled = torch.full((batch * width,), length).index_copy(0, slots, positions)
+        return Padded(slots, filled.view(batch, width))
+
+    of_visual, of_text = visual.nonzero(as_tuple=True), text.nonzero(as_tuple=True)
+    everything = tuple(torch.cat(both) for both in zip(of_visual, of_text, strict=True))
+    behind_visual = visual.sum(1, keepdim=True) + text.cumsum(1) - 1
+    packed = torch.full_like(input_ids, -1).index_put(everything, torch.arange(len(everything[0])))
+    return Places(
+        shared=shared,
+        ids=input_ids[text],
+        positions=everything[1],
+        every=padded(everything, torch.where(is_visual, visual.cumsum(1) - 1, behind_visual)),
+        text=padded(of_text, text.cumsum(1) - 1),
+        ends=padded(predicts.nonzero(as_tuple=True), predicts.cumsum(1) - 1),
+        packed_ends=packed[predicts],
+        targets=labels[:, 1:][predicts[:, :-1]],
+    )
