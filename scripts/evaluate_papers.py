@@ -314,7 +314,11 @@ def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(PapersConfig, argv, default=None, program="evaluate_papers.py")
+    run(parse_config(PapersConfig, argv, program="evaluate_papers.py"))
+
+
+def run(config: PapersConfig) -> None:
+    """Checks every row, runs what is not kept, and writes the table."""
     check_lmms_eval(config)
     rows = check_rows(config)
     output = Path(config.output)

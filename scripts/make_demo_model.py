@@ -128,7 +128,7 @@ def make(config: DemoModelConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    make(parse_config(DemoModelConfig, argv, default=None, program="make_demo_model.py"))
+    make(parse_config(DemoModelConfig, argv, program="make_demo_model.py"))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def make(config: TaskConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    make(parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py"))
+    make(parse_config(TaskConfig, argv, program="make_lmms_task.py"))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator,
         except (PublishError, OSError, ValueError) as error:
             report.heading("not published")
             report.say(str(error))
-            shape = f"--repo-id {config.hub_model_id} --shape {config.hub_shape}"
+            shape = f"--repo_id {config.hub_model_id} --shape {config.hub_shape}"
             report.say(f"the run is whole; publish it later: python scripts/publish.py {folder} {shape}")
         else:
             report.heading("published")

@@ -68,7 +68,8 @@ from shortzip.train.run.run_folder import DROPPED, NONFINITE, Metrics
 from shortzip.train.run.run_start import RunFolder
 from shortzip.train.run.tracking import Trackers
 from shortzip.train.settings.command_line import end_stopped, load_config, run_command
-from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.reduced import reductions_of
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.micro_batch import half_the_micro_batch, in_words, plan_micro_batches
@@ -110,19 +111,23 @@ class RunState:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(argv)
+    run(load_config(argv))
+
+
+def run(config: TuneConfig) -> None:
+    """The run with these settings, and what follows it. Raises what the user can mend."""
     accelerator = start_accelerator(config)
     report = Reporter(accelerator.is_main_process)
     try:
-        with StopRequest() as stop, held_folder(config, accelerator, report) as run:
-            tune(config, run, accelerator, report, stop)
+        with StopRequest() as stop, held_folder(config, accelerator, report) as folder:
+            tune(config, folder, accelerator, report, stop)
             if config.control:
                 report.heading("control: the same tuning with all visual tokens")
-                control = control_of(config, run.path)
+                control = control_of(config, folder.path)
                 with held_folder(control, accelerator, report) as beneath:
                     tune(control, beneath, accelerator, report, stop)
-            compare_and_draw(config, run.path, accelerator, report, stop)
-            publish_if_asked(config, run.path, accelerator, report)
+            compare_and_draw(config, folder.path, accelerator, report, stop)
+            publish_if_asked(config, folder.path, accelerator, report)
     except StopRequested as request:
         words = f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest"
         end_stopped(words, by=str(request), silent=not accelerator.is_main_process)

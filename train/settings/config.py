@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.reduction.reductions import Reductions
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
@@ -91,17 +89,6 @@ class ShortVConfig:
         if self.freeze is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(self.freeze)):
             raise ConfigError(f"shortv.freeze is {self.freeze!r}: a number of layers (19) or a share (60%) is needed")
         _at_least(self, "shortv.", calibration_samples=1)
-
-
-def reductions_of(
-    visionzip: VisionZipConfig | None, layers: Sequence[int] | None, fastv: FastVConfig | None
-) -> Reductions:
-    """What these settings reduce. `layers`: the frozen ones, as listed or chosen; None freezes nothing."""
-    return Reductions(
-        visionzip.as_key() if visionzip else None,
-        None if layers is None else {"layers": list(layers)},
-        asdict(fastv) if fastv else None,
-    )
 
 
 @dataclass(frozen=True)
