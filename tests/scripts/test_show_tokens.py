@@ -34,7 +34,7 @@ def test_several_budgets_several_images_and_the_command(tiny_release, photograph
             photograph,
             "--model",
             str(tiny_release),
-            "--budgets",
+            "--budget",
             "5+3",
             "--output",
             str(tmp_path / "two.png"),
@@ -66,7 +66,7 @@ def test_refusals(values, error, message, tiny_release, photograph, tmp_path):
 def test_pictures_take_nobodys_place(tiny_release, photograph, tmp_path, monkeypatch, capsys):
     """Neither the photograph's, by name, link or default, nor an earlier picture's unasked."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", str(tiny_release), "--budgets", "5+3"]
+    arguments = ["--model", str(tiny_release), "--budget", "5+3"]
     tokens = tmp_path / "tokens.png"
     Image.open(photograph).save(tokens)
     before = tokens.read_bytes()

@@ -38,16 +38,6 @@ WAIT = 10.0  # seconds, in which a launcher ends the other processes when one ha
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
-def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
-    """Every dotted key of a config class, each with its class if it is a section."""
-    hints = get_type_hints(section)
-    for item in fields(section):
-        nested = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
-        yield prefix + item.name, nested[0] if nested else None  # type: ignore[misc]
-        for kind in nested:
-            yield from known_keys(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
-
-
 def check_keys(given: Sequence[str], known: Sequence[str], where: str) -> None:
     """Raises `ConfigError` for the first of the dotted keys `given` that is not `known`, naming the nearest one."""
     for key in given:
@@ -92,7 +82,7 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
     parser.add_argument(
         "--config",
         action="config",
-        help=f"a recipe's name, or a YAML file of keys (default: {default.stem if default else "none"})",
+        help=f"a recipe's name, or a YAML file of keys (default: {default.stem if default else 'none'})",
     )
     parser.add_class_arguments(section)
     try:
@@ -126,7 +116,7 @@ def _expanded(pairs: Sequence[tuple[str, str | None]], kinds: dict[str, Any]) ->
     """The arguments with the content of YAML files, `true` after a lone switch, and [] for a list that is null."""
     for key, value in pairs:
         if key == "config" and value is not None:
-            path = find_recipe(value)
+            path = find_recipe(value, compares="budgets" in kinds)
             content = read_settings(path, kinds)
             check_keys(list(_keys_in(content)), list(kinds), path)
             value = json.dumps(_nulls_checked(content, kinds, path))
