@@ -32,12 +32,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.kept import identity_of
 from shortzip.train.evaluation.papers_table import (
-    TRAINING_FREE,
-    TUNED,
-    VISIONZIP,
-    PapersConfig,
     Row,
-    Task,
     llm_flops,
     rows_of,
     show,
@@ -49,6 +44,7 @@ from shortzip.train.release.opening import Release, open_release, release_conten
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import end_stopped, parse_config, printable, run_command, say
+from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Task
 
 LAST_LINES = 20
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed

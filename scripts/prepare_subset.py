@@ -88,8 +88,8 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
         say(f"  shortzip fetch {quote(str(options.output / 'images.txt'))} --to {quote(root)}")
     say("  shortzip estimate --model llava-1.5-7b --budget 54+10")
     say(
-        f"  shortzip tune --config llava-1.5-7b-3090 --data.instructions {quote(str(options.output / SUBSET))} "
-        f"--data.image_root {quote(root)} --data.fraction 1.0"
+        f"  shortzip tune --config llava-1.5-7b-3090 --instructions {quote(str(options.output / SUBSET))} "
+        f"--image_root {quote(root)} --data.fraction 1.0"
     )
 
 

@@ -113,10 +113,10 @@ COMMANDS = {
     "make_demo_model": ["--seed 1", "--output_dir {broken}", "--output_dir {file}/x", "--scenes x"],
     "make_lmms_task": [
         "--data.instructions {at}/none.json", "--data.instructions {broken_json}",
-        "--data.instructions {rows} --name a/b", "--data.instructions {rows} --folder {file}",
-        "--data.instructions {rows} --folder {file}/x", "--data.instructions {rows} --folder /proc",
-        "--data.instructions {rows} --folder configs/eval/tasks --name demo_scenes --overwrite",
-        "--data.instructions {rows} --data.image_root {folder} --folder {at}/tasks",
+        "--data.instructions {rows} --name a/b", "--data.instructions {rows} --output {file}",
+        "--data.instructions {rows} --output {file}/x", "--data.instructions {rows} --output /proc",
+        "--data.instructions {rows} --output configs/eval/tasks --name demo_scenes --overwrite",
+        "--data.instructions {rows} --data.image_root {folder} --output {at}/tasks",
     ],
     "prepare_subset": [
         "{at}/none.json --output {at}/subset", "{broken_json} --output {at}/subset",

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from scripts import evaluate_papers, frontier
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
-from shortzip.train.evaluation.papers_table import PapersConfig, Task
 from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import prepare_folder, write_status
 from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.comparing import PapersConfig, Task
 from shortzip.train.settings.config import TuneConfig
 
 POINT = Point("VisionZip", "6+3", 0, {"dominant": 6, "contextual": 3}, ())

@@ -22,7 +22,7 @@ SHORT = {
     "instructions": "data.instructions", "image_root": "data.image_root",
     "output": "output_dir", "overwrite": "overwrite_output_dir",
 }  # fmt: skip
-OLD = {"-o": "output", "--budgets": "budget", "--folder": "output"}  # accepted for one version, as dashes for _ are
+OLD = {"-o": "output", "--budgets": "budget", "--folder": "output"}  # for one version, as - for _ is
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "null")
 WITHOUT_VALUE = ("help", "print_config")
 
