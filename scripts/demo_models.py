@@ -60,7 +60,7 @@ def open_tuned(name: str, release: Release) -> Release:
     if method != "visionzip":
         raise ConfigError(
             f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
-            f"there is python scripts/evaluate_models.py --model {tuned.name}"
+            f"there is shortzip evaluate --model {tuned.name}"
         )
     check_tuned(tuned, release)
     return tuned

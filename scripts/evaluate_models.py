@@ -1,9 +1,9 @@
 """Compares models on held-out conversations: exact match, loss, visual tokens, LLM FLOPs and prefill time.
 
-    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --data.instructions
+    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --instructions
     FILE.json
 
-A model is a release (evaluated with all its visual tokens; with --visionzip or --shortv also reduced, untuned), a
+A model is a release (evaluated with all its visual tokens; with --budget or --freeze also reduced, untuned), a
 reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). Several GPUs: accelerate launch.
 """
 

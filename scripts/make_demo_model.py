@@ -1,6 +1,6 @@
 """Trains `checkpoints/demo-llava`, the small genuine LLaVA that ShortZip runs on by default.
 
-    python scripts/make_demo_model.py --output_dir checkpoints/demo-llava
+    python scripts/make_demo_model.py --output checkpoints/demo-llava
 
 Two stages, as LLaVA itself has a vision tower that was trained before it:
 

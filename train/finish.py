@@ -152,9 +152,9 @@ def compare_and_draw(
     report.heading("what next")
     written = [name for name in (METRICS, CURVE, RESULTS, ANSWERS, PICTURES) if (folder / name).exists()]
     report.say(f"the run       {folder}: {', '.join(written)}")
-    report.say(f"evaluate      python scripts/evaluate_models.py --model {folder} --data.instructions FILE.json")
+    report.say(f"evaluate      shortzip evaluate --model {folder} --instructions FILE.json")
     report.say("a real LLaVA  accelerate launch train/tune_projector.py --config configs/llava-1.5-7b-3090.yaml \\")
-    report.say("                  --data.instructions FILE.json --data.image_root IMAGES")
+    report.say("                  --instructions FILE.json --image_root IMAGES")
     report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained('{folder / FINAL}')")
 
 
@@ -185,7 +185,7 @@ def publish_if_asked(config: TuneConfig, folder: Path, accelerator: Accelerator,
             report.heading("not published")
             report.say(str(error))
             shape = f"--repo_id {config.hub_model_id} --shape {config.hub_shape}"
-            report.say(f"the run is whole; publish it later: python scripts/publish.py {folder} {shape}")
+            report.say(f"the run is whole; publish it later: shortzip publish {folder} {shape}")
         else:
             report.heading("published")
             report.say(published.describe())

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_timing import write_figures
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -39,6 +38,7 @@ from shortzip.reduction.calibration_prompts import Prompt
 from shortzip.reduction.flops import llm_layer_flops_grouped, lm_head_flops
 from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
 from shortzip.reduction.shortv import active_rows
+from shortzip.scripts.benchmarks.timing import write_figures
 from shortzip.train.settings.command_line import parse_config, run_command
 
 

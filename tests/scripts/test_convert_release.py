@@ -72,8 +72,8 @@ def test_refusals(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_help_begins_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_begins_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         convert("--help")
     assert stop.value.code == 0
-    assert "python scripts/convert_release.py liuhaotian/llava-v1.5-7b -o llava-1.5-7b" in capsys.readouterr().out
+    assert "\n  shortzip convert liuhaotian/llava-v1.5-7b --output llava-1.5-7b\n" in capsys.readouterr().out

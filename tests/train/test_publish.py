@@ -386,7 +386,7 @@ def test_a_run_whose_hub_refuses_ends_well(
     run = forks.run(*arguments, str(folder), HF_TOKEN=WRITER, ACCELERATE_USE_CPU="true")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("hf auth login") == 1
-    assert f"python scripts/publish.py {folder} --repo_id user/tuned --shape full" in run.stdout
+    assert f"shortzip publish {folder} --repo_id user/tuned --shape full" in run.stdout
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     # The base is a folder: a projector-only push could not work, and is refused before the first step.
     other = tmp_path / "other"

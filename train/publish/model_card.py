@@ -256,7 +256,7 @@ def _table(run: RunRecord) -> str:
     if not run.evaluation:
         return (
             "## What was measured\n\nThis run was not evaluated on held-out conversations: "
-            "`python scripts/evaluate_models.py --model RUN --data.instructions FILE.json` does it."
+            "`shortzip evaluate --model RUN --instructions FILE.json` does it."
         )
     rows = run.evaluation["rows"]
     first = rows[0]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +80,8 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{program} {flags.words}[--KEY VALUE ...]"
+    if examples := inspect.cleandoc(section.__doc__ or "").partition("\n\n")[2]:
+        usage += "\n\nfor example:\n" + textwrap.indent(examples, "  ")
     parser = ArgumentParser(prog=program, usage=usage, epilog=flags.help, exit_on_error=False, default_env=False)
     parser.add_argument(
         "--config",

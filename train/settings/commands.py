@@ -19,7 +19,10 @@ from shortzip.train.settings.flags import POSITIONAL
 
 @dataclass
 class ShowConfig:
-    """What `scripts/show_tokens.py` takes, beside the images."""
+    """What `scripts/show_tokens.py` takes, beside the images.
+
+    shortzip show photo.jpg --model checkpoints/demo-llava --budget 14+2,28+4 --output tokens.png
+    """
 
     images: list[str] = field(default_factory=list, metadata=POSITIONAL)
     """The images' files."""
@@ -38,7 +41,10 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Settings of scripts/demo_app.py."""
+    """Settings of scripts/demo_app.py.
+
+    shortzip app --model llava-hf/llava-1.5-7b-hf --tuned checkpoints/llava-1.5-7b-64 --images photos/
+    """
 
     model: str = "checkpoints/demo-llava"
     """A release that is neither reduced nor tuned: folder or Hub id."""
@@ -72,7 +78,10 @@ class AppConfig:
 
 @dataclass
 class EstimateConfig:
-    """What `scripts/estimate_cost.py` takes."""
+    """What `scripts/estimate_cost.py` takes.
+
+    shortzip estimate --model llava-1.5-7b --budget 54+10 --freeze 60% --memory 24GiB
+    """
 
     model: str = "llava-1.5-7b"
     """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
@@ -105,7 +114,10 @@ class EstimateConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What `scripts/prepare_subset.py` takes."""
+    """What `scripts/prepare_subset.py` takes.
+
+    shortzip prepare llava_v1_5_mix665k.json --fraction 0.1 --output subset
+    """
 
     instructions: str = field(metadata=POSITIONAL)
     """A .json, .jsonl or .parquet file, a folder of a datasets table, or the name of a dataset on the Hub."""
@@ -137,7 +149,10 @@ class PrepareConfig:
 
 @dataclass
 class FetchConfig:
-    """What to fetch, from where, and where to."""
+    """What to fetch, from where, and where to.
+
+    shortzip fetch subset/images.txt --to images
+    """
 
     images: str = field(metadata=POSITIONAL)
     """A file with one path per line, as prepare_subset writes it (images.txt)."""
@@ -163,7 +178,10 @@ class FetchConfig:
 
 @dataclass
 class CalibrateConfig:
-    """What `scripts/calibrate_shortv.py` takes."""
+    """What `scripts/calibrate_shortv.py` takes.
+
+    shortzip calibrate --model checkpoints/demo-llava --budget 12+4 --freeze 60%
+    """
 
     model: str = "checkpoints/demo-llava"
     """A release, a reduced checkpoint or a run's folder; or a Hub id. Layers that it freezes count as plain ones."""
@@ -221,7 +239,11 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What `scripts/convert_release.py` takes."""
+    """What `scripts/convert_release.py` takes.
+
+    shortzip convert liuhaotian/llava-v1.5-7b --output llava-1.5-7b
+    shortzip convert checkpoints/RUN --to llava --base liuhaotian/llava-v1.5-7b --output llava-v1.5-7b-tuned
+    """
 
     model: str = field(metadata=POSITIONAL)
     """A folder or a Hub id: a release, a reduced checkpoint or a run's folder."""
@@ -243,7 +265,10 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """What `scripts/publish.py` takes."""
+    """What `scripts/publish.py` takes.
+
+    shortzip publish checkpoints/RUN --repo_id user/name --dry_run
+    """
 
     run: Path = field(metadata=POSITIONAL)
     """The run's folder (its output_dir)."""

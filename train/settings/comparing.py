@@ -38,7 +38,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Settings of scripts/evaluate_models.py."""
+    """Settings of scripts/evaluate_models.py.
+
+    shortzip evaluate --model llava-hf/llava-1.5-7b-hf --model checkpoints/RUN --instructions FILE.json
+    """
 
     model: list[str] = field(metadata=REPEATED)
     """A release, reduced checkpoint or run folder; repeat the option for several."""
@@ -178,7 +181,10 @@ class Published:
 
 @dataclass(frozen=True)
 class PapersConfig:
-    """Settings of scripts/evaluate_papers.py."""
+    """Settings of scripts/evaluate_papers.py.
+
+    shortzip papers --config llava-1.5-7b --processes 8
+    """
 
     model: str
     """The release."""
@@ -247,7 +253,10 @@ class PapersConfig:
 
 @dataclass(frozen=True)
 class FrontierConfig:
-    """Settings of scripts/frontier.py."""
+    """Settings of scripts/frontier.py.
+
+    shortzip frontier --recipe llava-1.5-7b --budget 162+30,108+20,54+10 --freeze 0,60%
+    """
 
     recipe: str
     """The YAML of a run: release, data and how to tune."""

@@ -165,7 +165,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Settings of train/tune_projector.py. Paths are relative to the working directory."""
+    """Settings of train/tune_projector.py. Paths are relative to the working directory.
+
+    shortzip tune --config llava-1.5-7b-3090 --instructions subset/subset.json --image_root images
+    """
 
     model: str
     """The release: a folder or a Hub id."""
