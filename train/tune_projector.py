@@ -1,7 +1,6 @@
 """Tunes the projector of a LLaVA so that it works on a fraction of its visual tokens: the whole run, top to bottom.
 
     accelerate launch train/tune_projector.py [--config configs/X.yaml] [--learning_rate 1e-4] ...
-
 Settings: train/settings/config.py, or --help. What a run writes: train/run/run_folder.py.
 """
 
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from transformers import get_scheduler
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import MicroBatch
@@ -218,8 +218,6 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     dataset.drops.extend(Drop(**drop) for drop in state.dropped)
 
     # ---- optimizer and schedule, as they were
-    from transformers import get_scheduler  # imports all that transformers trains with: not to be waited for by --help
-
     adamw = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     schedule = get_scheduler(config.lr_scheduler_type, adamw, warmup_steps, total_steps)

@@ -81,7 +81,7 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{program} {flags.words}[--KEY VALUE ...]"
     if examples := inspect.cleandoc(section.__doc__ or "").partition("\n\n")[2]:
-        usage += "\n\nfor example:\n" + textwrap.indent(examples, "  ")
+        usage += "\n\nfor example:\n" + textwrap.indent(examples.replace("%", "%%"), "  ")
     parser = ArgumentParser(prog=program, usage=usage, epilog=flags.help, exit_on_error=False, default_env=False)
     parser.add_argument(
         "--config",
