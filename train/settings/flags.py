@@ -134,7 +134,7 @@ class Flags:
 
     def _budget(self, value: str) -> Iterator[tuple[str, str]]:
         if "budgets" in self.kinds:
-            yield "budgets", json.dumps(value.split(","))
+            yield "budgets", json.dumps([budget.strip() for budget in value.strip("[]").split(",")])
         elif value in ("none", "all"):
             yield "visionzip", "null"
         else:
