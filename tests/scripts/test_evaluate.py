@@ -56,7 +56,7 @@ def test_a_run_is_evaluated_in_its_own_precision(
 
 
 def test_a_checkpoint_that_is_none_meets_a_message(tmp_path: Path) -> None:
-    with pytest.raises(MENDABLE, match=r"config.json is missing: is .* the right folder"):
+    with pytest.raises(MENDABLE, match=r"config.json is missing: is .* the folder of a release"):
         main(["--model", str(tmp_path), "--data.instructions", "d.json"])
 
 
