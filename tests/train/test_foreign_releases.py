@@ -14,6 +14,7 @@ import torch
 from originals import RELEASE, TOWER, copy_of_release, edit_config
 from transformers import AutoProcessor
 
+from shortzip.data.errors import UserError
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.convert_release import main
 from shortzip.train.release.convert import convert_to_transformers
@@ -150,7 +151,7 @@ def test_a_lora_is_recognised_and_said_what_to_do_with(
     )
     with pytest.raises(ValueError, match=said):
         open_release(str(lora), cache_dir=tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         main([str(lora), "--output", str(tmp_path / "out")])
     assert "converting it once" not in caplog.text + capsys.readouterr().err
     (lora / "config.json").unlink()  # as PEFT leaves it, for any model
@@ -178,7 +179,7 @@ def test_an_output_that_is_a_link(tmp_path: Path, to: str, dangling: bool) -> No
     assert link.is_symlink()
     assert (target / "config.json").is_file()
     assert [path.name for path in target.parent.iterdir()] == [target.name]
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         main([str(RELEASE), "--output", str(link), "--to", to])
 
 
@@ -187,7 +188,7 @@ def test_a_link_to_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path
     target.mkdir()
     (target / "mine.txt").write_text("mine")
     link.symlink_to(target)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         main([str(RELEASE), "--output", str(link)])
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
 

@@ -201,7 +201,7 @@ def test_options_that_would_mean_nothing_are_refused(run: Path, tiny_release: Pa
         prepare(run, "user/x", "full", base="maker/llava"),
     ):
         pass
-    with pytest.raises(SystemExit, match="error: --base maker/llava is for --to llava"):
+    with pytest.raises(UserError, match="--base maker/llava is for --to llava"):
         convert([str(tiny_release), "--base", "maker/llava", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
