@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from .errors import ReductionError
 from .parsing import parse_freeze
+
+Direction = Literal["full_to_frozen", "frozen_to_full"]
+DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")
+"""KL(p_full || p_frozen), the paper's and the default; KL(p_frozen || p_full), what the authors' code computes."""
 
 
 def rank_layers(mean: Sequence[float]) -> list[int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,8 @@ from torch import Tensor, nn
 from shortzip.reduction.calibration_prompts import CalibrationSample, Prompt, embed_prompt, plan_batches
 
 from .errors import ReductionError
+from .layer_choice import DIRECTIONS, Direction
 from .shortv import FROZEN_LAYERS, SUPPORTED_ATTENTION, ActiveRows, forward_active, windows_of
-
-Direction = Literal["full_to_frozen", "frozen_to_full"]
-DIRECTIONS: tuple[Direction, Direction] = ("full_to_frozen", "frozen_to_full")
-"""KL(p_full || p_frozen), the paper's and the default; KL(p_frozen || p_full), what the authors' code computes."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,31 @@ class Verb:
 
     name: str
     module: str
-    """Below `shortzip`; its `main(argv)` is run."""
+    """Below `shortzip`; its `run(settings)` is called."""
+    settings: str
+    """Below `shortzip.train.settings`: the module and the dataclass that the command line is read into."""
     words: str
     """What it does, in a line."""
     given: tuple[str, ...] = ()
     """Arguments that come before the user's."""
+    recipe: str | None = None
+    """The YAML that is read where the user names none."""
+
+    @property
+    def section(self) -> type:
+        """The dataclass of its settings."""
+        module, _, name = self.settings.partition(".")
+        found: type = getattr(importlib.import_module(f"shortzip.train.settings.{module}"), name)
+        return found
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Reads the command line, and then imports what does the work: --help waits for no torch."""
+        from shortzip.train.settings.command_line import parse_config
+        from shortzip.train.settings.places import find_recipe
+
+        default = Path(find_recipe(self.recipe)) if self.recipe else None
+        settings = parse_config(self.section, [*self.given, *argv], default=default, program=f"shortzip {self.name}")
+        importlib.import_module(f"shortzip.{self.module}").run(settings)
 
 
 GROUPS: dict[str, tuple[Verb, ...]] = {
@@ -27,33 +48,89 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb(
             "demo",
             "train.tune_projector",
+            "config.TuneConfig",
             "tune the demo model on 2 CPU cores in 4 minutes, and show the table",
-            ("--config", "demo", "--overwrite_output_dir", "true"),
+            given=("--config", "demo", "--overwrite", "true"),
         ),
-        Verb("show", "scripts.show_tokens", "draw which patches of a picture are kept, and which are merged"),
-        Verb("app", "scripts.demo_app", "a page in the browser: all tokens, reduced and tuned side by side"),
+        Verb(
+            "show",
+            "scripts.show_tokens",
+            "commands.ShowConfig",
+            "draw which patches of a picture are kept, and which are merged",
+        ),
+        Verb(
+            "app",
+            "scripts.demo_app",
+            "commands.AppConfig",
+            "a page in the browser: all tokens, reduced and tuned side by side",
+        ),
     ),
     "Prepare": (
-        Verb("estimate", "scripts.estimate_cost", "what a run takes: memory, FLOPs, time"),
-        Verb("prepare", "scripts.prepare_subset", "draw a tenth of the instruction data, and list its images"),
-        Verb("fetch", "scripts.fetch_images", "fetch the images that were listed, and no others"),
-        Verb("calibrate", "scripts.calibrate_shortv", "measure which layers of the language model may freeze"),
+        Verb(
+            "estimate",
+            "scripts.estimate_cost",
+            "commands.EstimateConfig",
+            "what a run takes: memory, FLOPs, time",
+        ),
+        Verb(
+            "prepare",
+            "scripts.prepare_subset",
+            "commands.PrepareConfig",
+            "draw a tenth of the instruction data, and list its images",
+        ),
+        Verb(
+            "fetch", "scripts.fetch_images", "commands.FetchConfig", "fetch the images that were listed, and no others"
+        ),
+        Verb(
+            "calibrate",
+            "scripts.calibrate_shortv",
+            "commands.CalibrateConfig",
+            "measure which layers of the language model may freeze",
+        ),
     ),
     "Tune": (
         Verb(
             "tune",
             "train.tune_projector",
+            "config.TuneConfig",
             "tune the projector; several processes: accelerate launch -m shortzip.train.tune_projector",
+            recipe="demo",
         ),
     ),
     "Compare": (
-        Verb("evaluate", "scripts.evaluate_models", "models side by side on held-out conversations"),
-        Verb("papers", "scripts.evaluate_papers", "the papers' tables, through lmms-eval"),
-        Verb("frontier", "scripts.frontier", "accuracy against tokens for every method and budget"),
+        Verb(
+            "evaluate",
+            "scripts.evaluate_models",
+            "comparing.EvaluateConfig",
+            "models side by side on held-out conversations",
+        ),
+        Verb(
+            "papers",
+            "scripts.evaluate_papers",
+            "comparing.PapersConfig",
+            "the papers' tables, through lmms-eval",
+        ),
+        Verb(
+            "frontier",
+            "scripts.frontier",
+            "comparing.FrontierConfig",
+            "accuracy against tokens for every method and budget",
+            recipe="frontier-demo",
+        ),
     ),
     "Publish": (
-        Verb("convert", "scripts.convert_release", "between LLaVA's own layout and transformers'"),
-        Verb("publish", "scripts.publish", "a run's checkpoint to the Hub, with its card"),
+        Verb(
+            "convert",
+            "scripts.convert_release",
+            "commands.ConvertConfig",
+            "between LLaVA's own layout and transformers'",
+        ),
+        Verb(
+            "publish",
+            "scripts.publish",
+            "commands.PublishConfig",
+            "a run's checkpoint to the Hub, with its card",
+        ),
     ),
 }
 VERBS = {verb.name: verb for verbs in GROUPS.values() for verb in verbs}
@@ -88,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported here: `shortzip` alone answers at once.
     from shortzip.train.settings.command_line import run_command
 
-    run_command(importlib.import_module(f"shortzip.{verb.module}").main, [*verb.given, *given[1:]])
+    run_command(verb.run, given[1:])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
-    CalibrateConfig,
     Partial,
     asked_of,
     budget_name,
@@ -44,6 +43,7 @@ from shortzip.train.calibration.measuring import (
     refuse_other_settings,
 )
 from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.commands import CalibrateConfig
 
 INK = "#222222"
 FROZEN = "////"  # hatched: its colour alone is that of the second budget in grey
@@ -241,8 +241,11 @@ def _bar_color(number: int, is_frozen: bool = False) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the command line, measures, and prints what was found."""
-    config = parse_config(CalibrateConfig, argv, default=None, program="calibrate_shortv.py")
+    run(parse_config(CalibrateConfig, argv, program="calibrate_shortv.py"))
+
+
+def run(config: CalibrateConfig) -> None:
+    """Measures, and prints what was found."""
     try:
         say(report(calibrate(config), config.output))
     except KeyboardInterrupt as interrupt:

@@ -1,8 +1,8 @@
 """Converts a release: from LLaVA's own layout to transformers', and a projector back.
 
-    python scripts/convert_release.py liuhaotian/llava-v1.5-7b -o llava-1.5-7b
-    python scripts/convert_release.py vicuna-7b-v1.5 --mm-projector llava-v1.5-7b-pretrain -o llava-pretrained
-    python scripts/convert_release.py checkpoints/RUN --to llava --base liuhaotian/llava-v1.5-7b -o llava-v1.5-7b-tuned
+    shortzip convert liuhaotian/llava-v1.5-7b --output llava-1.5-7b
+    shortzip convert vicuna-7b-v1.5 --mm_projector llava-v1.5-7b-pretrain --output llava-pretrained
+    shortzip convert checkpoints/RUN --to llava --base liuhaotian/llava-v1.5-7b --output llava-v1.5-7b-tuned
 
 To transformers: shard by shard, every tensor bit for bit (memory: about one shard). To llava: mm_projector.bin and the
 config.json that LLaVA's own code loads with --model-base BASE; the folder's name must contain "llava".
@@ -10,9 +10,7 @@ config.json that LLaVA's own code loads with --model-base BASE; the folder's nam
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -25,29 +23,25 @@ from shortzip.train.release.opening import find_projector_file, open_release, re
 from shortzip.train.release.original_layout import is_original
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
-from shortzip.train.settings.command_line import run_command, say
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.commands import ConvertConfig
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a Hub id: a release, a reduced checkpoint or a run's folder")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--to", choices=("transformers", "llava"), default="transformers", help="the layout to write")
-    parser.add_argument("--revision", help="branch, tag or commit, for a Hub id")
-    parser.add_argument("--mm-projector", metavar="FILE", help="a projector to use instead (mm_projector.bin)")
-    parser.add_argument("--vision-tower", metavar="NAME", help="the tower, where the config does not find it")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast everything to it (default: as the release has it)")
-    parser.add_argument("--base", help="with --to llava: the original release that LLaVA's code loads it over")
-    given = parser.parse_args(argv)
-    if given.to == "transformers":
-        to_transformers(given)
+    run(parse_config(ConvertConfig, argv, program="convert_release.py"))
+
+
+def run(config: ConvertConfig) -> None:
+    """Converts. Raises `UserError` for what cannot be."""
+    if config.to == "transformers":
+        to_transformers(config)
     else:
-        to_llava(given)
+        to_llava(config)
 
 
-def to_transformers(given: argparse.Namespace) -> None:
+def to_transformers(given: ConvertConfig) -> None:
     if given.base is not None:
         raise UserError(f"--base {given.base} is for --to llava: to transformers' layout everything is converted")
     source, _ = fetch(given.model, given.revision)
@@ -64,7 +58,7 @@ def to_transformers(given: argparse.Namespace) -> None:
     say(f"written: {given.output} (use it as --model)")
 
 
-def to_llava(given: argparse.Namespace) -> None:
+def to_llava(given: ConvertConfig) -> None:
     if given.dtype is not None:
         raise UserError("--dtype is for --to transformers: a projector is written in float32")
     spec = ReleaseSpec(given.model, given.revision, given.mm_projector, given.vision_tower, chat_template="release")

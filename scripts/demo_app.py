@@ -23,9 +23,10 @@ from typing import Any
 from shortzip.data.errors import MissingExtra, MissingFile, UserError
 from shortzip.data.images import BadImage, open_image
 from shortzip.data.instructions import PLACEHOLDER
-from shortzip.scripts.demo_models import AppConfig, Models
+from shortzip.scripts.demo_models import Models
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes
 from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.commands import AppConfig
 from shortzip.train.settings.config import DataConfig
 
 LOCAL = "127.0.0.1"
@@ -184,7 +185,11 @@ def _text(turn: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(AppConfig, argv, default=None, program="demo_app.py")
+    run(parse_config(AppConfig, argv, program="demo_app.py"))
+
+
+def run(config: AppConfig) -> None:
+    """Opens the page, until it is interrupted."""
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtra("the page needs Gradio: pip install 'shortzip[app]'")
     models, gallery = Models(config), choices(config)

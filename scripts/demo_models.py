@@ -7,9 +7,8 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,44 +28,11 @@ from shortzip.train.release.opening import Release, open_release, release_projec
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import LAYERS
 from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.commands import AppConfig
 
 ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
 DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
-
-
-@dataclass(frozen=True)
-class AppConfig:
-    """Settings of scripts/demo_app.py."""
-
-    model: str = "checkpoints/demo-llava"
-    """A release that is neither reduced nor tuned: folder or Hub id."""
-    tuned: str | None = None
-    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
-    else none."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub id."""
-    images: str | None = None
-    """Folder of images to choose from; null: the demo's held-out scenes."""
-    ranking: list[int] | None = None
-    """Layers in the order they are frozen; null: the tuned run's ranking by LC, or the deepest first."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
-    seconds: float = 30
-    """After so many seconds an answer ends where it is."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
-    """Port to listen on."""
-
-    def __post_init__(self) -> None:
-        for key, least, most in (
-            ("max_new_tokens", 1, 4096), ("seconds", 1, 3600), ("port", 0, 65535),
-        ):  # fmt: skip
-            if not least <= getattr(self, key) <= most:
-                raise ConfigError(f"{key} is {getattr(self, key)}: {least} to {most} are allowed")
 
 
 class Stopwatch(BaseStreamer):
@@ -95,7 +61,7 @@ def open_tuned(name: str, release: Release) -> Release:
     if method != "visionzip":
         raise ConfigError(
             f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
-            f"there is python scripts/evaluate_models.py --model {tuned.name}"
+            f"there is shortzip evaluate --model {tuned.name}"
         )
     check_tuned(tuned, release)
     return tuned

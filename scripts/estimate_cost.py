@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from transformers import (
     CLIPVisionConfig,
@@ -30,6 +29,7 @@ from shortzip.data.files import read_json, refuse_to_replace, write_atomically, 
 from shortzip.reduction import flops
 from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
 from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.step import memory as training_cost
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,39 +37,6 @@ DEFAULT_BUDGET = "54+10"
 DEFAULT_FREEZE = "60%"
 TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-
-
-@dataclass
-class EstimateConfig:
-    """What `scripts/estimate_cost.py` takes."""
-
-    model: str = "llava-1.5-7b"
-    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
-    folder with a config.json, or a Hub id (its config.json is downloaded)."""
-    budget: str | None = None
-    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
-    freeze: str | None = None
-    """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
-    memory: str = "24GiB"
-    """Memory of the card."""
-    text_tokens: int = 64
-    """Text tokens of a prefill (the papers use 64)."""
-    training_text_tokens: int = 512
-    """Text tokens of a training sample."""
-    tiles: int | None = None
-    """Images per sample, or tiles in LLaVA-NeXT. Default: 1, and 5 in LLaVA-NeXT, as the papers count."""
-    global_batch_size: int = 128
-    """Samples of an optimiser step."""
-    per_device_train_batch_size: int = 16
-    """Samples in memory at once."""
-    weights: Literal["bfloat16", "float32", "4bit"] = "bfloat16"
-    """How the untrained weights are stored (4bit: decoder layers in NF4, the rest in bfloat16)."""
-    gradient_checkpointing: bool = True
-    """Whether each LLM layer is computed again in the backward pass instead of being kept."""
-    output: Path | None = None
-    """A JSON file to write the figures to."""
-    overwrite: bool = False
-    """Replace the file that is there already."""
 
 
 @dataclass(frozen=True)
@@ -319,8 +286,11 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
 
 
 def main(argv: Sequence[str]) -> None:
+    run(parse_config(EstimateConfig, argv, program="estimate_cost.py"))
+
+
+def run(settings: EstimateConfig) -> None:
     """Writes the estimate to ``output`` when given, and prints it."""
-    settings = parse_config(EstimateConfig, argv, default=None, program="estimate_cost.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     config, rows = estimate(settings)

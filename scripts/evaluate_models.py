@@ -1,19 +1,17 @@
 """Compares models on held-out conversations: exact match, loss, visual tokens, LLM FLOPs and prefill time.
 
-    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --data.instructions
+    python scripts/evaluate_models.py --model llava-hf/llava-1.5-7b-hf --model checkpoints/run --instructions
     FILE.json
 
-A model is a release (evaluated with all its visual tokens; with --visionzip or --shortv also reduced, untuned), a
+A model is a release (evaluated with all its visual tokens; with --budget or --freeze also reduced, untuned), a
 reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). Several GPUs: accelerate launch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -30,95 +28,16 @@ from shortzip.train.release.spec import ReleaseSpec, dtype_of
 from shortzip.train.run.processes import PATIENCE, on_main_process
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import ANSWERS, CONFIG, FINAL, RESULTS, STATUS
-from shortzip.train.settings.checks import ConfigError, repeated
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config, parse_config, run_command
-from shortzip.train.settings.config import (
-    DataConfig,
-    FastVConfig,
-    ShortVConfig,
-    TuneConfig,
-    VisionZipConfig,
-    reductions_of,
-)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The conversations to answer."""
-
-    instructions: str | None = None
-    """Held-out conversations in LLaVA's JSON; null: those of the run's own config, and its settings of them."""
-    image_root: str | None = None
-    """Folder that image paths start from; null means the folder of the instructions, or as the run."""
-    samples: int | None = None
-    """Only the first so many conversations; null means all, or as the run."""
-    on_bad_sample: Literal["raise", "skip"] | None = None
-    """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Settings of scripts/evaluate_models.py."""
-
-    model: list[str]
-    """A release, reduced checkpoint or run folder; repeat the option for several."""
-    data: HeldOut
-    """The conversations to answer."""
-    revision: str | None = None
-    """Branch, tag or commit, for a single Hub id."""
-    visionzip: VisionZipConfig | None = None
-    """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
-    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
-    shortv: ShortVConfig | None = None
-    """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
-    shortv.calibration_samples: only when tuning.)"""
-    fastv: FastVConfig | None = None
-    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
-    fastv.keep: share of the visual tokens kept."""
-    mixed_precision: Literal["no", "bf16"] | None = None
-    """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
-    a CPU and bf16 on a GPU."""
-    load_in_4bit: bool | None = None
-    """Whether the language model's layers are loaded in 4 bits. null: as the first run among the models did."""
-    batch_size: int = 16
-    """Conversations (loss) and questions (answers) per batch."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
-    output: str = "checkpoints/evaluation"
-    """Folder for the table as JSON and for each model's answers."""
-    overwrite: bool = False
-    """Replace an evaluation that is there already."""
-
-    def __post_init__(self) -> None:
-        if self.shortv is not None and self.shortv.layers is None:
-            raise ConfigError("shortv.freeze is chosen when a run starts: give shortv.layers here")
-        if self.fastv is not None and self.shortv is not None:
-            raise ConfigError("fastv and shortv do not go together: give one of them")
-        if self.revision is not None and len(self.model) != 1:
-            raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
-        if not self.model or "" in self.model:
-            raise ConfigError("give at least one --model, and a folder or a Hub id with each")
-        if twice := repeated(self.model):
-            raise ConfigError(f"model {twice[0]} is given twice: give each model once")
-        for key in ("batch_size", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}: at least 1 is needed")
+from shortzip.train.settings.comparing import EvaluateConfig
+from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.settings.reduced import reductions_of
 
 
 def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
     """The settings; `--model` may stand several times. Raises `ConfigError`."""
-    models: list[str] = []
-    others: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--model":
-            models.append(next(tokens, ""))
-        elif token.startswith("--model="):
-            models.append(token.removeprefix("--model="))
-        else:
-            others.append(token)
-    given = ["--model", json.dumps(models)] if models else []
-    return parse_config(EvaluateConfig, [*given, *others], default=None, program="evaluate_models.py")
+    return parse_config(EvaluateConfig, argv, program="evaluate_models.py")
 
 
 def runs_of(config: EvaluateConfig) -> dict[str, TuneConfig]:
@@ -196,11 +115,15 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
                 eval_samples=own.eval_samples if config.data.samples is None else config.data.samples,
                 on_bad_sample=config.data.on_bad_sample or own.on_bad_sample,
             )
-    raise ConfigError("shortzip.data.instructions is needed: no run among the models names held-out conversations")
+    raise ConfigError("data.instructions is needed: no run among the models names held-out conversations")
 
 
 def main(argv: Sequence[str]) -> None:
-    config = read_arguments(argv)
+    run(read_arguments(argv))
+
+
+def run(config: EvaluateConfig) -> None:
+    """Checks everything, then evaluates. Raises what `compare` raises."""
     check_output(Path(config.output), config.overwrite)
     runs = runs_of(config)
     data = data_for(config, runs)

@@ -31,12 +31,7 @@ import yaml
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.kept import Kept, identity_of
 from shortzip.train.evaluation.papers_table import (
-    TRAINING_FREE,
-    TUNED,
-    VISIONZIP,
-    PapersConfig,
     Row,
-    Task,
     llm_flops,
     rows_of,
     show,
@@ -49,6 +44,7 @@ from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import end_stopped, parse_config, printable, run_command, say
+from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Task
 
 LAST_LINES = 20
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed
@@ -310,7 +306,11 @@ def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(PapersConfig, argv, default=None, program="evaluate_papers.py")
+    run(parse_config(PapersConfig, argv, program="evaluate_papers.py"))
+
+
+def run(config: PapersConfig) -> None:
+    """Checks every row, runs what is not kept, and writes the table."""
     check_lmms_eval(config)
     rows = check_rows(config)
     output = Path(config.output)

@@ -11,46 +11,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shortzip.data.errors import UserError
 from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list, read_sources
 from shortzip.data.files import write_atomically
 from shortzip.data.json_rows import iterate_json_rows
 from shortzip.train.settings.command_line import parse_config, run_command
+from shortzip.train.settings.commands import FetchConfig
 from shortzip.train.settings.places import CONFIGS
 
 EVERY_S = 5.0  # between lines where there is no terminal
-
-
-@dataclass
-class FetchConfig:
-    """What to fetch, from where, and where to."""
-
-    images: str = ""
-    """A file with one path per line, as prepare_subset writes it (images.txt)."""
-    to: str = "images"
-    """The image root."""
-    sources: str | None = None
-    """YAML of your own sources, which replace those of configs/sources.yaml folder by folder."""
-    workers: int = 16
-    """Images fetched at a time."""
-    retries: int = 5
-    """Attempts after the first, each after a longer wait."""
-    timeout: float = 30.0
-    """Seconds without a byte after which a connection is given up."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.workers <= 256:
-            raise UserError(f"workers is {self.workers}: give 1 to 256")
-        if not 0 <= self.retries <= 100:
-            raise UserError(f"retries is {self.retries}: give 0 to 100")
-        if not 0 < self.timeout <= 3600:
-            raise UserError(f"timeout is {self.timeout}: give seconds, up to 3600")
 
 
 class Display:
@@ -90,12 +63,11 @@ def rows_without(images: Path, missing: Sequence[str]) -> tuple[int, int] | None
 
 
 def main(argv: Sequence[str]) -> None:
-    given = [*argv]
-    if given and not given[0].startswith("-"):
-        given[:1] = ["--images", given[0]]
-    config = parse_config(FetchConfig, given, default=None, program="fetch_images.py")
-    if not config.images:
-        raise UserError("which images? Give the images.txt that prepare_subset wrote")
+    run(parse_config(FetchConfig, argv, program="fetch_images.py"))
+
+
+def run(config: FetchConfig) -> None:
+    """Fetches, and says what is there and what is missing."""
     listed, console = Path(config.images), Console(highlight=False, soft_wrap=True)
     options = FetchOptions(
         images=read_list(listed),

@@ -272,7 +272,11 @@ def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: 
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(FrontierConfig, argv, default=DEFAULT, program="frontier.py")
+    run(parse_config(FrontierConfig, argv, default=DEFAULT, program="frontier.py"))
+
+
+def run(config: FrontierConfig) -> None:
+    """Checks every point, measures and tunes what is not kept, and writes the report."""
     recipe = load_config(["--config", config.recipe])
     if recipe.data.eval_instructions is None:
         raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")

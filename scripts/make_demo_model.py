@@ -1,6 +1,6 @@
 """Trains `checkpoints/demo-llava`, the small genuine LLaVA that ShortZip runs on by default.
 
-    python scripts/make_demo_model.py --output_dir checkpoints/demo-llava
+    python scripts/make_demo_model.py --output checkpoints/demo-llava
 
 Two stages, as LLaVA itself has a vision tower that was trained before it:
 
@@ -128,7 +128,7 @@ def make(config: DemoModelConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    make(parse_config(DemoModelConfig, argv, default=None, program="make_demo_model.py"))
+    make(parse_config(DemoModelConfig, argv, program="make_demo_model.py"))
 
 
 if __name__ == "__main__":

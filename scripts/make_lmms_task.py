@@ -1,7 +1,7 @@
 """Makes a local task for lmms-eval of held-out conversations: a YAML file and its questions.
 
     python scripts/make_lmms_task.py                                                # the demo's held-out scenes
-    python scripts/make_lmms_task.py --data.instructions FILE.json --data.image_root IMAGES --name mine
+    python scripts/make_lmms_task.py --instructions FILE.json --image_root IMAGES --name mine
     lmms-eval --model reduced_llava --model_args pretrained=checkpoints/RUN --include_path checkpoints/lmms-tasks \
         --tasks mine --batch_size 16
 
@@ -52,7 +52,7 @@ class TaskConfig:
     """The conversations to ask."""
     name: str = SHIPPED
     """The task's name."""
-    folder: str | None = None
+    output: str | None = None
     """Where it is written; null: checkpoints/lmms-tasks, and for the task of the demo beside its scenes, where the
     shipped configs/eval/tasks/demo_scenes.yaml looks."""
     overwrite: bool = False
@@ -68,21 +68,21 @@ def make(config: TaskConfig) -> None:
         source, root = str(drawn / "instructions.json"), str(drawn / "images")
     conversations = read_instructions(source)[: data.samples]
     root = root or str(Path(source).parent)
-    shipped = data.instructions == DEMO and config.folder is None and config.name == SHIPPED
+    shipped = data.instructions == DEMO and config.output is None and config.name == SHIPPED
     if shipped:
         questions = Path(data.demo_scenes.folder) / "lmms-eval" / f"{SHIPPED}.jsonl"
         refuse_to_replace(questions, overwrite=config.overwrite)
         count = write_questions(conversations, root, questions)
         where, tasks = Path("configs/eval/tasks"), SHIPPED
     else:
-        where, tasks = Path(config.folder or "checkpoints/lmms-tasks"), config.name
+        where, tasks = Path(config.output or "checkpoints/lmms-tasks"), config.name
         count = write_task(where, config.name, conversations, root, overwrite=config.overwrite)
     say(f"{count} questions. lmms-eval --model reduced_llava --model_args pretrained=… --include_path {where} \\")
     say(f"    --tasks {tasks} --batch_size 16")
 
 
 def main(argv: Sequence[str]) -> None:
-    make(parse_config(TaskConfig, argv, default=None, program="make_lmms_task.py"))
+    make(parse_config(TaskConfig, argv, program="make_lmms_task.py"))
 
 
 if __name__ == "__main__":

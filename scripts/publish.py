@@ -1,44 +1,31 @@
 """Publishes a finished run's reduced checkpoint on the Hub, with a model card written from the run's own records.
 
-    python scripts/publish.py checkpoints/RUN --repo-id user/name [--private] [--shape projector|full|llava]
-    python scripts/publish.py checkpoints/RUN --repo-id user/name --dry-run
+    python scripts/publish.py checkpoints/RUN --repo_id user/name [--private] [--shape projector|full|llava]
+    python scripts/publish.py checkpoints/RUN --repo_id user/name --dry_run
 
 Log in first: hf auth login (a token that may write). A push that was cut off is made whole by the same command.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from shortzip.train.publish.push import prepare, push, summary
-from shortzip.train.release.writing import SHAPES
-from shortzip.train.settings.command_line import run_command, say
+from shortzip.train.settings.command_line import parse_config, run_command, say
+from shortzip.train.settings.commands import PublishConfig
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder (its output_dir)")
-    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository on the Hub")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="projector",
-        help="projector: the projector alone, naming its release (default); full: everything, loads anywhere; "
-        "llava: LLaVA's own layout",
-    )
-    parser.add_argument("--base", metavar="USER/NAME", help="the run's release on the Hub, when the run used a folder")
-    parser.add_argument("--tag", help="name of the revision (default: v1, or the next number)")
-    parser.add_argument("--update", action="store_true", help="write to a repository that holds other files")
-    parser.add_argument("--dry-run", action="store_true", help="show every file and the card; touch nothing")
-    given = parser.parse_args(argv)
-    with prepare(given.run, given.repo_id, given.shape, base=given.base) as publication:
-        if given.dry_run:
+    run(parse_config(PublishConfig, argv, program="publish.py"))
+
+
+def run(config: PublishConfig) -> None:
+    """Publishes, or shows what would be. Raises what `prepare` and `push` raise."""
+    with prepare(config.run, config.repo_id, config.shape, base=config.base) as publication:
+        if config.dry_run:
             say(summary(publication))
             return
-        published = push(publication, private=given.private, update=given.update, tag=given.tag)
+        published = push(publication, private=config.private, update=config.update, tag=config.tag)
     say(published.describe())
 
 

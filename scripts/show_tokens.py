@@ -1,6 +1,6 @@
 """Draws what VisionZip does to images: the kept patches, the merged groups, the attention.
 
-    python scripts/show_tokens.py photo.jpg --model checkpoints/demo-llava --budgets 14+2,28+4 --output tokens.png
+    python scripts/show_tokens.py photo.jpg --model checkpoints/demo-llava --budget 14+2,28+4 --output tokens.png
 
 One image under one or several budgets, side by side; or several images under one budget, one below the other. Works
 with any release, reduced checkpoint or run's folder. A LLaVA-NeXT image gives two pictures: its base tile, and the
@@ -10,9 +10,7 @@ mosaic of the other tiles (`-tiles` is added to the name).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -28,25 +26,7 @@ from shortzip.train.release.loading import load_viewer
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.command_line import parse_config, run_command, say
-
-
-@dataclass
-class ShowConfig:
-    """What `scripts/show_tokens.py` takes, beside the images."""
-
-    images: list[str] = field(default_factory=list)
-    """The images' files."""
-    model: str = "checkpoints/demo-llava"
-    """A release, a reduced checkpoint or a run's folder; or a Hub id."""
-    revision: str | None = None
-    """With a Hub id: the revision."""
-    budgets: str | None = None
-    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, several separated by commas. Default: the
-    model's own, or 54+10,108+20,162+30 scaled to its grid."""
-    output: Path = Path("tokens.png")
-    """The PNG; without an ending it gets .png."""
-    overwrite: bool = False
-    """Replace pictures that are there already."""
+from shortzip.train.settings.commands import ShowConfig
 
 
 def default_budgets(patches: int) -> list[dict[str, int]]:
@@ -67,7 +47,7 @@ def show(settings: ShowConfig) -> list[Path]:
             raise UserError(f"output {output}: a PNG is drawn, so its name must end with .png")
         output = output.with_name(output.name + ".png") if not output.is_dir() else output
     refuse_to_replace(output, overwrite=settings.overwrite, inputs=settings.images)
-    budgets = [parse_budget(text) for text in settings.budgets.split(",")] if settings.budgets else None
+    budgets = [parse_budget(text) for text in settings.budget.split(",")] if settings.budget else None
     images = [open_image(name) for name in settings.images]
     release = open_release(ReleaseSpec(settings.model, settings.revision))
     model, processor = load_viewer(release, Reductions(budgets[0]) if budgets else None)
@@ -98,10 +78,12 @@ def _draw(images: list[tuple[str, list[TokenMap]]], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the command line (files first, then --keys), draws, and says where."""
-    names = list(takewhile(lambda word: not word.startswith("-"), argv))
-    settings = parse_config(ShowConfig, argv[len(names) :], default=None, program="show_tokens.py IMAGE ...")
-    settings.images = [*names, *settings.images]
+    """Reads the command line, draws, and says where."""
+    run(parse_config(ShowConfig, argv, program="show_tokens.py"))
+
+
+def run(settings: ShowConfig) -> None:
+    """Draws, and says where. Raises what `show` raises."""
     with torch.no_grad():
         written = show(settings)
     for path in written:

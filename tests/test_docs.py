@@ -2,14 +2,20 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shortzip.scripts.__main__ import VERBS
+from shortzip.scripts.make_lmms_task import TaskConfig
+from shortzip.train.settings.command_line import kinds_of
+from shortzip.train.settings.flags import Flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("checkpoints/*/README.md")])
+FOLDERS = ("reduction", "data", "train", "scripts", "configs")
+SOURCES = sorted(path for folder in FOLDERS for end in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{end}"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -62,6 +68,35 @@ def test_commands_name_verbs_and_files_that_are_there(name: str) -> None:
         for word in words:
             if re.fullmatch(r"(?:scripts|train|configs|tests)/[a-z0-9_/.-]+\.(?:py|yaml|json)", word):
                 assert (ROOT / word).is_file(), f"{name}: {' '.join(words)}"
+
+
+def flags_of() -> dict[str, list[str]]:
+    """What each command takes, by `shortzip VERB` and by the file's name."""
+    sections = {f"shortzip {name}": verb.section for name, verb in VERBS.items()}
+    sections |= {verb.module.rsplit(".", 1)[-1]: verb.section for verb in VERBS.values()}
+    sections["make_lmms_task"] = TaskConfig
+    return {name: Flags(section, dict(kinds_of(section))).names for name, section in sections.items()}
+
+
+def flags_given(line: str, known: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """(command, flag) of every flag after a command of ours in a line, without the dashes."""
+    parts = re.split(r"(?<![\w/.-])((?:shortzip [a-z]+|(?:scripts/|train/|shortzip\.train\.)\w+)(?=[\s.`\"']))", line)
+    for command, rest in zip(parts[1::2], parts[2::2], strict=True):
+        name = command if command.startswith("shortzip ") else re.split(r"[./]", command)[-1]
+        if name in known:
+            yield from ((name, flag) for flag in re.findall(r"(?<!\S)-(-[a-z][\w.-]*|[a-z])\b", rest))
+
+
+def test_every_flag_that_is_documented_or_printed_is_there_and_spelt_the_new_way() -> None:
+    known, seen = flags_of(), 0
+    for page in [*PAGES, *SOURCES]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = [shlex.join(words) for words in commands(page)] if page.suffix == ".md" else text.splitlines()
+        for line in lines:
+            for command, flag in flags_given(line, known):
+                seen += 1
+                assert flag.removeprefix("-") in known[command], f"{page.relative_to(ROOT)}: {line.strip()} ({flag})"
+    assert seen > 50
 
 
 @pytest.mark.parametrize("name", NAMES)

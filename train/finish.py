@@ -153,14 +153,13 @@ def next_commands(config: TuneConfig, folder: Path) -> dict[str, str]:
     """What a user may do with a run, by a word for it, as lines for a shell; capitals stand for what is theirs."""
     run, release = shlex.quote(str(folder)), shlex.quote(config.model)
     repository = shlex.quote(config.hub_model_id or "USER/NAME")
-    held_out = "" if config.data.eval_instructions is not None else " --data.instructions FILE.json"
+    held_out = "" if config.data.eval_instructions is not None else " --instructions FILE.json"
     return {
         "look": f"shortzip show PHOTO.jpg --model {run}",
         "ask": f"shortzip app --model {release} --tuned {run}",
         "evaluate": f"shortzip evaluate --model {run}{held_out}",
         "publish": f"shortzip publish {run} --repo_id {repository} --shape {config.hub_shape}",
-        "a real LLaVA": "shortzip tune --config llava-1.5-7b-3090 --data.instructions FILE.json "
-        "--data.image_root IMAGES",
+        "a real LLaVA": "shortzip tune --config llava-1.5-7b-3090 --instructions FILE.json --image_root IMAGES",
     }
 
 

@@ -42,7 +42,8 @@ from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.report import component_table
 from shortzip.train.run.run_start import RunFolder
 from shortzip.train.run.session import Session
-from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.reduced import reductions_of
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
 from shortzip.train.step.engine import WholeEngine
 from shortzip.train.step.micro_batch import plan_micro_batches

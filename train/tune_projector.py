@@ -56,19 +56,23 @@ class NonFiniteLoss(UserError):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(argv)
+    run(load_config(argv))
+
+
+def run(config: TuneConfig) -> None:
+    """The run with these settings, and what follows it. Raises what the user can mend."""
     accelerator = start_accelerator(config)
     session = Session(accelerator, Reporter(accelerator.is_main_process), StopRequest())
     try:
-        with session.stop, session.report, held_folder(config, session) as run:
-            tune(config, run, session)
+        with session.stop, session.report, held_folder(config, session) as folder:
+            tune(config, folder, session)
             if config.control:
                 session.report.heading("control: the same tuning with all visual tokens")
-                control = control_of(config, run.path)
+                control = control_of(config, folder.path)
                 with held_folder(control, session) as beneath:
                     tune(control, beneath, session)
-            compare_and_draw(config, run.path, session)
-            publish_if_asked(config, run.path, session)
+            compare_and_draw(config, folder.path, session)
+            publish_if_asked(config, folder.path, session)
     except StopRequested as request:
         words = f"stopped by {request}; continue by the same command with --resume_from_checkpoint latest"
         end_stopped(words, by=str(request), silent=not accelerator.is_main_process)

@@ -224,7 +224,7 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the table, and writes it to `output` when given."""
-    settings = parse_config(BenchmarkConfig, argv, default=None, program="benchmark_lc.py")
+    settings = parse_config(BenchmarkConfig, argv, program="benchmark_lc.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     result = benchmark(settings)

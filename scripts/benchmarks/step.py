@@ -339,7 +339,7 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints tables, and writes `output` when given."""
-    settings = parse_config(BenchmarkConfig, argv, default=None, program="benchmark.py")
+    settings = parse_config(BenchmarkConfig, argv, program="benchmark.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     if settings.notes:

@@ -19,7 +19,10 @@ from shortzip.train.settings import command_line
 from shortzip.train.settings.command_line import end_stopped, one_line, printable, run_command
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "scripts"))  # as python does for a script: benchmarks import each other by name
+
+
+def module_of(command: str) -> str:
+    return f"shortzip.{'train' if command == 'tune_projector' else 'scripts'}.{command}"
 
 
 def ended(
@@ -60,18 +63,24 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_release: Path, tiny_hel
 
 
 COMMANDS = {
-    "benchmark": ["--shape huge", "--output {folder}", "--output {held}", "--memory_limit 1GiB", "--rounds many"],
-    "benchmark_lc": ["--output {folder}", "--prompts x", "--nothing 1"],
+    "benchmarks.step": [
+        "--shape huge", "--output {folder}", "--output {held}", "--memory_limit 1GiB", "--rounds many",
+    ],
+    "benchmarks.lc": ["--output {folder}", "--prompts x", "--nothing 1"],
     "calibrate_shortv": [
         "--model {at}/nowhere", "--model {broken}", "--model {deep}", "--model {file}",
         "--budget 1+2+3", "--seed -1", "--seed 4294967296", "--samples 0",
         "--model {release} --instructions {broken_json}",
     ],
     "convert_release": [
-        "{at}/nowhere -o {at}/new", "{broken} -o {at}/new", "{deep} -o {at}/new", "{listed} -o {at}/new",
-        "{release} -o {at}/new", "{release} --to llava -o {file}", "{release} --to llava -o {file}/llava",
-        "{release} --to llava -o /proc/llava", "{file} -o {at}/new", "{release} --mm-projector {file} -o {at}/new",
-        "{null} --to llava -o {at}/new", "{words} --to llava -o {at}/new", "{zero} --to llava -o {at}/new-llava",
+        "{at}/nowhere --output {at}/new", "{broken} --output {at}/new", "{deep} --output {at}/new",
+        "{listed} --output {at}/new",
+        "{release} --output {at}/new", "{release} --to llava --output {file}",
+        "{release} --to llava --output {file}/llava",
+        "{release} --to llava --output /proc/llava", "{file} --output {at}/new",
+        "{release} --mm_projector {file} --output {at}/new",
+        "{null} --to llava --output {at}/new", "{words} --to llava --output {at}/new",
+        "{zero} --to llava --output {at}/new-llava",
     ],
     "demo_app": [
         "--model {at}/nowhere", "--model {broken}", "--model {file}", "--port many", "--port 99999999",
@@ -86,7 +95,7 @@ COMMANDS = {
         "--config {broken_json}", "--config {bytes_json}", "--config {list_json}",
         "--config {folder}", "--config {at}/none.yaml", "--modle x",
     ],
-    "evaluate": [
+    "evaluate_models": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {release} --data.instructions {at}/none.json",
         "--model {release} --data.instructions {broken_json}",
         "--model {release} --data.instructions {bytes_json}", "--model {release} --data.instructions {folder}",
@@ -104,30 +113,31 @@ COMMANDS = {
     "make_demo_model": ["--seed 1", "--output_dir {broken}", "--output_dir {file}/x", "--scenes x"],
     "make_lmms_task": [
         "--data.instructions {at}/none.json", "--data.instructions {broken_json}",
-        "--data.instructions {rows} --name a/b", "--data.instructions {rows} --folder {file}",
-        "--data.instructions {rows} --folder {file}/x", "--data.instructions {rows} --folder /proc",
-        "--data.instructions {rows} --folder configs/eval/tasks --name demo_scenes --overwrite",
-        "--data.instructions {rows} --data.image_root {folder} --folder {at}/tasks",
+        "--data.instructions {rows} --name a/b", "--data.instructions {rows} --output {file}",
+        "--data.instructions {rows} --output {file}/x", "--data.instructions {rows} --output /proc",
+        "--data.instructions {rows} --output configs/eval/tasks --name demo_scenes --overwrite",
+        "--data.instructions {rows} --data.image_root {folder} --output {at}/tasks",
     ],
     "prepare_subset": [
-        "{at}/none.json -o {at}/subset", "{broken_json} -o {at}/subset", "{bytes_json} -o {at}/subset",
-        "{list_json} -o {at}/subset", "{empty_json} -o {at}/subset", "{folder} -o {at}/subset",
-        "{rows} -o {at}/subset --fraction 2", "{rows} -o {file}",
-        "{rows} -o {file}/x", "{rows} -o /proc/subset",
-        "{rows} -o {at}/subset --num-workers -1 --verify-images",
+        "{at}/none.json --output {at}/subset", "{broken_json} --output {at}/subset",
+        "{bytes_json} --output {at}/subset",
+        "{list_json} --output {at}/subset", "{empty_json} --output {at}/subset", "{folder} --output {at}/subset",
+        "{rows} --output {at}/subset --fraction 2", "{rows} --output {file}",
+        "{rows} --output {file}/x", "{rows} --output /proc/subset",
+        "{rows} --output {at}/subset --num_workers -1 --verify_images",
     ],
     "publish": [
-        "{at}/nowhere --repo-id a/b", "{folder} --repo-id a/b", "{file} --repo-id a/b",
-        "{folder} --repo-id a/b/c",
+        "{at}/nowhere --repo_id a/b", "{folder} --repo_id a/b", "{file} --repo_id a/b",
+        "{folder} --repo_id a/b/c", "", "{folder}", "{folder} {file} --repo_id a/b", "{folder} --repoid a/b",
     ],
     "show_tokens": [
         "", "{at}/none.png --model {release}", "{rows} --model {release}", "{folder} --model {release}",
         "{image} --model {at}/nowhere", "{image} --model {broken}", "{image} --model {zero}",
-        "{image} --model {release} --budgets 1+x", "{image} --model {release} --budgets 999+1",
+        "{image} --model {release} --budget 1+x", "{image} --model {release} --budget 999+1",
         "{image} --model {release} --output {image}", "{image} --model {release} --output {image} --overwrite",
         "{image} --model {release} --output {folder}", "{image} --model {release} --output {file}/x.png",
         "{image} --model {release} --output {at}/x.jpg", "{image} --model {release} --output /proc/x.png",
-        "{image} --model {release} --budgets ,",
+        "{image} --model {release} --budget ,",
     ],
     "tune_projector": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {broken} --data.instructions {rows}",
@@ -148,8 +158,7 @@ def test_what_the_user_can_mend_is_one_line(
     command: str, arguments: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    package = "train" if command == "tune_projector" else "scripts"
-    main = importlib.import_module(f"{package}.{command}").main
+    main = importlib.import_module(module_of(command)).main
     words = [word.format(**given) for word in arguments.split()]
     defaults = {
         "tune_projector": ["--visionzip", "null", "--shortv", "null", "--max_steps", "1", "--data.num_workers", "0",
@@ -157,7 +166,7 @@ def test_what_the_user_can_mend_is_one_line(
                            "--mixed_precision", "no", "--num_train_epochs", "null", "--overwrite_output_dir", "false",
                            "--model", given["release"], "--data.instructions", given["rows"],
                            "--output_dir", str(tmp_path / "run")],
-        "evaluate": ["--output", str(tmp_path / "evaluation")] if "--output" not in words else [],
+        "evaluate_models": ["--output", str(tmp_path / "evaluation")] if "--output" not in words else [],
         "show_tokens": ["--output", str(tmp_path / "x.png")] if "--output" not in words else [],
         "calibrate_shortv": ["--output", str(tmp_path / "layers.json")],
     }  # fmt: skip
@@ -265,7 +274,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
 
 def test_help_of_every_command_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
-        module = importlib.import_module(f"{'train' if command == 'tune_projector' else 'scripts'}.{command}")
+        module = importlib.import_module(module_of(command))
         with pytest.raises(SystemExit) as stop:
             run_command(module.main, ["--help"])
         assert stop.value.code in (0, None), command

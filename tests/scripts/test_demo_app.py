@@ -226,7 +226,7 @@ def test_what_is_not_visionzip_is_refused(
     tiny_release: Path, tmp_path: Path, keys: dict[str, Any], method: str
 ) -> None:
     folder = write_tuned(tmp_path / "final", tiny_release, **keys)
-    with pytest.raises(ConfigError, match=f"was tuned with {method}.*scripts/evaluate_models.py --model {folder}"):
+    with pytest.raises(ConfigError, match=f"was tuned with {method}.*shortzip evaluate --model {folder}"):
         Models(AppConfig(model=str(tiny_release), tuned=str(folder), device="cpu"))
 
 

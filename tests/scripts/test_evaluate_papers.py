@@ -37,15 +37,7 @@ from shortzip.scripts.evaluate_papers import (
 )
 from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.evaluation.papers_table import (
-    ALL,
-    NONE,
-    TRAINING_FREE,
-    TUNED,
-    PapersConfig,
-    Published,
     Row,
-    Task,
-    Tuned,
     average_of,
     llm_flops,
     papers_average,
@@ -59,6 +51,7 @@ from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.run.processes import CONSENT_S, StopRequest, StopRequested
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import parse_config
+from shortzip.train.settings.comparing import ALL, NONE, TRAINING_FREE, TUNED, PapersConfig, Published, Task, Tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"

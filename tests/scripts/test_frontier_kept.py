@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from scripts import evaluate_papers, frontier
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
-from shortzip.train.evaluation.papers_table import PapersConfig, Task
 from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import CONFIG, write_status
 from shortzip.train.settings.command_line import dump_config, load_config
+from shortzip.train.settings.comparing import PapersConfig, Task
 from shortzip.train.settings.config import TuneConfig
 
 POINT = Point("VisionZip", Reductions({"dominant": 6, "contextual": 3}))

@@ -22,7 +22,7 @@ from shortzip.train.evaluation.lmms_plugin import TEMPLATES
 def test_what_cannot_be_a_task_meets_a_message(
     tiny_held_out: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    given = ["--data.instructions", str(tiny_held_out), "--folder", str(tmp_path / "tasks")]
+    given = ["--data.instructions", str(tiny_held_out), "--output", str(tmp_path / "tasks")]
     with pytest.raises(UserError, match=f"{message}"):
         main([*given, *options])
     assert not (tmp_path / "tasks").exists()
@@ -31,7 +31,7 @@ def test_what_cannot_be_a_task_meets_a_message(
 @pytest.mark.parametrize("existing", ["held.jsonl", "held.yaml", "held_likelihood.yaml"])
 def test_nothing_that_is_no_task_of_ours_is_written_over(tiny_held_out: Path, tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("task: !function mine.task\n")
-    given = ["--data.instructions", str(tiny_held_out), "--folder", str(tmp_path)]
+    given = ["--data.instructions", str(tiny_held_out), "--output", str(tmp_path)]
     with pytest.raises(FileInTheWay, match=rf"{existing} exists already: give --overwrite"):
         main([*given, "--name", "held"])
     assert [path.name for path in tmp_path.iterdir()] == [existing]
@@ -43,7 +43,7 @@ def test_nothing_that_is_no_task_of_ours_is_written_over(tiny_held_out: Path, tm
 
 def test_a_task_of_a_name_of_its_own(tiny_held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([
-        "--data.instructions", str(tiny_held_out), "--folder", str(tmp_path), "--name", "mine", "--data.samples", "2",
+        "--data.instructions", str(tiny_held_out), "--output", str(tmp_path), "--name", "mine", "--data.samples", "2",
     ])  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
     assert len({line["id"] for line in lines}) == 2
@@ -56,6 +56,6 @@ def test_the_shipped_tasks_are_nobodys_to_replace(tiny_held_out: Path) -> None:
     for name in ("demo_scenes", "new"):
         with pytest.raises(FileInTheWay, match="is the folder of the shipped tasks: choose another one"):
             main(
-                ["--data.instructions", str(tiny_held_out), "--folder", str(TEMPLATES), "--name", name, "--overwrite"]
+                ["--data.instructions", str(tiny_held_out), "--output", str(TEMPLATES), "--name", name, "--overwrite"]
             )
     assert {path: path.read_bytes() for path in TEMPLATES.iterdir() if path.is_file()} == before

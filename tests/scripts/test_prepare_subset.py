@@ -1,17 +1,18 @@
 """`python scripts/prepare_subset.py` as a user runs it."""
 
-import importlib.util
 import json
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from shortzip.data.errors import UserError
-from shortzip.train.settings.command_line import load_config, run_command
+from shortzip.scripts.prepare_subset import main, options_of
+from shortzip.train.settings.command_line import load_config, parse_config, run_command
+from shortzip.train.settings.commands import PrepareConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
         (tmp_path / "images" / "coco" / f"{number}.jpg").write_bytes(b"not looked into")
     out = tmp_path / "out"
     ended = run(
-        tmp_path / "mix.json", "--image-root", tmp_path / "images", "--fraction", "0.5", "--seed", "0", "-o", out
+        tmp_path / "mix.json", "--image_root", tmp_path / "images", "--fraction", "0.5", "--seed", "0", "--output", out
     )
     assert ended.returncode == 0, ended.stderr
     assert {file.name for file in out.iterdir()} == {
@@ -47,39 +48,29 @@ def test_from_a_json_and_a_folder_half_full_of_images_to_the_next_step(tmp_path:
     assert (config.data.instructions, config.data.fraction) == (str(tmp_path / "out" / "subset.json"), 1.0)
 
 
-def script() -> Any:
-    """The script as a module: starting a process for each wrong command would only take longer."""
-    spec = importlib.util.spec_from_file_location("prepare_subset", ROOT / "scripts" / "prepare_subset.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_what_cannot_be_done_is_an_error_without_a_traceback(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match=r"mix\.json"):
-        script().main([str(tmp_path / "mix.json"), "-o", str(tmp_path / "out")])
+        main([str(tmp_path / "mix.json"), "--output", str(tmp_path / "out")])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "subset.json").write_text("kept")
     with pytest.raises(UserError, match="holds a subset already"):
-        script().main([str(tmp_path / "mix.json"), "-o", str(tmp_path / "out")])
+        main([str(tmp_path / "mix.json"), "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "subset.json").read_text() == "kept"
 
 
 def test_every_option_reaches_the_subset() -> None:
-    given = "x.json -o OUT --image-root R --fraction 0.3 --seed 7 --keep-text-only --drop-missing --verify-images"
-    more = "--max-bad-fraction 0.2 --num-workers 3 --split s --streaming"
-    options = script().parse(f"{given} {more}".split())
+    given = "x.json --output OUT --image_root R --fraction 0.3 --seed 7 --keep_text_only --drop_missing"
+    more = "--verify_images --max_bad_fraction 0.2 --num_workers 3 --split s --streaming"
+    options = options_of(parse_config(PrepareConfig, f"{given} {more}".split(), program="prepare"))
     assert (options.instructions, str(options.output), str(options.image_root)) == ("x.json", "OUT", "R")
     assert (options.fraction, options.seed, options.max_bad_fraction, options.num_workers) == (0.3, 7, 0.2, 3)
     assert (options.keep_text_only, options.missing, options.verify_images) == (True, "drop", True)
     assert (options.split, options.streaming) == ("s", True)
     assert options.overwrite is False
-    plain = script().parse(["x.json", "-o", "OUT", "--overwrite"])
-    assert (plain.missing, plain.split, plain.overwrite) == ("keep", None, True)
+    plain = options_of(parse_config(PrepareConfig, ["--output", "OUT", "--overwrite", "x.json"], program="prepare"))
+    assert (plain.instructions, plain.missing, plain.split, plain.overwrite) == ("x.json", "keep", None, True)
 
 
 def test_the_printed_command_works_whatever_the_folders_are_called(
@@ -90,8 +81,16 @@ def test_the_printed_command_works_whatever_the_folders_are_called(
     folder = tmp_path / "my [bold]data[nothing]"
     folder.mkdir()
     (folder / "mix.json").write_text(json.dumps(rows))
-    given = [str(folder / "mix.json"), "--image-root", str(folder), "--fraction", "1", "-o", str(folder / "o ut")]
-    script().main(given)
+    given = [
+        str(folder / "mix.json"),
+        "--image_root",
+        str(folder),
+        "--fraction",
+        "1",
+        "--output",
+        str(folder / "o ut"),
+    ]
+    main(given)
     printed = capsys.readouterr().out
     assert "[red]coco" in printed
     (command,) = [line for line in printed.splitlines() if "shortzip tune" in line]
@@ -104,14 +103,10 @@ def test_no_escape_sequence_of_a_name_reaches_the_terminal(tmp_path: Path, capsy
     rows = [{"id": str(n), "image": f"\x1b[2Jcoco/{n}.jpg", "conversations": turns} for n in range(9)]
     (tmp_path / "mix\x1b[1m.json").write_text(json.dumps(rows))
     (tmp_path / "images").mkdir()
-    for mix, code in (("mix\x1b[1m.json", 0), ("gone\x1b[1m.json", 1)):
-        given = [str(tmp_path / mix), "--image-root", str(tmp_path / "images"), "--fraction", "1"]
-        arguments = [*given, "-o", str(tmp_path / "out")]
-        if code:
-            with pytest.raises(SystemExit):
-                run_command(script().main, arguments)
-        else:
-            run_command(script().main, arguments)
+    for mix in ("mix\x1b[1m.json", "gone\x1b[1m.json"):
+        given = [str(tmp_path / mix), "--image_root", str(tmp_path / "images"), "--fraction", "1"]
+        with suppress(SystemExit):
+            run_command(main, [*given, "--output", str(tmp_path / "out")])
         printed = capsys.readouterr()
         assert "\x1b[2J" not in printed.out + printed.err
         assert "\x1b[1m" not in printed.err

@@ -34,7 +34,7 @@ def test_several_budgets_several_images_and_the_command(tiny_release, photograph
             photograph,
             "--model",
             str(tiny_release),
-            "--budgets",
+            "--budget",
             "5+3",
             "--output",
             str(tmp_path / "two.png"),
@@ -52,8 +52,8 @@ def test_several_budgets_several_images_and_the_command(tiny_release, photograph
     [
         ({"images": []}, ValueError, "no image"),
         ({"images": ["missing.jpg"]}, BadImage, "no such file"),
-        ({"budgets": "30+10"}, ValueError, "the sum must be 1 to 37"),
-        ({"budgets": "5+3,7"}, ValueError, r"54\+10"),
+        ({"budget": "30+10"}, ValueError, "the sum must be 1 to 37"),
+        ({"budget": "5+3,7"}, ValueError, r"54\+10"),
     ],
 )
 def test_refusals(values, error, message, tiny_release, photograph, tmp_path):
@@ -66,7 +66,7 @@ def test_refusals(values, error, message, tiny_release, photograph, tmp_path):
 def test_pictures_take_nobodys_place(tiny_release, photograph, tmp_path, monkeypatch, capsys):
     """Neither the photograph's, by name, link or default, nor an earlier picture's unasked."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", str(tiny_release), "--budgets", "5+3"]
+    arguments = ["--model", str(tiny_release), "--budget", "5+3"]
     tokens = tmp_path / "tokens.png"
     Image.open(photograph).save(tokens)
     before = tokens.read_bytes()
@@ -92,5 +92,5 @@ def test_a_full_disk_is_named_with_the_cure(tiny_release, photograph, tmp_path, 
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(CannotWrite, match=r"x\.png cannot be written: No space left on device\. Make space"):
-        show(ShowConfig(images=[photograph], model=str(tiny_release), budgets="5+3", output=tmp_path / "x.png"))
+        show(ShowConfig(images=[photograph], model=str(tiny_release), budget="5+3", output=tmp_path / "x.png"))
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shortzip.train.settings import command_line as command_line_module
 from shortzip.train.settings import config as config_module
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.command_line import check_keys, dump_config, known_keys, load_config
+from shortzip.train.settings.command_line import check_keys, dump_config, kinds_of, load_config
 from shortzip.train.settings.config import TuneConfig
 
 YAML = """
@@ -158,11 +158,11 @@ def test_help_documents_each_key(recipe: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         load_config(["--config", str(recipe), "--help"])
     shown = capsys.readouterr().out
-    for key, _ in known_keys(TuneConfig):
+    for key, _ in kinds_of(TuneConfig):
         assert key in shown, f"--help says nothing about {key}"
 
 
-KEYS = [key for key, _ in known_keys(TuneConfig)]
+KEYS = [key for key, _ in kinds_of(TuneConfig)]
 
 
 @given(key=st.sampled_from(KEYS), position=st.integers(0, 40), letter=st.sampled_from("abxyz_"))

@@ -152,7 +152,7 @@ def test_a_lora_is_recognised_and_said_what_to_do_with(
     with pytest.raises(ValueError, match=said):
         open_release(str(lora), cache_dir=tmp_path)
     with pytest.raises(UserError, match="is a LoRA"):
-        main([str(lora), "-o", str(tmp_path / "out")])
+        main([str(lora), "--output", str(tmp_path / "out")])
     assert "converting it once" not in caplog.text + capsys.readouterr().err
     (lora / "config.json").unlink()  # as PEFT leaves it, for any model
     (lora / "non_lora_trainables.bin").unlink()
@@ -175,12 +175,12 @@ def test_an_output_that_is_a_link(tmp_path: Path, to: str, dangling: bool) -> No
     target, link = tmp_path / "disk" / "llava-there", tmp_path / "llava-here"
     (target.parent if dangling else target).mkdir(parents=True)
     link.symlink_to(target)
-    main([str(RELEASE), "-o", str(link), "--to", to])
+    main([str(RELEASE), "--output", str(link), "--to", to])
     assert link.is_symlink()
     assert (target / "config.json").is_file()
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     with pytest.raises(FileInTheWay):
-        main([str(RELEASE), "-o", str(link), "--to", to])
+        main([str(RELEASE), "--output", str(link), "--to", to])
 
 
 def test_a_link_to_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_link_to_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path
     (target / "mine.txt").write_text("mine")
     link.symlink_to(target)
     with pytest.raises(FileInTheWay):
-        main([str(RELEASE), "-o", str(link)])
+        main([str(RELEASE), "--output", str(link)])
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
 
 

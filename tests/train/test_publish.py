@@ -144,7 +144,7 @@ def logits_here(folder: Path) -> torch.Tensor:
 def test_projector_shape_from_push_to_loading(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     """The whole push; what others load from the Hub has the run's own logits, over the release it names there."""
     commit = hub.add(BASE, finished.release)
-    run = publish(str(finished.folder), "--repo-id", "user/tuned", "--base", BASE)
+    run = publish(str(finished.folder), "--repo_id", "user/tuned", "--base", BASE)
     assert run.returncode == 0, run.stderr
     assert f"{hub.url}/user/tuned/tree/v1" in run.stdout
     assert 'AutoModelForImageTextToText.from_pretrained("user/tuned", trust_remote_code=True)' in run.stdout
@@ -168,13 +168,13 @@ def test_projector_shape_from_push_to_loading(hub: Hub, publish: Publish, finish
 def test_full_shape_private_and_another_round_from_the_hub(
     hub: Hub, publish: Publish, forks: Forks, finished: Finished, tiny_instructions: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full", "--tag", "first"]
+    arguments = [str(finished.folder), "--repo_id", "user/tuned", "--shape", "full", "--tag", "first"]
     run = publish(*arguments, "--private")
     assert run.returncode == 0, run.stderr
     assert hub.repositories["user/tuned"].private
     assert list(hub.repositories["user/tuned"].tags) == ["first"]
     assert "model.safetensors" in hub.files("user/tuned")
-    refused = publish(str(finished.folder), "--repo-id", "user/tuned", token=None)
+    refused = publish(str(finished.folder), "--repo_id", "user/tuned", token=None)
     assert "error:" in refused.stderr
 
     # Another round: the published checkpoint is a release, with another budget; its card tells the lineage.
@@ -208,12 +208,12 @@ def test_from_llavas_own_release_to_the_hub_in_both_layouts(
     arguments = ["--config", str(recipe), "--output_dir", str(folder)]
     run = forks.run(TUNE, *arguments, ACCELERATE_USE_CPU="true")
     assert run.returncode == 0, run.stderr
-    run = publish(str(folder), "--repo-id", "user/tuned", "--shape", "full")
+    run = publish(str(folder), "--repo_id", "user/tuned", "--shape", "full")
     assert run.returncode == 0, run.stderr
     wanted = logits_here(folder)
     assert torch.equal(logits_from_hub(hub, "user/tuned", tmp_path / "home", tmp_path / "w"), wanted)
 
-    arguments = [str(folder), "--shape", "llava", "--repo-id"]
+    arguments = [str(folder), "--shape", "llava", "--repo_id"]
     assert "let the name contain 'llava'" in publish(*arguments, "user/tuned").stderr
     assert "is not on the Hub: choose --shape full" in publish(*arguments, "user/tuned-llava").stderr
     run = publish(*arguments, "user/tuned-llava", "--base", "maker/llava-v1.5-tiny")
@@ -242,7 +242,7 @@ def test_busy_failing_and_cut_off(hub: Hub, publish: Publish, finished: Finished
     hub.fail("POST", "/commit/", "cut")
     hub.fail("POST", "/commit/", "lost")
     hub.fail("POST", "/tag/", 504)
-    run = publish(str(finished.folder), "--repo-id", "user/tuned", "--shape", "full")
+    run = publish(str(finished.folder), "--repo_id", "user/tuned", "--shape", "full")
     assert run.returncode == 0, run.stderr
     assert all(fault.times == 0 for fault in hub.faults), [fault for fault in hub.faults if fault.times]
     repository = hub.repositories["user/tuned"]
@@ -263,7 +263,7 @@ def test_killed_in_the_middle_and_run_again(hub: Hub, publish: Publish, forks: F
             is_killed.wait(120)
 
     hub.on_upload = hold
-    arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full"]
+    arguments = [str(finished.folder), "--repo_id", "user/tuned", "--shape", "full"]
     killed = forks.start(PUBLISH, *arguments, HF_TOKEN=WRITER)
     try:
         assert uploading.wait(120)
@@ -298,7 +298,7 @@ def test_killed_in_the_middle_and_run_again(hub: Hub, publish: Publish, forks: F
 def test_tokens_without_rights(
     hub: Hub, publish: Publish, finished: Finished, tmp_path: Path, token: str | None, name: str, said: str
 ) -> None:
-    run = publish(str(finished.folder), "--repo-id", name, "--shape", "full", token=token)
+    run = publish(str(finished.folder), "--repo_id", name, "--shape", "full", token=token)
     assert run.returncode == 1
     assert said in run.stderr
     assert "Traceback" not in run.stderr
@@ -310,11 +310,11 @@ def test_tokens_without_rights(
 def test_a_name_that_exists(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
     hub.add("user/tuned", finished.release)
     before = hub.files("user/tuned")
-    arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full"]
+    arguments = [str(finished.folder), "--repo_id", "user/tuned", "--shape", "full"]
     run = publish(*arguments)
     assert run.returncode == 1
     assert "user/tuned exists and holds other files (README.md, " in run.stderr
-    assert "give another --repo-id, or --update" in run.stderr
+    assert "give another --repo_id, or --update" in run.stderr
     assert hub.files("user/tuned") == before
     old = hub.repositories["user/tuned"].head
     hub.repositories["user/tuned"].tags["v7"] = old
@@ -329,7 +329,7 @@ def test_a_name_that_exists(hub: Hub, publish: Publish, finished: Finished, tmp_
 
 
 def test_dry_run_shows_all_and_touches_nothing(hub: Hub, publish: Publish, finished: Finished) -> None:
-    arguments = [str(finished.folder), "--repo-id", "user/tuned", "--shape", "full", "--dry-run"]
+    arguments = [str(finished.folder), "--repo_id", "user/tuned", "--shape", "full", "--dry_run"]
     run = publish(*arguments, token=None)
     assert run.returncode == 0, run.stderr
     assert not hub.requests
@@ -342,7 +342,7 @@ def test_dry_run_shows_all_and_touches_nothing(hub: Hub, publish: Publish, finis
 def test_the_base_must_be_the_release_that_was_tuned(
     hub: Hub, publish: Publish, finished: Finished, tmp_path: Path
 ) -> None:
-    arguments = [str(finished.folder), "--repo-id", "user/tuned"]
+    arguments = [str(finished.folder), "--repo_id", "user/tuned"]
     run = publish(*arguments)
     assert "shape projector names the release that it belongs to, and" in run.stderr
     assert "is not on the Hub: choose --shape full, or name the same release on the Hub with --base" in run.stderr
@@ -367,7 +367,7 @@ def test_a_token_in_a_file_is_never_published(hub: Hub, publish: Publish, finish
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
     (folder / "final" / "chat_template.jinja").write_text(f"{{# {WRITER} #}}")
-    run = publish(str(folder), "--repo-id", "user/tuned", "--shape", "full")
+    run = publish(str(folder), "--repo_id", "user/tuned", "--shape", "full")
     assert "chat_template.jinja holds a token of the Hub: take it out, and revoke that token" in run.stderr
     assert WRITER not in run.stdout + run.stderr
     assert not hub.repositories
@@ -497,9 +497,9 @@ def test_names_that_no_repository_bears(repo_id: str, said: str) -> None:
 
 
 def test_a_folder_that_is_no_run(hub: Hub, publish: Publish, finished: Finished, tmp_path: Path) -> None:
-    run = publish(str(finished.release), "--repo-id", "user/tuned")
+    run = publish(str(finished.release), "--repo_id", "user/tuned")
     assert "is no run's folder (no config.yaml): name the output_dir of a run" in run.stderr
     folder = tmp_path / "unfinished"
     shutil.copytree(finished.folder, folder, ignore=shutil.ignore_patterns("final"))
-    run = publish(str(folder), "--repo-id", "user/tuned")
+    run = publish(str(folder), "--repo_id", "user/tuned")
     assert "has not finished (no final/): continue it with --resume_from_checkpoint latest" in run.stderr

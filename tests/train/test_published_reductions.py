@@ -77,7 +77,7 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
 def test_conversion_to_llavas_layout_keeps_every_part(runs: dict[str, Path], tmp_path: Path) -> None:
     for name in ("fastv", "random"):
         target = tmp_path / f"llava-{name}"
-        options = ["--base", "maker/llava", "--vision-tower", "openai/clip", "-o", str(target)]
+        options = ["--base", "maker/llava", "--vision_tower", "openai/clip", "--output", str(target)]
         convert([str(runs[name]), "--to", "llava", *options])
         assert Reductions.from_config(json.loads((target / "config.json").read_text())) == REDUCTIONS[name]
 
@@ -203,7 +203,7 @@ def test_options_that_would_mean_nothing_are_refused(run: Path, tiny_release: Pa
     ):
         pass
     with pytest.raises(UserError, match="--base maker/llava is for --to llava"):
-        convert([str(tiny_release), "--base", "maker/llava", "-o", str(tmp_path / "out")])
+        convert([str(tiny_release), "--base", "maker/llava", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

@@ -32,7 +32,8 @@ from shortzip.train.inputs.samples import training_conversations
 from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release
 from shortzip.train.run.run_folder import LAYERS
-from shortzip.train.settings.config import TuneConfig, reductions_of
+from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.reduced import reductions_of
 
 Loaded = tuple[Any, Any]
 """A model and its processor, as `load_release` gives them."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,8 @@ from shortzip.data.kept import conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.calibration_prompts import embed_prompt, plan_batches
 from shortzip.reduction.layer_choice import rank_layers
-from shortzip.reduction.layer_contribution import DIRECTIONS, Direction, LayerContributionMeter
-from shortzip.reduction.parsing import format_budget, parse_budget, read_freeze
+from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
+from shortzip.reduction.parsing import format_budget
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
@@ -31,7 +31,7 @@ from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import Release, open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import differing_settings
-from shortzip.train.settings.checks import check_seed
+from shortzip.train.settings.commands import CalibrateConfig
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
@@ -40,64 +40,6 @@ ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
 def budget_name(visionzip: Mapping[str, Any] | None) -> str:
     """How a budget is written: dominant+contextual."""
     return f"budget {format_budget(visionzip)}" if visionzip else "all visual tokens"
-
-
-@dataclass
-class CalibrateConfig:
-    """What `scripts/calibrate_shortv.py` takes."""
-
-    model: str = "checkpoints/demo-llava"
-    """A release, a reduced checkpoint or a run's folder; or a Hub id. Layers that it freezes count as plain ones."""
-    revision: str | None = None
-    """With a Hub id: the revision."""
-    instructions: str = DEMO
-    """Conversations to calibrate on (LLaVA's JSON or JSON Lines, messages, a datasets table); demo draws scenes."""
-    image_root: str | None = None
-    """Folder that image paths start from; null means the folder of the instructions."""
-    samples: int = 200
-    """Conversations with an image to measure on (the paper: 2000)."""
-    seed: int = 0
-    """Which conversations are drawn."""
-    budget: str | None = None
-    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the model's own."""
-    compare_full: bool = False
-    """With a budget: also measure with all visual tokens, and show both."""
-    freeze: str | None = None
-    """Picks the layers to freeze: a number (19) or a share (60%)."""
-    direction: Direction = "full_to_frozen"
-    """Which KL divergence ranks the layers: the paper's, or frozen_to_full as in their code. Both are written."""
-    text_tokens: bool = True
-    """Whether LC of the text tokens is measured too, which doubles the work."""
-    output: Path = Path("layers.json")
-    """The JSON file; the chart gets the same name with .png."""
-    overwrite: bool = False
-    """Whether to measure anew what is there of other settings, weights or conversations, and to replace a picture."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the model computes in; the LM head and the softmax are float32 in any case."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto: cuda where there is one."""
-    load_in_4bit: bool = False
-    """Whether the language model is loaded in 4 bits (needs shortzip[4bit] and a GPU)."""
-    samples_per_batch: int = 8
-    """Conversations measured together, each with all its variants."""
-    tokens_per_pass: int | None = None
-    """Tokens that go through a layer at once. Default: 1024 on a CPU, else 8192, halved when memory runs out."""
-    chat_template: str = "auto"
-    """The prompt: auto (the release's own, or the one it was trained with where that differs: data/supervision.py),
-    release, vicuna_v1, chatml, mistral_instruct, plain, or a file."""
-    on_bad_sample: Literal["raise", "skip"] = "raise"
-    """What a bad row or image gets: an error, or being left out and counted."""
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"samples={self.samples}: at least 1.")
-        check_seed("seed", self.seed)
-        if self.budget not in (None, "none"):
-            parse_budget(str(self.budget))
-        if self.compare_full and self.budget == "none":
-            raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
-        if self.freeze is not None and isinstance(read_freeze(self.freeze), list):
-            raise UserError(f"freeze {self.freeze!r}: LC picks the layers; write how many (19) or a share (60%).")
 
 
 @dataclass

@@ -2,72 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import ALL, Reductions
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
-from shortzip.train.settings.checks import ConfigError, repeated
-from shortzip.train.settings.config import FastVConfig
+from shortzip.train.settings.comparing import DOMINANT_ONLY, FrontierConfig
 
-DOMINANT_ONLY = "dominant only"
 DRAWN = ("random", "random layers")
-
-
-@dataclass(frozen=True)
-class FrontierConfig:
-    """Settings of scripts/frontier.py."""
-
-    recipe: str
-    """The YAML of a run: release, data and how to tune."""
-    output: str
-    """Folder of everything that is written."""
-    budgets: list[str] = field(default_factory=list)
-    """Budgets (dominant+contextual), each with each of `freeze`. The first is the one the baselines are held to."""
-    freeze: list[str] = field(default_factory=lambda: ["0"])
-    """How many layers to freeze, as numbers or shares; those with the lowest LC on the visual tokens that a budget
-    leaves. The last is the one that rankings are compared at."""
-    methods: list[str] = field(default_factory=list)
-    """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
-    fastv: list[FastVConfig] = field(default_factory=list)
-    """FastV baselines, on all tokens."""
-    rankings: list[str] = field(default_factory=list)
-    """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of what is drawn at random, and of tuning."""
-    tune: bool = False
-    """Also tune each point by the recipe, once per seed."""
-    prefill_rounds: int = 3
-    """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
-    samples: int | None = None
-    """Only the first so many held-out conversations; null: as the recipe says."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ConfigError("seeds is empty: at least one is needed")
-        if self.prefill_rounds < 1:
-            raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
-        for name, values in (
-            ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
-            ("fastv", self.fastv), ("rankings", self.rankings),
-        ):  # fmt: skip
-            again = repeated(values)
-            if again:
-                raise ConfigError(f"{name}: {again[0]!r} stands there twice")
-        if not self.freeze:
-            raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
-        for freeze in self.freeze:
-            if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
-                raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
-        known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
-        for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
-            bad = [entry for entry in value if entry not in allowed]
-            if bad:
-                raise ConfigError(f"{bad[0]!r} is none of {', '.join(allowed)}")
-        if self.methods and not self.budgets:
-            raise ConfigError("methods are held to the first budget, and budgets is empty")
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def _check_existing(api: HfApi, publication: Publication, update: bool, say: Cal
         return
     shown = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")
     raise PublishError(
-        f"{repo_id} exists and holds other files ({shown}): give another --repo-id, or --update to put this "
+        f"{repo_id} exists and holds other files ({shown}): give another --repo_id, or --update to put this "
         "checkpoint there as a new commit (the old one stays in its history)"
     )
 
@@ -359,7 +359,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def summary(publication: Publication) -> str:
-    """Every file with its size, and the card: what --dry-run shows."""
+    """Every file with its size, and the card: what --dry_run shows."""
     sizes: Mapping[str, int] = {
         "README.md": len(publication.card.encode()),
         **{name: path.stat().st_size for name, path in publication.files.items()},

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from shortzip.data.errors import ToldElsewhere, UserError, printable
 from shortzip.reduction.errors import ReductionError
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.flags import Flags
 from shortzip.train.settings.places import CONFIGS, find_recipe
 from shortzip.train.settings.yaml_files import read_settings
 
@@ -35,16 +38,6 @@ _FROM_WORKER = re.compile(
 )
 WAIT = 10.0  # seconds, in which a launcher ends the other processes when one has failed
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
-
-
-def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
-    """Every dotted key of a config class, each with its class if it is a section."""
-    hints = get_type_hints(section)
-    for item in fields(section):
-        nested = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
-        yield prefix + item.name, nested[0] if nested else None  # type: ignore[misc]
-        for kind in nested:
-            yield from known_keys(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
 
 
 def check_keys(given: Sequence[str], known: Sequence[str], where: str) -> None:
@@ -66,28 +59,34 @@ def _keys_in(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys_in(value, f"{prefix}{key}.")
 
 
-def parse_config(section: type, argv: Sequence[str], *, default: Path | None, program: str) -> Any:
+def parse_config(section: type, argv: Sequence[str], *, default: Path | None = None, program: str) -> Any:
     """Reads `--config` files and command-line keys into the dataclass `section`.
 
     `default` is the YAML read when `argv` names none. Later sources win: YAML files in order, then keys in order. A
-    switch without a value is true. `--help` prints every key, and exits. Raises `ConfigError`.
+    switch without a value is true. `--help` prints every key, and `--print_config` the whole YAML; both exit. Raises
+    `ConfigError`.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    known = [key for key, _ in known_keys(section)]
     kinds = dict(kinds_of(section))
-    options = [token[2:].split("=")[0].removesuffix("+") for token in argv if token.startswith("--")]
-    if "config" not in options and default is not None:
-        argv = ["--config", str(default), *argv]
-    check_keys(options, [*known, "config", "help", "print_config"], "command line")
-    given = list(_expanded(argv, kinds, known))
+    flags = Flags(section, kinds)
+    pairs = list(flags.read(argv))
+    check_keys([key.removesuffix("+") for key, _ in pairs], flags.names, "command line")
+    printed = any(key == "print_config" for key, _ in pairs)
+    pairs = [pair for pair in pairs if pair[0] != "print_config"]
+    if default is not None and all(key != "config" for key, _ in pairs):
+        pairs.insert(0, ("config", str(default)))
+    given = list(_expanded(pairs, kinds))
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, exit_on_error=False, default_env=False)
+    usage = f"{program} {flags.words}[--KEY VALUE ...]"
+    if examples := inspect.cleandoc(section.__doc__ or "").partition("\n\n")[2]:
+        usage += "\n\nfor example:\n" + textwrap.indent(examples.replace("%", "%%"), "  ")
+    parser = ArgumentParser(prog=program, usage=usage, epilog=flags.help, exit_on_error=False, default_env=False)
     parser.add_argument(
         "--config",
         action="config",
-        help=f"a recipe's name, or a YAML file of keys (default: {default and default.stem})",
+        help=f"a recipe's name, or a YAML file of keys (default: {default.stem if default else 'none'})",
     )
     parser.add_class_arguments(section)
     try:
@@ -99,7 +98,11 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None, pr
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(str(cause) if cause else _plain(str(error), kinds)) from error
-    return section(**{item.name: values[item.name] for item in fields(section)})
+    config = section(**{item.name: values[item.name] for item in fields(section)})
+    if printed:
+        print(dump_config(config), end="")
+        sys.exit(0)
+    return config
 
 
 def kinds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,25 +116,19 @@ def kinds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from kinds_of(nested, f"{prefix}{item.name}.")  # type: ignore[arg-type]
 
 
-def _expanded(argv: Sequence[str], kinds: dict[str, Any], known: Sequence[str]) -> Iterator[str]:
+def _expanded(pairs: Sequence[tuple[str, str | None]], kinds: dict[str, Any]) -> Iterator[str]:
     """The arguments with the content of YAML files, `true` after a lone switch, and [] for a list that is null."""
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        key, equals, value = token.removeprefix("--").partition("=") if token.startswith("--") else ("", "", "")
-        if key == "config" and (equals or tokens):
-            path = find_recipe(value if equals else tokens.pop(0))
+    for key, value in pairs:
+        if key == "config" and value is not None:
+            path = find_recipe(value, compares="budgets" in kinds)
             content = read_settings(path, kinds)
-            check_keys(list(_keys_in(content)), known, path)
-            content = _nulls_checked(content, kinds, path)
-            yield from ("--config", json.dumps(content))
-        elif get_origin(kinds.get(key)) is list and (value == "null" or (not equals and tokens[:1] == ["null"])):
-            yield from (f"--{key}", "[]")
-            tokens = tokens if equals else tokens[1:]
-        else:
-            yield token
-            if not equals and kinds.get(key) is bool and (not tokens or tokens[0].startswith("--")):
-                yield "true"
+            check_keys(list(_keys_in(content)), list(kinds), path)
+            value = json.dumps(_nulls_checked(content, kinds, path))
+        elif value == "null" and get_origin(kinds.get(key)) is list:
+            value = "[]"
+        elif value is None and kinds.get(key) is bool:
+            value = "true"
+        yield f"--{key}" if value is None else f"--{key}={value}"
 
 
 def _nulls_checked(content: dict[str, Any], kinds: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -181,7 +178,13 @@ def load_config(argv: Sequence[str]) -> TuneConfig:
 
 def dump_config(config: Any) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain_values(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain_values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_values(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 def run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.reduction.reductions import Reductions
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
@@ -93,17 +91,6 @@ class ShortVConfig:
         _at_least(self, "shortv.", calibration_samples=1)
 
 
-def reductions_of(
-    visionzip: VisionZipConfig | None, layers: Sequence[int] | None, fastv: FastVConfig | None
-) -> Reductions:
-    """What these settings reduce. `layers`: the frozen ones, as listed or chosen; None freezes nothing."""
-    return Reductions(
-        visionzip.as_key() if visionzip else None,
-        None if layers is None else {"layers": list(layers)},
-        asdict(fastv) if fastv else None,
-    )
-
-
 @dataclass(frozen=True)
 class DemoScenesConfig:
     """The drawn scenes that `instructions: demo` stands for."""
@@ -178,7 +165,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Settings of train/tune_projector.py. Paths are relative to the working directory."""
+    """Settings of train/tune_projector.py. Paths are relative to the working directory.
+
+    shortzip tune --config llava-1.5-7b-3090 --instructions subset/subset.json --image_root images
+    """
 
     model: str
     """The release: a folder or a Hub id."""

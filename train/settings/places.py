@@ -14,14 +14,16 @@ DEMO_MODEL = HOME / "checkpoints" / "demo-llava"
 DEMO_NAMES = ("demo-llava", "checkpoints/demo-llava")  # what it is called where it is not in the working directory
 
 
-def find_recipe(given: str) -> str:
+def find_recipe(given: str, *, compares: bool = False) -> str:
     """The path of a YAML file: `given` itself, or the recipe of that name among configs/ and configs/eval/.
 
+    `compares`: of the name that both folders have (demo), the one in configs/eval/ is meant.
     Raises `MissingFile`, naming the nearest recipe.
     """
     if Path(given).is_file() or Path(given).suffix in (".yaml", ".yml"):
         return given
-    recipes = {path.stem: path for folder in (CONFIGS / "eval", CONFIGS) for path in sorted(folder.glob("*.yaml"))}
+    folders = (CONFIGS, CONFIGS / "eval") if compares else (CONFIGS / "eval", CONFIGS)  # the last one wins
+    recipes = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
     if given in recipes:
         return str(recipes[given])
     near = difflib.get_close_matches(given, recipes, n=1, cutoff=0.5)

@@ -1,0 +1,308 @@
+"""The settings of the commands that compare: `evaluate`, `papers` and `frontier`.
+
+Nothing here imports what a command works with: its --help needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shortzip.train.settings.checks import ConfigError, repeated
+from shortzip.train.settings.config import FastVConfig, ShortVConfig, VisionZipConfig
+from shortzip.train.settings.flags import REPEATED
+
+ALL, NONE = "all", "none"
+TRAINING_FREE, TUNED = "training-free", "tuned"
+VISIONZIP = "visionzip"
+METHODS = (VISIONZIP, "random", "grid", "pool", "downsample")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DOMINANT_ONLY = "dominant only"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The conversations to answer."""
+
+    instructions: str | None = None
+    """Held-out conversations in LLaVA's JSON; null: those of the run's own config, and its settings of them."""
+    image_root: str | None = None
+    """Folder that image paths start from; null means the folder of the instructions, or as the run."""
+    samples: int | None = None
+    """Only the first so many conversations; null means all, or as the run."""
+    on_bad_sample: Literal["raise", "skip"] | None = None
+    """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of scripts/evaluate_models.py.
+
+    shortzip evaluate --model llava-hf/llava-1.5-7b-hf --model checkpoints/RUN --instructions FILE.json
+    """
+
+    model: list[str] = field(metadata=REPEATED)
+    """A release, reduced checkpoint or run folder; repeat the option for several."""
+    data: HeldOut
+    """The conversations to answer."""
+    revision: str | None = None
+    """Branch, tag or commit, for a single Hub id."""
+    visionzip: VisionZipConfig | None = None
+    """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
+    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
+    shortv: ShortVConfig | None = None
+    """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
+    shortv.calibration_samples: only when tuning.)"""
+    fastv: FastVConfig | None = None
+    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
+    fastv.keep: share of the visual tokens kept."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
+    a CPU and bf16 on a GPU."""
+    load_in_4bit: bool | None = None
+    """Whether the language model's layers are loaded in 4 bits. null: as the first run among the models did."""
+    batch_size: int = 16
+    """Conversations (loss) and questions (answers) per batch."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    output: str = "checkpoints/evaluation"
+    """Folder for the table as JSON and for each model's answers."""
+    overwrite: bool = False
+    """Replace an evaluation that is there already."""
+
+    def __post_init__(self) -> None:
+        if self.shortv is not None and self.shortv.layers is None:
+            raise ConfigError("how many layers freeze is chosen when a run starts: list them here (--freeze 31,29,30)")
+        if self.fastv is not None and self.shortv is not None:
+            raise ConfigError("fastv and shortv do not go together: give one of them")
+        if self.revision is not None and len(self.model) != 1:
+            raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
+        if not self.model or "" in self.model:
+            raise ConfigError("give at least one --model, and a folder or a Hub id with each")
+        if twice := repeated(self.model):
+            raise ConfigError(f"model {twice[0]} is given twice: give each model once")
+        for key in ("batch_size", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}: at least 1 is needed")
+
+
+def _alike(key: str, text: str) -> str:
+    """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
+    from shortzip.reduction.reductions import Reductions  # imports torch, which --help does not wait for
+
+    try:
+        if key == "layers":
+            return Reductions.parse(layers=text).layers_words
+        if key == "fastv":
+            return Reductions.parse(fastv=text).fastv_words
+        return Reductions.parse(text).budget_words
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
+    again = repeated(values)
+    if again:
+        raise ConfigError(f"{key}: {again[0]} stands there {values.count(again[0])} times; once is allowed")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark."""
+
+    name: str
+    """The column's heading."""
+    task: str
+    """lmms-eval's task."""
+    metrics: list[str]
+    """The metrics of its results whose sum is the score, like ["exact_match,none"]."""
+    scale: float = 100.0
+    """The score is multiplied by this: 100 for shares, 1 for scores that are percent or points already."""
+    gen_kwargs: str | None = None
+    """Settings of generation over the task's own, as lmms-eval takes them."""
+    full: float | None = None
+    """The paper's score with all tokens."""
+    judge: bool = False
+    """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ConfigError(f"task {self.name}: metrics is empty; at least one is needed")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned checkpoint, and the reductions that it was tuned for."""
+
+    model: str
+    """Reduced checkpoint, run folder or Hub id."""
+    budget: str
+    """dominant+contextual; all for every visual token."""
+    layers: str = NONE
+    """The frozen layers."""
+    method: str = VISIONZIP
+    """visionzip or a baseline (random, grid, pool, downsample)."""
+    fastv: str = NONE
+    """The layer and the share of FastV, like 2+0.5."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "layers", _alike("layers", self.layers))
+        object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper reports of a row."""
+
+    percent: float
+    """The stated mean over the benchmarks of score / score with all tokens, times 100."""
+    source: str
+    """Which table of which paper."""
+    budget: str = ALL
+    """The row's budget."""
+    layers: str = NONE
+    """The row's frozen layers."""
+    kind: str = TRAINING_FREE
+    """training-free or tuned."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """The scores that `percent` is the mean of, by the tasks' names."""
+    flops: float | None = None
+    """The language model's FLOPs, in percent of those with all tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "layers", _alike("layers", self.layers))
+        if self.kind not in (TRAINING_FREE, TUNED):
+            raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
+
+
+@dataclass(frozen=True)
+class PapersConfig:
+    """Settings of scripts/evaluate_papers.py.
+
+    shortzip papers --config llava-1.5-7b --processes 8
+    """
+
+    model: str
+    """The release."""
+    tasks: list[Task]
+    """The benchmarks."""
+    output: str
+    """Folder of the results and of the table."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets, each with each of `layers`: dominant+contextual, or all."""
+    layers: list[str] = field(default_factory=lambda: [NONE])
+    """Lists of frozen layers like 31+29+30, or none."""
+    methods: list[str] = field(default_factory=lambda: [VISIONZIP])
+    """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    fastv: list[str] = field(default_factory=list)
+    """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
+    tuned: list[Tuned] = field(default_factory=list)
+    """Tuned checkpoints, as further rows."""
+    published: list[Published] = field(default_factory=list)
+    """The papers' figures, to stand beside the rows."""
+    text_tokens: int = 64
+    """Text tokens of the prompt, about one image, whose FLOPs are counted (64 in ShortV's paper)."""
+    processes: int = 1
+    """Processes (GPUs) of each run of lmms-eval."""
+    device: str = "cuda"
+    """Where one process computes."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto: bfloat16 on a GPU."""
+    batch_size: int = 16
+    """Prompts at once."""
+    include_path: str | None = None
+    """Folder of local tasks."""
+    skip_judged: bool = False
+    """Leave out the tasks that GPT-4 judges."""
+    limit: int | None = None
+    """Only the first so many documents of each task: to try the machinery, not to report."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty: at least one benchmark is needed")
+        names = [task.name for task in self.tasks]
+        _refuse_repeated("tasks", names)
+        object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
+        object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
+        object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
+        for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
+            if method not in METHODS:
+                raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        _refuse_repeated("tuned", self.tuned)
+        _refuse_repeated("published", [(entry.kind, entry.budget, entry.layers) for entry in self.published])
+        strange = [name for entry in self.published for name in entry.scores if name not in names]
+        if strange:
+            raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if min(self.processes, self.batch_size, self.text_tokens) < 1:
+            counts = f"processes {self.processes}, batch_size {self.batch_size}, text_tokens {self.text_tokens}"
+            raise ConfigError(f"{counts}: at least 1 each is needed")
+
+    @property
+    def asked(self) -> list[Task]:
+        """The tasks that are run."""
+        return [task for task in self.tasks if not (task.judge and self.skip_judged)]
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Settings of scripts/frontier.py.
+
+    shortzip frontier --recipe llava-1.5-7b --budget 162+30,108+20,54+10 --freeze 0,60%
+    """
+
+    recipe: str
+    """The YAML of a run: release, data and how to tune."""
+    output: str
+    """Folder of everything that is written."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets (dominant+contextual), each with each of `freeze`. The first is the one the baselines are held to."""
+    freeze: list[str] = field(default_factory=lambda: ["0"])
+    """How many layers to freeze, as numbers or shares; those with the lowest LC on the visual tokens that a budget
+    leaves. The last is the one that rankings are compared at."""
+    methods: list[str] = field(default_factory=list)
+    """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
+    fastv: list[FastVConfig] = field(default_factory=list)
+    """FastV baselines, on all tokens."""
+    rankings: list[str] = field(default_factory=list)
+    """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of what is drawn at random, and of tuning."""
+    tune: bool = False
+    """Also tune each point by the recipe, once per seed."""
+    prefill_rounds: int = 3
+    """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
+    samples: int | None = None
+    """Only the first so many held-out conversations; null: as the recipe says."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ConfigError("seeds is empty: at least one is needed")
+        if self.prefill_rounds < 1:
+            raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
+        for name, values in (
+            ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
+            ("fastv", self.fastv), ("rankings", self.rankings),
+        ):  # fmt: skip
+            again = repeated(values)
+            if again:
+                raise ConfigError(f"{name}: {again[0]!r} stands there twice")
+        if not self.freeze:
+            raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
+        for freeze in self.freeze:
+            if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
+                raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
+        known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
+        for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
+            bad = [entry for entry in value if entry not in allowed]
+            if bad:
+                raise ConfigError(f"{bad[0]!r} is none of {', '.join(allowed)}")
+        if self.methods and not self.budgets:
+            raise ConfigError("methods are held to the first budget, and budgets is empty")

@@ -1,0 +1,20 @@
+"""What the settings reduce: apart from them, since it imports torch, which --help does not wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.settings.config import FastVConfig, VisionZipConfig
+
+
+def reductions_of(
+    visionzip: VisionZipConfig | None, layers: Sequence[int] | None, fastv: FastVConfig | None
+) -> Reductions:
+    """What these settings reduce. `layers`: the frozen ones, as listed or chosen; None freezes nothing."""
+    return Reductions(
+        visionzip.as_key() if visionzip else None,
+        None if layers is None else {"layers": list(layers)},
+        asdict(fastv) if fastv else None,
+    )
