@@ -101,7 +101,7 @@ def test_a_second_run_and_a_sweep_neither_load_the_tower_nor_run_it(
         return load_release(*arguments, **keywords)
 
     monkeypatch.setattr("shortzip.train.preparation.load_release", load)
-    monkeypatch.setattr("shortzip.train.inputs.feature_cache.load_tower", None)
+    monkeypatch.setattr("shortzip.train.inputs.feature_filling.load_tower", None)
     again = run_here(recipe, tmp_path / "again")
     assert "features: 0 images computed" in capsys.readouterr().out
     torch.testing.assert_close(checkpoint_tensors(again, 4), checkpoint_tensors(first, 4), rtol=0, atol=0)
