@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shortzip.data.errors import UserError
-from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list, read_sources
+from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list
 from shortzip.data.files import write_atomically
+from shortzip.data.image_sources import read_sources
 from shortzip.data.json_rows import iterate_json_rows
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.places import CONFIGS
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         with display.bar:
             outcome = fetch(options, display)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
+        raise KeyboardInterrupt("stopped; the same command continues") from None
     fates = outcome.fates
     print(f"{fates['fetched']:,} fetched ({outcome.bytes / 2**20:,.0f} MiB), {fates['there']:,} were there")
     report = listed.with_name("missing_images.txt")
