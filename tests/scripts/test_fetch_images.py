@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.generated.mixture import write_mix
 from shortzip.scripts.fetch_images import main
 from shortzip.scripts.prepare_subset import main as prepare
+from shortzip.train.settings.command_line import load_config
 
 FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")
 
@@ -67,6 +69,9 @@ def test_a_subsets_images_are_fetched_and_what_the_missing_ones_cost_is_said(
     assert f"1 missing ({lost}): the source has no such image" in said
     rows = json.loads((subset / "subset.json").read_text())
     assert f"2 of {len(rows)} rows of the subset need them ({2 / len(rows):.1%})" in said
+    config = load_config(shlex.split(said.splitlines()[-1])[2:])
+    assert config.data.on_bad_sample == "skip"
+    assert config.data.max_bad_fraction >= 2 / len(rows)
     assert set((subset / "missing_images.txt").read_text().split()) == {lost, failing}
 
     # The same command continues: what failed comes now, and what is not there is no failure.
@@ -81,7 +86,10 @@ def test_a_subsets_images_are_fetched_and_what_the_missing_ones_cost_is_said(
 
     server.files[f"/{lost}"] = jpeg(9)
     main([str(subset / "images.txt"), *given])
-    assert f"all {len(listed)} images are in {tmp_path / 'images'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"all {len(listed)} images are in {tmp_path / 'images'}" in said
+    config = load_config(shlex.split(said.splitlines()[-1])[2:])
+    assert (config.data.instructions, config.data.max_bad_fraction) == (str(subset / "subset.json"), 0.05)
     assert (subset / "missing_images.txt").read_text() == ""
     assert {str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.jpg")} == set(listed)
 
