@@ -164,7 +164,7 @@ class Server:
         if part is None or len(part) < 30:
             raise EOFError(f"{len(part or b'')} of {size} bytes came")
         names = sum(struct.unpack("<HH", part[26:30]))  # of the local header: file name, extra fields
-        with ZipExtFile(io.BytesIO(part[30 + names :]), "r", info) as member:  # type: ignore[call-overload]
+        with ZipExtFile(io.BytesIO(part[30 + names :]), "r", info) as member:
             return member.read()  # and compares its CRC
 
     def _directory(self) -> dict[str, tuple[ZipInfo, int]]:
@@ -177,10 +177,11 @@ class Server:
                     archive = RemoteZip(address, session=self._session(), timeout=self.timeout)
                 except RemoteIOError as error:  # which has the words alone of the answer
                     cause = error.__context__
-                    if not isinstance(cause, requests.HTTPError):
+                    if not isinstance(cause, requests.HTTPError) or cause.response is None:
                         raise
-                    if cause.response.status_code < 500 and cause.response.status_code not in PASSING:
-                        raise SourceDown(f"{address}: the source refuses it ({cause.response.status_code})") from error
+                    status = cause.response.status_code
+                    if status < 500 and status not in PASSING:
+                        raise SourceDown(f"{address}: the source refuses it ({status})") from error
                     raise cause from None
                 except RangeError as error:
                     raise self._without_ranges(str(error)) from error
