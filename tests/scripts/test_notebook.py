@@ -36,7 +36,7 @@ def test_its_outputs_are_committed_whole_small_and_without_paths_of_a_machine() 
 
 def test_the_verbs_it_calls_are_there() -> None:
     called = re.findall(
-        r"^shortzip\(\[\s*\"(\w+)\"", "\n".join("".join(cell["source"]) for cell in cells()), re.MULTILINE
+        r"^shortzip\(\s*\[\s*\"(\w+)\"", "\n".join("".join(cell["source"]) for cell in cells()), re.MULTILINE
     )
     assert set(called) >= {"show", "tune", "publish"}
     assert set(called) <= set(VERBS)
