@@ -8,6 +8,7 @@ The same command continues after an interruption. Where the images are served st
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list, read_sources
+from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list
 from shortzip.data.files import write_atomically
+from shortzip.data.image_sources import read_sources
 from shortzip.data.json_rows import iterate_json_rows
+from shortzip.data.subset_folder import SUBSET
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.commands import FetchConfig
+from shortzip.train.settings.config import DataConfig
 from shortzip.train.settings.places import CONFIGS
 
 EVERY_S = 5.0  # between lines where there is no terminal
@@ -46,9 +50,8 @@ class Display:
             self.console.print(f"{done:,} of {total:,} images, {size} fetched, {left / 60:.0f} min left")
 
 
-def rows_without(images: Path, missing: Sequence[str]) -> tuple[int, int] | None:
-    """Of the subset beside images.txt: rows that need one of `missing`, and all rows; None where there is none."""
-    subset = images.with_name("subset.json")
+def rows_without(subset: Path, missing: Sequence[str]) -> tuple[int, int] | None:
+    """Of a subset: rows that need one of `missing`, and all rows; None where there is none."""
     if not subset.is_file():
         return None
     gone, lost, rows = set(missing), 0, 0
@@ -60,6 +63,17 @@ def rows_without(images: Path, missing: Sequence[str]) -> tuple[int, int] | None
             name in gone for name in ([needed] if isinstance(needed, str) else needed) if isinstance(name, str)
         )
     return lost, rows
+
+
+def tune_command(subset: Path, root: str, lost: float = 0.0) -> str:
+    """The run on a subset; `lost` is the share of its rows whose images are missing, which it then leaves out."""
+    words = ["shortzip", "tune", "--config", "llava-1.5-7b-3090", "--instructions", str(subset)]
+    words += ["--image_root", root, "--data.fraction", "1.0"]
+    if lost > 0:
+        words += ["--data.on_bad_sample", "skip"]
+    if lost > 0.9 * DataConfig.max_bad_fraction:  # others may turn out to be bad
+        words += ["--data.max_bad_fraction", f"{min(1.0, lost + 0.05):.2f}"]
+    return shlex.join(words)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,23 +96,28 @@ def run(config: FetchConfig) -> None:
         with display.bar:
             outcome = fetch(options, display)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
+        raise KeyboardInterrupt("stopped; the same command continues") from None
     fates = outcome.fates
     print(f"{fates['fetched']:,} fetched ({outcome.bytes / 2**20:,.0f} MiB), {fates['there']:,} were there")
     report = listed.with_name("missing_images.txt")
     write_atomically(report, "".join(f"{name}\n" for name in outcome.missing))
+    subset = listed.with_name(SUBSET)
     if not outcome.missing:
         print(f"all {len(options.images):,} images are in {config.to}")
+        if subset.is_file():
+            print(f"next:\n  {tune_command(subset, config.to)}")
         return
     reasons: dict[str, list[str]] = {}
     for name, reason in outcome.missing.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         print(f"{len(names):,} missing ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
-    share = rows_without(listed, list(outcome.missing))
+    print(f"listed in {report}")
+    share = rows_without(subset, list(outcome.missing))
     if share is not None:
-        print(f"{share[0]:,} of {share[1]:,} rows of the subset need them ({share[0] / max(1, share[1]):.1%})")
-    print(f"listed in {report}; a run leaves such rows out with --data.on_bad_sample skip")
+        lost, rows = share
+        print(f"{lost:,} of {rows:,} rows of the subset need them ({lost / max(1, rows):.1%})")
+        print(f"next, without these rows:\n  {tune_command(subset, config.to, lost / max(1, rows))}")
     if fates["failed"]:
         sys.exit(f"{fates['failed']:,} images failed, which may pass: the same command tries them again")
 

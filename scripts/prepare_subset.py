@@ -19,6 +19,7 @@ from rich.text import Text
 from shortzip.data.errors import printable
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.data.subset_folder import SUBSET
+from shortzip.scripts.fetch_images import tune_command
 from shortzip.train.run.report import literal
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.commands import PrepareConfig
@@ -76,7 +77,7 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     say(f"answers by characters: {lengths}")
     say(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
     if report["image_root"] is None:
-        say("images were not looked for: give --image_root")
+        say("images were not looked for, without --image_root")
     elif report["missing_images"]:
         say(f"{report['missing_images']:,} of them are missing in {report['image_root']}:", style="bold")
         say(f"{options.output / 'missing_images.txt'}. Fetch them, or draw with --drop_missing.")
@@ -87,10 +88,7 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     if report["image_root"] is None or report["missing_images"]:
         say(f"  shortzip fetch {quote(str(options.output / 'images.txt'))} --to {quote(root)}")
     say("  shortzip estimate --model llava-1.5-7b --budget 54+10")
-    say(
-        f"  shortzip tune --config llava-1.5-7b-3090 --instructions {quote(str(options.output / SUBSET))} "
-        f"--image_root {quote(root)} --data.fraction 1.0"
-    )
+    say(f"  {tune_command(options.output / SUBSET, root)}")
 
 
 if __name__ == "__main__":

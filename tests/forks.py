@@ -13,7 +13,7 @@ _SERVER = """
 import json, os, runpy, sys, traceback
 import torch
 torch.set_num_threads(1)
-import shortzip.train.publish.push, train.tune_projector
+import shortzip.train.publish.push, shortzip.train.tune_projector
 print("ready", flush=True)
 for line in sys.stdin:
     asked = json.loads(line)

@@ -2,9 +2,9 @@
 folders."""
 
 import os
+import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -31,8 +31,11 @@ print("imported", len([name for name in sys.modules if name.startswith("shortzip
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds the wheel, and this one's packages without the clone."""
     folder = tmp_path_factory.mktemp("wheel")
+    clone = folder / "clone"  # setuptools builds in place, and would take in what an earlier build left there
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests"))
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], check=True, timeout=500)
+    build = ("wheel", "--no-deps", "--wheel-dir", folder, clone)
+    subprocess.run([*pip, *build], check=True, timeout=500)
     (wheel,) = folder.glob("shortzip-*.whl")
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=100)
@@ -41,8 +44,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True, timeout=100
     ).strip()
     subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True, timeout=500)
-    # Its own .pth files, the clone's among them, are not read from there.
-    Path(packages, "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # The .pth files in these, the clone's among them, are not read.
+    Path(packages, "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return environment
 
 
@@ -111,7 +114,8 @@ def test_a_recipe_that_is_not_there_names_the_nearest(environment: Path, elsewhe
 def test_the_demo_runs_from_the_wheel(environment: Path, elsewhere: Path) -> None:
     few = (
         "--max_steps", "2", "--warmup_ratio", "0", "--control", "false", "--data.eval_samples", "16",
-        "--data.demo_scenes.train_scenes", "40", "--data.demo_scenes.eval_scenes", "8",
+        "--data.demo_scenes.train_scenes", "400", "--data.demo_scenes.eval_scenes", "8",
+        "--shortv.calibration_samples", "4", "--global_batch_size", "8", "--pictures", "0",
     )  # fmt: skip
     done = run(environment, elsewhere, "shortzip", "demo", *few)
     assert done.returncode == 0, done.stderr

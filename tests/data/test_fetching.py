@@ -1,93 +1,28 @@
 """Fetching the images of a subset from a server that serves files and ranges, and misbehaves."""
 
-import io
+import errno
 import json
-import threading
-import zipfile
-from collections import Counter
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from image_server import Server, archive, jpeg
 from PIL import Image
 
-from shortzip.data.errors import UserError
-from shortzip.data.fetching import FetchOptions, Outcome, Source, fetch, read_list, read_sources
-
-
-def jpeg(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (24, 16), (shade, 90, 30)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files`; what stands in `faults` for a path happens to its next requests, one after the other."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[str]] = {}
-        self.asked: Counter[str] = Counter()
-        self.sent = 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.server.asked[self.path] += 1
-        faults = self.server.faults.get(self.path, [])
-        fault = (faults.pop(0) if len(faults) > 1 or faults[0] != "always 500" else faults[0]) if faults else ""
-        content = self.server.files.get(self.path)
-        if fault.split()[-1:] and fault.split()[-1].isdigit():
-            self.send_response(int(fault.split()[-1]))
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if content is None:
-            self.send_error(404)
-            return
-        wanted = self.headers.get("Range")
-        if wanted and fault != "no ranges":
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start = int(first) if first else len(content) - int(last)
-            start = max(0, start)
-            end = int(last) if first and last else len(content) - 1
-            part = content[start : end + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
-        else:
-            part = content
-            self.send_response(200)
-        told = {"says more": len(part) + 50, "says less": len(part) // 2}.get(fault, len(part))
-        self.send_header("Content-Length", str(told))
-        self.end_headers()
-        part = part[: len(part) // 2] if fault == "drops" else part[:told]
-        self.wfile.write(part)
-        self.server.sent += len(part)
-        if fault in ("drops", "says more"):
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Silent."""
+from shortzip.data.errors import CannotWrite, UserError
+from shortzip.data.fetching import FetchOptions, Outcome, fetch, read_list
+from shortzip.data.image_sources import Source, read_sources
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with Server() as running:
+        yield running
 
 
 def options(server: Server, to: Path, images: list[str], **values: object) -> FetchOptions:
@@ -97,16 +32,6 @@ def options(server: Server, to: Path, images: list[str], **values: object) -> Fe
         "ocr_vqa/images": Source(index=server.url + "/dataset.json", key="imageURL"),
     }
     return FetchOptions(images, to, sources, **{"workers": 4, "retries": 2, "backoff": 0.01, **values})  # type: ignore[arg-type]
-
-
-def archive(names: list[str], padding: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for shade, name in enumerate(names):
-            file.writestr(name, jpeg(shade))
-        if padding:
-            file.writestr(zipfile.ZipInfo("large"), bytes(padding))
-    return buffer.getvalue()
 
 
 def images_in(folder: Path) -> set[str]:
@@ -143,7 +68,7 @@ def test_what_is_there_is_not_asked_for_again_and_the_rest_continues(server: Ser
     assert (outcome.fates["there"], outcome.fates["fetched"]) == (2, 4)
 
 
-@pytest.mark.parametrize("fault", ["drops", "says more", "says less", "429", "503"])
+@pytest.mark.parametrize("fault", ["drops", "says more", "says less", "429", "vague 429", "503", "hangs"])
 @pytest.mark.parametrize("kind", ["file", "member"])
 def test_a_fault_that_passes_is_waited_out_and_nothing_damaged_is_kept(
     server: Server, tmp_path: Path, fault: str, kind: str
@@ -151,7 +76,7 @@ def test_a_fault_that_passes_is_waited_out_and_nothing_damaged_is_kept(
     server.files = {"/coco/1.jpg": jpeg(1), "/gqa.zip": archive(["images/1.jpg"], padding=300_000)}
     path, listed = ("/coco/1.jpg", "coco/train2017/1.jpg") if kind == "file" else ("/gqa.zip", "gqa/images/1.jpg")
     server.faults = {path: [fault]}
-    outcome = fetch(options(server, tmp_path, [listed]))
+    outcome = fetch(options(server, tmp_path, [listed], timeout=0.3))
     assert outcome.missing == {}
     assert images_in(tmp_path) == {listed}
     Image.open(tmp_path / listed).load()
@@ -181,6 +106,142 @@ def test_an_archive_whose_server_ignores_ranges_is_not_fetched_whole(server: Ser
     assert set(outcome.missing) == set(listed[1:])
     assert all("serves ranges" in reason for reason in outcome.missing.values())
     assert server.asked["/gqa.zip"] <= 4, "once per thread at most"
+
+
+def test_a_server_that_stops_answering_ranges_ends_its_archive_alone(server: Server, tmp_path: Path) -> None:
+    server.files = {"/gqa.zip": archive(["images/1.jpg"], padding=300_000), "/coco/1.jpg": jpeg(1)}
+    server.faults, server.ranges_served = {"/gqa.zip": ["no ranges"] * 9}, 1
+    outcome = fetch(options(server, tmp_path, ["gqa/images/1.jpg", "coco/train2017/1.jpg"]))
+    assert images_in(tmp_path) == {"coco/train2017/1.jpg"}
+    assert "serves ranges" in outcome.missing["gqa/images/1.jpg"]
+
+
+def test_an_archives_directory_is_read_once_for_all_threads(server: Server, tmp_path: Path) -> None:
+    server.files = {"/gqa.zip": archive([f"images/{n}.jpg" for n in range(40)], padding=1 << 20)}
+    outcome = fetch(options(server, tmp_path, [f"gqa/images/{n}.jpg" for n in range(40)], workers=8))
+    assert outcome.fates["fetched"] == 40
+    assert server.asked["/gqa.zip"] <= 42, "its end, its directory, and each member"
+
+
+def test_a_damaged_member_is_not_kept_and_the_others_are(server: Server, tmp_path: Path) -> None:
+    content = bytearray(archive(["images/1.jpg", "images/2.jpg"], padding=300_000))
+    start = content.index(b"images/1.jpg") + len("images/1.jpg")
+    content[start : start + 40] = bytes(range(200, 240))
+    server.files = {"/gqa.zip": bytes(content)}
+    outcome = fetch(options(server, tmp_path, ["gqa/images/1.jpg", "gqa/images/2.jpg", "gqa/images/3.jpg"]))
+    assert images_in(tmp_path) == {"gqa/images/2.jpg"}
+    assert outcome.missing["gqa/images/3.jpg"] == "the source has no such image"
+    assert (outcome.fates["absent"], outcome.fates["failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("status", "words"), [("404", r"refuses it \(404\)"), ("403", r"refuses it \(403\)")])
+def test_an_archive_that_is_not_there_is_asked_for_once(
+    server: Server, tmp_path: Path, status: str, words: str
+) -> None:
+    server.files = {"/gqa.zip": archive(["images/1.jpg"])}
+    server.faults = {"/gqa.zip": [status] * 99}
+    outcome = fetch(options(server, tmp_path, [f"gqa/images/{n}.jpg" for n in range(50)]))
+    assert len(outcome.missing) == 50
+    assert re.search(words, outcome.missing["gqa/images/7.jpg"])
+    assert server.asked["/gqa.zip"] <= 4, "once per thread at most"
+
+
+def test_a_source_that_sends_pages_instead_of_pictures_is_given_up(server: Server, tmp_path: Path) -> None:
+    server.files = {f"/coco/{n}.jpg": b"<html>are you a robot?</html>" for n in range(200)}
+    outcome = fetch(options(server, tmp_path, [f"coco/train2017/{n}.jpg" for n in range(200)], retries=1))
+    assert not images_in(tmp_path)
+    assert len(outcome.missing) == 200
+    assert sum(server.asked.values()) < 100
+    assert any("images in a row failed" in reason for reason in outcome.missing.values())
+
+
+def test_hundreds_that_are_absent_are_asked_for_once_each(server: Server, tmp_path: Path) -> None:
+    server.files = {"/coco/499.jpg": jpeg(1)}
+    outcome = fetch(options(server, tmp_path, [f"coco/train2017/{n}.jpg" for n in range(500)], workers=16))
+    assert outcome.fates == {"fetched": 1, "there": 0, "absent": 499, "failed": 0}
+    assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["file", "member"])
+def test_names_with_blanks_brackets_and_other_letters(server: Server, tmp_path: Path, kind: str) -> None:
+    names = ["a b.jpg", "[1] (2).jpg", "ä#?%20&.jpg", "深/図.jpg", "{name}.jpg"]
+    server.files = {"/coco/" + quote(name): jpeg(5) for name in names}
+    server.files["/gqa.zip"] = archive([f"images/{name}" for name in names])
+    folder = {"file": "coco/train2017", "member": "gqa/images"}[kind]
+    listed = tmp_path / "images.txt"
+    listed.write_text("".join(f"{folder}/{name}\n" for name in names), encoding="utf-8")
+    outcome = fetch(options(server, tmp_path / "to", read_list(listed)))
+    assert outcome.missing == {}
+    assert images_in(tmp_path / "to") == {f"{folder}/{name}" for name in names}
+
+
+def test_an_index_that_lacks_an_image_or_is_none_is_said(server: Server, tmp_path: Path) -> None:
+    server.files = {"/dataset.json": json.dumps({"1": {"imageURL": "file:///etc/passwd"}, "2": {}}).encode()}
+    outcome = fetch(options(server, tmp_path, ["ocr_vqa/images/2.jpg", "ocr_vqa/images/3.jpg"]))
+    assert set(outcome.missing.values()) == {"the source has no such image"}
+    outcome = fetch(options(server, tmp_path, ["ocr_vqa/images/1.jpg"]))
+    assert "no http(s) address" in outcome.missing["ocr_vqa/images/1.jpg"]
+    server.files = {}
+    outcome = fetch(options(server, tmp_path, ["ocr_vqa/images/1.jpg"]))
+    assert "there is no index at http" in outcome.missing["ocr_vqa/images/1.jpg"]
+    given = options(server, tmp_path, ["ocr_vqa/images/1.jpg"])
+    given.sources["ocr_vqa/images"] = Source(index="ocr_vqa/dataset.json")
+    assert "is missing: the index" in fetch(given).missing["ocr_vqa/images/1.jpg"]
+    (tmp_path / "ocr_vqa/dataset.json").write_text("{")
+    assert "is not readable as JSON" in fetch(given).missing["ocr_vqa/images/1.jpg"]
+
+
+def test_a_full_disk_ends_it_with_the_cure_and_leaves_nothing_half_written(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files = {f"/coco/{n}.jpg": jpeg(n) for n in range(9)}
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CannotWrite, match="Make space"):
+        fetch(options(server, tmp_path, [f"coco/train2017/{n}.jpg" for n in range(9)]))
+    assert not images_in(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shortzip.data import fetching
+from shortzip.data.image_sources import Source
+
+flush, files = fetching.replace_file.__globals__["flush_to_disk"], []
+
+def kill(path):  # the fifth file is written, and not yet in its place
+    files.append(path)
+    if len(files) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(path)
+
+fetching.replace_file.__globals__["flush_to_disk"] = kill
+images = [f"coco/train2017/{n}.jpg" for n in range(30)]
+source = {"coco/train2017": Source(files=sys.argv[1] + "/coco/{name}")}
+fetching.fetch(fetching.FetchOptions(images, Path(sys.argv[2]), source, workers=2))
+"""
+
+
+def test_killed_in_the_middle_a_file_is_whole_or_absent_and_the_same_command_continues(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files = {f"/coco/{n}.jpg": jpeg(n) for n in range(30)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, server.url, str(tmp_path)], check=False, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    there = list(tmp_path.rglob("[0-9]*.jpg"))
+    whole = [path for path in there if path.parent.name == "train2017"]
+    assert 0 < len(whole) < 30
+    assert all(path.read_bytes() == jpeg(int(path.stem)) for path in whole)
+    assert len(there) > len(whole), "what was under way lies beside"
+    outcome = fetch(options(server, tmp_path, [f"coco/train2017/{n}.jpg" for n in range(30)]))
+    assert (outcome.fates["there"], outcome.fates["fetched"]) == (len(whole), 30 - len(whole))
+    assert images_in(tmp_path) == {f"coco/train2017/{n}.jpg" for n in range(30)}
 
 
 def test_a_source_that_is_down_is_given_up_and_the_others_go_on(server: Server, tmp_path: Path) -> None:
@@ -239,6 +300,9 @@ def test_sources_of_ones_own_replace_folder_by_folder(tmp_path: Path) -> None:
         ("a: {file: 'http://x/{name}'}", "its keys are archive, files"),
         ("a: {files: 'http://x/', archive: 'http://x'}", "one of files, archive and index"),
         ("a: {files: 'http://x/all.jpg'}", "neither {name} nor {stem}"),
+        ("a: {files: 'http://x/{id}'}", "no other braces"),
+        ("a: {archive: 'http://x/a.zip', member: 'images/a.jpg'}", "neither {name} nor {stem}"),
+        ("a: {archive: 'a.zip'}", "begins with http"),
         ("- a", "holds a list"),
         ("a: [", "is not YAML"),
     ],

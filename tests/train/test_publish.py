@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from elsewhere import PROMPT, environment, logits_from_hub, picture
 from forks import Forks, Result
 from hub_server import READER, WRITER, Hub
 from originals import copy_of_release
-from PIL import Image
 from runs import ROOT, run_here, write_recipe
 
 from shortzip.data.subset import SubsetOptions, prepare_subset
@@ -87,11 +85,6 @@ def publish(forks: Forks, hub: Hub) -> Callable[..., Result]:
     return run
 
 
-def environment(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return {**kept, "OMP_NUM_THREADS": "1", **hub.environment(home, token)}
-
-
 def nowhere(secret: str, run: Result, hub: Hub, *folders: Path) -> None:
     """The token stands in no output, no published file, no file of the run."""
     assert secret not in run.stdout + run.stderr
@@ -103,40 +96,9 @@ def nowhere(secret: str, run: Result, hub: Hub, *folders: Path) -> None:
             assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
-LOAD = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
-import torch
-from PIL import Image
-torch.set_num_threads(1)
-card, image, prompt, out = sys.argv[1:]
-lines = open(card).read().split("```python\\n")[1].split("\\n```")[0]
-assert len(lines.splitlines()) == 3
-exec(lines)
-inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, out)
-assert not {"reduction", "train", "data"} & set(sys.modules)
-"""
-PROMPT = "USER: <image>\nname the colour ASSISTANT:"
-
-
-def logits_from_hub(hub: Hub, name: str, home: Path, work: Path) -> torch.Tensor:
-    """Runs the card's three lines in a process without ShortZip and with an empty cache."""
-    work.mkdir()
-    (work / "README.md").write_bytes(hub.files(name)["README.md"])
-    Image.new("RGB", (40, 30), (200, 40, 90)).save(work / "image.png")
-    arguments = [str(work / "README.md"), str(work / "image.png"), PROMPT, str(work / "logits.pt")]
-    command = [sys.executable, "-P", "-c", LOAD, *arguments]
-    variables = environment(hub, home, None)
-    run = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return torch.load(work / "logits.pt", weights_only=True)
-
-
 def logits_here(folder: Path) -> torch.Tensor:
     model, processor = load_release(str(folder))
-    inputs = processor(images=Image.new("RGB", (40, 30), (200, 40, 90)), text=PROMPT, return_tensors="pt")
+    inputs = processor(images=picture(), text=PROMPT, return_tensors="pt")
     with torch.no_grad():
         return model(**inputs).logits
 

@@ -1,0 +1,226 @@
+"""Configs of the reduced models, and the one place that says which reductions a model can take."""
+
+from typing import Any
+
+from transformers import LlavaConfig, LlavaNextConfig
+
+from .baselines import METHODS, ON_A_GRID, grid_shape
+
+# Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (modeling).
+TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+DECODERS = ("llama", "mistral", "qwen2")
+
+
+def validate(config: Any) -> None:
+    """Refuse reductions that this model cannot take.
+
+    Called by the configs and again by the models: `from_pretrained` sets its keyword arguments on a finished config.
+
+    Raises:
+        ValueError: with the key, its value and the allowed range.
+    """
+    validate_visionzip(config.visionzip)
+    validate_shortv(config.shortv)
+    validate_fastv(config.fastv)
+    if config.visionzip is not None:
+        tower: Any = config.vision_config
+        if tower.model_type not in TOWER_HAS_CLS:
+            raise ValueError(
+                f"visionzip: the tower is a {tower.model_type}; it must be one of {sorted(TOWER_HAS_CLS)}"
+            )
+        selected_block(config.vision_feature_layer, tower.num_hidden_layers)
+        method = config.visionzip.get("method", "visionzip")
+        cls = int(TOWER_HAS_CLS[tower.model_type] and method == "visionzip")
+        side = tower.image_size // tower.patch_size
+        limit = side * side + cls
+        dominant, contextual = config.visionzip["dominant"], config.visionzip["contextual"]
+        if dominant + contextual > limit:
+            raise ValueError(
+                f"visionzip: dominant {dominant} + contextual {contextual} = {dominant + contextual} exceeds the "
+                f"{limit} tokens of an image (a grid of {side} by {side} patches{' and CLS' if cls else ''}): "
+                f"the sum must be 1 to {limit}"
+            )
+        if method in ON_A_GRID:
+            try:
+                grid_shape(dominant, side)
+            except ValueError as error:
+                raise ValueError(f"visionzip: method {method}: {error}") from error
+    if config.shortv is not None:
+        text: Any = config.text_config
+        if text.model_type not in DECODERS:
+            raise ValueError(f"shortv: the language model is a {text.model_type}; it must be one of {list(DECODERS)}")
+        count = text.num_hidden_layers
+        missing = [layer for layer in config.shortv["layers"] if not 0 <= layer < count]
+        if missing:
+            raise ValueError(f"shortv: layers {missing} do not exist: this model has layers 0 to {count - 1}")
+    if config.fastv is not None:
+        text = config.text_config
+        if config.shortv is not None:
+            raise ValueError("fastv and shortv are both given: one of them must be null")
+        if text.model_type not in DECODERS:
+            raise ValueError(f"fastv: the language model is a {text.model_type}; it must be one of {list(DECODERS)}")
+        if config.fastv["layer"] >= text.num_hidden_layers:
+            raise ValueError(
+                f"fastv: layer {config.fastv['layer']}: this model has {text.num_hidden_layers} layers, and at least "
+                f"one must come after the pruning: choose 1 to {text.num_hidden_layers - 1}"
+            )
+
+
+def validate_visionzip(visionzip: Any) -> None:
+    """What can be said of the `visionzip` key without a model: None, or two whole numbers; and a baseline's method.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if visionzip is None:
+        return
+    form = (
+        "visionzip must be null or {dominant: at least 1, contextual: at least 0}, like {dominant: 54, contextual: 10}"
+    )
+    keys = {"dominant", "contextual"}
+    if not isinstance(visionzip, dict) or not keys <= set(visionzip) <= {*keys, "method", "seed"}:
+        raise ValueError(f"{form}; got {visionzip!r}")
+    for key, least in (("dominant", 1), ("contextual", 0)):
+        value = visionzip[key]
+        if not _is_whole(value) or value < least:
+            raise ValueError(f"{form}; got {key}: {value!r}")
+    method = visionzip.get("method", "visionzip")
+    if method not in METHODS:
+        raise ValueError(f"visionzip: method is {method!r}; it must be one of {list(METHODS)}")
+    if method != "visionzip" and visionzip["contextual"]:
+        raise ValueError(
+            f"visionzip: method {method} merges nothing: give all {visionzip['dominant'] + visionzip['contextual']} "
+            f"tokens as dominant, and contextual: 0; got contextual: {visionzip['contextual']}"
+        )
+    if "seed" in visionzip and (method != "random" or not _is_whole(visionzip["seed"]) or visionzip["seed"] < 0):
+        raise ValueError(f"visionzip: seed is a whole number from 0 and belongs to method random; got {visionzip!r}")
+
+
+def validate_fastv(fastv: Any) -> None:
+    """What can be said of the `fastv` key without a model: None, or a layer and a share.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if fastv is None:
+        return
+    form = "fastv must be null or {layer: layers passed before pruning, keep: share of visual tokens kept, above 0}"
+    if not isinstance(fastv, dict) or set(fastv) != {"layer", "keep"}:
+        raise ValueError(f"{form}, like {{layer: 2, keep: 0.5}}; got {fastv!r}")
+    if not _is_whole(fastv["layer"]) or fastv["layer"] < 1:
+        raise ValueError(f"{form}; got layer: {fastv['layer']!r}, at least 1 is needed")
+    if not isinstance(fastv["keep"], (int, float)) or isinstance(fastv["keep"], bool) or not 0 < fastv["keep"] <= 1:
+        raise ValueError(f"{form}; got keep: {fastv['keep']!r}, at most 1 is needed")
+
+
+def validate_shortv(shortv: Any) -> None:
+    """What can be said of the `shortv` key without a model: None, or a list of distinct layer indices.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if shortv is None:
+        return
+    form = "shortv must be null or {layers: [indices of decoder layers, each once]}, as in {layers: [2, 5, 7]}"
+    if not isinstance(shortv, dict) or set(shortv) != {"layers"}:
+        raise ValueError(f"{form}; got {shortv!r}")
+    layers = shortv["layers"]
+    if not isinstance(layers, (list, tuple)) or not all(_is_whole(layer) for layer in layers):
+        raise ValueError(f"{form}; got layers: {layers!r}")
+    if not layers:
+        raise ValueError(f"{form}; got an empty list: to freeze no layer, set shortv to null")
+    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if repeated:
+        raise ValueError(f"{form}; got {repeated} more than once")
+
+
+def selected_block(vision_feature_layer: Any, depth: int) -> int:
+    """Index of the tower's block whose output is `hidden_states[vision_feature_layer]`, for a tower of `depth` blocks.
+
+    Raises:
+        ValueError: a list of layers, or an index that no block's output has.
+    """
+    if not _is_whole(vision_feature_layer):
+        raise ValueError(
+            f"visionzip: vision_feature_layer is {vision_feature_layer!r}; tokens can be chosen in one layer only: "
+            "make it a single whole number, or set visionzip to null"
+        )
+    if vision_feature_layer == 0 or not -depth <= vision_feature_layer <= depth:
+        raise ValueError(
+            f"visionzip: vision_feature_layer {vision_feature_layer} is no block of this tower: "
+            f"choose {-depth} to -1 or 1 to {depth}"
+        )
+    return (vision_feature_layer - 1) if vision_feature_layer > 0 else (depth + vision_feature_layer)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_reduced(config_dict: dict[str, Any], name: Any, own: str, plain: str) -> dict[str, Any]:
+    """The config.json of a release or of a reduced checkpoint, as the reduced config reads it."""
+    found = config_dict.get("model_type", own)
+    if found not in (own, plain):
+        raise ValueError(f"{name} holds a model of type {found!r}; this class loads {plain!r} and {own!r}")
+    if found == plain and not {"text_config", "vision_config"} <= config_dict.keys():
+        raise ValueError(
+            f"{name}: config.json has no text_config or no vision_config, as in an original LLaVA release, and "
+            "transformers would fill in default sizes: convert the release to the transformers format first"
+        )
+    return {**config_dict, "model_type": own}
+
+
+class ReducedLlavaConfig(LlavaConfig):
+    """LlavaConfig and the keys of the reductions, each of which may be None.
+
+    Args:
+        visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one. A `method`
+            other than "visionzip" is a baseline (baselines.py), with "random" and its `seed` (0).
+        shortv: {"layers": [int, ...]}, the frozen layers.
+        fastv: {"layer": int, "keep": float}, the baseline that prunes in the language model (fastv.py).
+        base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
+
+    Raises:
+        ValueError: see `validate`.
+    """
+
+    model_type = "reduced_llava"
+
+    # Any, not dict | None: the strict dataclass would refuse other types before `validate` can say what is allowed.
+    visionzip: Any = None
+    shortv: Any = None
+    fastv: Any = None
+    base_release: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        validate(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava"), kwargs
+
+
+class ReducedLlavaNextConfig(LlavaNextConfig):
+    """LlavaNextConfig and the keys of ReducedLlavaConfig; the budget is per tile."""
+
+    model_type = "reduced_llava_next"
+
+    visionzip: Any = None
+    shortv: Any = None
+    fastv: Any = None
+    base_release: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        validate(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_next"), kwargs
+
+
+ReducedLlavaConfig.register_for_auto_class()
+ReducedLlavaNextConfig.register_for_auto_class()

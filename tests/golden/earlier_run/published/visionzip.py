@@ -1,0 +1,165 @@
+"""VisionZip on tensors (arXiv 2412.04467): score the patches, keep the dominant ones, merge the rest.
+
+Everything here follows the authors' code, which made the published numbers; where the paper differs, a docstring
+says so. B is the number of images (tiles in LLaVA-NeXT), P the number of patches, T the number of tokens the tower
+works on (P, plus one when there is a CLS token), H the hidden size, D the dominant patches, C the contextual tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ReducedTokens(NamedTuple):
+    """What VisionZip keeps of B images, and where each patch went.
+
+    Attributes:
+        tokens: [B, cls + D + C, H], dtype of the tower: CLS (if any), dominant patches in spatial order, contextual.
+        kept: [B, D] int64, patch indices of the dominant tokens, ascending.
+        targets: [B, C] int64, patch indices of the tokens that the contextual ones grew from, ascending.
+        groups: [B, P] int64, for every patch the contextual token it was merged into, -1 for a dominant patch and for
+            one that was dropped (no contextual tokens).
+        attention: [B, P] float32, the scores.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    targets: Tensor
+    groups: Tensor
+    attention: Tensor
+
+
+def score_patches(queries: Tensor, keys: Tensor, scale: float, has_cls: bool) -> Tensor:
+    """How much attention each patch receives in one block of the tower (paper §3.2; authors' `attentions[-2]`).
+
+    With a CLS token: attention from CLS, softmax over all tokens, summed over heads. Without: attention received, mean
+    over heads and over all queries. Computed in float32 or better whatever comes in: in bfloat16 neighbours tie.
+
+    Args:
+        queries: [B, heads, Q, d]: of CLS alone (Q = 1) when `has_cls`, else of every token (Q = T).
+        keys: [B, heads, T, d], unscaled, CLS first when there is one.
+        scale: factor on the dot products, usually d ** -0.5.
+        has_cls: whether token 0 is CLS; it is left out of the result.
+
+    Returns:
+        [B, P] float32, float64 if that is what comes in.
+    """
+    queries, keys = at_least_float32(queries), at_least_float32(keys)
+    if has_cls:
+        logits = (queries * scale) @ keys.transpose(-1, -2)
+        return logits.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
+    # One head at a time: all of them at once would need heads * T * T floats per image.
+    heads = keys.shape[1]
+    total = keys.new_zeros(keys.shape[0], keys.shape[2])
+    for head in range(heads):
+        logits = (queries[:, head] * scale) @ keys[:, head].transpose(-1, -2)
+        total += logits.softmax(dim=-1).mean(dim=1)
+    return total / heads
+
+
+def select_dominant(scores: Tensor, count: int) -> Tensor:
+    """The `count` patches with the highest scores; of equal scores the spatially earlier wins.
+
+    Args:
+        scores: [B, P].
+        count: 0 to P.
+
+    Returns:
+        [B, count] int64, ascending (spatial order).
+
+    Raises:
+        ValueError: `count` outside 0 to P.
+    """
+    patches = scores.shape[-1]
+    if not 0 <= count <= patches:
+        raise ValueError(f"cannot keep {count} dominant patches of {patches}: choose 0 to {patches}")
+    # topk leaves the order of equal values open; a stable sort does not.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=-1).values
+
+
+def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the patches that are not dominant into `count` contextual tokens (paper §3.3).
+
+    Of the n remaining patches in spatial order, every `max(1, n // count)`-th is a target, the first `count` of them.
+    Every other one goes to the target whose key is most similar (cosine), the first of equals. A contextual token is
+    the target **plus** the mean of what was assigned to it: the paper says average, the authors' code adds.
+
+    Args:
+        hidden: [B, P, H] patches after the block.
+        metric: [B, P, d] keys of the block, mean over heads.
+        kept: [B, D] dominant patches.
+        count: C, 0 to P - D.
+
+    Returns:
+        tokens [B, C, H] in the dtype of `hidden`, targets [B, C] int64, groups [B, P] int64 (see ReducedTokens).
+
+    Raises:
+        ValueError: `count` outside 0 to P - D.
+    """
+    batch, patches = hidden.shape[:2]
+    groups = kept.new_full((batch, patches), -1)
+    left = patches - kept.shape[1]
+    if not 0 <= count <= left:
+        raise ValueError(f"cannot merge {left} remaining patches into {count} contextual tokens: choose 0 to {left}")
+    if count == 0:
+        return hidden[:, :0], kept[:, :0], groups
+    is_kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, kept, True)
+    rest = is_kept.sort(dim=-1, stable=True).indices[:, :left]
+    step = max(1, left // count)
+    # By slices, for the numbers alone say which are targets: a mask on a GPU would have to be read back first.
+    strided = rest[:, : step * count].unflatten(1, (count, step))
+    targets = strided[:, :, 0]
+    others = torch.cat([strided[:, :, 1:].flatten(1), rest[:, step * count :]], dim=1)
+
+    unit = torch.nn.functional.normalize(at_least_float32(metric), dim=-1)
+    similarity = _take(unit, others) @ _take(unit, targets).transpose(-1, -2)
+    nearest = similarity.argmax(dim=-1)
+    merged = at_least_float32(_take(hidden, others))
+    assigned = torch.nn.functional.one_hot(nearest, count).to(merged.dtype)
+    sums = assigned.transpose(-1, -2) @ merged
+    means = sums / assigned.sum(dim=1).clamp(min=1).unsqueeze(-1)
+    tokens = (_take(hidden, targets) + means).to(hidden.dtype)
+    places = torch.arange(count, device=hidden.device).expand(batch, count)
+    return tokens, targets, groups.scatter(1, targets, places).scatter(1, others, nearest)
+
+
+def reduce_tokens(
+    hidden: Tensor, queries: Tensor, keys: Tensor, scale: float, dominant: int, contextual: int, has_cls: bool
+) -> ReducedTokens:
+    """VisionZip for B images: `dominant + contextual` tokens of each.
+
+    Args:
+        hidden: [B, T, H], output of the selected block.
+        queries: [B, heads, Q, d] of that block (see `score_patches`).
+        keys: [B, heads, T, d] of that block, unscaled, with bias.
+        scale: see `score_patches`.
+        dominant: counts CLS when there is one, as the authors do: 54 is CLS and 53 patches.
+        contextual: number of merged tokens.
+        has_cls: whether token 0 is CLS.
+
+    Raises:
+        ValueError: a budget that the grid cannot fill.
+    """
+    cls = int(has_cls)
+    patches = hidden[:, cls:]
+    # Autocast would bring back the rounding that float32 is here to avoid.
+    with torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad():
+            attention = score_patches(queries, keys, scale, has_cls)
+            kept = select_dominant(attention, dominant - cls)
+            metric = at_least_float32(keys).mean(dim=1)[:, cls:]
+        merged, targets, groups = merge_contextual(patches, metric, kept, contextual)
+    tokens = torch.cat([hidden[:, :cls], _take(patches, kept), merged], dim=1)
+    return ReducedTokens(tokens, kept, targets, groups, attention)
+
+
+def at_least_float32(states: Tensor) -> Tensor:
+    """`states` in float32, or as they are if they are finer."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, N, X] at index [B, M] → [B, M, X]."""
+    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
