@@ -195,7 +195,7 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
                 eval_samples=own.eval_samples if config.data.samples is None else config.data.samples,
                 on_bad_sample=config.data.on_bad_sample or own.on_bad_sample,
             )
-    raise ConfigError("shortzip.data.instructions is needed: no run among the models names held-out conversations")
+    raise ConfigError("data.instructions is needed: no run among the models names held-out conversations")
 
 
 def main(argv: Sequence[str]) -> None:

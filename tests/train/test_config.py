@@ -55,7 +55,7 @@ def test_without_a_config_the_demo_is_read(recipe: Path, monkeypatch: pytest.Mon
     ("arguments", "named"),
     [
         (["--learning_rte", "1"], "'learning_rate'"),
-        (["--data.instruction", "x"], "'shortzip.data.instructions'"),
+        (["--data.instruction", "x"], "'data.instructions'"),
         (["--fraction", "0.1"], "'data.fraction'"),
         (["--visionzip.dominat=3"], "'visionzip.dominant'"),
         (["--shortv.layer", "[1]"], "'shortv.layers'"),

@@ -26,7 +26,7 @@ def check_sees_images(dataset: ConversationDataset) -> None:
     if not any(conversation.images for conversation in dataset.conversations):
         raise NothingToLearn(
             f"none of the {len(dataset)} conversations has an image, and the projector learns from images only: "
-            "shortzip.data.instructions needs rows with image (or images) and an <image> in their text"
+            "data.instructions needs rows with image (or images) and an <image> in their text"
         )
 
 
