@@ -24,13 +24,13 @@ from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_tower
 from shortzip.train.release.original_layout import is_original
 from shortzip.train.release.writing import write_reduced_checkpoint
-from shortzip.train.settings.command_line import run_command, say
+from shortzip.train.settings.command_line import Options, run_command, say
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder or a Hub id: a release, a reduced checkpoint or a run's folder")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--to", choices=("transformers", "llava"), default="transformers", help="the layout to write")

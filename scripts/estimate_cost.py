@@ -323,7 +323,7 @@ def main(argv: Sequence[str]) -> None:
     """Writes the estimate to ``output`` when given, and prints it."""
     settings = parse_config(EstimateConfig, argv, default=None, program="estimate_cost.py")
     if settings.output is not None:
-        refuse_to_replace(settings.output, overwrite=settings.overwrite)
+        refuse_to_replace(settings.output, overwrite=settings.overwrite, inputs=[settings.model])
     config, rows = estimate(settings)
     text = report(config, rows, settings)
     if settings.output is not None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -21,7 +20,7 @@ from shortzip.data.errors import printable
 from shortzip.data.subset import SubsetOptions, prepare_subset
 from shortzip.data.subset_folder import SUBSET
 from shortzip.train.run.report import literal
-from shortzip.train.settings.command_line import run_command
+from shortzip.train.settings.command_line import Options, run_command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: list[str]) -> SubsetOptions:
     """The options on the command line."""
-    parser = ArgumentParser(prog="prepare_subset.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Options(prog="prepare_subset.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "instructions",
         type=str,

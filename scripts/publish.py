@@ -14,11 +14,11 @@ from pathlib import Path
 
 from shortzip.train.publish.push import prepare, push, summary
 from shortzip.train.release.writing import SHAPES
-from shortzip.train.settings.command_line import run_command, say
+from shortzip.train.settings.command_line import Options, run_command, say
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder (its output_dir)")
     parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository on the Hub")
     parser.add_argument("--private", action="store_true", help="make the repository private")

@@ -141,6 +141,6 @@ def test_an_image_that_is_null_in_a_table_is_a_bad_row(tmp_path: Path, monkeypat
         assert [(drop.sample_id, drop.reason) for drop in drops.drops] == [
             ("b", "malformed_row"),
             ("c", "placeholder_count"),
-            ("d", "malformed_row"),
+            ("d", "placeholder_count"),
         ]
         assert "an image is NoneType null" in drops.drops[0].detail

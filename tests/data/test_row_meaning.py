@@ -86,7 +86,8 @@ def test_columns_that_say_nothing_and_notes_change_nothing(empty: Any) -> None:
     ("key", "value"),
     [
         ("loss", False), ("weight", 0), ("weight", 0.3), ("train", False), ("loss_scale", "0.2"), ("mask", True),
-        ("learn", False), ("is_supervised", False), ("compute_loss", 0), ("tool_calls", [{"name": "f"}]), ("reasoning_content", "because"), ("image", "2.jpg"), ("video", "a.mp4"),
+        ("learn", False), ("is_supervised", False), ("compute_loss", 0), ("video", "a.mp4"),
+        ("tool_calls", [{"name": "f"}]), ("reasoning_content", "because"), ("image", "2.jpg"),
     ],
 )  # fmt: skip
 def test_a_key_of_a_turn_that_changes_the_meaning_is_a_bad_row(key: str, value: Any) -> None:

@@ -43,7 +43,8 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_release: Path, tiny_hel
     (folder / "list.json").write_text("[1, 2]")
     (folder / "empty.json").write_text("")
     (folder / "file").write_text("x")
-    (folder / "held").write_text("kept")
+    for name in ("held", "chart.png"):
+        (folder / name).write_text("kept")
     (folder / "folder").mkdir()
     for name, content in (
         ("broken", '{"model_type": '), ("deep", "[" * 100_000), ("zero", json.dumps({"model_type": "llava",
@@ -66,11 +67,13 @@ COMMANDS = {
         "--model {at}/nowhere", "--model {broken}", "--model {deep}", "--model {file}",
         "--budget 1+2+3", "--seed -1", "--seed 4294967296", "--samples 0",
         "--model {release} --instructions {broken_json}",
+        "--model {at} --output {held} --overwrite true", "--instructions {held} --output {held} --overwrite true",
     ],
     "convert_release": [
         "{at}/nowhere -o {at}/new", "{broken} -o {at}/new", "{deep} -o {at}/new", "{listed} -o {at}/new",
         "{release} -o {at}/new", "{release} --to llava -o {file}", "{release} --to llava -o {file}/llava",
         "{release} --to llava -o /proc/llava", "{file} -o {at}/new", "{release} --mm-projector {file} -o {at}/new",
+        "{release} --dtype int8 -o {at}/new", "{release} --to onnx -o {at}/new", "{release}",
         "{null} --to llava -o {at}/new", "{words} --to llava -o {at}/new", "{zero} --to llava -o {at}/new-llava",
     ],
     "demo_app": [
@@ -85,6 +88,7 @@ COMMANDS = {
         "--output {file}/x.json", "--output /proc/x.json", "--global_batch_size 0", "--tiles -3",
         "--config {broken_json}", "--config {bytes_json}", "--config {list_json}",
         "--config {folder}", "--config {at}/none.yaml", "--modle x",
+        "--model {at} --output {held} --overwrite true",
     ],
     "evaluate": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {release} --data.instructions {at}/none.json",
@@ -114,11 +118,12 @@ COMMANDS = {
         "{list_json} -o {at}/subset", "{empty_json} -o {at}/subset", "{folder} -o {at}/subset",
         "{rows} -o {at}/subset --fraction 2", "{rows} -o {file}",
         "{rows} -o {file}/x", "{rows} -o /proc/subset",
-        "{rows} -o {at}/subset --num-workers -1 --verify-images",
+        "{rows} -o {at}/subset --num-workers -1 --verify-images", "{rows} -o {at}/subset --fraction x",
+        "{rows} -o {at}/subset --seed 1.5", "{rows}",
     ],
     "publish": [
         "{at}/nowhere --repo-id a/b", "{folder} --repo-id a/b", "{file} --repo-id a/b",
-        "{folder} --repo-id a/b/c",
+        "{folder} --repo-id a/b/c", "{folder} --repo-id a/b --shape gguf", "{folder}",
     ],
     "show_tokens": [
         "", "{at}/none.png --model {release}", "{rows} --model {release}", "{folder} --model {release}",
@@ -128,6 +133,7 @@ COMMANDS = {
         "{image} --model {release} --output {folder}", "{image} --model {release} --output {file}/x.png",
         "{image} --model {release} --output {at}/x.jpg", "{image} --model {release} --output /proc/x.png",
         "{image} --model {release} --budgets ,",
+        "{image} --model {at} --output {at}/chart.png --overwrite true",
     ],
     "tune_projector": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {broken} --data.instructions {rows}",
@@ -135,6 +141,7 @@ COMMANDS = {
         "--model {words} --data.instructions {rows}", "--model {other} --data.instructions {rows}",
         "--model {release} --data.instructions {at}/none.json",
         "--model {release} --data.instructions {broken_json}", "--model {release} --data.instructions {bytes_json}",
+        "--model {release} --data.chat_template {image}",
         "--seed 4294967296", "--seed -1", "--output_dir {file}", "--output_dir {file}/x", "--config {folder}",
         "--model {release} --visionzip.dominant 999", "--output_dir /proc/run", "--mm_projector {file}",
     ],
@@ -159,7 +166,7 @@ def test_what_the_user_can_mend_is_one_line(
                            "--output_dir", str(tmp_path / "run")],
         "evaluate": ["--output", str(tmp_path / "evaluation")] if "--output" not in words else [],
         "show_tokens": ["--output", str(tmp_path / "x.png")] if "--output" not in words else [],
-        "calibrate_shortv": ["--output", str(tmp_path / "layers.json")],
+        "calibrate_shortv": ["--output", str(tmp_path / "layers.json")] if "--output" not in words else [],
     }  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = defaults.get(command, [])

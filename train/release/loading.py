@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from shortzip.data.errors import MissingExtra
 from shortzip.reduction.configuration_reduced_llava import validate
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import Release, model_classes, open_release, release_projector
+from shortzip.train.release.opening import Release, model_classes, open_release, release_projector, understood
 from shortzip.train.release.processors import build_processor
 from shortzip.train.release.tensor_files import weight_files
 from shortzip.train.release.towers import TOWERLESS, load_tower
@@ -52,14 +52,15 @@ def load_release(
     if reductions is None:
         reductions = release.saved_reductions
     _, model_class, processor_class = model_classes(config["model_type"])
-    loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
-        release.folder,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=False,
-        **reductions.as_config(),
-        **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
-    )
+    with understood(release.folder):
+        loaded = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
+            release.folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            **reductions.as_config(),
+            **({"quantization_config": _four_bit(dtype)} if load_in_4bit else {}),
+        )
     lay_projector(loaded, release_projector(release))
     loaded.eval()
     return loaded, build_processor(release.folder, config, processor_class, loaded.config, chat_template)
@@ -73,7 +74,8 @@ def reduced_config(release: Release, reductions: Reductions | None = None) -> An
     config_class, _, _ = model_classes(release.config["model_type"])
     if reductions is None:
         reductions = release.saved_reductions
-    config = config_class.from_pretrained(release.folder, **reductions.as_config())
+    with understood(release.folder):
+        config = config_class.from_pretrained(release.folder, **reductions.as_config())
     validate(config)
     return config
 

@@ -9,6 +9,7 @@ from typing import Any
 from shortzip.data.files import read_json
 from shortzip.data.pixels import build_image_processor
 from shortzip.data.supervision import choose_template
+from shortzip.train.release.opening import understood
 from shortzip.train.release.original_layout import split_after_images
 
 
@@ -20,7 +21,8 @@ def build_processor(
     It writes as many placeholders as that model fills, pads images as the release was trained, and carries the chat
     template that `chat_template` names.
     """
-    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
+    with understood(folder):
+        processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
     # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
     processor.tokenizer.init_kwargs.pop("auto_map", None)
     combined = folder / "processor_config.json"

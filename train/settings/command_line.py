@@ -6,6 +6,7 @@ that does not exist and a value of the wrong type raise `ConfigError`, as settin
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import json
@@ -35,6 +36,13 @@ _FROM_WORKER = re.compile(
 )
 WAIT = 10.0  # seconds, in which a launcher ends the other processes when one has failed
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
+
+
+class Options(argparse.ArgumentParser):
+    """argparse, whose refusals are told as every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the options)")
 
 
 def known_keys(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
