@@ -181,12 +181,14 @@ def tune(config: TuneConfig, run: RunFolder, accelerator: Accelerator, report: R
     state.evaluation_due &= held_out is not None
     check_positions(model.config, dataset)
     check_positions(model.config, held_out, held_out=True)
-    settings = {**config.shaping_settings(), **fingerprint(dataset, parameters)}
+    shaping, begun_with = config.shaping_settings(), fingerprint(dataset, parameters)
+    settings = {**shaping, **begun_with}
     identity = on_main_process(accelerator, lambda: run_identity(release, dataset))
     if checkpoint:
-        check_same_run(checkpoint.state["settings"], settings, folder)
-        state_then = checkpoint.state
+        state_then, saved = checkpoint.state, checkpoint.state["settings"]
+        check_same_run({key: value for key, value in saved.items() if key not in begun_with}, shaping, folder)
         on_main_process(accelerator, lambda: check_same_origin(state_then, identity, dataset, folder, report.say))
+        check_same_run(saved, settings, folder)  # older checkpoints name no parts
     if config.data.cache_features is not None:
         run.accept(state.step)  # what follows may take hours
         store_features(config, release, tower, model, processor, dataset, held_out, accelerator, report, stop)
