@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from shortzip.data.drops import BadSample
 from shortzip.data.errors import FileInTheWay, ToldElsewhere, UserError
@@ -207,6 +208,7 @@ FROM_WORKER = (
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make space on the disk"),
         (OSError("x does not hold model.safetensors"), "x does not hold model.safetensors"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full: give a smaller batch"),
+        (OfflineModeIsEnabled("offline"), "the Hub cannot be used: offline"),
         (MemoryError(), "the machine's memory is full"),
     ],
 )
