@@ -38,7 +38,10 @@ _KINDS = tuple(
         (r"chat_template(_kwargs)?|enable_thinking", "the chat template is the run's: data.chat_template"),
     )
 )
-_WEIGHTS = re.compile(r"(loss|sample|token|turn)?_?weights?|loss(_scale)?|train(able|_detail|_on_turn)?|label|kto_tag")
+_WEIGHTS = re.compile(
+    r"(loss|sample|token|turn|message)?_?weights?|loss(_scale)?|(is_)?(train(able|ed)?|supervised?|learn(able|ed)?)"
+    r"|train_(detail|on_turn)|(compute|calculate|use|with|has)_loss|label|kto_tag"
+)
 _MASKS = re.compile(r"(loss_)?mask(ed)?|mask_(history|prompt|answer|loss)|ignore(_loss)?|no_loss|train_on(_\w+)?")
 _IMAGE_LIKE = re.compile(r"(images?|imgs?|pictures?|photos?)(_?(paths?|files?|urls?|names?|filenames?|bytes))?")
 _FILE = re.compile(r"file_?names?|files?|paths?|urls?")

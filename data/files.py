@@ -78,10 +78,8 @@ def refuse_to_replace(
 
     For before the work: what is measured for hours then has a place. Raises `CannotWrite` where no file can be made.
     """
+    refuse_inputs(outputs, inputs)
     for output in outputs:
-        for source in inputs:
-            if output.exists() and os.path.exists(source) and os.path.samefile(output, source):
-                raise FileInTheWay(f"{output} would replace the input {source}: choose another output")
         if output.is_dir():
             raise FileInTheWay(f"{output} is a folder, needed is a file's name: {output / 'NAME'}, say")
         if os.path.lexists(output) and not overwrite:
@@ -91,6 +89,19 @@ def refuse_to_replace(
             raise CannotWrite(f"{output} cannot be written: {above} is a file. Choose another output")
         if not os.access(above, os.W_OK):
             raise CannotWrite(f"{output} cannot be written: {above} may not be written to. Choose another output")
+
+
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raises `FileInTheWay` where a file of `outputs` would replace an input, or a file in a folder of them."""
+    given = [source for source in inputs if os.path.exists(source)]
+    for output in outputs:
+        for source in given if output.exists() else []:
+            is_in_it = os.path.isdir(source) and Path(os.path.realpath(output)).is_relative_to(
+                os.path.realpath(source)
+            )
+            if is_in_it or os.path.samefile(output, source):
+                where = "a file of the input" if is_in_it else "the input"
+                raise FileInTheWay(f"{output} would replace {where} {source}: choose another output")
 
 
 def write_atomically(path: Path, text: str) -> None:

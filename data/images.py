@@ -306,7 +306,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> np.ndarray:
     """Grey values of more than 8 bits, [H, W] uint8; Pillow's own conversion clips them to white."""
-    values = np.asarray(image)
+    values = np.nan_to_num(np.asarray(image))
     if image.mode == "F":
         scaled = values * 255.0 if values.size and values.max() <= 1 else values
     else:

@@ -30,7 +30,7 @@ ROLES = {
 }
 # What stands for an image elsewhere: the row means a place by it, and it is not to be learned as a text.
 _FOREIGN_PLACEHOLDER = re.compile(
-    r"<\|?(image|img|picture)s?([_ -]?(\d+|pad|placeholder|token|soft_token|here|start))?\|?>|<start_of_image>"
+    r"<\|?\s*(image|img|picture)s?([_ -]?(\d+|pad|placeholder|token|soft_token|here|start))?\s*\|?>|<start_of_image>"
     r"|\[IMG\]",
     re.IGNORECASE,
 )

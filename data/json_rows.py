@@ -59,7 +59,7 @@ class JsonRow:
     """One row.
 
     Attributes:
-        value: the parsed row; a `MalformedRow` where a key stands twice in one of its objects.
+        value: the parsed row; a `MalformedRow` where a key stands twice in one of its objects, or a number is endless.
         start: the byte of the file that it begins at.
         size: its bytes.
     """
@@ -91,8 +91,8 @@ class _Reader:
         self.counted = 0  # place in the text up to which `position` has counted
         self.position = 0  # bytes of the file up to there
         self.count = 0
-        self.repeated: list[str] = []  # keys that stand twice in an object of the row that is being read
-        self.json = json.JSONDecoder(object_pairs_hook=self._object)
+        self.problems: list[str] = []  # of the row that is being read
+        self.json = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
     def rows(self) -> Iterator[JsonRow]:
         start = self.file.read(8)
@@ -125,7 +125,8 @@ class _Reader:
                     found = repr(symbol) if symbol else "the end of the file"
                     raise JsonRowError(f"has {found} after row {self.count - 1}, where a comma or ] is due")
                 self.at += 1
-                self._next_symbol()
+                if self._next_symbol() == "]":
+                    raise JsonRowError(f"has a comma and no row after row {self.count - 1}: take out the comma")
             yield self._row()
 
     def _lines(self) -> Iterator[JsonRow]:
@@ -143,7 +144,7 @@ class _Reader:
     def _row(self) -> JsonRow:
         while True:
             failure = None
-            self.repeated.clear()
+            self.problems.clear()
             try:
                 value, end = self.json.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
@@ -152,11 +153,9 @@ class _Reader:
                     raise self._wrong(error) from error
             except RecursionError as error:
                 raise JsonRowError(f"{self._place()}: nested too deeply to be read; no conversation is") from error
-            except ValueError as error:  # a number of thousands of digits
-                raise JsonRowError(f"{self._place()}: {error}") from error
             else:
-                if self.repeated:
-                    value = MalformedRow(value, f"the key {self.repeated[0]!r} stands twice in one object: keep one")
+                if self.problems:
+                    value = MalformedRow(value, self.problems[0])
                 start = self._bytes_to(self.at)
                 self.at, self.count = end, self.count + 1
                 return JsonRow(value, start, self._bytes_to(end) - start)
@@ -170,8 +169,16 @@ class _Reader:
         """What the parser makes of an object: for a key that stands twice it would take the last value unsaid."""
         made = dict(pairs)
         if len(made) < len(pairs):
-            self.repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self.problems.append(f"the key {twice!r} stands twice in one object: keep one")
         return made
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python reads 4300 digits and no more
+            self.problems.append(f"a number has {len(digits)} digits, {digits[:20]}…")
+            return 0
 
     def _place(self) -> str:
         return f"row {self.count}, byte {self._bytes_to(self.at)}"

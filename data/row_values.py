@@ -4,12 +4,18 @@ import json
 import re
 from typing import Any
 
+from shortzip.data.columns import is_empty
 from shortzip.data.data_uris import inline_image, is_address, is_data_uri
 from shortzip.data.drops import BadSample
 from shortzip.data.images import EmbeddedImage, ImageSource
 
-_MEDIA = re.compile(r"(?<!`)(<(?:video|audio|speech|sound)>)(?!`| tag| element)", re.IGNORECASE)
-_CODE = re.compile(r"```.*?(```|\Z)", re.DOTALL)
+# What the templates of the field put where a video or sound stands: <video>, <|video_pad|>, <audio_1>.
+_MEDIA = re.compile(
+    r"(?<!`)(<\|?\s*(?:video|audio|speech|sound)s?"
+    r"(?:[_ -]?(?:\d+|pad|placeholder|token|soft_token|here|start))?\s*\|?>)(?!`| tag| element)",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"(```|~~~).*?(\1|\Z)|(`+)[^`]+\3(?!`)", re.DOTALL)
 _LONGEST_PATH = 4096  # bytes: PATH_MAX of Linux
 
 
@@ -45,7 +51,7 @@ def stray_media(role: str, text: str) -> str | None:
 
 def images_of(row: dict[str, Any], sample_id: str, source: str) -> tuple[ImageSource, ...]:
     """The images that stand beside the turns, in `images` or `image`. Raises BadSample for one that is none."""
-    given = [row[key] for key in ("images", "image") if row.get(key) is not None and row[key] not in ("", [])]
+    given = [row[key] for key in ("images", "image") if not is_empty(row.get(key))]
     many = [list(held) if isinstance(held, list | tuple) else [held] for held in given]
     if len(many) == 2 and many[0] != many[1]:
         raise malformed(sample_id, source, "'image' and 'images' hold different images: keep one column")
@@ -56,6 +62,12 @@ def image_of(held: Any, sample_id: str, source: str) -> ImageSource:
     """An image as a row holds it: a path, a data: URI, or encoded. Raises BadSample for what is none of these."""
     # The form that `datasets` gives an image in when it does not decode it.
     if isinstance(held, dict) and (held.get("bytes") or held.get("path")):
+        if isinstance(held.get("bytes"), str):  # JSON has no bytes
+            raise malformed(
+                sample_id,
+                source,
+                "an image's 'bytes' are a text: write data:image/png;base64,… in place of the object",
+            )
         held = held.get("bytes") or held["path"]
     if isinstance(held, str) and held:
         return _named_image(held, sample_id, source)

@@ -18,6 +18,7 @@ from transformers import LlavaNextProcessor, LlavaProcessor
 from shortzip.data.chat_template import TemplateError, compiled, render
 from shortzip.data.drops import BadSample
 from shortzip.data.errors import MissingFile, UserError
+from shortzip.data.files import read_text
 from shortzip.data.instructions import Conversation
 
 Processor = LlavaProcessor | LlavaNextProcessor
@@ -69,7 +70,7 @@ def load_template(name: str) -> str:
     if name in TEMPLATES:
         return resources.files("shortzip.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+        return read_text(Path(name))
     raise MissingFile(
         f"chat_template {name!r} is no jinja file; give a path, 'auto', 'release', or one of {', '.join(TEMPLATES)}"
     )

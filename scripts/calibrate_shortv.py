@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from shortzip.data.errors import FileInTheWay, UserError
-from shortzip.data.files import replace_file, write_atomically, writing
+from shortzip.data.files import refuse_inputs, replace_file, write_atomically, writing
 from shortzip.reduction.layer_choice import pick_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS
 from shortzip.reduction.parsing import format_shortv
@@ -122,6 +122,8 @@ def check_outputs(settings: CalibrateConfig, result: dict[str, Any] | None) -> N
     """Raises ValueError, before anything is measured, for outputs that would replace what is not theirs, and
     `CannotWrite` for a place that cannot be written to. `result`: what the output holds already."""
     output, chart = settings.output, chart_of(settings.output)
+    if settings.overwrite:
+        refuse_inputs((output, chart), (settings.model, settings.instructions))
     if output == chart:
         raise UserError(f"--output {output} is the name of the chart: give the JSON file's, {output.stem}.json, say")
     for path in (output, chart):

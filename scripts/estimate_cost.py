@@ -292,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
 def run(settings: EstimateConfig) -> None:
     """Writes the estimate to ``output`` when given, and prints it."""
     if settings.output is not None:
-        refuse_to_replace(settings.output, overwrite=settings.overwrite)
+        refuse_to_replace(settings.output, overwrite=settings.overwrite, inputs=[settings.model])
     config, rows = estimate(settings)
     text = report(config, rows, settings)
     if settings.output is not None:

@@ -46,7 +46,7 @@ def show(settings: ShowConfig) -> list[Path]:
         if output.suffix and not output.is_dir():
             raise UserError(f"output {output}: a PNG is drawn, so its name must end with .png")
         output = output.with_name(output.name + ".png") if not output.is_dir() else output
-    refuse_to_replace(output, overwrite=settings.overwrite, inputs=settings.images)
+    refuse_to_replace(output, overwrite=settings.overwrite, inputs=[*settings.images, settings.model])
     budgets = [parse_budget(text) for text in settings.budget.split(",")] if settings.budget else None
     images = [open_image(name) for name in settings.images]
     release = open_release(ReleaseSpec(settings.model, settings.revision))
@@ -61,7 +61,7 @@ def show(settings: ShowConfig) -> list[Path]:
     maps = [map_tokens(model, processor, squared(image, processor.image_processor), budgets) for image in images]
     names = [Path(name).name for name in settings.images]
     written = [output, output.with_stem(output.stem + "-tiles")][: max(len(views) for views in maps)]
-    refuse_to_replace(*written, overwrite=settings.overwrite, inputs=settings.images)
+    refuse_to_replace(*written, overwrite=settings.overwrite, inputs=[*settings.images, settings.model])
     for view, path in enumerate(written):
         having = [(name, views[view]) for name, views in zip(names, maps, strict=True) if view < len(views)]
         with writing(path):

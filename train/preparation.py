@@ -189,12 +189,14 @@ def recognise(
 
     Raises `CheckpointError` if `checkpoint` says something else.
     """
-    settings = {**config.shaping_settings(), **fingerprint(training, subject.parameters)}
+    shaping, begun_with = config.shaping_settings(), fingerprint(training, subject.parameters)
+    settings = {**shaping, **begun_with}
     identity = on_main_process(session.accelerator, lambda: run_identity(subject.release, training))
     if checkpoint:
         then, warn = checkpoint.state, session.report.warn
-        check_same_run(then["settings"], settings, run.path)
+        check_same_run({k: v for k, v in then["settings"].items() if k not in begun_with}, shaping, run.path)
         on_main_process(session.accelerator, lambda: check_same_origin(then, identity, training, run.path, warn))
+        check_same_run(then["settings"], settings, run.path)  # older checkpoints name no parts
     return {
         "layers": subject.layers,
         "settings": settings,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from shortzip.data.drops import BadSample, DropLog
-from shortzip.data.errors import UserError
 from shortzip.data.instructions import UnknownFormat, read_instructions
 from shortzip.data.json_rows import MalformedRow, iterate_json_rows
 from shortzip.data.subset import SubsetOptions, prepare_subset
@@ -104,11 +103,14 @@ def test_nesting_that_is_just_read_is_one_rows_matter_or_kept(tmp_path: Path) ->
     assert read
 
 
-def test_a_number_without_end_names_the_row(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(f'{ROW}\n{{"id": {"1" * 5000}}}\n')
-    with pytest.raises(UserError, match=r"row 1, byte .*4300 digits"):
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_number_without_end_is_one_rows_matter(tmp_path: Path, lines: bool) -> None:
+    file = tmp_path / "rows.json"
+    row = ROW.replace('"good"', f'"long", "score": {"1" * 5000}', 1)
+    file.write_text("\n".join([row, ROW]) if lines else f"[{row}, {ROW}]")
+    with pytest.raises(BadSample, match=r"row 'long'.*a number has 5000 digits"):
         read_instructions(file)
+    assert [row.id for row in read_instructions(file, drops=DropLog("skip", 0.5))] == ["good"]
 
 
 def test_an_image_that_is_null_in_a_table_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +141,6 @@ def test_an_image_that_is_null_in_a_table_is_a_bad_row(tmp_path: Path, monkeypat
         assert [(drop.sample_id, drop.reason) for drop in drops.drops] == [
             ("b", "malformed_row"),
             ("c", "placeholder_count"),
-            ("d", "malformed_row"),
+            ("d", "placeholder_count"),
         ]
         assert "an image is NoneType null" in drops.drops[0].detail

@@ -118,6 +118,12 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path, suffix: str) -> None:
     assert np.abs(row.astype(int) - np.round(ramp / 257)).max() <= 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_no_numbers_are_black(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[np.nan, 0.0, 1.0]], np.float32)).save(tmp_path / "x.tiff")
+    assert np.asarray(open_image(str(tmp_path / "x.tiff")))[0, :, 0].tolist() == [0, 0, 255]
+
+
 def test_floating_point_grey_from_0_to_1_keeps_its_range(tmp_path: Path) -> None:
     Image.fromarray(np.tile(np.linspace(0, 1, 40, dtype=np.float32), (20, 1))).save(tmp_path / "x.tiff")
     row = np.asarray(open_image("x.tiff", tmp_path))[0, :, 0]

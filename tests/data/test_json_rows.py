@@ -71,6 +71,7 @@ def test_no_rows(tmp_path: Path, content: str) -> None:
         ('[{"a": 1}, {"b": ', "row 1, byte 11: the file breaks off"),
         ('[{"a": 1} {"b": 2}]', "'{' after row 0, where a comma"),
         ('[{"a": 1}, {"b" 2, "and": "more of it that follows"}]', "row 1, byte 11: Expecting ':'"),
+        ('[{"a": 1}, ]', "a comma and no row after row 0"),
         ('[{"a": 1}] and', "goes on after the end of the array"),
         ('{"a": 1}\n{"b" 2, "and": "more of it that follows"}\n', "row 1, byte 9: Expecting ':'"),
         ('{\n "a": 1,\n "rows": []\n}', r"one JSON object with the keys \['a', 'rows'\]"),

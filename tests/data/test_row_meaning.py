@@ -1,6 +1,7 @@
 """Columns, keys and placeholders that change what a row means are used as meant, or the row is left out by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_columns_that_say_nothing_and_notes_change_nothing(empty: Any) -> None:
     ("key", "value"),
     [
         ("loss", False), ("weight", 0), ("weight", 0.3), ("train", False), ("loss_scale", "0.2"), ("mask", True),
-        ("tool_calls", [{"name": "f"}]), ("reasoning_content", "because"), ("image", "2.jpg"), ("video", "a.mp4"),
+        ("learn", False), ("is_supervised", False), ("compute_loss", 0), ("video", "a.mp4"),
+        ("tool_calls", [{"name": "f"}]), ("reasoning_content", "because"), ("image", "2.jpg"),
     ],
 )  # fmt: skip
 def test_a_key_of_a_turn_that_changes_the_meaning_is_a_bad_row(key: str, value: Any) -> None:
@@ -103,17 +105,22 @@ def test_turns_that_are_learned_as_all_are_pass(key: str, value: Any) -> None:
     assert parse_row(llava(conversations=[QUESTION | {"loss": False, "weight": 0}, ANSWER])) == parse_row(llava())
 
 
-@pytest.mark.parametrize("mark", ["<video>", "<audio>", "<VIDEO>"])
+@pytest.mark.parametrize(
+    "mark", ["<video>", "<audio>", "<VIDEO>", "<|video_pad|>", "<videos>", "<audio_1>", "<|audio_1|>", "< video >"]
+)
 def test_a_stray_placeholder_of_a_video_or_sound_is_a_bad_row(mark: str) -> None:
     for text in (f"<image>{mark}\nQ", f"<image>\nWhat is said in {mark}?"):
-        with pytest.raises(BadSample, match=f"placeholder {mark}: videos and sound are not read"):
+        with pytest.raises(BadSample, match=f"placeholder {re.escape(mark)}: videos and sound are not read"):
             parse_row(llava(conversations=[{"from": "human", "value": text}, ANSWER]))
     with pytest.raises(BadSample, match="the assistant's turn has the placeholder"):
         parse_row(llava(conversations=[QUESTION, {"from": "gpt", "value": f"{mark}"}]))
 
 
 def test_html_in_a_text_is_no_placeholder() -> None:
-    said = ("How do I loop a `<video>`?\n```\n<video>\n```", "The <video> tag has loop: <video loop><source></video>.")
+    said = (
+        "How do I loop a `<video>`?\n```\n<video>\n```\n~~~html\n<audio>\n~~~\n``a <video> b``",
+        "The <video> tag has loop: <video loop><source></video>.",
+    )
     row = {"conversations": [{"from": who, "value": text} for who, text in zip(("human", "gpt"), said, strict=True)]}
     assert parse_row(row).turns[1] == ("assistant", said[1])
 
@@ -268,3 +275,16 @@ def test_a_run_says_of_how_many_rows_it_placed_the_images(tmp_path: Path) -> Non
     assert drops.summary() == (
         "No row was left out. 1 rows name no place for their images: put at the start of the first question"
     )
+
+
+@pytest.mark.parametrize("nothing", [[None], [""], {"bytes": None, "path": None}, "null"])
+def test_an_image_column_that_says_nothing_is_a_row_without_an_image(nothing: Any) -> None:
+    text = [{"from": "human", "value": "Q"}, ANSWER]
+    assert parse_row({"conversations": text, "image": nothing}).images == ()
+    with pytest.raises(BadSample, match="0 images but 1 <image>"):
+        parse_row(llava(image=nothing))
+
+
+def test_the_bytes_of_an_image_as_json_text_are_no_path() -> None:
+    with pytest.raises(BadSample, match="'bytes' are a text: write data:image/png;base64"):
+        parse_row(llava(image={"bytes": "iVBORw0KGgo=", "path": "a/1.jpg"}))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from shortzip.data.drops import BadSample
 from shortzip.data.errors import FileInTheWay, ToldElsewhere, UserError
@@ -46,7 +47,8 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_release: Path, tiny_hel
     (folder / "list.json").write_text("[1, 2]")
     (folder / "empty.json").write_text("")
     (folder / "file").write_text("x")
-    (folder / "held").write_text("kept")
+    for name in ("held", "chart.png"):
+        (folder / name).write_text("kept")
     (folder / "folder").mkdir()
     for name, content in (
         ("broken", '{"model_type": '), ("deep", "[" * 100_000), ("zero", json.dumps({"model_type": "llava",
@@ -71,6 +73,7 @@ COMMANDS = {
         "--model {at}/nowhere", "--model {broken}", "--model {deep}", "--model {file}",
         "--budget 1+2+3", "--seed -1", "--seed 4294967296", "--samples 0",
         "--model {release} --instructions {broken_json}",
+        "--model {at} --output {held} --overwrite true", "--instructions {held} --output {held} --overwrite true",
     ],
     "convert_release": [
         "{at}/nowhere --output {at}/new", "{broken} --output {at}/new", "{deep} --output {at}/new",
@@ -81,6 +84,7 @@ COMMANDS = {
         "{release} --mm_projector {file} --output {at}/new",
         "{null} --to llava --output {at}/new", "{words} --to llava --output {at}/new",
         "{zero} --to llava --output {at}/new-llava",
+        "{release} --dtype int8 --output {at}/new", "{release} --to onnx --output {at}/new", "{release}",
     ],
     "demo_app": [
         "--model {at}/nowhere", "--model {broken}", "--model {file}", "--port many", "--port 99999999",
@@ -94,6 +98,7 @@ COMMANDS = {
         "--output {file}/x.json", "--output /proc/x.json", "--global_batch_size 0", "--tiles -3",
         "--config {broken_json}", "--config {bytes_json}", "--config {list_json}",
         "--config {folder}", "--config {at}/none.yaml", "--modle x",
+        "--model {at} --output {held} --overwrite true",
     ],
     "evaluate_models": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {release} --data.instructions {at}/none.json",
@@ -125,10 +130,12 @@ COMMANDS = {
         "{rows} --output {at}/subset --fraction 2", "{rows} --output {file}",
         "{rows} --output {file}/x", "{rows} --output /proc/subset",
         "{rows} --output {at}/subset --num_workers -1 --verify_images",
+        "{rows} --output {at}/subset --fraction x", "{rows} --output {at}/subset --seed 1.5", "{rows}",
     ],
     "publish": [
         "{at}/nowhere --repo_id a/b", "{folder} --repo_id a/b", "{file} --repo_id a/b",
         "{folder} --repo_id a/b/c", "", "{folder}", "{folder} {file} --repo_id a/b", "{folder} --repoid a/b",
+        "{folder} --repo_id a/b --shape gguf",
     ],
     "show_tokens": [
         "", "{at}/none.png --model {release}", "{rows} --model {release}", "{folder} --model {release}",
@@ -138,6 +145,7 @@ COMMANDS = {
         "{image} --model {release} --output {folder}", "{image} --model {release} --output {file}/x.png",
         "{image} --model {release} --output {at}/x.jpg", "{image} --model {release} --output /proc/x.png",
         "{image} --model {release} --budget ,",
+        "{image} --model {at} --output {at}/chart.png --overwrite true",
     ],
     "tune_projector": [
         "--model {at}/nowhere --data.instructions {rows}", "--model {broken} --data.instructions {rows}",
@@ -145,6 +153,7 @@ COMMANDS = {
         "--model {words} --data.instructions {rows}", "--model {other} --data.instructions {rows}",
         "--model {release} --data.instructions {at}/none.json",
         "--model {release} --data.instructions {broken_json}", "--model {release} --data.instructions {bytes_json}",
+        "--model {release} --data.chat_template {image}",
         "--seed 4294967296", "--seed -1", "--output_dir {file}", "--output_dir {file}/x", "--config {folder}",
         "--model {release} --visionzip.dominant 999", "--output_dir /proc/run", "--mm_projector {file}",
     ],
@@ -168,7 +177,7 @@ def test_what_the_user_can_mend_is_one_line(
                            "--output_dir", str(tmp_path / "run")],
         "evaluate_models": ["--output", str(tmp_path / "evaluation")] if "--output" not in words else [],
         "show_tokens": ["--output", str(tmp_path / "x.png")] if "--output" not in words else [],
-        "calibrate_shortv": ["--output", str(tmp_path / "layers.json")],
+        "calibrate_shortv": ["--output", str(tmp_path / "layers.json")] if "--output" not in words else [],
     }  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = defaults.get(command, [])
@@ -209,6 +218,7 @@ FROM_WORKER = (
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make space on the disk"),
         (OSError("x does not hold model.safetensors"), "x does not hold model.safetensors"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full: give a smaller batch"),
+        (OfflineModeIsEnabled("offline"), "the Hub cannot be used: offline"),
         (MemoryError(), "the machine's memory is full"),
     ],
 )

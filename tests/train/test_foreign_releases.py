@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -223,4 +224,34 @@ def test_code_of_a_release_is_neither_run_nor_handed_on(
     del content["image_processor"]["auto_map"]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is none of transformers' own"):
+        load_release(str(release))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"vision_feature_select_strategy": "most"}, "vision_feature_select_strategy"),
+        ("config.json", {"vision_feature_layer": "last"}, "vision_feature_layer"),
+        ("config.json", {"vision_feature_layer": -99}, "has 4 layers: -5 to 4 are allowed"),
+        ("config.json", {"vision_feature_layer": 5}, "has 4 layers: -5 to 4 are allowed"),
+        ("config.json", {"projector_hidden_act": "boom"}, "KeyError: 'boom'"),
+        ("processor_config.json", {"image_processor": 3}, "AttributeError"),
+        ("tokenizer.json", {"added_tokens": None}, "tokenizer"),
+    ],
+)
+def test_what_transformers_stumbles_over_names_the_release(
+    tiny_release: Path, tmp_path: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    release = tmp_path / "release"
+    shutil.copytree(tiny_release, release)
+    content = json.loads((release / file).read_text())
+    (release / file).write_text(json.dumps({**content, **change}))
+    with pytest.raises(UserError, match=f"^{re.escape(str(release))}: .*{re.escape(said)}"):
+        load_release(str(release))
+
+
+def test_a_release_without_its_tokenizer_is_named(tiny_release: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    shutil.copytree(tiny_release, release, ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(UserError, match=r"release: .*tokenizer.*download the release again"):
         load_release(str(release))

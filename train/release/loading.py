@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from shortzip.data.errors import MissingExtra
 from shortzip.reduction.configuration_reduced_llava import validate
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.release.opening import Release, model_classes, open_release, release_projector
+from shortzip.train.release.opening import Release, model_classes, open_release, release_projector, understood
 from shortzip.train.release.processors import release_processor
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import weight_files
@@ -43,7 +43,7 @@ def load_release(
     if reductions is None:
         reductions = release.saved_reductions
     _, model_class, _ = model_classes(release.config["model_type"])
-    with _bar_if_long(release.folder):
+    with _bar_if_long(release.folder), understood(release.folder):
         model = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
             release.folder,
             dtype=spec.dtype,
@@ -89,7 +89,8 @@ def reduced_config(release: Release, reductions: Reductions | None = None) -> An
     config_class, _, _ = model_classes(release.config["model_type"])
     if reductions is None:
         reductions = release.saved_reductions
-    config = config_class.from_pretrained(release.folder, **reductions.as_config())
+    with understood(release.folder):
+        config = config_class.from_pretrained(release.folder, **reductions.as_config())
     validate(config)
     return config
 

@@ -6,7 +6,8 @@ processor are loaded (`load_release`). LLaVA's own layout is converted once into
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def open_release(spec: str | ReleaseSpec, *, cache_dir: Path | None = None) -> R
     check_transformers_release(source, config, has_weights)
     release = Release(spec, commit, source, source, projector)
     if projector is not None:
-        _check_overlay(projector, config)
+        _check_overlay(projector, config, source)
     return release
 
 
@@ -207,22 +208,46 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
             f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
         )
-    check_projector_widths(shapes, *_widths(config), str(folder))
+    check_projector_widths(shapes, *_widths(config, folder), str(folder))
     if config.get("quantization_config") is None:
         for part, tensors in parts.items():
             check_dtypes(tensors, part, str(folder))
 
 
-def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Turns whatever transformers stumbles over in the files of a release into `UserError`, naming its folder."""
+    try:
+        yield
+    except (UserError, ReductionError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # these say what to do
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: transformers cannot make sense of its config, tokenizer or image processor "
+            f"({type(error).__name__}: {said}): download the release again, or mend that file"
+        ) from error
+
+
+def _widths(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     """What the projector reads (the tower's width, times the layers it is taken from) and writes (the LLM's)."""
     config_class, _, _ = model_classes(config["model_type"])
-    full = config_class.from_dict({**config, "model_type": config_class.model_type})
+    with understood(folder):
+        full = config_class.from_dict({**config, "model_type": config_class.model_type})
+    layers = full.vision_feature_layer
+    depth = full.vision_config.num_hidden_layers
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if not -depth - 1 <= layer <= depth:
+            raise UserError(
+                f"{folder}: vision_feature_layer in config.json is {layer}, and the vision tower has {depth} layers: "
+                f"{-depth - 1} to {depth} are allowed"
+            )
     return projector_input(full), full.text_config.hidden_size
 
 
-def _check_overlay(projector: Path, config: Mapping[str, Any]) -> None:
+def _check_overlay(projector: Path, config: Mapping[str, Any], folder: Path) -> None:
     shapes = {name: spec.shape for name, spec in _projector_specs(projector).items()}
-    check_projector_widths(shapes, *_widths(config), str(projector))
+    check_projector_widths(shapes, *_widths(config, folder), str(projector))
 
 
 def _projector_specs(path: Path) -> dict[str, TensorSpec]:

@@ -7,7 +7,7 @@ from typing import Any
 from shortzip.data.files import read_json
 from shortzip.data.pixels import build_image_processor
 from shortzip.data.supervision import choose_template
-from shortzip.train.release.opening import Release, model_classes
+from shortzip.train.release.opening import Release, model_classes, understood
 from shortzip.train.release.original_layout import split_after_images
 
 
@@ -19,7 +19,8 @@ def release_processor(release: Release, model_config: Any) -> Any:
     """
     folder, model_type, chat_template = release.folder, str(release.config["model_type"]), release.spec.chat_template
     _, _, processor_class = model_classes(model_type)
-    processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
+    with understood(folder):
+        processor = processor_class.from_pretrained(folder, visionzip=model_config.visionzip, trust_remote_code=False)
     # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
     processor.tokenizer.init_kwargs.pop("auto_map", None)
     combined = folder / "processor_config.json"

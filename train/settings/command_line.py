@@ -256,10 +256,10 @@ def _full_memory(error: Exception) -> str | None:
 
 
 def _hub_refusal(error: Exception) -> str | None:
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
-    if isinstance(error, (HfHubHTTPError, httpx.TransportError)):
+    if isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError)):
         return f"the Hub cannot be used: {error}. Mend the connection or the token (`hf auth login`)"
     return None
 
