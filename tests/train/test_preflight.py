@@ -1,6 +1,7 @@
 """A run that cannot change the projector says so, before it starts or in its first step."""
 
 import copy
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,18 @@ def dataset(processor: Any, tiny_instructions: Path) -> Any:
 def test_conversations_without_a_single_image_are_refused(processor: Any, tmp_path: Path) -> None:
     path = write_instructions(tmp_path, 4, text_only_every=1)
     with pytest.raises(NothingToLearn, match=r"none of the 4 conversations has an image.* rows with image"):
+        training_set(DataConfig(instructions=str(path)), processor, seed=0)
+
+
+def test_images_that_nothing_is_answered_after_are_refused(processor: Any, tmp_path: Path) -> None:
+    path = write_instructions(tmp_path, 3, text_only_every=0)
+    rows = json.loads(path.read_text())
+    for row in rows:
+        first, *rest = row["conversations"]
+        first["value"] = first["value"].replace("<image>", "").strip()
+        row["conversations"] = [first, *rest, {"from": "human", "value": "<image>\nand this?"}]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(NothingToLearn, match=r"none of the 3 conversations answers anything after an <image>"):
         training_set(DataConfig(instructions=str(path)), processor, seed=0)
 
 

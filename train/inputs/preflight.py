@@ -8,6 +8,7 @@ from typing import Any
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset, MicroBatch
 from shortzip.data.errors import UserError
+from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import IGNORE_INDEX
 
 
@@ -23,12 +24,24 @@ def conversations_in_words(dataset: ConversationDataset) -> str:
 
 
 def check_sees_images(dataset: ConversationDataset) -> None:
-    """Raises `NothingToLearn` if no conversation has an image."""
+    """Raises `NothingToLearn` if no conversation has an image, or none an answer after one."""
     if not any(conversation.images for conversation in dataset.conversations):
         raise NothingToLearn(
             f"none of the {len(dataset)} conversations has an image, and the projector learns from images only: "
             "data.instructions needs rows with image (or images) and an <image> in their text"
         )
+    if not any(map(answers_an_image, dataset.conversations)):
+        raise NothingToLearn(
+            f"none of the {len(dataset)} conversations answers anything after an <image>, and the projector learns "
+            "from such answers only: the <image> of a row stands in a turn before an answer"
+        )
+
+
+def answers_an_image(conversation: Conversation) -> bool:
+    """Whether an answer stands after an image."""
+    roles = [role for role, _ in conversation.turns]
+    first = next((place for place, (_, text) in enumerate(conversation.turns) if PLACEHOLDER in text), len(roles))
+    return "assistant" in roles[first:]
 
 
 def check_learns(schedule: Any, plan: BatchPlan, dataset: ConversationDataset, total_steps: int) -> None:
@@ -45,7 +58,7 @@ def check_learns(schedule: Any, plan: BatchPlan, dataset: ConversationDataset, t
         count = plan.global_batch_size
         if plan.total_samples is not None:
             count = min(count, plan.total_samples - position)
-        if any(dataset.conversations[sample].images for sample in plan.samples(position, count)):
+        if any(answers_an_image(dataset.conversations[sample]) for sample in plan.samples(position, count)):
             return
     steps = "the only step" if total_steps == 1 else f"each of the {total_steps} steps"
     longer = (
