@@ -162,6 +162,6 @@ def draw(
             drops.add(error)
         else:
             ranking.add(conversation, number, seed)
-    drops.check(len(conversations), minimum=1)
+    drops.check(len(conversations))
     drops.settled = drops.bad  # those found so far are of all rows; what follows is of those that are drawn
     return [conversations[number] for number in ranking.select(fraction)]

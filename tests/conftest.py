@@ -17,9 +17,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # bit-for-bit comparisons, and room for the processes that tests start
+torch.set_num_threads(1)  # bit-for-bit comparisons, and room for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Also after a test whose run has asked for more (cpu_threads): what follows is compared bit for bit."""
+    yield
+    torch.set_num_threads(1)
 
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

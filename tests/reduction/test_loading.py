@@ -139,7 +139,7 @@ import sys
 
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("reduction", "data", "train"):
+        if name.partition(".")[0] in ("shortzip", "reduction", "data", "train"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 

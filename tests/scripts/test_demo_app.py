@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from tiny import LLM_LAYERS, PATCHES, write_release
 
-from scripts import demo_app
 from shortzip.data.errors import UserError
 from shortzip.data.generated.scenes import render_scene, sample_scene
 from shortzip.reduction.reductions import Reductions
+from shortzip.scripts import demo_models
 from shortzip.scripts.demo_app import choices, converse, main
 from shortzip.scripts.demo_models import ALL, REDUCED, TUNED, AppConfig, Models
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
@@ -124,7 +124,7 @@ def test_the_picture_changes_with_the_budget(
     models: Models, photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(demo_app, "draw_images", lambda maps, path: drawn.extend(maps))
+    monkeypatch.setattr(demo_models, "draw_images", lambda maps, path: drawn.extend(maps))
     models.draw(photograph, 6, 3, tmp_path / "a.png")
     models.draw(photograph, 12, 4, tmp_path / "b.png")
     assert [int(item.kept.sum()) for item in drawn] == [5, 11]  # and CLS
@@ -302,7 +302,7 @@ def free_port() -> int:
 # The script, with a model that takes its time where a question asks for it.
 SCRIPT = """
 import sys, time
-from scripts import demo_app
+from shortzip.scripts import demo_app, demo_models
 answer = demo_app.Models.answer
 def slow(self, *given):
     time.sleep(2.5 if any("slowly" in str(turns) for turns in given if isinstance(turns, list)) else 0)

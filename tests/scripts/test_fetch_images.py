@@ -97,7 +97,7 @@ def test_a_subsets_images_are_fetched_and_what_the_missing_ones_cost_is_said(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "which images"),
+        ([], "required: images"),
         (["nothing.txt"], "there is no such file"),
         (["images.txt", "--workers", "0"], "give 1 to 256"),
         (["images.txt", "--retries", "-1"], "give 0 to 100"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shortzip.reduction import baselines
+from shortzip.reduction import configuration_reduced_llava
 from shortzip.scripts.__main__ import VERBS, main
 from shortzip.train.settings import comparing
 from shortzip.train.settings.checks import ConfigError
@@ -218,7 +218,7 @@ def test_the_printed_config_is_whole_and_reads_back(
 
 
 def test_methods_are_those_of_the_models() -> None:
-    assert comparing.METHODS == baselines.METHODS
+    assert comparing.METHODS == configuration_reduced_llava.METHODS
 
 
 def test_tune_and_the_script_read_the_same() -> None:

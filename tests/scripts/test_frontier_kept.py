@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scripts import evaluate_papers, frontier
 from shortzip.reduction.reductions import Reductions
+from shortzip.scripts import evaluate_papers, frontier
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
 from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import StopRequest
@@ -216,10 +216,10 @@ def test_results_of_lmms_eval_belong_to_the_content_of_the_model(
 ) -> None:
     config = PapersConfig(recipe.model, [Task("t", "t", ["m"])], "out", device="cpu")
     row = evaluate_papers.rows_of(config)[0]
-    first = evaluate_papers.identity(row, open_release(recipe.model), "asked", config)
-    assert evaluate_papers.identity(row, open_release(recipe.model), "asked", config) == first
+    first = evaluate_papers.depends_on(row, open_release(recipe.model), "asked", config)
+    assert evaluate_papers.depends_on(row, open_release(recipe.model), "asked", config) == first
     CHANGES[what](tmp_path)
-    assert evaluate_papers.identity(row, open_release(recipe.model), "asked", config) != first
+    assert evaluate_papers.depends_on(row, open_release(recipe.model), "asked", config) != first
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"results": 3}', '{"results": {"t": 1}}', "\x00"])
@@ -229,10 +229,8 @@ def test_damaged_results_of_lmms_eval_are_measured_anew(
     config = PapersConfig(str(tiny_release), [Task("t", "t", ["m"], scale=1)], str(tmp_path), device="cpu")
     rows, ran = evaluate_papers.check_rows(config), []
 
-    def run(command: Any, task: Task, kept: Path, stop: StopRequest) -> dict[str, Any]:
-        ran.append(kept)
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps({"results": {"t": {"m": 5.0}}}))
+    def run(command: Any, task: Task, folder: Path, stop: StopRequest) -> dict[str, Any]:
+        ran.append(folder)
         return {"t": {"m": 5.0}}
 
     monkeypatch.setattr(evaluate_papers, "_run", run)
@@ -240,6 +238,7 @@ def test_damaged_results_of_lmms_eval_are_measured_anew(
     for _ in range(2):
         assert evaluate_papers.run_all(config, rows, lambda _: None, StopRequest()) == expected
     assert len(ran) == 1
-    ran[0].write_text(content)
+    (kept,) = (tmp_path / "results").glob("*.json")
+    kept.write_text(content)
     assert evaluate_papers.run_all(config, rows, lambda _: None, StopRequest()) == expected
     assert len(ran) == 2

@@ -29,7 +29,7 @@ def tuned(tiny_release: Any, tiny_instructions: Any) -> tuple[SupervisedLoss, Co
     model, processor = load_release(
         str(tiny_release), Reductions({"dominant": 5, "contextual": 3}, {"layers": [1, 2]})
     )
-    train_only_projector(model, torch.float32, gradient_checkpointing=False)
+    train_only_projector(model, torch.float32)
     rows = read_instructions(tiny_instructions)
     return SupervisedLoss(model), ConversationDataset(rows, Supervision(processor), tiny_instructions.parent)
 
