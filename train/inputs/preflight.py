@@ -41,7 +41,7 @@ def answers_an_image(conversation: Conversation) -> bool:
     """Whether an answer stands after an image."""
     roles = [role for role, _ in conversation.turns]
     first = next((place for place, (_, text) in enumerate(conversation.turns) if PLACEHOLDER in text), len(roles))
-    return "assistant" in roles[first:]
+    return bool(conversation.images) and "assistant" in roles[first:]
 
 
 def check_learns(schedule: Any, plan: BatchPlan, dataset: ConversationDataset, total_steps: int) -> None:
