@@ -117,7 +117,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(os.path.realpath(path))
     with writing(path):
-        partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{path.name}-", dir=path.parent)))
+        partial, lock = _claim(path.parent, path.name)
         try:
             file = partial / path.name
             write(file)
@@ -145,7 +145,7 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
-        partial, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{target.name}-", dir=target.parent)))
+        partial, lock = _claim(target.parent, target.name)
         aside = partial.with_name(f"{partial.name}-old")
         try:
             yield partial
@@ -157,6 +157,8 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     target.rmdir()
                 partial.rename(target)
             except OSError as error:
+                if aside.exists() and not target.exists():
+                    aside.rename(target)  # what was there stays where nothing takes its place
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise FileInTheWay(f"{named} was written by another process meanwhile") from error
@@ -175,7 +177,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
     place = Path(tempfile.gettempdir())
     with writing(place / name):
         sweep(place, name)
-        folder, lock = _claim(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=place)))
+        folder, lock = _claim(place, name)
     try:
         yield folder
     finally:
@@ -267,10 +269,10 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _claim(make: Callable[[], Path]) -> tuple[Path, int]:
-    """Makes a temporary folder and locks it; a `sweep` may come in between, then another one is made."""
+def _claim(place: Path, name: str) -> tuple[Path, int]:
+    """Makes a temporary folder in `place` and locks it; a `sweep` may come in between, then another one is made."""
     while True:
-        path = make()
+        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=place))
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """What commands write: whole or not at all, in nobody's place, and shown as it is."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -76,6 +77,24 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
         (new / "two").write_text("2")
     assert [path.name for path in target.iterdir()] == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "answers"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    rename = Path.rename
+
+    def refuse_the_new_one(self: Path, to: Path) -> Path:
+        if to == target and (self / "new.txt").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(CannotWrite), written_whole(target, replace=True) as new:
+        (new / "new.txt").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["answers"]
+    assert (target / "old.txt").read_text() == "old"
 
 
 def test_an_output_takes_nobodys_place(tmp_path: Path) -> None:
