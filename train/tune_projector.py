@@ -181,7 +181,8 @@ class Loop:
             return None
         asked = self.session.stop.signal is not None
         drops = [drop for micro in micro_batches for drop in micro.dropped]
-        sees_image = answer_images(micro_batches, self.start.subject.model.config.image_token_id)
+        image_token = self.start.subject.model.config.image_token_id
+        sees_image = not self.has_learned and answer_images(micro_batches, image_token)  # asked until it is known
         total_loss, stops, dropped, images = self.session.total(loss, asked, len(drops), sees_image)
 
         # Every process has the same loss by now, and will have the same gradient: it decides as the others do.
