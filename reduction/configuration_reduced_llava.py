@@ -7,9 +7,11 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from .errors import ReductionError
 from .extras import extra
+from .selectors import SELECTORS, selector_of
 from .weight_files import check_json
 
-METHODS = ("visionzip", "random", "grid", "pool", "downsample")
+BASELINES = ("random", "grid", "pool", "downsample")
+METHODS = (*SELECTORS, *BASELINES)
 # Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
@@ -43,7 +45,8 @@ def validate(config: Any) -> None:
             )
         selected_block(config.vision_feature_layer, tower.num_hidden_layers)
         method = config.visionzip.get("method", "visionzip")
-        cls = int(TOWER_HAS_CLS[tower.model_type] and method == "visionzip")
+        keeps_cls = method not in BASELINES and selector_of(config.visionzip).keeps_cls
+        cls = int(TOWER_HAS_CLS[tower.model_type] and keeps_cls)
         for key, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
             if not _is_whole(value) or value < 1:
                 raise ReductionError(f"visionzip: the tower's {key} is {value!r}; it must be a whole number from 1")
@@ -56,7 +59,7 @@ def validate(config: Any) -> None:
                 f"{limit} tokens of an image (a grid of {side} by {side} patches{' and CLS' if cls else ''}): "
                 f"the sum must be 1 to {limit}"
             )
-        if method != METHODS[0]:
+        if method in BASELINES:
             extra("baselines", f"visionzip: method {method}").check_grid(method, dominant, side)
     if config.shortv is not None:
         text: Any = config.text_config
@@ -94,8 +97,7 @@ def validate_visionzip(visionzip: Any) -> None:
     form = (
         "visionzip must be null or {dominant: at least 1, contextual: at least 0}, like {dominant: 54, contextual: 10}"
     )
-    keys = {"dominant", "contextual"}
-    if not isinstance(visionzip, dict) or not keys <= set(visionzip) <= {*keys, "method", "seed"}:
+    if not isinstance(visionzip, dict) or not {"dominant", "contextual"} <= set(visionzip):
         raise ReductionError(f"{form}; got {visionzip!r}")
     for key, least in (("dominant", 1), ("contextual", 0)):
         value = visionzip[key]
@@ -104,11 +106,21 @@ def validate_visionzip(visionzip: Any) -> None:
     method = visionzip.get("method", "visionzip")
     if method not in METHODS:
         raise ReductionError(f"visionzip: method is {method!r}; it must be one of {list(METHODS)}")
-    if method != "visionzip" and visionzip["contextual"]:
+    merges = method not in BASELINES and selector_of(visionzip).merges
+    if not merges and visionzip["contextual"]:
         raise ReductionError(
             f"visionzip: method {method} merges nothing: give all {visionzip['dominant'] + visionzip['contextual']} "
             f"tokens as dominant, and contextual: 0; got contextual: {visionzip['contextual']}"
         )
+    if method in BASELINES:
+        _validate_baseline(visionzip, method)
+
+
+def _validate_baseline(visionzip: dict[str, Any], method: str) -> None:
+    unknown = sorted(set(visionzip) - {"dominant", "contextual", "method", "seed"})
+    if unknown:
+        takes = "it takes seed" if method == "random" else "it takes no parameters"
+        raise ReductionError(f"visionzip: method {method} has no parameter {unknown[0]!r}: {takes}")
     if "seed" in visionzip and (method != "random" or not _is_whole(visionzip["seed"]) or visionzip["seed"] < 0):
         raise ReductionError(
             f"visionzip: seed is a whole number from 0 and belongs to method random; got {visionzip!r}"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     pass
     from .baselines import baseline_tokens  # noqa: F401
     from .fastv import FastVLayer  # noqa: F401
+    from .visionzip import VisionZip  # noqa: F401
 
 
 def extra(name: str, key: str) -> Any:

@@ -4,7 +4,6 @@ The weights have the names of transformers' LLaVA: a release loads here, and a r
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .base_release import find_base, open_base
 from .configuration_reduced_llava import (
+    BASELINES,
     METHODS,
     TOWER_HAS_CLS,
     ReducedLlavaConfig,
@@ -34,29 +34,10 @@ from .refusals import (
     refuse_unmasked_attention,
     visual_of_token_types,
 )
+from .selectors import selector_of
 from .shortv import active_rows, freeze_visual_tokens
-from .tower import embed_patches, queries_and_keys
-from .visionzip import reduce_tokens
+from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
-
-
-@dataclass
-class VisualTokens(ModelOutput):
-    """What the tower and VisionZip make of N images (tiles in LLaVA-NeXT), before the projector.
-
-    Attributes:
-        tokens: [N, budget, H] in the tower's dtype: CLS (if any), dominant patches in spatial order, contextual.
-        kept: [N, D] int64, patch indices (row-major in the grid) of the dominant tokens, ascending.
-        targets: [N, C] int64, patch indices of the tokens that the contextual ones grew from.
-        groups: [N, P] int64, the contextual token that each patch was merged into; -1 for a dominant or dropped patch.
-        attention: [N, P] float32, the score of each patch.
-    """
-
-    tokens: Tensor | None = None
-    kept: Tensor | None = None
-    targets: Tensor | None = None
-    groups: Tensor | None = None
-    attention: Tensor | None = None
 
 
 class ReducedModelMixin:
@@ -81,7 +62,7 @@ class ReducedModelMixin:
         self.post_init()
 
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
-        """The visual tokens that VisionZip leaves, and where every patch went.
+        """The visual tokens that are chosen, and where every patch went.
 
         Args:
             pixel_values: [N, 3, S, S].
@@ -93,31 +74,18 @@ class ReducedModelMixin:
         if self.config.visionzip is None:
             raise ReductionError("visionzip is null: this model keeps every visual token and chooses none")
         validate(self.config)  # it may have been changed: pictures look at several budgets
-        tower = self.vision_tower
-        blocks = tower.encoder.layers
+        tower, zipped = self.vision_tower, self.config.visionzip
         if vision_feature_layer is None:
             vision_feature_layer = self.config.vision_feature_layer
-        selected = selected_block(vision_feature_layer, len(blocks))
+        selected = selected_block(vision_feature_layer, len(tower.encoder.layers))
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
-        method = self.config.visionzip.get("method", METHODS[0])
-        if method != METHODS[0]:
+        method = zipped.get("method", METHODS[0])
+        if method in BASELINES:
             baselines = extra("baselines", f"visionzip: method {method}")
-            found = baselines.baseline_tokens(tower, pixel_values, selected, self.config.visionzip, has_cls)
+            found = baselines.baseline_tokens(tower, pixel_values, selected, zipped, has_cls)
             return VisualTokens(targets=found.kept[:, :0], **found._asdict())
-        hidden = embed_patches(tower, pixel_values)
-        for block in blocks[:selected]:
-            hidden = block(hidden, None)
-        queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
-        reduced = reduce_tokens(
-            blocks[selected](hidden, None),
-            queries,
-            keys,
-            blocks[selected].self_attn.scale,
-            self.config.visionzip["dominant"],
-            self.config.visionzip["contextual"],
-            has_cls,
-        )
-        return VisualTokens(**reduced._asdict())
+        projector, selector = self.multi_modal_projector, selector_of(zipped)
+        return choose_tokens(tower, projector, pixel_values, selected, selector, zipped, has_cls)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         if not self._checks_rows():

@@ -5,31 +5,14 @@ says so. B is the number of images (tiles in LLaVA-NeXT), P the number of patche
 works on (P, plus one when there is a CLS token), H the hidden size, D the dominant patches, C the contextual tokens.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .errors import ReductionError
-
-
-class ReducedTokens(NamedTuple):
-    """What VisionZip keeps of B images, and where each patch went.
-
-    Attributes:
-        tokens: [B, cls + D + C, H], dtype of the tower: CLS (if any), dominant patches in spatial order, contextual.
-        kept: [B, D] int64, patch indices of the dominant tokens, ascending.
-        targets: [B, C] int64, patch indices of the tokens that the contextual ones grew from, ascending.
-        groups: [B, P] int64, for every patch the contextual token it was merged into, -1 for a dominant patch and for
-            one that was dropped (no contextual tokens).
-        attention: [B, P] float32, the scores.
-    """
-
-    tokens: Tensor
-    kept: Tensor
-    targets: Tensor
-    groups: Tensor
-    attention: Tensor
+from .selectors import Selection, TowerStates
 
 
 def score_patches(queries: Tensor, keys: Tensor, scale: float, has_cls: bool) -> Tensor:
@@ -95,7 +78,7 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
         count: C, 0 to P - D.
 
     Returns:
-        tokens [B, C, H] in the dtype of `hidden`, targets [B, C] int64, groups [B, P] int64 (see ReducedTokens).
+        tokens [B, C, H] in the dtype of `hidden`, targets [B, C] int64, groups [B, P] int64 (see Selection).
 
     Raises:
         ValueError: `count` outside 0 to P - D.
@@ -129,34 +112,21 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
     return tokens, targets, groups.scatter(1, targets, places).scatter(1, others, nearest)
 
 
-def reduce_tokens(
-    hidden: Tensor, queries: Tensor, keys: Tensor, scale: float, dominant: int, contextual: int, has_cls: bool
-) -> ReducedTokens:
-    """VisionZip for B images: `dominant + contextual` tokens of each.
+@dataclass(frozen=True)
+class VisionZip:
+    """VisionZip's own selection: the patches that CLS attends to most, the rest merged by the similarity of keys."""
 
-    Args:
-        hidden: [B, T, H], output of the selected block.
-        queries: [B, heads, Q, d] of that block (see `score_patches`).
-        keys: [B, heads, T, d] of that block, unscaled, with bias.
-        scale: see `score_patches`.
-        dominant: counts CLS when there is one, as the authors do: 54 is CLS and 53 patches.
-        contextual: number of merged tokens.
-        has_cls: whether token 0 is CLS.
+    reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+    keeps_cls: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
-    Raises:
-        ValueError: a budget that the grid cannot fill.
-    """
-    cls = int(has_cls)
-    patches = hidden[:, cls:]
-    # Autocast would bring back the rounding that float32 is here to avoid.
-    with torch.autocast(hidden.device.type, enabled=False):
-        with torch.no_grad():
-            attention = score_patches(queries, keys, scale, has_cls)
-            kept = select_dominant(attention, dominant - cls)
-            metric = at_least_float32(keys).mean(dim=1)[:, cls:]
-        merged, targets, groups = merge_contextual(patches, metric, kept, contextual)
-    tokens = torch.cat([hidden[:, :cls], _take(patches, kept), merged], dim=1)
-    return ReducedTokens(tokens, kept, targets, groups, attention)
+    def select(self, states: TowerStates, dominant: int, contextual: int) -> Selection:
+        """See `Selector.select`. Raises ReductionError for a budget that the grid cannot fill."""
+        assert states.attention is not None
+        assert states.keys is not None
+        order = select_dominant(states.attention, dominant)
+        merged, targets, groups = merge_contextual(states.patches, states.keys, order, contextual)
+        return Selection(order, contextual=merged, targets=targets, groups=groups)
 
 
 def at_least_float32(states: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ BAD_VISIONZIP = {
     "true": (True, VISIONZIP_FORM),
     "empty": ({}, VISIONZIP_FORM),
     "no contextual": ({"dominant": 4}, VISIONZIP_FORM),
-    "unknown key": ({"dominant": 4, "contextual": 2, "layer": -2}, VISIONZIP_FORM),
+    "unknown key": (
+        {"dominant": 4, "contextual": 2, "layer": -2},
+        "method visionzip has no parameter .layer.: it takes no parameters",
+    ),
     "text as number": ({"dominant": "4", "contextual": 2}, VISIONZIP_FORM + ".*got dominant: '4'"),
     "float": ({"dominant": 4.0, "contextual": 2}, VISIONZIP_FORM + ".*got dominant: 4.0"),
     "bool as number": ({"dominant": 4, "contextual": True}, VISIONZIP_FORM + ".*got contextual: True"),

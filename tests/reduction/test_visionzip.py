@@ -11,7 +11,8 @@ from reduced_models import build
 from safetensors.torch import load_file
 
 from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
-from shortzip.reduction.visionzip import merge_contextual, reduce_tokens, score_patches, select_dominant
+from shortzip.reduction.visionzip import VisionZip, merge_contextual, score_patches, select_dominant
+from shortzip.reduction.visual_tokens import tokens_of_block
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "visionzip"
 CASES = [(12, 4), (20, 1), (5, 3), (54, 10)]
@@ -82,6 +83,11 @@ def naive(hidden, queries, keys, scale, dominant, contextual, has_cls):
         members = [hidden[cls + p] for p in assigned[target]]
         tokens.append(hidden[cls + target] + (torch.stack(members).mean(0) if members else 0))
     return torch.stack(tokens), kept, targets, assigned
+
+
+def reduce_tokens(hidden, queries, keys, scale, dominant, contextual, has_cls):
+    budget = {"dominant": dominant, "contextual": contextual}
+    return tokens_of_block(hidden, queries, keys, scale, VisionZip(), budget, has_cls)
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
-from shortzip.reduction.configuration_reduced_llava import METHODS
+from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
@@ -108,7 +108,7 @@ def write_reduced_checkpoint(
 
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
     """Takes the code of the baselines and of FastV out of a checkpoint that has none (see reduction/extras.py)."""
-    used = {"baselines": reductions.method != METHODS[0], "fastv": reductions.fastv is not None}
+    used = {"baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
     code = folder / "extras.py"
     lines = code.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in (name for name in used if not used[name]):
