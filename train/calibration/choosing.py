@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from shortzip.reduction.layer_choice import pick_layers, rank_layers
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.layer_cosine import cosine_changes
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.inputs.samples import training_conversations
+from shortzip.train.inputs.samples import TrainingRows, training_conversations, training_rows
 from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release
 from shortzip.train.run.run_folder import LAYERS
@@ -113,13 +114,14 @@ def choose_layers(
     release: Release,
     accelerator: Accelerator,
     write: Callable[[Path, str], None] = write_atomically,
+    rows: TrainingRows | None = None,
 ) -> tuple[list[int] | None, Loaded | None]:
     """The layers to freeze: those listed, or the first of a ranking of all; None for none. And what they were measured
     with, on the device that it was loaded to: model and processor of the run's budget with no layer frozen.
 
     LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
     are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
-    by `write`.
+    by `write`. `rows`: those of `training_rows`, where they have been read already.
     """
     if config.shortv is None or config.shortv.freeze is None:
         return (config.shortv.layers if config.shortv else None), None
@@ -130,15 +132,15 @@ def choose_layers(
     model, processor = load_release(release, reductions_of(config.visionzip, None, None))
     loaded_to = model.device
     model.to(accelerator.device)
-    samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
+    samples = _calibration_samples(config, processor, rows or training_rows(config.data, config.seed))
     share = samples[accelerator.process_index :: accelerator.num_processes]
     if config.shortv.ranking == "cosine":
         measured = cosine_changes(model, share)
     else:
         measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
     places = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    rows = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
-    mean = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+    in_order = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
+    mean = torch.tensor(in_order, dtype=torch.float64).mean(dim=0).tolist()
     ranking = rank_layers(mean)
     chosen = sorted(pick_layers(ranking, config.shortv.freeze))
     if accelerator.is_main_process:
@@ -161,16 +163,27 @@ def calibration_prompts(
 ) -> tuple[list[Chosen], str]:
     """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
     conversations, root = training_conversations(config.data, config.seed, drops)
-    source = config.data.instructions
-    chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
-    return chosen, root
+    return _prompts(config, conversations, supervision, root, count, drops), root
 
 
-def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
-    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
-    supervision = Supervision(processor, max_length=None)
-    chosen, root = calibration_prompts(config, supervision, count, drops)
-    dataset = dataset_of(chosen, supervision, root)
+def _prompts(
+    config: TuneConfig,
+    conversations: Sequence[Conversation],
+    supervision: Supervision,
+    root: str,
+    count: int,
+    drops: DropLog,
+) -> list[Chosen]:
+    source, seed = config.data.instructions, config.seed
+    return choose_prompts(conversations, supervision, root, drops, count=count, seed=seed, source=source)
+
+
+def _calibration_samples(config: TuneConfig, processor: Any, rows: TrainingRows) -> list[CalibrationSample]:
+    assert config.shortv is not None
+    drops = deepcopy(rows.drops)  # what cannot be measured on is no loss of the run's yet
+    supervision, count = Supervision(processor, max_length=None), config.shortv.calibration_samples
+    chosen = _prompts(config, rows.conversations, supervision, rows.image_root, count, drops)
+    dataset = dataset_of(chosen, supervision, rows.image_root)
     samples: list[CalibrationSample] = []
     for item in chosen:
         try:
