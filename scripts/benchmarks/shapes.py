@@ -133,7 +133,7 @@ def _default(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationLengths:
     """Lengths in tokens: what stands before the first question, then (question, answer) turns."""
 
     has_image: bool
@@ -145,7 +145,7 @@ class Conversation:
         return RowShape(text, visual if self.has_image else 0, supervised, tiles)
 
 
-def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) -> list[Conversation]:
+def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) -> list[ConversationLengths]:
     """Conversations with the lengths of llava_v1_5_mix665k, by its sources' shares.
 
     Lengths of LLaVA's conversations, descriptions and reasoning are log-normal, fitted to 90 real answers of its
@@ -158,7 +158,7 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
     def words(mean: float, deviation: float) -> int:
         return max(1, round(float(draw.lognormal(mean, deviation)) * TOKENS_PER_WORD))
 
-    found: list[Conversation] = []
+    found: list[ConversationLengths] = []
     while len(found) < count:
         kind = str(draw.choice(list(shares), p=list(shares.values())))
         if kind == "short":
@@ -169,14 +169,14 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
             turns = [(words(3.5, 1.0), words(4.8, 0.7)) for _ in range(int(draw.integers(2, 7)))]
         else:
             turns = [(words(2.3, 0.3), words(*((4.35, 0.23) if kind == "detail" else (4.63, 0.21))))]
-        conversation = Conversation(kind != "text", tuple(turns))
+        conversation = ConversationLengths(kind != "text", tuple(turns))
         if conversation.shape(0, 1).text < LONGEST and (conversation.has_image or not images_only):
             found.append(conversation)
     return found
 
 
 def make_batch(
-    conversations: list[Conversation], visual: int, tiles: int, config: Any, device: torch.device, seed: int = 0
+    conversations: list[ConversationLengths], visual: int, tiles: int, config: Any, device: torch.device, seed: int = 0
 ) -> dict[str, Tensor]:
     """Random tokens and pixels for conversations, padded on the right, `visual` placeholders for each image."""
     draw = torch.Generator().manual_seed(seed)
