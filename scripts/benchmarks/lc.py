@@ -23,7 +23,7 @@ as the other side), rounds alternate, and the fastest round of each counts (on a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,7 @@ def limits(settings: BenchmarkConfig, text_config: Any) -> dict[str, float]:
 def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
     """Times both sides; raises RuntimeError when their results differ."""
     models = build_models(settings)
-    embed = models[0].get_input_embeddings()
-    length = settings.text_before + settings.visual_tokens + settings.text_after
-    visual = torch.zeros(length, dtype=torch.bool, device=settings.device)
-    visual[settings.text_before : settings.text_before + settings.visual_tokens] = True
-    ids = torch.randint(2, settings.vocab_size, (settings.prompts, length), device=settings.device)
-    ids[:, : settings.text_before] = ids[0, : settings.text_before].clone()
-    with torch.no_grad():
-        prompts = [Prompt(embed(row), visual) for row in ids]
+    prompts = draw_prompts(settings, models[0].get_input_embeddings())
 
     def shared() -> tuple[Tensor, Tensor | None]:
         meter = LayerContributionMeter(
@@ -180,8 +173,8 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
             text_tokens=settings.text_tokens,
             tokens_per_pass=settings.tokens_per_pass,
         )
-        found = meter.measure(prompts)
-        return found.visual, found.text
+        contributions = meter.measure(prompts)
+        return contributions.visual, contributions.text
 
     sides: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
         "naive, one prompt at a time": lambda: naive_layer_contributions(models, prompts, settings.text_tokens, 1),
@@ -191,25 +184,10 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
         "shared": shared,
     }
     results = {name: run() for name, run in sides.items()}  # also the warm-up
-    expected, found = results["naive, one prompt at a time"], results["shared"]
-    difference = 0.0
-    for right, ours in zip(expected, found, strict=True):
-        if right is not None and ours is not None:
-            # Where LC is 0 (the last layer) there is rounding on one side only.
-            difference = max(difference, float(((ours - right).abs() / right.clamp(min=1e-6)).max()))
+    difference = relative_difference(results["naive, one prompt at a time"], results["shared"])
     if settings.dtype == "float32" and difference > 1e-3:
         raise RuntimeError(f"LC differs from the naive loop's by {difference:.2g} relative.")
-
-    # What else runs on a CPU would count in time on the clock.
-    clock = time.process_time if settings.device == "cpu" else time.perf_counter
-    seconds = dict.fromkeys(sides, float("inf"))
-    for _ in range(settings.rounds):
-        for name, run in sides.items():
-            started = clock()
-            run()
-            if settings.device != "cpu":
-                torch.cuda.synchronize()
-            seconds[name] = min(seconds[name], clock() - started)
+    seconds = fastest(sides, settings)
     naive = min(seconds[name] for name in sides if name != "shared")
     speed_up, bounds = naive / seconds["shared"], limits(settings, models[0].config.text_config)
     return {
@@ -222,6 +200,42 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
+def draw_prompts(settings: BenchmarkConfig, embed: Any) -> list[Prompt]:
+    """Random prompts that begin with the same text."""
+    length = settings.text_before + settings.visual_tokens + settings.text_after
+    visual = torch.zeros(length, dtype=torch.bool, device=settings.device)
+    visual[settings.text_before : settings.text_before + settings.visual_tokens] = True
+    ids = torch.randint(2, settings.vocab_size, (settings.prompts, length), device=settings.device)
+    ids[:, : settings.text_before] = ids[0, : settings.text_before].clone()
+    with torch.no_grad():
+        return [Prompt(embed(row), visual) for row in ids]
+
+
+def relative_difference(expected: tuple[Tensor, Tensor | None], measured: tuple[Tensor, Tensor | None]) -> float:
+    """The largest, over visual and text tokens."""
+    difference = 0.0
+    for right, ours in zip(expected, measured, strict=True):
+        if right is not None and ours is not None:
+            # Where LC is 0 (the last layer) there is rounding on one side only.
+            difference = max(difference, float(((ours - right).abs() / right.clamp(min=1e-6)).max()))
+    return difference
+
+
+def fastest(sides: Mapping[str, Callable[[], Any]], settings: BenchmarkConfig) -> dict[str, float]:
+    """Seconds of each side's fastest round."""
+    # What else runs on a CPU would count in time on the clock.
+    clock = time.process_time if settings.device == "cpu" else time.perf_counter
+    seconds = dict.fromkeys(sides, float("inf"))
+    for _ in range(settings.rounds):
+        for name, run in sides.items():
+            started = clock()
+            run()
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
+            seconds[name] = min(seconds[name], clock() - started)
+    return seconds
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the table, and writes it to `output` when given."""
     settings = parse_config(BenchmarkConfig, argv, program="benchmark_lc.py")
@@ -229,8 +243,10 @@ def main(argv: Sequence[str]) -> None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     result = benchmark(settings)
     seconds, bounds = result["seconds"], result["limits"]
-    print(f"LC of {settings.num_hidden_layers} layers, {settings.prompts} prompts; results agree to "
-          f"{result['relative_difference']:.1e} relative")  # fmt: skip
+    print(
+        f"LC of {settings.num_hidden_layers} layers, {settings.prompts} prompts; results agree to "
+        f"{result['relative_difference']:.1e} relative"
+    )
     for name, value in seconds.items():
         print(f"  {name:<32} {value:8.3f} s")
     for name, value in bounds.items():

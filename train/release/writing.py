@@ -71,30 +71,26 @@ def write_reduced_checkpoint(
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
+    descent = lineage(release, base, base_revision)
     if shape == "llava":
         original = release.original_config
         if original is None:
-            plain_config = config_class.from_dict(plain)
-            original = to_original_config(plain_config, vision_tower, release.name)
-        config = {**original, **reductions.as_config(), "lineage": lineage(release, base, base_revision)}
-        config.pop("auto_map", None)
-        write_llava_projector(target, tensors, config, base=base or base_name(release))
+            original = to_original_config(config_class.from_dict(plain), vision_tower, release.name)
+        original = {**original, **reductions.as_config(), "lineage": descent}
+        original.pop("auto_map", None)
+        write_llava_projector(target, tensors, original, base=base or base_name(release))
         return
     weights = weights_folder(release)
     config = config_class.from_dict({**plain, **reductions.as_config()})
     config.architectures = [model_class.__name__]
-    config.base_release = None
-    if shape == "projector":
-        config.base_release = describe_base(release, base, base_revision)
+    config.base_release = describe_base(release, base, base_revision) if shape == "projector" else None
     with torch.device("meta"):
         model = model_class(config)
     with written_whole(target) as folder:
         custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / LINEAGE_FILE).write_text(
-            json.dumps(lineage(release, base, base_revision), indent=1) + "\n", encoding="utf-8"
-        )
+        (folder / LINEAGE_FILE).write_text(json.dumps(descent, indent=1) + "\n", encoding="utf-8")
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
