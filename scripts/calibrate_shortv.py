@@ -33,9 +33,10 @@ from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
+    CalibrationSet,
     Partial,
-    asked_of,
     budget_name,
+    calibration_set,
     measure,
     measured_digest,
     read_measured,
@@ -71,13 +72,13 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     if result is not None:
         refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
     budget = None if settings.budget is None else Reductions.parse(settings.budget)
-    asked = asked_of(settings, budget)
-    if settings.compare_full and asked.visionzip is None:
+    calibration = calibration_set(settings, budget)
+    if settings.compare_full and calibration.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")
     if result is not None:
-        check_content(result, asked, settings.output)
+        check_content(result, calibration, settings.output)
     else:
-        result = measure_all(settings, budget, Partial(partial_path, matters, settings.overwrite), asked)
+        result = measure_all(settings, budget, Partial(partial_path, matters, settings.overwrite), calibration)
     ranking = result["measurements"][0]["visual"][settings.direction]["ranking"]
     # None picked is null, as in a config, which takes no empty list.
     layers = (sorted(pick_layers(ranking, settings.freeze)) or None) if settings.freeze is not None else None
@@ -88,11 +89,11 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     return result
 
 
-def check_content(result: Mapping[str, Any], asked: Asked, output: Path) -> None:
+def check_content(result: Mapping[str, Any], calibration: CalibrationSet, output: Path) -> None:
     """Refuses measurements of another model's files or other conversations; where an older file does not tell, says
     so."""
     if "measured on" in result:
-        refuse_other_content(result["measured on"], asked.content, output)
+        refuse_other_content(result["measured on"], calibration.content, output)
         print(f"{output} holds these measurements already; layers are picked from it")
     else:
         print(
@@ -102,10 +103,10 @@ def check_content(result: Mapping[str, Any], asked: Asked, output: Path) -> None
 
 
 def measure_all(
-    settings: CalibrateConfig, budget: Reductions | None, partial: Partial, asked: Asked
+    settings: CalibrateConfig, budget: Reductions | None, partial: Partial, calibration: CalibrationSet
 ) -> dict[str, Any]:
     """What layers.json holds beside the layers: LC under the budget and, with compare_full, of all visual tokens."""
-    first = measure(settings, budget, partial, asked)
+    first = measure(settings, budget, partial, calibration)
     measurements = [first, measure(settings, Reductions(), partial)] if settings.compare_full else [first]
     summaries = [item.summary() for item in measurements]
     return {
@@ -119,7 +120,7 @@ def measure_all(
         "seconds": round(sum(item.seconds for item in measurements), 3),
         "measurements": summaries,
         "digest": measured_digest(summaries),
-        "measured on": asked.content,
+        "measured on": calibration.content,
     }
 
 

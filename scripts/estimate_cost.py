@@ -84,9 +84,9 @@ def known_release(name: str) -> PreTrainedConfig | None:
 
 def read_config(model: str) -> PreTrainedConfig:
     """The LLaVA config that ``model`` names. Raises FileNotFoundError or ValueError when there is none."""
-    known = known_release(model)
-    if known is not None:
-        return known
+    by_name = known_release(model)
+    if by_name is not None:
+        return by_name
     source = ROOT / "checkpoints" / "demo-llava" if model == "demo" else Path(model)
     if (source.exists() or model == "demo") and not (source / "config.json").is_file():
         raise MissingFile(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint")

@@ -138,6 +138,6 @@ def estimated_tokens(text: str) -> int:
 
 def estimated_length(row: dict[str, Any], visual_tokens: int) -> int:
     """Tokens of a row in the Vicuna prompt: 35 before the first turn, 9 around each question and answer."""
-    said = row["conversations"]
-    text = sum(estimated_tokens(turn["value"].replace("<image>", "")) for turn in said)
-    return 35 + text + 9 * (len(said) // 2) + (visual_tokens if "image" in row else 0)
+    turns = row["conversations"]
+    text = sum(estimated_tokens(turn["value"].replace("<image>", "")) for turn in turns)
+    return 35 + text + 9 * (len(turns) // 2) + (visual_tokens if "image" in row else 0)

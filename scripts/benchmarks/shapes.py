@@ -158,8 +158,8 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
     def words(mean: float, deviation: float) -> int:
         return max(1, round(float(draw.lognormal(mean, deviation)) * TOKENS_PER_WORD))
 
-    found: list[ConversationLengths] = []
-    while len(found) < count:
+    conversations: list[ConversationLengths] = []
+    while len(conversations) < count:
         kind = str(draw.choice(list(shares), p=list(shares.values())))
         if kind == "short":
             turns = [(words(2.1, 0.4), words(0.5, 0.6)) for _ in range(int(np.clip(draw.lognormal(1.8, 0.7), 1, 20)))]
@@ -171,8 +171,8 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
             turns = [(words(2.3, 0.3), words(*((4.35, 0.23) if kind == "detail" else (4.63, 0.21))))]
         conversation = ConversationLengths(kind != "text", tuple(turns))
         if conversation.shape(0, 1).text < LONGEST and (conversation.has_image or not images_only):
-            found.append(conversation)
-    return found
+            conversations.append(conversation)
+    return conversations
 
 
 def make_batch(
@@ -193,9 +193,9 @@ def make_batch(
             ids.append(torch.full((visual,), IMAGE_TOKEN))
         labels = [torch.full_like(part, -100) for part in ids]
         for question, answer in conversation.turns:
-            asked, answered = text(question + TURN - 1), text(answer + 1)
-            ids += [asked, answered]
-            labels += [torch.full_like(asked, -100), answered]
+            question_ids, answer_ids = text(question + TURN - 1), text(answer + 1)
+            ids += [question_ids, answer_ids]
+            labels += [torch.full_like(question_ids, -100), answer_ids]
         rows.append((torch.cat(ids), torch.cat(labels)))
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad([ids for ids, _ in rows], batch_first=True, padding_value=0)

@@ -72,9 +72,9 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
         # Both "machines" have one name, by which torchrun otherwise tells whether it is the host.
         "--rdzv_conf", f"is_host={str(machine == 0).lower()}",
     ]  # fmt: skip
-    found = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
+    by_name = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
     sharded = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    found["torchrun, FSDP2"] = (torchrun, sharded)
+    by_name["torchrun, FSDP2"] = (torchrun, sharded)
     if importlib.util.find_spec("deepspeed") is not None:
         accelerate = [
             str(Path(sys.executable).parent / "accelerate"), "launch",
@@ -82,8 +82,8 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
             "--deepspeed_multinode_launcher", "standard", "--num_machines", "2", "--num_processes", "2",
             "--machine_rank", str(machine), "--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT),
         ]  # fmt: skip
-        found["accelerate launch, ZeRO-3"] = (accelerate, {})
-    return found
+        by_name["accelerate launch, ZeRO-3"] = (accelerate, {})
+    return by_name
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,18 +119,18 @@ def main(argv: Sequence[str]) -> None:
                     )
                 )
             try:
-                said = [process.communicate(timeout=SECONDS)[0] for process in processes]
+                outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
             finally:
                 for process in processes:
                     process.terminate()
             if any(process.returncode for process in processes):
-                print(f"FAILED: {name}\n" + "\n".join(said))
+                print(f"FAILED: {name}\n" + "\n".join(outputs))
                 failed += 1
                 continue
-            assert "on 2 process(es)" in "".join(said)
-            found = load_file(run / f"step-{STEPS:06d}" / "projector.safetensors")
+            assert "on 2 process(es)" in "".join(outputs)
+            projector = load_file(run / f"step-{STEPS:06d}" / "projector.safetensors")
             differences = [
-                float((found[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected
+                float((projector[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected
             ]
             same = max(differences) < 1e-5
             failed += not same

@@ -17,7 +17,7 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers, load_sample
-from shortzip.train.calibration.measuring import CalibrateConfig, asked_of
+from shortzip.train.calibration.measuring import CalibrateConfig, calibration_set
 from shortzip.train.inputs.samples import draw_demo_scenes, held_out_set, training_set
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -92,8 +92,8 @@ def test_lc_chooses_the_layers_that_matter_least(
     budget = Reductions({"dominant": 5, "contextual": 2})
     model, _ = load_release(release, budget)
     calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
-    asked = asked_of(calibrate, budget)
-    mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.chosen]).mean()
+    asked = calibration_set(calibrate, budget)
+    mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.prompts]).mean()
     assert chosen == sorted(sorted(range(4), key=mean.__getitem__)[:2])
     found = json.loads((tmp_path / "layers.json").read_text())
     assert found["layers"] == chosen

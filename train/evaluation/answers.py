@@ -251,8 +251,8 @@ def _questions(
         yield _Question(index, sample.id, turn, ids[:start], _text(dataset, ids[start:end])), (start, end)
 
 
-def _answer(question: _Question, said: str) -> Answer:
-    return Answer(question.id, question.turn, question.expected, said, said == question.expected)
+def _answer(question: _Question, text: str) -> Answer:
+    return Answer(question.id, question.turn, question.expected, text, text == question.expected)
 
 
 def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
@@ -282,12 +282,12 @@ def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequen
     input_ids = torch.full((len(questions), length), collator.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     samples = _load(dataset, sorted({question.sample for question in questions}))
-    shown = []
+    rows = []
     for row, question in enumerate(questions):
         input_ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
         attention_mask[row, length - len(question.prompt) :] = 1
-        shown.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
-    pictures = collator(shown).inputs
+        rows.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
+    pictures = collator(rows).inputs
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs.update({key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures})
     return {key: tensor.to(model.device) for key, tensor in inputs.items()}

@@ -46,9 +46,9 @@ def training_set(
     """
     conversations, root, drops = rows or training_rows(config, seed)
     supervision = Supervision(processor, max_length=config.max_length)
-    known = KnownImages(config.cache_features)
+    known_images = KnownImages(config.cache_features)
     dataset = ConversationDataset(
-        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known
+        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known_images
     )
     check_sees_images(dataset)
     return dataset
@@ -89,8 +89,8 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = held_out_conversations(config, drops)
-    supervision, known = Supervision(processor, max_length=None), KnownImages(config.cache_features)
-    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known)
+    supervision, known_images = Supervision(processor, max_length=None), KnownImages(config.cache_features)
+    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known_images)
 
 
 def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:
@@ -147,12 +147,12 @@ def draw_demo_scenes(config: DataConfig) -> None:
     the one that ends later takes what the other has written.
     """
     scenes = config.demo_scenes
-    wanted = []
+    folders = []
     if config.instructions == DEMO:
-        wanted.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
+        folders.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
     if config.eval_instructions == DEMO:
-        wanted.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
-    for folder, seed, count in wanted:
+        folders.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
+    for folder, seed, count in folders:
         drawn = folder / "instructions.json"
         if drawn.is_file():
             continue

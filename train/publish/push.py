@@ -210,12 +210,12 @@ def _same_on_hub(release: Release, base: str, say: Callable[[str], None]) -> str
         reason = f"answered {error.response.status_code}" if isinstance(error, HfHubHTTPError) else "cannot be reached"
         raise PublishError(f"--base {base}: the Hub {reason}: try again later, or choose --shape full") from error
     there = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    for wanted in describe_base(release)["files"]:
-        name = wanted["file"]
+    for entry in describe_base(release)["files"]:
+        name = entry["file"]
         sibling = there.get(name)
-        if sibling is None or sibling.size != wanted["size"]:
-            found = "is missing" if sibling is None else f"has {sibling.size} bytes, not {wanted['size']}"
-            raise PublishError(f"--base {base} is another release than {release.name}: {name} {found} there")
+        if sibling is None or sibling.size != entry["size"]:
+            difference = "is missing" if sibling is None else f"has {sibling.size} bytes, not {entry['size']}"
+            raise PublishError(f"--base {base} is another release than {release.name}: {name} {difference} there")
         local = _checksum(release.folder / name, lfs=sibling.lfs is not None)
         if local != (sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id):
             raise PublishError(f"--base {base} is another release than {release.name}: {name} has other content there")
@@ -318,16 +318,16 @@ def _commit(api: HfApi, publication: Publication, say: Callable[[str], None]) ->
     return str(api.create_commit(publication.repo_id, operations, commit_message=message).oid)
 
 
-def _tag(api: HfApi, repo_id: str, commit: str, wanted: str | None) -> str:
-    """The tag of `commit`: one it has already, `wanted`, or the next free v1, v2 …"""
+def _tag(api: HfApi, repo_id: str, commit: str, tag: str | None) -> str:
+    """The tag of `commit`: one it has already, `tag`, or the next free v1, v2 …"""
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     for name, target in tags.items():
-        if target == commit and wanted in (None, name):
+        if target == commit and tag in (None, name):
             return name
-    if wanted in tags:
-        raise PublishError(f"{repo_id} has a tag {wanted} on another commit: give another --tag")
-    numbers = [int(found[1]) for name in tags if (found := re.fullmatch(r"v(\d+)", name))]
-    name = wanted or f"v{max(numbers, default=0) + 1}"
+    if tag in tags:
+        raise PublishError(f"{repo_id} has a tag {tag} on another commit: give another --tag")
+    numbers = [int(match[1]) for name in tags if (match := re.fullmatch(r"v(\d+)", name))]
+    name = tag or f"v{max(numbers, default=0) + 1}"
     api.create_tag(repo_id, tag=name, revision=commit)
     return name
 
@@ -340,7 +340,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = error.server_message or error.response.reason_phrase
+        reason = error.server_message or error.response.reason_phrase
         if status == 401:
             cure = "the token is missing, expired or mistyped: `hf auth login` with one that may write"
         elif status in (402, 403):
@@ -349,7 +349,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             cure = "the repository vanished meanwhile, or this token may not see it"
         else:
             cure = again
-        raise PublishError(f"{repo_id}: the Hub answered {status} ({said}): {cure}") from error
+        raise PublishError(f"{repo_id}: the Hub answered {status} ({reason}): {cure}") from error
     except httpx.TransportError as error:
         raise PublishError(f"{repo_id}: the Hub cannot be reached ({type(error).__name__}): {again}") from error
     except RuntimeError as error:

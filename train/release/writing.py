@@ -130,8 +130,8 @@ def lineage(release: Release, base: str | None = None, base_revision: str | None
     if release.original_config is not None and not older:
         older = _as_lineage(release.original_config.get("lineage", []), release.source / "config.json")
     name = release.name if release.revision is not None else Path(release.name).resolve().name
-    found = {"name": base or name, "revision": base_revision if base else release.revision}
-    return [*older, {**found, **release.saved_reductions.as_config()}]
+    entry = {"name": base or name, "revision": base_revision if base else release.revision}
+    return [*older, {**entry, **release.saved_reductions.as_config()}]
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:
@@ -153,8 +153,8 @@ def _as_lineage(entries: Any, path: Path) -> list[dict[str, Any]]:
     for entry in entries if isinstance(entries, list) else [entries]:
         named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "revision" in entry
         if not isinstance(entries, list) or not named or not isinstance(entry["revision"], str | None):
-            found = repr(entry)[:80]
-            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {found}")
+            words = repr(entry)[:80]
+            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {words}")
         try:
             Reductions.from_config(entry)
         except ReductionError as error:
@@ -204,8 +204,8 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
             if _MARK in key:
                 short = key.split(_MARK, 1)[1]
                 if short not in projector or tuple(projector[short].shape) != specs[key].shape:
-                    found = tuple(projector[short].shape) if short in projector else "missing"
-                    raise UserError(f"the projector's {short} is {found}, needed by {source} is {specs[key].shape}")
+                    shape = tuple(projector[short].shape) if short in projector else "missing"
+                    raise UserError(f"the projector's {short} is {shape}, needed by {source} is {specs[key].shape}")
                 specs[key] = TensorSpec(specs[key].shape, torch.float32)
                 placed.add(short)
         with open_tensors(path) as tensors:
