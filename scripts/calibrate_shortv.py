@@ -53,8 +53,22 @@ DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
 
 def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
     """The settings that a measurement depends on."""
-    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full", "dtype",
-             "text_tokens", "load_in_4bit", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
+    names = (
+        "model",
+        "revision",
+        "instructions",
+        "image_root",
+        "samples",
+        "seed",
+        "budget",
+        "compare_full",
+        "dtype",
+        "text_tokens",
+        "load_in_4bit",
+        "samples_per_batch",
+        "chat_template",
+        "on_bad_sample",
+    )
     return {name: getattr(settings, name) for name in names}
 
 

@@ -35,7 +35,7 @@ DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
 
 
-class Stopwatch(BaseStreamer):
+class TokenTimes(BaseStreamer):
     """When `generate` began, and when each of its tokens came."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Models:
             raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
         prefills, ids = [], torch.empty(0)
         for limit in (*[1] * PREFILLS, self.max_new_tokens):
-            watch = Stopwatch()
+            watch = TokenTimes()
             ids = model.generate(
                 **inputs,
                 do_sample=False,

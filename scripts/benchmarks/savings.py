@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.flops import vision_tower_flops
-from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, Shape
+from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, ModelShape
 from shortzip.scripts.benchmarks.sides import Cut
 from shortzip.train.step import objective, places
 from shortzip.train.step import supervised_states as walk
@@ -44,7 +44,7 @@ class Saving:
     """FLOPs of a row without it, given the longest row of its micro-batch in tokens; None: as with it."""
 
 
-def savings_of(model: Any, shape: Shape) -> list[Saving]:
+def savings_of(model: Any, shape: ModelShape) -> list[Saving]:
     """Every saving that can be switched off in `model`, the one with both reductions."""
     config = model.config
     tower, selected = model.model.vision_tower, config.vision_feature_layer
@@ -158,7 +158,7 @@ def whole_logits() -> Iterator[None]:
         yield
 
 
-def sides_without(model: Any, shape: Shape, work: Cut) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
+def sides_without(model: Any, shape: ModelShape, work: Cut) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
     """The step, and the step without each saving, as functions without arguments; and the FLOPs of each."""
     module, supervised = SupervisedLoss(model), work.supervised
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.flops import lm_head_flops
-from shortzip.scripts.benchmarks.shapes import BEFORE, ConversationLengths, Models, Shape, make_batch
+from shortzip.scripts.benchmarks.shapes import BEFORE, ConversationLengths, ModelShape, SharedModels, make_batch
 from shortzip.train.step.flops import RowShape, needed_flops, plain_flops
 from shortzip.train.step.objective import SupervisedLoss, recompute_layers
 
@@ -81,7 +81,7 @@ def with_features(model: Any, batches: Sequence[dict[str, Tensor]], tiles: int) 
     return cached
 
 
-def step_sides(models: Models, inputs: StepInputs) -> dict[str, Callable[[], None]]:
+def step_sides(models: SharedModels, inputs: StepInputs) -> dict[str, Callable[[], None]]:
     """Forward and backward pass of every side: no optimizer, which is the same and takes a millisecond."""
     loss_module, supervised = SupervisedLoss(models.both), inputs.reduced.supervised
 
@@ -111,7 +111,7 @@ def step_sides(models: Models, inputs: StepInputs) -> dict[str, Callable[[], Non
     }
 
 
-def step_flops(config: Any, shape: Shape, inputs: StepInputs) -> dict[str, int]:
+def step_flops(config: Any, shape: ModelShape, inputs: StepInputs) -> dict[str, int]:
     """What every side computes, by its name in `step_sides`."""
     needed = partial(needed_flops, config, shared=BEFORE, frozen_layers=shape.frozen)
 

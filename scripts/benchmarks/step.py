@@ -66,8 +66,8 @@ from shortzip.scripts.benchmarks.shapes import (
     BEFORE,
     SHAPES,
     ConversationLengths,
-    Models,
-    Shape,
+    ModelShape,
+    SharedModels,
     build_models,
     draw_conversations,
     make_batch,
@@ -85,7 +85,7 @@ PREFILL_RATIOS = (
 
 
 @dataclass
-class BenchmarkConfig:
+class StepBenchmarkConfig:
     """What `scripts/benchmarks/step.py` takes."""
 
     shape: Literal["demo", "cpu", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "next-cpu"] = "cpu"
@@ -126,21 +126,23 @@ class BenchmarkConfig:
     """Replace the file that is there already."""
 
 
-def visual_tokens(config: Any, shape: Shape) -> tuple[int, int]:
+def visual_tokens(config: Any, shape: ModelShape) -> tuple[int, int]:
     """Of an image: all, and those of the budget."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return patches * shape.tiles, (shape.dominant + shape.contextual) * shape.tiles
 
 
-def stopwatch(settings: BenchmarkConfig, device: torch.device) -> Stopwatch:
+def stopwatch(settings: StepBenchmarkConfig, device: torch.device) -> Stopwatch:
     return Stopwatch(device, settings.rounds, settings.warm_up, settings.clock, settings.tensor_memory)
 
 
-def asked_for(sides: Mapping[str, Callable[[], None]], settings: BenchmarkConfig) -> dict[str, Callable[[], None]]:
+def asked_for(sides: Mapping[str, Callable[[], None]], settings: StepBenchmarkConfig) -> dict[str, Callable[[], None]]:
     return {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
 
 
-def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_step(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """The training step of every side: forward, backward, no optimizer (it is the same and takes a millisecond)."""
     config = models.plain.config
     conversations = draw_conversations(settings.global_batch_size, images_only=settings.images_only)
@@ -168,7 +170,9 @@ def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device
     return {"matmul_flops": peak, "padding": padding, "timings": as_dicts(timings), "ratios": ratios}
 
 
-def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_savings(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """ShortZip's step, and the step without each of its savings."""
     config = models.both.config
     conversations = draw_conversations(settings.global_batch_size, images_only=settings.images_only)
@@ -186,7 +190,9 @@ def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, dev
 
 
 @torch.no_grad()
-def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_prefill(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """One prompt of 64 text tokens, as in the papers: the language model alone, and with tower and projector."""
     config = models.plain.config
     every, budget = visual_tokens(config, shape)
@@ -229,7 +235,7 @@ def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, dev
 
 @torch.no_grad()
 def measure_generation(
-    models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
 ) -> dict[str, Any]:
     """Greedy generation of `new_tokens`, batches of 1 and 8 prompts with an image each (one tile)."""
     config = models.plain.config
@@ -254,7 +260,9 @@ def measure_generation(
 
 
 @torch.no_grad()
-def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_tower(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """The tower alone: transformers' whole one, and ours with VisionZip's choice and merging, the same images."""
     side, count = models.plain.config.vision_config.image_size, settings.micro_batch_size
     pixels = torch.randn(count, 3, side, side, device=device, dtype=models.plain.dtype)
@@ -270,7 +278,7 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints tables, and writes `output` when given."""
-    settings = parse_config(BenchmarkConfig, argv, program="benchmark.py")
+    settings = parse_config(StepBenchmarkConfig, argv, program="benchmark.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     if settings.notes:

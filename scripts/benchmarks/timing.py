@@ -138,13 +138,15 @@ def show(results: dict[str, Any], title: str, console: Console) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, timing in results["timings"].items():
         table.add_row(
-            name, f"{timing['seconds']:.3f}", f"{timing['samples_per_second']:.3f}",
+            name,
+            f"{timing['seconds']:.3f}",
+            f"{timing['samples_per_second']:.3f}",
             f"{timing['tokens_per_second']:,.0f}" if timing["tokens_per_second"] else "",
             f"{timing['peak_memory'] / 2**20:,.0f}",
             f"{timing['tensor_memory'] / 2**20:,.1f}" if timing["tensor_memory"] else "",
             f"{timing['flops'] / 1e12:.3f}" if timing["flops"] else "",
             f"{timing['mfu']:.0%}" if timing["mfu"] else "",
-        )  # fmt: skip
+        )
     console.print(table)
     for name, values in results["ratios"].items():
         highest = values["highest"]

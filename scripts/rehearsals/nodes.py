@@ -66,12 +66,25 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By name: the command before the script on this machine, and its environment."""
     endpoint = f"{ADDRESSES[0]}:{PORT}"
     torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "rehearsal",
-        "--local_addr", ADDRESSES[machine],
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        endpoint,
+        "--rdzv_id",
+        "rehearsal",
+        "--local_addr",
+        ADDRESSES[machine],
         # Both "machines" have one name, by which torchrun otherwise tells whether it is the host.
-        "--rdzv_conf", f"is_host={str(machine == 0).lower()}",
-    ]  # fmt: skip
+        "--rdzv_conf",
+        f"is_host={str(machine == 0).lower()}",
+    ]
     by_name = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
     sharded = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     by_name["torchrun, FSDP2"] = (torchrun, sharded)

@@ -6,11 +6,11 @@ import torch
 from shortzip.data.dataset import MicroBatch
 from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
 from shortzip.scripts.benchmarks.savings import savings_of
-from shortzip.scripts.benchmarks.shapes import ConversationLengths, Shape, build_models, make_batch
+from shortzip.scripts.benchmarks.shapes import ConversationLengths, ModelShape, build_models, make_batch
 from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters
 
-SHAPE = Shape(
+SHAPE = ModelShape(
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2},
     {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
      "image_size": 24, "patch_size": 4},

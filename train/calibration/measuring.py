@@ -62,9 +62,12 @@ class Measurement:
             "samples": len(self.visual),
             "seconds": round(self.seconds, 3),
             "dropped": self.dropped,
-            **{kind: {name: _spread(lc[:, number]) for number, name in enumerate(DIRECTIONS)}
-               for kind, lc in kinds.items() if lc is not None},
-        }  # fmt: skip
+            **{
+                kind: {name: _spread(lc[:, number]) for number, name in enumerate(DIRECTIONS)}
+                for kind, lc in kinds.items()
+                if lc is not None
+            },
+        }
 
 
 def _spread(lc: torch.Tensor) -> dict[str, list[Any]]:
@@ -107,9 +110,14 @@ def calibration_set(settings: CalibrateConfig, budget: Reductions | None) -> Cal
     drops = DropLog(settings.on_bad_sample)
     conversations, root = _conversations(settings, drops)
     prompts = choose_prompts(
-        conversations, supervision, root, drops, count=settings.samples, seed=settings.seed,
+        conversations,
+        supervision,
+        root,
+        drops,
+        count=settings.samples,
+        seed=settings.seed,
         source=settings.instructions,
-    )  # fmt: skip
+    )
     content = {
         **release_content(release),
         "conversations": {

@@ -38,9 +38,15 @@ from shortzip.train.release.spec import ReleaseSpec
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_KEYS = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "do_sample",
+    "repetition_penalty",
     "length_penalty",
-)  # fmt: skip
+)
 OTHER_KEYS = ("until", "image_aspect_ratio")
 MAX_NEW_TOKENS = 1024
 # What lmms-eval stops at where a task names nothing: it would cut longer answers after their first paragraph.

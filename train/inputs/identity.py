@@ -41,9 +41,14 @@ _INCIDENTAL = {
 _REDUCTIONS = {"visionzip", "shortv", "fastv", "base_release"}  # settings of the run, and where weights lie
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def run_identity(release: Release, dataset: ConversationDataset) -> dict[str, str]:

@@ -58,7 +58,7 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRepo:
     """Where a push went."""
 
     repo_id: str
@@ -239,7 +239,7 @@ def push(
     update: bool = False,
     tag: str | None = None,
     say: Callable[[str], None] = print,
-) -> Published:
+) -> PublishedRepo:
     """Creates the repository, uploads in one commit, tags it.
 
     A repository that exists is written to only if it is empty, already holds exactly this publication (a push that was
@@ -261,7 +261,7 @@ def push(
         _make_visible_as_asked(api, repo_id, private, say)
         commit = retrying(lambda: _commit(api, publication, say), say, f"uploading to {repo_id}")
         name = retrying(lambda: _tag(api, repo_id, commit, tag), say, f"tagging {repo_id}")
-    return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, name, publication.loading)
+    return PublishedRepo(repo_id, f"{api.endpoint}/{repo_id}", commit, name, publication.loading)
 
 
 def _make_visible_as_asked(api: HfApi, repo_id: str, private: bool, say: Callable[[str], None]) -> None:
@@ -368,7 +368,7 @@ def summary(publication: Publication) -> str:
     return "\n".join([*lines, f"{sum(sizes.values()):>15,}  in all", "", publication.card])
 
 
-def publish_run(config: TuneConfig, run: Path, say: Callable[[str], None]) -> Published:
+def publish_run(config: TuneConfig, run: Path, say: Callable[[str], None]) -> PublishedRepo:
     """What push_to_hub does at a run's end. Raises PublishError; the run's folder stays as it is."""
     assert config.hub_model_id is not None
     with prepare(run, config.hub_model_id, config.hub_shape, base=config.hub_base, say=say) as publication:

@@ -200,8 +200,11 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             else "language model"
         )
         parts[part][name] = spec
-    shapes = {name.split("multi_modal_projector.", 1)[1]: spec.shape for name, spec in parts["projector"].items()
-              if "multi_modal_projector." in name}  # fmt: skip
+    shapes = {
+        name.split("multi_modal_projector.", 1)[1]: spec.shape
+        for name, spec in parts["projector"].items()
+        if "multi_modal_projector." in name
+    }
     if not {"linear_1.weight", "linear_2.weight"} <= shapes.keys():
         words = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
         raise UserError(

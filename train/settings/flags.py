@@ -19,9 +19,11 @@ from shortzip.train.settings.checks import ConfigError
 POSITIONAL = {"flag": "positional"}  # of a field that also takes the words without a flag
 REPEATED = {"flag": "repeated"}  # of a list whose flag may stand several times, with one value each
 SHORT = {
-    "instructions": "data.instructions", "image_root": "data.image_root",
-    "output": "output_dir", "overwrite": "overwrite_output_dir",
-}  # fmt: skip
+    "instructions": "data.instructions",
+    "image_root": "data.image_root",
+    "output": "output_dir",
+    "overwrite": "overwrite_output_dir",
+}
 OLD = {"-o": "output", "--budgets": "budget", "--folder": "output"}  # for one version, as - for _ is
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "null")
 WITHOUT_VALUE = ("help", "print_config")
