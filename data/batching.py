@@ -220,13 +220,18 @@ def cut_into_groups(
     totals = [int(cheapest[rest, count]) + (-rest % multiple_of) * overhead for rest in range(multiple_of)]
     rest = int(np.argmin(totals))
     empty = -rest % multiple_of
+    return _read_back(came_from, rest) + [(count, count)] * empty
+
+
+def _read_back(came_from: np.ndarray, rest: int) -> list[tuple[int, int]]:
+    """The groups in order, from where each cheapest cut's last group begins (`came_from`: [multiple, rows + 1])."""
     groups: list[tuple[int, int]] = []
-    end = count
+    end = came_from.shape[1] - 1
     while end > 0:
         start = int(came_from[rest, end])
         groups.append((start, end))
-        rest, end = (rest - 1) % multiple_of, start
-    return groups[::-1] + [(count, count)] * empty
+        rest, end = (rest - 1) % came_from.shape[0], start
+    return groups[::-1]
 
 
 def _most_rows(length: int, max_rows: int | None, max_tokens: int | None, count: int) -> int:

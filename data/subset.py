@@ -7,7 +7,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -162,13 +162,12 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
     drops = DropLog("skip", options.max_bad_fraction)
     pick = _pick_from_stream if options.streaming else _pick
     ranking, picked = pick(reader, folder / IMAGES, drops, progress)
-    selected = Counter(source_of(conversation) for conversation, _ in picked)
     embedded = _embedded(picked, folder / IMAGES, options)
     root = folder / IMAGES if embedded else options.image_root
     problems = _image_problems(picked, root, options, progress)
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
     pairs = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
-    if ranking.ranks and not selected:
+    if ranking.ranks and not picked:
         raise UserError(too_small(options.fraction, len(ranking.ranks)))
     if not pairs:
         raise UserError(f"no row is left for the subset. {drops.summary()}.")
@@ -181,8 +180,6 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
     _write_lines(folder / "images.txt", images)
     _write_lines(folder / "missing_images.txt", missing)
     drops.write(folder / "dropped.jsonl")
-    written = Counter(source_of(conversation) for conversation, _ in pairs)
-    rows = ranking.counts()
     report = {
         "instructions": options.instructions,
         "fraction": options.fraction,
@@ -190,13 +187,11 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
         "image_root": None if root is None else str(root),
         "rows": len(ranking.ranks) + sum(drops.counts.get(reason, 0) for reason in _BEFORE_THE_DRAW),
         "usable": len(ranking.ranks),
-        "selected": sum(selected.values()),
+        "selected": len(picked),
         "written": len(pairs),
         "dropped": drops.counts,
         "images_placed_at_the_start": drops.placed,
-        "sources": {
-            name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)
-        },
+        "sources": _by_source(ranking.counts(), picked, pairs),
         "answer_characters": answer_histogram([conversation for conversation, _ in pairs]),
         "images": len(images),
         "missing_images": len(missing),
@@ -209,6 +204,12 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
 
 _BEFORE_THE_DRAW = ("malformed_row", "placeholder_count", "text_only", "no_answer", "outside_image_root")
 Picked = list[tuple[Conversation, dict[str, Any]]]
+
+
+def _by_source(rows: Mapping[str, int], picked: Picked, pairs: Picked) -> dict[str, dict[str, int]]:
+    """Of each source: its rows, those picked for the subset, and those written, whose images can be used."""
+    selected, written = (Counter(source_of(conversation) for conversation, _ in part) for part in (picked, pairs))
+    return {name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)}
 
 
 def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:

@@ -99,6 +99,29 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     return by_name
 
 
+def run_on_both(name: str, arguments: Sequence[str], environment: dict[str, str]) -> tuple[bool, str]:
+    """One launcher's run on both machines: whether it ended well, and what both printed."""
+    processes = []
+    for machine, namespace in enumerate(NAMES):
+        launcher, variables = launchers(machine)[name]
+        processes.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", namespace, *launcher, SCRIPT, *arguments],
+                cwd=ROOT,
+                env={**environment, **variables, "GLOO_SOCKET_IFNAME": CABLE},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    return not any(process.returncode for process in processes), "\n".join(outputs)
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "demo-llava"), help="a small release")
@@ -118,29 +141,12 @@ def main(argv: Sequence[str]) -> None:
     with two_machines():
         for number, name in enumerate(launchers(0)):
             run = folder / str(number)
-            processes = []
-            for machine, namespace in enumerate(NAMES):
-                launcher, variables = launchers(machine)[name]
-                processes.append(
-                    subprocess.Popen(
-                        ["ip", "netns", "exec", namespace, *launcher, SCRIPT, *settings(options.model, scenes, run)],
-                        cwd=ROOT,
-                        env={**environment, **variables, "GLOO_SOCKET_IFNAME": CABLE},
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )
-                )
-            try:
-                outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
-            finally:
-                for process in processes:
-                    process.terminate()
-            if any(process.returncode for process in processes):
-                print(f"FAILED: {name}\n" + "\n".join(outputs))
+            is_done, output = run_on_both(name, settings(options.model, scenes, run), environment)
+            if not is_done:
+                print(f"FAILED: {name}\n{output}")
                 failed += 1
                 continue
-            assert "on 2 process(es)" in "".join(outputs)
+            assert "on 2 process(es)" in output
             projector = load_file(run / f"step-{STEPS:06d}" / "projector.safetensors")
             differences = [
                 float((projector[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,22 +152,8 @@ def measure(
     for number, batch in enumerate(plan):
         if number in batches:
             continue
-        started = time.perf_counter()
-        with torch.no_grad():
-            embedded = []
-            for index in batch:
-                try:
-                    embedded.append(embed_prompt(model, load_sample(prompts[index], dataset)))
-                except BadSample as error:
-                    drops.add(error)
-            lc = meter.measure(embedded) if embedded else None
-        entry = {
-            "visual": lc.visual.tolist() if lc else [],
-            "text": lc.text.tolist() if lc and lc.text is not None else None,
-            "seconds": time.perf_counter() - started,
-        }
-        done.add(name, number, entry)
-        batches[number] = entry
+        batches[number] = _measure_batch(model, meter, [prompts[index] for index in batch], dataset, drops)
+        done.add(name, number, batches[number])
         _progress(f"LC with {name}", len(batches), len(plan))
     entries = [batches[number] for number in range(len(plan))]
     visual = [row for entry in entries for row in entry["visual"]]
@@ -183,6 +169,30 @@ def measure(
         seconds=sum(entry["seconds"] for entry in entries),
         dropped=drops.counts,
     )
+
+
+@torch.no_grad()
+def _measure_batch(
+    model: Any,
+    meter: LayerContributionMeter,
+    prompts: Sequence[CalibrationPrompt],
+    dataset: ConversationDataset,
+    drops: DropLog,
+) -> dict[str, Any]:
+    """LC of the prompts whose images can be read, as a line of a `Partial` holds it."""
+    started = time.perf_counter()
+    embedded = []
+    for prompt in prompts:
+        try:
+            embedded.append(embed_prompt(model, load_sample(prompt, dataset)))
+        except BadSample as error:
+            drops.add(error)
+    lc = meter.measure(embedded) if embedded else None
+    return {
+        "visual": lc.visual.tolist() if lc else [],
+        "text": lc.text.tolist() if lc and lc.text is not None else None,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _conversations(settings: CalibrateConfig, drops: DropLog) -> tuple[list[Conversation], str | None]:

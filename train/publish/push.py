@@ -176,13 +176,19 @@ def prepare(
         picture = run / PICTURES / HELD_OUT_PICTURE
         if picture.is_file() and not picture.is_symlink():
             files[PICTURE] = picture
-        if base is not None and record.lineage:
-            last = {**record.lineage[-1], "name": base, "revision": commit}
-            record = replace(record, lineage=[*record.lineage[:-1], last])
+        record = _over(record, base, commit)
         size = sum(path.stat().st_size for path in files.values())
         card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=PICTURE in files)
         refuse_secrets(files, card, get_token())
         yield Publication(repo_id, shape, files, card, loading_lines(repo_id, shape, record))
+
+
+def _over(record: RunRecord, base: str | None, commit: str | None) -> RunRecord:
+    """The record of the same run over a release's name and commit on the Hub."""
+    if base is None or not record.lineage:
+        return record
+    last = {**record.lineage[-1], "name": base, "revision": commit}
+    return replace(record, lineage=[*record.lineage[:-1], last])
 
 
 def _release_of(record: RunRecord, final: Release, run: Path, shape: Shape) -> Release | None:

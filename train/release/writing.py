@@ -76,8 +76,8 @@ def write_reduced_checkpoint(
         original = release.original_config
         if original is None:
             original = to_original_config(config_class.from_dict(plain), vision_tower, release.name)
-        original = {**original, **reductions.as_config(), "lineage": descent}
-        original.pop("auto_map", None)
+        original = {key: value for key, value in original.items() if key != "auto_map"}
+        original |= {**reductions.as_config(), "lineage": descent}
         write_llava_projector(target, tensors, original, base=base or base_name(release))
         return
     weights = weights_folder(release)
