@@ -68,13 +68,13 @@ class BatchPlan:
     ) -> None:
         if not len(lengths):
             raise UserError("there are no samples to batch: the dataset is empty, or every row was dropped")
-        given = {
+        limits = {
             "global_batch_size": global_batch_size,
             "num_processes": num_processes,
             "micro_batch_size": micro_batch_size,
             "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
         }
-        for name, value in given.items():
+        for name, value in limits.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; at least 1")
         if micro_batch_size is None and max_tokens_per_micro_batch is None:
@@ -97,11 +97,11 @@ class BatchPlan:
 
     def samples(self, position: int, count: int) -> list[int]:
         """Sample numbers `position` to `position + count` of the stream, over the ends of epochs."""
-        found: list[int] = []
-        while len(found) < count:
-            epoch, offset = divmod(position + len(found), len(self.lengths))
-            found += self._epoch(epoch)[offset : offset + count - len(found)].tolist()
-        return found
+        numbers: list[int] = []
+        while len(numbers) < count:
+            epoch, offset = divmod(position + len(numbers), len(self.lengths))
+            numbers += self._epoch(epoch)[offset : offset + count - len(numbers)].tolist()
+        return numbers
 
     def global_batch(self, position: int) -> GlobalBatch:
         """The global batch that begins at a position, cut into micro-batches.
@@ -220,13 +220,18 @@ def cut_into_groups(
     totals = [int(cheapest[rest, count]) + (-rest % multiple_of) * overhead for rest in range(multiple_of)]
     rest = int(np.argmin(totals))
     empty = -rest % multiple_of
+    return _read_back(came_from, rest) + [(count, count)] * empty
+
+
+def _read_back(came_from: np.ndarray, rest: int) -> list[tuple[int, int]]:
+    """The groups in order, from where each cheapest cut's last group begins (`came_from`: [multiple, rows + 1])."""
     groups: list[tuple[int, int]] = []
-    end = count
+    end = came_from.shape[1] - 1
     while end > 0:
         start = int(came_from[rest, end])
         groups.append((start, end))
-        rest, end = (rest - 1) % multiple_of, start
-    return groups[::-1] + [(count, count)] * empty
+        rest, end = (rest - 1) % came_from.shape[0], start
+    return groups[::-1]
 
 
 def _most_rows(length: int, max_rows: int | None, max_tokens: int | None, count: int) -> int:
@@ -245,7 +250,7 @@ def padding_share(plan: BatchPlan, steps: int | None = None) -> float:
         for process in batch.micro_batches:
             for rows in process:
                 if rows:
-                    chosen = plan.lengths[rows]
-                    computed += int(chosen.max()) * len(rows)
-                    held += int(chosen.sum())
+                    lengths = plan.lengths[rows]
+                    computed += int(lengths.max()) * len(rows)
+                    held += int(lengths.sum())
     return 1 - held / computed if computed else 0.0

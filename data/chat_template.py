@@ -158,7 +158,7 @@ def _check_counts(arguments: Iterable[Any]) -> None:
 
 def _check_widths(pattern: re.Pattern[str], text: str) -> None:
     """Widths within a text that is a format."""
-    _check_size(max((int(found[1]) for found in pattern.finditer(text)), default=0))
+    _check_size(max((int(match[1]) for match in pattern.finditer(text)), default=0))
 
 
 def _joinable(separator: str, items: Any) -> Any:
@@ -243,7 +243,7 @@ def render(
     blocks: list[str] = []
     spans: list[tuple[int, int]] = []
     size = 0
-    given = {
+    variables = {
         "messages": messages,
         "tools": None,
         "documents": None,
@@ -253,7 +253,7 @@ def render(
     }
     try:
         with environment.activate_tracker(blocks, spans) if marks else nullcontext():
-            for block in program.generate(given):
+            for block in program.generate(variables):
                 blocks.append(block)
                 size += len(block)
                 _check_size(size)
@@ -267,12 +267,12 @@ def _why(template: str, error: Exception) -> str:
         return f"{named(template)} refuses it: {error}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     where = f" in line {lines[-1]}" if lines else ""
-    said = f"{named(template)} fails{where}: {type(error).__name__}: {str(error)[:300]}"
+    words = f"{named(template)} fails{where}: {type(error).__name__}: {str(error)[:300]}"
     if isinstance(error, SecurityError):
-        return said
+        return words
     return (
-        f"{said}. The content of a message is a list of parts, {{'type': 'text', 'text': …}} and {{'type': 'image'}}: "
-        "a template for texts alone fails at it"
+        f"{words}. The content of a message is a list of parts, {{'type': 'text', 'text': …}} and "
+        "{'type': 'image'}: a template for texts alone fails at it"
     )
 
 

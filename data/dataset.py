@@ -212,17 +212,17 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if self.supervision.needs_image_sizes:
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
             encoded = self.supervision.encode(conversation, sizes)
-            found = []
+            tensors = []
             for source in conversation.images[: encoded.images]:
-                known = features.find(source, self.image_root)
-                if known is None:
+                stored = features.find(source, self.image_root)
+                if stored is None:
                     open_image(source, self.image_root)
                     name, problem = image_name(source), "has changed since its features were stored: start anew"
                     raise BadImage("unreadable_image", name, problem)
-                found.append(known)
+                tensors.append(stored)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        return Sample(conversation.id, encoded, [], sizes[: encoded.images], found)
+        return Sample(conversation.id, encoded, [], sizes[: encoded.images], tensors)
 
     def _counted(
         self,
@@ -234,14 +234,14 @@ class ConversationDataset(Dataset[Sample | Drop]):
         if cache_dir is None:
             return self._count(conversations, progress)
         parts = lengths_depend_on(conversations, self.supervision, self.image_root, self.known_images)
-        kept, name = Kept(cache_dir), f"lengths-{identity_of(parts)[:24]}"
-        found = kept.find(name, parts)
-        if found is not None:
-            return [Counted(*row) for row in found["rows"]], [Drop(**drop) for drop in found["drops"]]
+        store, name = Kept(cache_dir), f"lengths-{identity_of(parts)[:24]}"
+        result = store.find(name, parts)
+        if result is not None:
+            return [Counted(*row) for row in result["rows"]], [Drop(**drop) for drop in result["drops"]]
         rows, drops = self._count(conversations, progress)
         # An image that is missing today may be there tomorrow.
         if not any(drop.reason in IMAGE_REASONS for drop in drops):
-            kept.keep(name, parts, {"rows": rows, "drops": [asdict(drop) for drop in drops]})
+            store.keep(name, parts, {"rows": rows, "drops": [asdict(drop) for drop in drops]})
         return rows, drops
 
     def _count(
@@ -331,9 +331,9 @@ class Collator:
             inputs["pixel_values"] = _stack(pixels)
             if pixels[0].dim() == 4:
                 inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        features = [known for sample in samples for known in sample.features]
+        features = [of_image for sample in samples for of_image in sample.features]
         if features:
-            inputs |= {name: torch.cat([known[name] for known in features]) for name in features[0]}
+            inputs |= {name: torch.cat([of_image[name] for of_image in features]) for name in features[0]}
             inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
         layout = None if self.lay_out is None else self.lay_out(input_ids, attention_mask, labels)
         return MicroBatch(inputs, [sample.id for sample in samples], dropped, layout)

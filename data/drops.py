@@ -133,10 +133,10 @@ class DropLog:
     def summary(self) -> str:
         """One line: how many rows were left out and why, and what was done to others."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        said = f"{len(self.drops)} rows were left out: {reasons}" if self.drops else "No row was left out"
+        words = f"{len(self.drops)} rows were left out: {reasons}" if self.drops else "No row was left out"
         if self.placed:
-            said += f". {self.placed} rows name no place for their images: put at the start of the first question"
-        return said
+            words += f". {self.placed} rows name no place for their images: put at the start of the first question"
+        return words
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """List every drop, one JSON object a line (sample_id, reason, detail, file)."""

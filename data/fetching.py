@@ -103,19 +103,19 @@ def fetch(options: FetchOptions, progress: Callable[[Outcome, int], None] = lamb
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
         sweep(place)
-    wanted: list[tuple[Server, str]] = []
+    files: list[tuple[Server, str]] = []
     for folder, names in groups.items():
         server = Server(folder, options.sources[folder], options.to, options.timeout)
         for name in names:
             if (options.to / name).is_file() and (options.to / name).stat().st_size > 0:
                 outcome.fates["there"] += 1
             else:
-                wanted.append((server, name))
+                files.append((server, name))
     progress(outcome, total)
     stop = threading.Event()
     with ThreadPoolExecutor(options.workers) as pool:
         waiting: set[Future[tuple[str, Fate, int, str]]] = set()
-        queue = iter(_mixed(wanted))
+        queue = iter(_mixed(files))
         try:
             while True:
                 for server, name in queue:
@@ -138,10 +138,10 @@ def fetch(options: FetchOptions, progress: Callable[[Outcome, int], None] = lamb
             raise
 
 
-def _mixed(wanted: Sequence[tuple[Server, str]]) -> Iterator[tuple[Server, str]]:
+def _mixed(files: Sequence[tuple[Server, str]]) -> Iterator[tuple[Server, str]]:
     """The sources in turn, so that one that is slow holds up no other."""
     groups: dict[str, list[tuple[Server, str]]] = {}
-    for server, name in wanted:
+    for server, name in files:
         groups.setdefault(server.folder, []).append((server, name))
     queues = [iter(group) for group in groups.values()]
     while queues:

@@ -93,9 +93,9 @@ def refuse_to_replace(
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
     """Raises `FileInTheWay` where a file of `outputs` would replace an input, or a file in a folder of them."""
-    given = [source for source in inputs if os.path.exists(source)]
+    existing = [source for source in inputs if os.path.exists(source)]
     for output in outputs:
-        for source in given if output.exists() else []:
+        for source in existing if output.exists() else []:
             is_in_it = os.path.isdir(source) and Path(os.path.realpath(output)).is_relative_to(
                 os.path.realpath(source)
             )

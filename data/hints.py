@@ -61,7 +61,7 @@ def _others(rest: str) -> Iterator[tuple[str, str]]:
         yield unicodedata.normalize(form, slashed), cure
     # OCR-VQA's images are often saved under their true suffix, .gif or .png, where the JSON says .jpg.
     stem, suffix = os.path.splitext(slashed)
-    for other in dict.fromkeys((suffix.lower(), suffix.upper(), *SUFFIXES, *(known.upper() for known in SUFFIXES))):
+    for other in dict.fromkeys((suffix.lower(), suffix.upper(), *SUFFIXES, *(ending.upper() for ending in SUFFIXES))):
         yield stem + other, "rename it, the content decides"
     name = slashed.rsplit("/", 1)
     for changed in (name[-1].lower(), name[-1].upper()):

@@ -50,9 +50,9 @@ class Source:
     """What an entry of the index calls the address."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("files", "archive", "index") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UserError(f"a source needs one of files, archive and index; given are {', '.join(given) or 'none'}")
+        places = [name for name in ("files", "archive", "index") if getattr(self, name) is not None]
+        if len(places) != 1:
+            raise UserError(f"a source needs one of files, archive and index; given are {', '.join(places) or 'none'}")
         for key in ("files", "archive"):
             address = getattr(self, key)
             if address is not None and not address.startswith(("http://", "https://")):
@@ -81,10 +81,10 @@ def read_sources(path: Path, replaced_by: Path | None = None) -> dict[str, Sourc
             raise UserError(f"{file} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} holds a {type(content).__name__}; needed are folders, each with a source")
-        known = {item.name for item in fields(Source)}
+        keys = {item.name for item in fields(Source)}
         for folder, values in content.items():
-            if not isinstance(values, dict) or not values.keys() <= known or not all(map(_is_text, values.values())):
-                raise UserError(f"{file}: {folder}: {values!r} is no source; its keys are {', '.join(sorted(known))}")
+            if not isinstance(values, dict) or not values.keys() <= keys or not all(map(_is_text, values.values())):
+                raise UserError(f"{file}: {folder}: {values!r} is no source; its keys are {', '.join(sorted(keys))}")
             try:
                 sources[str(folder).strip("/")] = Source(**values)
             except UserError as error:
@@ -204,18 +204,18 @@ class Server:
     def _addresses(self) -> dict[str, Any]:
         with self._lock:
             if self._index is None:
-                given = self.source.index
-                assert given is not None
-                if given.startswith(("http://", "https://")):
-                    content = self._get(given)
+                index = self.source.index
+                assert index is not None
+                if index.startswith(("http://", "https://")):
+                    content = self._get(index)
                     if content is None:
-                        raise SourceDown(f"there is no index at {given}")
+                        raise SourceDown(f"there is no index at {index}")
                     try:
                         self._index = json.loads(content)
                     except (ValueError, RecursionError) as error:
-                        raise SourceDown(f"index {given} is not JSON") from error
+                        raise SourceDown(f"index {index} is not JSON") from error
                 else:
-                    file = Path(given) if Path(given).is_file() else self.root / given
+                    file = Path(index) if Path(index).is_file() else self.root / index
                     try:
                         self._index = read_json(file)
                     except MissingFile as error:
@@ -226,7 +226,7 @@ class Server:
                     except UserError as error:
                         raise SourceDown(str(error)) from error
                 if not isinstance(self._index, dict):
-                    raise SourceDown(f"index {given} holds no JSON object")
+                    raise SourceDown(f"index {index} holds no JSON object")
             return self._index
 
 

@@ -108,8 +108,8 @@ def check_image_file(file: Path, hint: bool = True) -> None:
     try:
         status = os.stat(file)
     except FileNotFoundError:
-        found = hint_for_missing(file) if hint else ""
-        raise BadImage("missing_image", str(file), "there is no such file" + found) from None
+        hint_words = hint_for_missing(file) if hint else ""
+        raise BadImage("missing_image", str(file), "there is no such file" + hint_words) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadImage("unreadable_image", str(file), "the symbolic links form a loop") from None
@@ -226,8 +226,8 @@ def _decoded(file: BinaryIO, name: str, max_pixels: int, look: Callable[[Image.I
     except Image.UnidentifiedImageError:
         kind = kind_of(start)
         read = ", ".join(FORMATS)
-        said = f", but {kind}" if kind else ""
-        raise BadImage("unreadable_image", name, f"is no image that Pillow knows as one of {read}{said}") from None
+        aside = f", but {kind}" if kind else ""
+        raise BadImage("unreadable_image", name, f"is no image that Pillow knows as one of {read}{aside}") from None
     except BadImage:
         raise
     except ValueError:
@@ -266,8 +266,8 @@ def _checked(image: Image.Image, name: str, max_pixels: int, look: Callable[[Ima
 
 def _words(error: Exception) -> str:
     """Pillow's words for what is wrong; those in bytes show what stands in the file."""
-    said = error.args[0] if error.args and isinstance(error.args[0], str) else ""
-    return said or type(error).__name__
+    words = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+    return words or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:

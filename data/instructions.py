@@ -118,12 +118,12 @@ def read_instructions(
         rows = iterate_table(str(source), split)
     conversations: list[Conversation] = []
     seen = 0
-    for _, found in parse_rows(rows, str(source)):
+    for _, parsed in parse_rows(rows, str(source)):
         seen += 1
-        if isinstance(found, Conversation):
-            conversations.append(found)
+        if isinstance(parsed, Conversation):
+            conversations.append(parsed)
         else:
-            drops.add(found)
+            drops.add(parsed)
             drops.check(seen)
     drops.check(seen, minimum=1)
     return conversations
@@ -214,9 +214,9 @@ def _is_prompt_and_completion(row: dict[str, Any]) -> bool:
     return named == [True, True, False, False]
 
 
-def _spoken(said: Any, role: str) -> list[Any]:
+def _spoken(content: Any, role: str) -> list[Any]:
     """TRL's prompts and completions: a list of messages, or a text that is one."""
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
 def _misfit(row: Any) -> str:
@@ -241,12 +241,12 @@ def parse_llava_row(row: Any, index: int = 0, source: str = "") -> Conversation:
         BadSample: as `parse_row`.
     """
     sample_id = row_id(row, index, source)
-    said: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for number, turn in enumerate(_turn_list(row, sample_id, source)):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise malformed(sample_id, source, f"turn {number} has no text 'value': {found_in_words(turn)}")
-        said.append((_role(turn, "from", number, sample_id, source), turn["value"]))
-    return _conversation(row, sample_id, images_of(row, sample_id, source), said, source)
+        pairs.append((_role(turn, "from", number, sample_id, source), turn["value"]))
+    return _conversation(row, sample_id, images_of(row, sample_id, source), pairs, source)
 
 
 def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversation:
@@ -260,7 +260,7 @@ def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversati
         BadSample: as `parse_row`.
     """
     sample_id = row_id(row, index, source)
-    said: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     inline: list[ImageSource] = []
     for number, turn in enumerate(_turn_list(row, sample_id, source)):
         if not isinstance(turn, dict):
@@ -268,15 +268,15 @@ def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversati
         role = _role(turn, "role", number, sample_id, source)
         content = turn.get("content")
         if isinstance(content, str):
-            said.append((role, content))
+            pairs.append((role, content))
         elif isinstance(content, list):
-            said.append((role, "".join(_part(part, number, inline, sample_id, source) for part in content)))
+            pairs.append((role, "".join(_part(part, number, inline, sample_id, source) for part in content)))
         else:
             raise malformed(sample_id, source, f"message {number} has no 'content': {found_in_words(turn)}")
     beside = images_of(row, sample_id, source)
     if inline and beside:
         raise malformed(sample_id, source, "images stand both inside the messages and beside them")
-    return _conversation(row, sample_id, tuple(inline) or beside, said, source)
+    return _conversation(row, sample_id, tuple(inline) or beside, pairs, source)
 
 
 def _part(part: Any, number: int, inline: list[ImageSource], sample_id: str, source: str) -> str:
@@ -305,21 +305,21 @@ def row_id(row: Any, index: int, source: str = "") -> str:
     Raises:
         BadSample: an id that is no text (half of a surrogate pair).
     """
-    given = row.get("id") if isinstance(row, dict) else None
-    if given is None or given == "":
+    own_id = row.get("id") if isinstance(row, dict) else None
+    if own_id is None or own_id == "":
         return f"#{index}"
-    check_text(str(given), "its id", f"#{index}", source)
-    return str(given)
+    check_text(str(own_id), "its id", f"#{index}", source)
+    return str(own_id)
 
 
 def _conversation(
-    row: dict[str, Any], sample_id: str, images: tuple[ImageSource, ...], said: list[tuple[str, str]], source: str
+    row: dict[str, Any], sample_id: str, images: tuple[ImageSource, ...], pairs: list[tuple[str, str]], source: str
 ) -> Conversation:
     refused = refused_column(row, bool(images))
     if refused is not None:
         raise malformed(sample_id, source, refused)
-    system = _system(row, said, sample_id, source)
-    turns = said[bool(said) and said[0][0] == "system" :]
+    system = _system(row, pairs, sample_id, source)
+    turns = pairs[bool(pairs) and pairs[0][0] == "system" :]
     # As LLaVA does: a conversation that the assistant opens begins with the user's first turn.
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
@@ -339,7 +339,7 @@ def _conversation(
     placeholders = sum(text.count(PLACEHOLDER) for _, text in system + turns)
     is_placed = bool(images) and not placeholders
     if is_placed:
-        foreign = next((found[0] for _, text in turns if (found := _FOREIGN_PLACEHOLDER.search(text))), None)
+        foreign = next((match[0] for _, text in turns if (match := _FOREIGN_PLACEHOLDER.search(text))), None)
         if foreign is not None:
             raise BadSample(
                 "placeholder_count",
@@ -358,26 +358,26 @@ def _conversation(
     return Conversation(sample_id, images, tuple(system + turns), is_placed)
 
 
-def _system(row: dict[str, Any], said: list[tuple[str, str]], sample_id: str, source: str) -> list[tuple[str, str]]:
+def _system(row: dict[str, Any], pairs: list[tuple[str, str]], sample_id: str, source: str) -> list[tuple[str, str]]:
     """The system turn: the one among the turns, or what a column beside them says."""
-    found = said[:1] if said and said[0][0] == "system" else []
+    system = pairs[:1] if pairs and pairs[0][0] == "system" else []
     for name, value in row.items():
         if str(name).lower() not in SYSTEM or is_empty(value):
             continue
         if not isinstance(value, str):
             raise malformed(sample_id, source, f"the column {name!r} is {found_in_words(value)}, not a text")
-        if found and found[0][1] != value:
+        if system and system[0][1] != value:
             raise malformed(sample_id, source, f"the column {name!r} and another system prompt differ: keep one")
-        found = [("system", value)]
-    return found
+        system = [("system", value)]
+    return system
 
 
 def _turn_list(row: Any, sample_id: str, source: str) -> list[Any]:
     if isinstance(row, dict) and row.get("conversations") and row.get("messages"):
         raise malformed(sample_id, source, "it has both 'conversations' and 'messages': keep one")
     turns = _given_turns(row)
-    asked = row["prompt"] if turns and _is_prompt_and_completion(row) else None
-    if isinstance(asked, list) and any(isinstance(one, dict) and one.get("role") == "assistant" for one in asked):
+    prompt = row["prompt"] if turns and _is_prompt_and_completion(row) else None
+    if isinstance(prompt, list) and any(isinstance(one, dict) and one.get("role") == "assistant" for one in prompt):
         raise malformed(sample_id, source, "the prompt holds an answer, which would be learned as well: use messages")
     if not turns:
         key = (

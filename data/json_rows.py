@@ -122,8 +122,8 @@ class _Reader:
                 return
             if self.count:
                 if symbol != ",":
-                    found = repr(symbol) if symbol else "the end of the file"
-                    raise JsonRowError(f"has {found} after row {self.count - 1}, where a comma or ] is due")
+                    words = repr(symbol) if symbol else "the end of the file"
+                    raise JsonRowError(f"has {words} after row {self.count - 1}, where a comma or ] is due")
                 self.at += 1
                 if self._next_symbol() == "]":
                     raise JsonRowError(f"has a comma and no row after row {self.count - 1}: take out the comma")

@@ -75,8 +75,8 @@ class Kept:
 
     def get(self, name: str, parts: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """The result that was kept for these parts, or the one that `make` gives, which is kept; as JSON has it."""
-        found = self.find(name, parts)
-        if found is None:
-            found = json.loads(json.dumps(make()))
-            self.keep(name, parts, found)
-        return found
+        result = self.find(name, parts)
+        if result is None:
+            result = json.loads(json.dumps(make()))
+            self.keep(name, parts, result)
+        return result

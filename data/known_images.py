@@ -38,18 +38,18 @@ class KnownImages:
         if file is None:
             return read(source, root)
         path, stamp = file
-        known = self.files.get(path)
-        if known is None or known["stamp"] != stamp:
-            known = self.files[path] = {"stamp": stamp}
-        if what not in known:
-            known[what] = read(source, root)
-        return known[what]
+        entry = self.files.get(path)
+        if entry is None or entry["stamp"] != stamp:
+            entry = self.files[path] = {"stamp": stamp}
+        if what not in entry:
+            entry[what] = read(source, root)
+        return entry[what]
 
     def has(self, what: str, source: ImageSource, root: Root) -> bool:
         """Whether `get` would open nothing."""
         file = _file_of(source, root)
-        known = self.files.get(file[0], {}) if file else {}
-        return file is not None and known.get("stamp") == file[1] and what in known
+        entry = self.files.get(file[0], {}) if file else {}
+        return file is not None and entry.get("stamp") == file[1] and what in entry
 
     def size(self, source: ImageSource, root: Root) -> tuple[int, int]:
         """(height, width), as `image_size`. Raises BadImage."""
@@ -59,14 +59,14 @@ class KnownImages:
     def learn(self, others: dict[str, dict[str, Any]]) -> None:
         """Takes in the `files` of another one, such as another process's."""
         for path, other in others.items():
-            known = self.files.get(path, {})
-            same = known.get("stamp") == other["stamp"]
-            self.files[path] = {**known, **other} if same else other
+            entry = self.files.get(path, {})
+            same = entry.get("stamp") == other["stamp"]
+            self.files[path] = {**entry, **other} if same else other
 
     def keep(self, folder: str | os.PathLike[str]) -> None:
         """Keeps what is known for the next run. Raises `CannotWrite`."""
         before = time.time_ns() - SETTLED * 1_000_000_000
-        settled = {path: known for path, known in self.files.items() if known["stamp"][2] < before}
+        settled = {path: entry for path, entry in self.files.items() if entry["stamp"][2] < before}
         Kept(folder).keep("images", _PARTS, settled)
 
 

@@ -17,23 +17,23 @@ def without_texts(file: BinaryIO) -> io.BytesIO:
     Pillow refuses a file whose texts or profile are over its limits, which are a module's globals; other readers of
     PNG pass them over. What is no PNG, or broken off, is copied as far as it goes.
     """
-    kept = io.BytesIO()
-    kept.write(file.read(len(SIGNATURE)))
+    rest = io.BytesIO()
+    rest.write(file.read(len(SIGNATURE)))
     room = _ROOM
     while len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         if kind not in _WITHOUT_PIXELS:
-            kept.write(header)
-            kept.write(file.read(length + 4))
+            rest.write(header)
+            rest.write(file.read(length + 4))
             continue
         body = file.read(length + 4) if length <= room else b""
         if not body:
             file.seek(length + 4, io.SEEK_CUR)
         elif body.startswith(_WITH_ORIENTATION) and (size := _size_of_text(kind, body, room)) <= room:
             room -= size
-            kept.write(header + body)
-    kept.seek(0)
-    return kept
+            rest.write(header + body)
+    rest.seek(0)
+    return rest
 
 
 def _size_of_text(kind: bytes, body: bytes, room: int) -> int:

@@ -45,14 +45,14 @@ def stray_media(role: str, text: str) -> str | None:
     if "<" not in text:
         return None
     text = _CODE.sub("", text)
-    found = _MEDIA.match(text.lstrip()) if role == "assistant" else _MEDIA.search(text)
-    return found[1] if found and f"</{found[1][1:]}" not in text else None
+    match = _MEDIA.match(text.lstrip()) if role == "assistant" else _MEDIA.search(text)
+    return match[1] if match and f"</{match[1][1:]}" not in text else None
 
 
 def images_of(row: dict[str, Any], sample_id: str, source: str) -> tuple[ImageSource, ...]:
     """The images that stand beside the turns, in `images` or `image`. Raises BadSample for one that is none."""
-    given = [row[key] for key in ("images", "image") if not is_empty(row.get(key))]
-    many = [list(held) if isinstance(held, list | tuple) else [held] for held in given]
+    values = [row[key] for key in ("images", "image") if not is_empty(row.get(key))]
+    many = [list(held) if isinstance(held, list | tuple) else [held] for held in values]
     if len(many) == 2 and many[0] != many[1]:
         raise malformed(sample_id, source, "'image' and 'images' hold different images: keep one column")
     return tuple(image_of(one, sample_id, source) for one in many[0]) if many else ()

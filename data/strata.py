@@ -38,8 +38,8 @@ def rank_of(conversation: Conversation, seed: int) -> int:
     # An embedded image, and a row without an id, are called by their place in the file, which must not come in.
     paths = [source for source in conversation.images if isinstance(source, str)]
     name = "" if conversation.id.startswith("#") else conversation.id
-    said = json.dumps([seed, name, paths, conversation.turns], separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "big")
+    text = json.dumps([seed, name, paths, conversation.turns], separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def quotas(rows: dict[str, int], fraction: float) -> dict[str, int]:
@@ -89,16 +89,16 @@ class Ranking:
         """
         if not 0 < fraction <= 1:
             raise UserError(f"fraction is {fraction}; above 0 and at most 1")
-        wanted = quotas(self.counts(), fraction)
-        if self.ranks and not any(wanted.values()):
+        counts = quotas(self.counts(), fraction)
+        if self.ranks and not any(counts.values()):
             raise UserError(too_small(fraction, len(self.ranks)))
-        by_number = {number: wanted[name] for name, number in self.names.items()}
-        chosen: list[int] = []
+        by_number = {number: counts[name] for name, number in self.names.items()}
+        numbers: list[int] = []
         for place in sorted(range(len(self.ranks)), key=self.ranks.__getitem__):
             if by_number[self.sources[place]]:
                 by_number[self.sources[place]] -= 1
-                chosen.append(self.rows[place])
-        return sorted(chosen)
+                numbers.append(self.rows[place])
+        return sorted(numbers)
 
 
 def too_small(fraction: float, rows: int) -> str:

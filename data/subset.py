@@ -7,7 +7,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -153,8 +153,8 @@ def _check_options(options: SubsetOptions, is_json: bool) -> None:
 
 
 def _refuse_without_root(options: SubsetOptions) -> None:
-    for asked, name in ((options.verify_images, "verify_images"), (options.missing == "drop", "drop_missing")):
-        if asked:
+    for is_set, name in ((options.verify_images, "verify_images"), (options.missing == "drop", "drop_missing")):
+        if is_set:
             raise UserError(f"{name} needs image_root, the folder that image paths are relative to")
 
 
@@ -162,27 +162,24 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
     drops = DropLog("skip", options.max_bad_fraction)
     pick = _pick_from_stream if options.streaming else _pick
     ranking, picked = pick(reader, folder / IMAGES, drops, progress)
-    selected = Counter(source_of(conversation) for conversation, _ in picked)
     embedded = _embedded(picked, folder / IMAGES, options)
     root = folder / IMAGES if embedded else options.image_root
     problems = _image_problems(picked, root, options, progress)
     missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
-    kept = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
-    if ranking.ranks and not selected:
+    pairs = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
+    if ranking.ranks and not picked:
         raise UserError(too_small(options.fraction, len(ranking.ranks)))
-    if not kept:
+    if not pairs:
         raise UserError(f"no row is left for the subset. {drops.summary()}.")
-    drops.placed = sum(conversation.is_placed for conversation, _ in kept)
-    images = sorted({path for conversation, _ in kept for path in conversation.images if isinstance(path, str)})
+    drops.placed = sum(conversation.is_placed for conversation, _ in pairs)
+    images = sorted({path for conversation, _ in pairs for path in conversation.images if isinstance(path, str)})
     missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
     if embedded:
         root = options.output / IMAGES
-    digest = _write_rows(folder / SUBSET, [row for _, row in kept])
+    digest = _write_rows(folder / SUBSET, [row for _, row in pairs])
     _write_lines(folder / "images.txt", images)
     _write_lines(folder / "missing_images.txt", missing)
     drops.write(folder / "dropped.jsonl")
-    written = Counter(source_of(conversation) for conversation, _ in kept)
-    rows = ranking.counts()
     report = {
         "instructions": options.instructions,
         "fraction": options.fraction,
@@ -190,14 +187,12 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
         "image_root": None if root is None else str(root),
         "rows": len(ranking.ranks) + sum(drops.counts.get(reason, 0) for reason in _BEFORE_THE_DRAW),
         "usable": len(ranking.ranks),
-        "selected": sum(selected.values()),
-        "written": len(kept),
+        "selected": len(picked),
+        "written": len(pairs),
         "dropped": drops.counts,
         "images_placed_at_the_start": drops.placed,
-        "sources": {
-            name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)
-        },
-        "answer_characters": answer_histogram([conversation for conversation, _ in kept]),
+        "sources": _by_source(ranking.counts(), picked, pairs),
+        "answer_characters": answer_histogram([conversation for conversation, _ in pairs]),
         "images": len(images),
         "missing_images": len(missing),
         "images_verified": options.verify_images,
@@ -211,22 +206,28 @@ _BEFORE_THE_DRAW = ("malformed_row", "placeholder_count", "text_only", "no_answe
 Picked = list[tuple[Conversation, dict[str, Any]]]
 
 
+def _by_source(rows: Mapping[str, int], picked: Picked, pairs: Picked) -> dict[str, dict[str, int]]:
+    """Of each source: its rows, those picked for the subset, and those written, whose images can be used."""
+    selected, written = (Counter(source_of(conversation) for conversation, _ in part) for part in (picked, pairs))
+    return {name: {"rows": rows[name], "selected": selected[name], "written": written[name]} for name in sorted(rows)}
+
+
 def _usable(reader: _Reader, drops: DropLog, progress: Progress) -> Iterator[tuple[int, Conversation, Any]]:
     """Number, conversation and row of every row that could be chosen; the others are dropped."""
     source, root = reader.options.instructions, reader.options.image_root
     number = -1
-    for number, (row, found) in enumerate(parse_rows(reader.all(), source)):
+    for number, (row, parsed) in enumerate(parse_rows(reader.all(), source)):
         if number % 4096 == 0:
             progress("reading", number, None)
         try:
-            if isinstance(found, BadSample):
-                raise found
-            check_drawable(found, source, root, reader.options.keep_text_only)
+            if isinstance(parsed, BadSample):
+                raise parsed
+            check_drawable(parsed, source, root, reader.options.keep_text_only)
         except BadSample as error:
             drops.add(error)
             drops.check(number + 1)
         else:
-            yield number, found, row
+            yield number, parsed, row
     progress("reading", number + 1, number + 1)
     drops.check(number + 1, minimum=1)
 
@@ -316,8 +317,8 @@ def _image_problems(picked: Picked, root: Path | None, options: SubsetOptions, p
     problems: Problems = {}
     chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
     with ProcessPoolExecutor(options.num_workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        for done, found in enumerate(pool.map(check_images, chunks, repeat(root), repeat(True))):
-            problems.update(found)
+        for done, of_chunk in enumerate(pool.map(check_images, chunks, repeat(root), repeat(True))):
+            problems.update(of_chunk)
             progress("decoding images", min(64 * (done + 1), len(paths)), len(paths))
     return problems
 

@@ -51,9 +51,9 @@ def _check(output: Path, overwrite: bool) -> None:
         return
     if (output / SUBSET).exists():
         raise FileInTheWay(f"{output} holds a subset already: choose another folder, or replace it with --overwrite")
-    for found in sorted(output.iterdir()):
+    for entry in sorted(output.iterdir()):
         raise FileInTheWay(
-            f"{output} holds {found.name} already: choose a new folder, or write into this one with --overwrite, "
+            f"{output} holds {entry.name} already: choose a new folder, or write into this one with --overwrite, "
             "which replaces files of a subset's names and keeps the others"
         )
 

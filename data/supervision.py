@@ -234,7 +234,7 @@ class Supervision:
         if not spans:
             raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from")
         ids, characters, images = self._tokenize(conversation, text, image_sizes)
-        answers = [found for found in (_token_range(characters, span) for span in spans) if found[0] < found[1]]
+        answers = [tokens for tokens in (_token_range(characters, span) for span in spans) if tokens[0] < tokens[1]]
         length, cut = len(ids), None
         if self.max_length is not None and length > self.max_length:
             length, cut = self._fit(conversation, answers, images)

@@ -19,14 +19,14 @@ class CalibrationSample(NamedTuple):
     image_sizes: Tensor | None = None  # [images, 2] int64 (height, width), LLaVA-NeXT only
 
 
-class Prompt(NamedTuple):
+class EmbeddedPrompt(NamedTuple):
     """A prompt as the language model reads it."""
 
     embeds: Tensor  # [n, H], visual tokens in their places
     visual: Tensor  # [n] bool, where they are
 
 
-def embed_prompt(model: Any, sample: CalibrationSample) -> Prompt:
+def embed_prompt(model: Any, sample: CalibrationSample) -> EmbeddedPrompt:
     """The language model's input for a prompt: text embeddings and, in their places, projected visual tokens.
 
     `model` is a LLaVA or LLaVA-NeXT, reduced or not. Raises ValueError when its visual tokens do not fit the
@@ -43,7 +43,7 @@ def embed_prompt(model: Any, sample: CalibrationSample) -> Prompt:
             f"the prompt has {int(visual.sum())} placeholders, but its images give {len(features)} visual tokens: "
             "build it with the processor that belongs to this model."
         )
-    return Prompt(embeds.masked_scatter(visual[:, None], features), visual)
+    return EmbeddedPrompt(embeds.masked_scatter(visual[:, None], features), visual)
 
 
 def plan_batches(prompts: Sequence[Tensor], image_token_id: int, samples_per_batch: int) -> list[list[int]]:

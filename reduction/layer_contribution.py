@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortzip.reduction.calibration_prompts import CalibrationSample, Prompt, embed_prompt, plan_batches
+from shortzip.reduction.calibration_prompts import CalibrationSample, EmbeddedPrompt, embed_prompt, plan_batches
 
 from .errors import ReductionError
 from .layer_choice import DIRECTIONS, Direction
@@ -105,7 +105,7 @@ class LayerContributionMeter:
         self._beginning: _Beginning | None = None
 
     @torch.no_grad()
-    def measure(self, prompts: Sequence[Prompt]) -> Contributions:
+    def measure(self, prompts: Sequence[EmbeddedPrompt]) -> Contributions:
         """LC for every prompt; neighbours that begin with the same text are computed together.
 
         Raises ValueError for a prompt without visual tokens.
@@ -118,7 +118,7 @@ class LayerContributionMeter:
                 text.append(part.text)
         return Contributions(torch.cat(visual), torch.cat(text) if text else None)
 
-    def _measure_group(self, prompts: list[Prompt]) -> Contributions:
+    def _measure_group(self, prompts: list[EmbeddedPrompt]) -> Contributions:
         """Prompts with the same text before the image, as one batch padded on the right, which no token sees."""
         start = int(prompts[0].visual.nonzero()[0])
         was_training = [module for module in self.decoder.modules() if module.training]
@@ -323,9 +323,9 @@ class _Places:
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
 
 
-def _begin_alike(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+def _begin_alike(prompts: Sequence[EmbeddedPrompt]) -> Iterator[list[EmbeddedPrompt]]:
     """Runs of neighbours with the same text before the first visual token."""
-    group: list[Prompt] = []
+    group: list[EmbeddedPrompt] = []
     for number, prompt in enumerate(prompts):
         if not bool(prompt.visual.any()):
             raise ReductionError(f"prompt {number} has no visual tokens: LC needs prompts with an image.")

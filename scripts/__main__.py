@@ -30,8 +30,8 @@ class Verb:
     def section(self) -> type:
         """The dataclass of its settings."""
         module, _, name = self.settings.partition(".")
-        found: type = getattr(importlib.import_module(f"shortzip.train.settings.{module}"), name)
-        return found
+        section: type = getattr(importlib.import_module(f"shortzip.train.settings.{module}"), name)
+        return section
 
     def run(self, argv: Sequence[str]) -> None:
         """Reads the command line, and then imports what does the work: --help waits for no torch."""
@@ -151,21 +151,21 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a verb; without one, shows them."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if not given or given[0] in ("-h", "--help", "help"):
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return
-    verb = VERBS.get(given[0])
+    verb = VERBS.get(arguments[0])
     if verb is None:
-        near = difflib.get_close_matches(given[0], VERBS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(arguments[0], VERBS, n=1, cutoff=0.5)
         sys.exit(
-            f"error: there is no verb {given[0]!r}"
+            f"error: there is no verb {arguments[0]!r}"
             + (f"; did you mean {near[0]!r}?" if near else "; `shortzip` lists them")
         )
     # Imported here: `shortzip` alone answers at once.
     from shortzip.train.settings.command_line import run_command
 
-    run_command(verb.run, given[1:])
+    run_command(verb.run, arguments[1:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ again with the same settings: what is measured is kept in layers.json.partial un
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,9 +33,10 @@ from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
+    CalibrationSet,
     Partial,
-    asked_of,
     budget_name,
+    calibration_set,
     measure,
     measured_digest,
     read_measured,
@@ -52,8 +53,22 @@ DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
 
 def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
     """The settings that a measurement depends on."""
-    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full", "dtype",
-             "text_tokens", "load_in_4bit", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
+    names = (
+        "model",
+        "revision",
+        "instructions",
+        "image_root",
+        "samples",
+        "seed",
+        "budget",
+        "compare_full",
+        "dtype",
+        "text_tokens",
+        "load_in_4bit",
+        "samples_per_batch",
+        "chat_template",
+        "on_bad_sample",
+    )
     return {name: getattr(settings, name) for name in names}
 
 
@@ -71,38 +86,13 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     if result is not None:
         refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
     budget = None if settings.budget is None else Reductions.parse(settings.budget)
-    asked = asked_of(settings, budget)
-    if settings.compare_full and asked.visionzip is None:
+    calibration = calibration_set(settings, budget)
+    if settings.compare_full and calibration.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")
     if result is not None:
-        if "measured on" in result:
-            refuse_other_content(result["measured on"], asked.content, settings.output)
-            print(f"{settings.output} holds these measurements already; layers are picked from it")
-        else:
-            print(
-                f"{settings.output} is of a version that did not note what it measured on: whether model and "
-                f"conversations are still the same is not known; to be sure, {ANEW_OR_ELSEWHERE}"
-            )
+        check_content(result, calibration, settings.output)
     else:
-        partial = Partial(partial_path, matters, settings.overwrite)
-        first = measure(settings, budget, partial, asked)
-        measured = [first]
-        if settings.compare_full:
-            measured.append(measure(settings, Reductions(), partial))
-        summaries = [item.summary() for item in measured]
-        result = {
-            "settings": matters,
-            "model": settings.model,
-            "instructions": settings.instructions,
-            "samples": len(first.visual),
-            "seed": settings.seed,
-            "num_layers": first.visual.shape[2],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(sum(item.seconds for item in measured), 3),
-            "measurements": summaries,
-            "digest": measured_digest(summaries),
-            "measured on": asked.content,
-        }
+        result = measure_all(settings, budget, Partial(partial_path, matters, settings.overwrite), calibration)
     ranking = result["measurements"][0]["visual"][settings.direction]["ranking"]
     # None picked is null, as in a config, which takes no empty list.
     layers = (sorted(pick_layers(ranking, settings.freeze)) or None) if settings.freeze is not None else None
@@ -111,6 +101,41 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     draw_contributions(result, chart_of(settings.output))
     partial_path.unlink(missing_ok=True)
     return result
+
+
+def check_content(result: Mapping[str, Any], calibration: CalibrationSet, output: Path) -> None:
+    """Refuses measurements of another model's files or other conversations; where an older file does not tell, says
+    so."""
+    if "measured on" in result:
+        refuse_other_content(result["measured on"], calibration.content, output)
+        print(f"{output} holds these measurements already; layers are picked from it")
+    else:
+        print(
+            f"{output} is of a version that did not note what it measured on: whether model and "
+            f"conversations are still the same is not known; to be sure, {ANEW_OR_ELSEWHERE}"
+        )
+
+
+def measure_all(
+    settings: CalibrateConfig, budget: Reductions | None, partial: Partial, calibration: CalibrationSet
+) -> dict[str, Any]:
+    """What layers.json holds beside the layers: LC under the budget and, with compare_full, of all visual tokens."""
+    first = measure(settings, budget, partial, calibration)
+    measurements = [first, measure(settings, Reductions(), partial)] if settings.compare_full else [first]
+    summaries = [item.summary() for item in measurements]
+    return {
+        "settings": settings_that_matter(settings),
+        "model": settings.model,
+        "instructions": settings.instructions,
+        "samples": len(first.visual),
+        "seed": settings.seed,
+        "num_layers": first.visual.shape[2],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(sum(item.seconds for item in measurements), 3),
+        "measurements": summaries,
+        "digest": measured_digest(summaries),
+        "measured on": calibration.content,
+    }
 
 
 def chart_of(output: Path) -> Path:
@@ -192,50 +217,52 @@ def draw_contributions(result: dict[str, Any], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     frozen = set(result["layers"] or [])
     panels = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
-    width = 0.8 / len(measurements)
     for axes, kind in zip(panels, kinds, strict=True):
         for number, item in enumerate(measurements):
-            mean = np.array(item[kind][direction]["mean"])
-            error = np.array(item[kind][direction]["std"]) / max(1, item["samples"]) ** 0.5
-            places = np.arange(depth) + (number - (len(measurements) - 1) / 2) * width
+            place = (number - (len(measurements) - 1) / 2, 0.8 / len(measurements))
             colors = [
                 _bar_color(number, is_frozen=kind == "visual" and number == 0 and layer in frozen)
                 for layer in range(depth)
             ]
-            hatches = [FROZEN if color == _bar_color(0, is_frozen=True) else "" for color in colors]
-            bars = {"color": colors, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
-            axes.bar(places, mean, width, yerr=error, ecolor=INK, error_kw={"elinewidth": 0.8}, **bars)
-            for place in places[mean == 0]:
-                axes.annotate(
-                    "0", (place, 0.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=INK
-                )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylabel(f"LC of {kind} tokens\n(nats, log scale)", fontsize=9)
-        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-        axes.set_axisbelow(True)
-        for spine in ("top", "right"):
-            axes.spines[spine].set_visible(False)
-        axes.tick_params(labelsize=8)
+            _draw_bars(axes, item[kind][direction], item["samples"], colors, place)
+        _style_panel(axes, kind)
     panels[-1].set_xticks(range(depth))
     panels[-1].set_xlabel("LLM layer", fontsize=9)
-    handles = [Patch(color=_bar_color(number), label=budget_name(item["budget"])) for number, item in
-               enumerate(measurements)]  # fmt: skip
+    handles = [
+        Patch(color=_bar_color(number), label=budget_name(item["budget"])) for number, item in enumerate(measurements)
+    ]
     if frozen:
-        handles.append(
-            Patch(
-                facecolor=_bar_color(0, is_frozen=True),
-                hatch=FROZEN,
-                edgecolor="white",
-                label=f"frozen: {len(frozen)} of {depth} layers",
-            )
-        )
+        look: dict[str, Any] = {"facecolor": _bar_color(0, is_frozen=True), "hatch": FROZEN, "edgecolor": "white"}
+        handles.append(Patch(**look, label=f"frozen: {len(frozen)} of {depth} layers"))
     panels[0].legend(handles=handles, fontsize=8.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
     figure.suptitle("How much the answer changes when a layer leaves tokens as they are", fontsize=11, color=INK)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace_file(Path(path), lambda file: figure.savefig(file, metadata={"Software": DRAWN_BY}))
+
+
+def _draw_bars(axes: Any, lc: Mapping[str, Any], samples: int, colors: list[str], place: tuple[float, float]) -> None:
+    """A bar per layer with its standard error. `place`: (in bars beside the layer's middle, width of a bar)."""
+    beside, width = place
+    mean, error = np.array(lc["mean"]), np.array(lc["std"]) / max(1, samples) ** 0.5
+    places = np.arange(len(mean)) + beside * width
+    hatches = [FROZEN if color == _bar_color(0, is_frozen=True) else "" for color in colors]
+    bars = {"color": colors, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
+    axes.bar(places, mean, width, yerr=error, ecolor=INK, error_kw={"elinewidth": 0.8}, **bars)
+    for at_zero in places[mean == 0]:
+        axes.annotate("0", (at_zero, 0.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=INK)
+
+
+def _style_panel(axes: Any, kind: str) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel(f"LC of {kind} tokens\n(nats, log scale)", fontsize=9)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    for spine in ("top", "right"):
+        axes.spines[spine].set_visible(False)
+    axes.tick_params(labelsize=8)
 
 
 def _bar_color(number: int, is_frozen: bool = False) -> str:

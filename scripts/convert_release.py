@@ -41,40 +41,44 @@ def run(config: ConvertConfig) -> None:
         to_llava(config)
 
 
-def to_transformers(given: ConvertConfig) -> None:
-    if given.base is not None:
-        raise UserError(f"--base {given.base} is for --to llava: to transformers' layout everything is converted")
-    source, _ = fetch(given.model, given.revision)
-    projector = find_projector_file(given.mm_projector) if given.mm_projector else None
+def to_transformers(settings: ConvertConfig) -> None:
+    if settings.base is not None:
+        raise UserError(f"--base {settings.base} is for --to llava: to transformers' layout everything is converted")
+    source, _ = fetch(settings.model, settings.revision)
+    projector = find_projector_file(settings.mm_projector) if settings.mm_projector else None
     refuse_adapter(source)
     config = read_json(source / "config.json")
     if not is_original(config) and projector is None:
         raise UserError(
-            f"{given.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to convert"
+            f"{settings.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to "
+            "convert"
         )
-    tower = resolve_tower(merged_config(source, projector), source, given.vision_tower)
-    dtype = DTYPES[given.dtype] if given.dtype else None
-    convert_to_transformers(source, given.output, tower=tower, projector=projector, dtype=dtype)
-    say(f"written: {given.output} (use it as --model)")
+    tower = resolve_tower(merged_config(source, projector), source, settings.vision_tower)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    convert_to_transformers(source, settings.output, tower=tower, projector=projector, dtype=dtype)
+    say(f"written: {settings.output} (use it as --model)")
 
 
-def to_llava(given: ConvertConfig) -> None:
-    if given.dtype is not None:
+def to_llava(settings: ConvertConfig) -> None:
+    if settings.dtype is not None:
         raise UserError("--dtype is for --to transformers: a projector is written in float32")
-    spec = ReleaseSpec(given.model, given.revision, given.mm_projector, given.vision_tower, chat_template="release")
+    spec = ReleaseSpec(
+        settings.model, settings.revision, settings.mm_projector, settings.vision_tower, chat_template="release"
+    )
     release = open_release(spec)
     write_reduced_checkpoint(
-        given.output,
+        settings.output,
         release,
         release_projector(release),
         load_processor(release),
         release.saved_reductions,
         shape="llava",
-        base=given.base,
-        vision_tower=given.vision_tower,
+        base=settings.base,
+        vision_tower=settings.vision_tower,
     )
     say(
-        f"python -m llava.serve.cli --model-path {given.output} --model-base {given.base or 'BASE'} --image-file IMAGE"
+        f"python -m llava.serve.cli --model-path {settings.output} --model-base {settings.base or 'BASE'} "
+        "--image-file IMAGE"
     )
 
 

@@ -60,116 +60,142 @@ def converse(
     `budget`: dominant, contextual, number of frozen layers. What goes wrong is said in the status, and leaves all the
     conversations as they were: they are about the same questions.
     """
-    asked = question.replace(PLACEHOLDER, "").strip()
+    text = question.replace(PLACEHOLDER, "").strip()
     if path is None:
         yield talks, question, "⚠️ Choose or upload an image first."
         return
-    if not asked:
+    if not text:
         yield talks, question, "⚠️ Write a question."
         return
-    if len(asked) + max((sum(len(_text(turn)) for turn in talk) for talk in talks), default=0) > LONGEST:
+    if len(text) + max((sum(len(_text(turn)) for turn in talk) for talk in talks), default=0) > LONGEST:
         yield talks, question, f"⚠️ A conversation holds {LONGEST:,} characters at most: ask less, or begin a new one."
         return
-    said = list(talks)
+    after = list(talks)
     try:
         image = open_image(path)
         built = [models.build(kind, *budget) for kind in models.kinds]
         for place, kind in enumerate(models.kinds):
-            turns = [(turn["role"], _text(turn)) for turn in said[place] if not _is_note(turn)]
-            turns.append(("user", asked))
+            turns = [(turn["role"], _text(turn)) for turn in after[place] if not _is_note(turn)]
+            turns.append(("user", text))
             turns[0] = ("user", f"{PLACEHOLDER}\n{turns[0][1]}")
             answer, took = models.answer(*built[place], turns, image)
-            said[place] = [
-                *said[place],
-                {"role": "user", "content": asked},
+            after[place] = [
+                *after[place],
+                {"role": "user", "content": text},
                 {"role": "assistant", "content": answer},
                 {"role": "assistant", "content": "", "metadata": {"title": took if answer else f"(nothing) {took}"}},
             ]
-            yield list(said), "", f"{kind}: {took}"
-        yield said, "", ""
+            yield list(after), "", f"{kind}: {took}"
+        yield after, "", ""
     except BadImage as error:
         yield talks, question, f"⚠️ {Path(path).name}: {error.detail}"
     except (ValueError, RuntimeError) as error:  # a GPU's memory that is full is a RuntimeError
         yield talks, question, f"⚠️ {error}"
 
 
-def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
-    """The Gradio page; pictures are written to `scratch`."""
-    import gradio as gr
+class Replies:
+    """What the page's events give back, in the order of the components that they fill."""
 
-    names = {path.name: str(path) for path in gallery}
-    dominant, contextual, frozen = models.defaults
-    empty = [*([] for _ in models.kinds), ""]
+    def __init__(self, models: Models, gallery: Sequence[Path], scratch: Path) -> None:
+        self.models, self.scratch = models, scratch
+        self.paths = {path.name: str(path) for path in gallery}
+        self.anew = [*([] for _ in models.kinds), ""]
+        """Empty conversations, and no progress."""
 
-    def look(path: str | None, keep: int, merge: int) -> tuple[Any, str]:
+    def look(self, path: str | None, keep: int, merge: int) -> tuple[Any, str]:
         """The picture for the image at `path`, or what is wrong with it."""
         if path is None:
             return None, "Choose or upload an image."
         try:
-            picture = scratch / f"{time.time_ns()}.png"
-            models.draw(open_image(path), int(keep), int(merge), picture)
+            picture = self.scratch / f"{time.time_ns()}.png"
+            self.models.draw(open_image(path), int(keep), int(merge), picture)
         except (BadImage, ValueError) as error:
             return None, f"⚠️ {Path(path).name}: {error.detail if isinstance(error, BadImage) else error}"
-        total = int(keep) + int(merge)
-        return str(picture), f"{total} of {models.patches} visual tokens ({total / models.patches:.0%})"
+        total, patches = int(keep) + int(merge), self.models.patches
+        return str(picture), f"{total} of {patches} visual tokens ({total / patches:.0%})"
 
-    def show(path: str | None, keep: int, merge: int) -> tuple[Any, ...]:
+    def show(self, path: str | None, keep: int, merge: int) -> tuple[Any, ...]:
         """A file becomes the image, if it is one; the conversation begins anew, and the other way to give an image
         is emptied, so that its last choice can be made again."""
-        picture, status = look(path, keep, merge)
-        return (path if picture else None, picture, status, None, *empty)
+        picture, status = self.look(path, keep, merge)
+        return (path if picture else None, picture, status, None, *self.anew)
 
-    def choose(name: str, keep: int, merge: int) -> tuple[Any, ...]:
-        return show(names[name], keep, merge)
+    def choose(self, name: str, keep: int, merge: int) -> tuple[Any, ...]:
+        return self.show(self.paths[name], keep, merge)
 
-    def ask(path: str | None, text: str, keep: int, merge: int, freeze: int, *said: Any) -> Iterator[tuple[Any, ...]]:
+    def ask(
+        self, path: str | None, question: str, keep: int, merge: int, freeze: int, *talks: Any
+    ) -> Iterator[tuple[Any, ...]]:
         budget = (int(keep), int(merge), int(freeze))
-        for after, left, state in converse(models, path, text, budget, said):
-            yield (*after, left, state)
+        for after, rest, status in converse(self.models, path, question, budget, talks):
+            yield (*after, rest, status)
 
-    with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
+
+class Layout:
+    """The page's components, as they stand on it; made inside a `gradio.Blocks`."""
+
+    def __init__(self, gr: Any, models: Models, paths: dict[str, str]) -> None:
         gr.Markdown("# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector.")
-        image = gr.State(str(gallery[0]) if gallery else None)
+        self.image = gr.State(next(iter(paths.values()), None))
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                chosen = gr.Dropdown(list(names), value=next(iter(names), None), label="image", elem_id="choose")
-                file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
-                most = models.patches + models.cls
-                keep = gr.Slider(models.cls or 1, most, dominant, step=1, label="dominant", elem_id="dominant")
-                merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
-                freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
+                self._add_settings(gr, models, list(paths))
             with gr.Column(scale=3):
                 # Without Gradio's button that shares, which uploads what is shown.
-                picture = gr.Image(
+                self.picture = gr.Image(
                     label="kept patches and merged groups",
                     interactive=False,
                     buttons=["download", "fullscreen"],
                     elem_id="picture",
                 )
-                status = gr.Markdown(elem_id="status")
+                self.status = gr.Markdown(elem_id="status")
         with gr.Row():
-            talks = [
+            self.talks = [
                 gr.Chatbot(label=kind, height=280, buttons=["copy", "copy_all"], elem_id=kind.replace(" ", "-"))
                 for kind in models.kinds
             ]
         with gr.Row():
-            question = gr.Textbox(FIRST_QUESTION, label="question", scale=5, elem_id="question")
-            send = gr.Button("Ask", variant="primary", elem_id="ask")
-            clear = gr.Button("New conversation", elem_id="clear")
-        progress = gr.Markdown(elem_id="progress")
+            self.question = gr.Textbox(FIRST_QUESTION, label="question", scale=5, elem_id="question")
+            self.send = gr.Button("Ask", variant="primary", elem_id="ask")
+            self.clear = gr.Button("New conversation", elem_id="clear")
+        self.progress = gr.Markdown(elem_id="progress")
 
-        page.load(look, [image, keep, merge], [picture, status])
-        for slider in (keep, merge):
-            slider.release(look, [image, keep, merge], [picture, status])
-        asked = [image, question, keep, merge, freeze, *talks]
+    def _add_settings(self, gr: Any, models: Models, names: list[str]) -> None:
+        dominant, contextual, frozen = models.defaults
+        most = models.patches + models.cls
+        self.choice = gr.Dropdown(names, value=next(iter(names), None), label="image", elem_id="choose")
+        self.file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
+        self.keep = gr.Slider(models.cls or 1, most, dominant, step=1, label="dominant", elem_id="dominant")
+        self.merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
+        self.freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
+
+
+def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
+    """The Gradio page; pictures are written to `scratch`."""
+    import gradio as gr
+
+    replies = Replies(models, gallery, scratch)
+    with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
+        on = Layout(gr, models, replies.paths)
+        budget = [on.keep, on.merge]
+        page.load(replies.look, [on.image, *budget], [on.picture, on.status])
+        for slider in budget:
+            slider.release(replies.look, [on.image, *budget], [on.picture, on.status])
         # One event for both, so that it cannot run twice at once; what begins anew ends it, lest it write back.
-        asking = gr.on([send.click, question.submit], ask, asked, [*talks, question, progress])
-        anew = [*talks, progress]
-        chosen.input(choose, [chosen, keep, merge], [image, picture, status, file, *anew], cancels=[asking])
-        file.upload(show, [file, keep, merge], [image, picture, status, chosen, *anew], cancels=[asking])
+        asking = gr.on(
+            [on.send.click, on.question.submit],
+            replies.ask,
+            [on.image, on.question, *budget, on.freeze, *on.talks],
+            [*on.talks, on.question, on.progress],
+        )
+        anew = [*on.talks, on.progress]
+        view = [on.image, on.picture, on.status]
+        on.choice.input(replies.choose, [on.choice, *budget], [*view, on.file, *anew], cancels=[asking])
+        on.file.upload(replies.show, [on.file, *budget], [*view, on.choice, *anew], cancels=[asking])
         # In the browser, at once: a reply from the server could come after the next question.
-        forget = f"() => {json.dumps(empty)}"
-        gr.on([clear.click, *(talk.clear for talk in talks)], None, None, anew, js=forget, cancels=[asking])
+        forget = f"() => {json.dumps(replies.anew)}"
+        clearing = [on.clear.click, *(talk.clear for talk in on.talks)]
+        gr.on(clearing, None, None, anew, js=forget, cancels=[asking])
     return page
 
 

@@ -35,7 +35,7 @@ DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
 
 
-class Stopwatch(BaseStreamer):
+class TokenTimes(BaseStreamer):
     """When `generate` began, and when each of its tokens came."""
 
     def __init__(self) -> None:
@@ -154,10 +154,10 @@ class Models:
         longest = getattr(self.base.config.text_config, "max_position_embeddings", None)
         if longest is not None and inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
             raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
-        prefills, said = [], torch.empty(0)
+        prefills, ids = [], torch.empty(0)
         for limit in (*[1] * PREFILLS, self.max_new_tokens):
-            watch = Stopwatch()
-            said = model.generate(
+            watch = TokenTimes()
+            ids = model.generate(
                 **inputs,
                 do_sample=False,
                 max_new_tokens=limit,
@@ -172,7 +172,7 @@ class Models:
         length = inputs["input_ids"].shape[1]
         visual = int((inputs["input_ids"] == self.base.config.image_token_id).sum())
         took = f"{visual} visual tokens, prefill {1000 * prefill:.0f} ms, answer {1000 * whole:.0f} ms"
-        text: Any = supervision.tokenizer.decode(said[0, length:], skip_special_tokens=True)
+        text: Any = supervision.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
         return str(text).strip(), took
 
     def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:

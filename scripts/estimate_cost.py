@@ -84,9 +84,9 @@ def known_release(name: str) -> PreTrainedConfig | None:
 
 def read_config(model: str) -> PreTrainedConfig:
     """The LLaVA config that ``model`` names. Raises FileNotFoundError or ValueError when there is none."""
-    known = known_release(model)
-    if known is not None:
-        return known
+    by_name = known_release(model)
+    if by_name is not None:
+        return by_name
     source = ROOT / "checkpoints" / "demo-llava" if model == "demo" else Path(model)
     if (source.exists() or model == "demo") and not (source / "config.json").is_file():
         raise MissingFile(f"{source}: no config.json there. Name the folder of a LLaVA checkpoint")
@@ -111,8 +111,10 @@ def read_config(model: str) -> PreTrainedConfig:
         )
     try:
         config = kinds[kind].from_dict(values)
-        sizes = [*(getattr(config.text_config, name) for name in TEXT_SIZES),
-                 *(getattr(config.vision_config, name) for name in VISION_SIZES)]  # fmt: skip
+        sizes = [
+            *(getattr(config.text_config, name) for name in TEXT_SIZES),
+            *(getattr(config.vision_config, name) for name in VISION_SIZES),
+        ]
     except Exception as error:  # of many kinds, all of a config that is not one
         raise UserError(f"{source / 'config.json'} does not describe a LLaVA: {error}") from error
     for name, size in zip((*TEXT_SIZES, *VISION_SIZES), sizes, strict=True):
@@ -203,68 +205,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConfig) -> str:
     """The whole text that the command prints."""
-    text, card = config.text_config, parse_bytes(settings.memory)
-    base = rows[0]
-
-    def share(value: int, of: int) -> str:
-        return f"{100 * value / of:.0f} %"
-
-    def flop_unit(values: list[int]) -> tuple[str, float]:
-        return next(
-            (name, size)
-            for name, size in [("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6)]
-            if max(values) >= size or name == "MFLOPs"
-        )
-
-    prefill, prefill_size = flop_unit([row.prefill_flops for row in rows])
-    training, training_size = flop_unit([row.training_flops for row in rows])
-    prefill_table = format_table(
-        [
-            "",
-            "visual\ntokens",
-            f"LLM\n{prefill}",
-            "",
-            "with its own\nkey heads",
-            "tower and\nprojector",
-            "KV cache\nMiB",
-        ],
-        [
-            [
-                row.name,
-                str(row.visual_tokens),
-                f"{row.prefill_flops / prefill_size:.3f}",
-                share(row.prefill_flops, base.prefill_flops),
-                f"{row.prefill_flops_grouped / prefill_size:.3f}",
-                f"{row.tower_flops / prefill_size:.3f}",
-                f"{row.kv_cache_bytes / 2**20:.1f}",
-            ]
-            for row in rows
-        ],
-    )
-    training_table = format_table(
-        [
-            "",
-            training,
-            "",
-            *(f"{part}\nGiB" for part in base.memory),
-            "total\nGiB",
-            f"fits in\n{settings.memory}",
-            "largest\nmicro-batch",
-        ],
-        [
-            [
-                row.name,
-                f"{row.training_flops / training_size:.2f}",
-                share(row.training_flops, base.training_flops),
-                *(f"{size / 2**30:.2f}" for size in row.memory.values()),
-                f"{row.training_bytes / 2**30:.2f}",
-                "yes" if row.training_bytes <= card else "NO",
-                str(row.largest_micro_batch) if row.largest_micro_batch else "none",
-            ]
-            for row in rows
-        ],
-    )
-    counts = flops.parameter_counts(config)
+    text, counts = config.text_config, flops.parameter_counts(config)
     recomputed = "with" if settings.gradient_checkpointing else "without"
     return "\n".join(
         [
@@ -272,17 +213,64 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
             f"projector; {text.num_hidden_layers} LLM layers of width {text.hidden_size}",
             "",
             f"Prefill of one sample with {settings.text_tokens} text tokens",
-            prefill_table,
+            _prefill_table(rows),
             "",
             f"Training step of the projector: {settings.global_batch_size} samples of {settings.training_text_tokens} "
             f"text tokens, {settings.per_device_train_batch_size} in memory at once,",
             f"{settings.weights}, {recomputed} gradient checkpointing",
-            training_table,
+            _training_table(rows, settings.memory),
             "",
             "A frozen layer keeps keys and values: ShortV leaves the KV cache as it is. Memory is an estimate for one",
             "device that holds the whole model.",
         ]
     )
+
+
+def _prefill_table(rows: list[CostRow]) -> str:
+    unit, size = _flop_unit([row.prefill_flops for row in rows])
+    header = ["", "visual\ntokens", f"LLM\n{unit}", "", "with its own\nkey heads", "tower and\nprojector"]
+    cells = [
+        [
+            row.name,
+            str(row.visual_tokens),
+            f"{row.prefill_flops / size:.3f}",
+            _share(row.prefill_flops, rows[0].prefill_flops),
+            f"{row.prefill_flops_grouped / size:.3f}",
+            f"{row.tower_flops / size:.3f}",
+            f"{row.kv_cache_bytes / 2**20:.1f}",
+        ]
+        for row in rows
+    ]
+    return format_table([*header, "KV cache\nMiB"], cells)
+
+
+def _training_table(rows: list[CostRow], card: str) -> str:
+    """`card`: its memory, like 24GiB."""
+    unit, size = _flop_unit([row.training_flops for row in rows])
+    parts = [f"{part}\nGiB" for part in rows[0].memory]
+    cells = [
+        [
+            row.name,
+            f"{row.training_flops / size:.2f}",
+            _share(row.training_flops, rows[0].training_flops),
+            *(f"{part / 2**30:.2f}" for part in row.memory.values()),
+            f"{row.training_bytes / 2**30:.2f}",
+            "yes" if row.training_bytes <= parse_bytes(card) else "NO",
+            str(row.largest_micro_batch) if row.largest_micro_batch else "none",
+        ]
+        for row in rows
+    ]
+    return format_table(["", unit, "", *parts, "total\nGiB", f"fits in\n{card}", "largest\nmicro-batch"], cells)
+
+
+def _share(value: int, of: int) -> str:
+    return f"{100 * value / of:.0f} %"
+
+
+def _flop_unit(values: list[int]) -> tuple[str, float]:
+    """The largest unit that the largest of the values fills, and its FLOPs."""
+    units = [("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9)]
+    return next(((name, size) for name, size in units if max(values) >= size), ("MFLOPs", 1e6))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
     Raises what `open_release` raises, and `ConfigError` for reductions that no model is there to be given.
     """
     rows: list[Candidate] = []
-    reduces, given = config.visionzip or config.shortv or config.fastv, False
+    reduces, has_flags = config.visionzip or config.shortv or config.fastv, False
     for model in config.model:
         several = f"{model}: " if len(config.model) > 1 else ""
         if model in runs:
@@ -71,11 +71,11 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         release = Candidate(several + "all tokens", spec, Reductions())
         rows.append(release)
         if reduces:
-            given = True
+            has_flags = True
             layers = config.shortv.layers if config.shortv else None
             reductions = reductions_of(config.visionzip, layers, config.fastv)
             rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
-    if reduces and not given:
+    if reduces and not has_flags:
         raise ConfigError(
             f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "
             "shortv and fastv mean nothing here: leave them out, or add the release as a --model"

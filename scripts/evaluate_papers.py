@@ -172,7 +172,7 @@ def _files_below(file: Path) -> Iterator[Path]:
     named = (content.get("dataset_kwargs") or {}).get("data_files", [])
     for names in named.values() if isinstance(named, dict) else [named]:
         for name in [names] if isinstance(names, str) else names:
-            yield from (Path(found) for found in sorted(glob.glob(str(file.parent / name))))
+            yield from (Path(path) for path in sorted(glob.glob(str(file.parent / name))))
 
 
 def digest_of(task: Task, config: PapersConfig) -> str:
@@ -186,13 +186,13 @@ def digest_of(task: Task, config: PapersConfig) -> str:
     return digest.hexdigest()
 
 
-def depends_on(row: Row, release: Release, asked: str, config: PapersConfig) -> dict[str, Any]:
+def depends_on(row: Row, release: Release, task_digest: str, config: PapersConfig) -> dict[str, Any]:
     """What kept results depend on: what is asked (`digest_of`), model and arguments, and the kind of device.
 
     A model is known by its commit on the Hub, or by the content of its files: weights, configs, tokenizer, template.
     """
     return {
-        "asked": asked,
+        "asked": task_digest,
         "model's arguments": model_arguments(row, config),
         "computed on": computed_on(config),
         "model": release.revision or release_content(release),
@@ -224,13 +224,13 @@ def command_of(row: Row, task: Task, config: PapersConfig, folder: Path) -> list
 
 def score_of(results: Mapping[str, Any], task: Task) -> float:
     """The score in lmms-eval's results. Raises ValueError when a metric is not there, naming those that are."""
-    found = {key: value for block in results.values() for key, value in block.items()}
+    values = {key: value for block in results.values() for key, value in block.items()}
     if task.task in results:
-        found = results[task.task]
-    bad = [metric for metric in task.metrics if not isinstance(found.get(metric), (int, float))]
+        values = results[task.task]
+    bad = [metric for metric in task.metrics if not isinstance(values.get(metric), (int, float))]
     if bad:
-        raise ValueError(f"task {task.name}: no number for {', '.join(bad)} among {', '.join(sorted(found))}")
-    return task.scale * sum(found[metric] for metric in task.metrics)
+        raise ValueError(f"task {task.name}: no number for {', '.join(bad)} among {', '.join(sorted(values))}")
+    return task.scale * sum(values[metric] for metric in task.metrics)
 
 
 def run_all(
@@ -242,21 +242,21 @@ def run_all(
     Raises StopRequested when `stop` was signalled, after it has ended what runs.
     """
     scores: dict[Row, dict[str, float]] = {row: {} for row in rows}
-    failures, kept = list[str](), Kept(Path(config.output) / "results")
+    failures, store = list[str](), Kept(Path(config.output) / "results")
     total, number = len(rows) * len(config.asked), 0
-    asked = {task.name: digest_of(task, config) for task in config.asked}
+    digests = {task.name: digest_of(task, config) for task in config.asked}
     for row, checked in rows.items():
         for task in config.asked:
             number += 1
-            parts = depends_on(row, checked.release, asked[task.name], config)
+            parts = depends_on(row, checked.release, digests[task.name], config)
             name = f"{task.task}-{identity_of(parts)[:20]}"
-            folder, results = kept.folder / name, kept.find(name, parts)
+            folder, results = store.folder / name, store.find(name, parts)
             what = f"[{number}/{total}] {row.title}, {row.settings}: {task.name}"
             say(what if results is None else f"{what}: kept")
             try:
                 if results is None:
                     results = _run(command_of(row, task, config, folder), task, folder, stop)
-                    kept.keep(name, parts, results)
+                    store.keep(name, parts, results)
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:
                 failures.append(f"{what}: {error}")
@@ -280,8 +280,8 @@ def _run(command: Sequence[str], task: Task, folder: Path, stop: StopRequest) ->
         raise RuntimeError(f"lmms-eval ended with {code}{results} (all of it: {path}):\n{shown}")
     if task.judge:
         check_judged(task, [file for file in fresh if file.match("*_samples_*.jsonl")], path)
-    found: dict[str, Any] = read_json(max(written, key=lambda file: file.stat().st_mtime))["results"]
-    return found
+    scores: dict[str, Any] = read_json(max(written, key=lambda file: file.stat().st_mtime))["results"]
+    return scores
 
 
 def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
@@ -298,9 +298,9 @@ def check_judged(task: Task, samples: Sequence[Path], log: Path) -> None:
         if verdict.get("eval_model") in ("", "Failed Request") or any(score < 0 for score in verdict.get("scores", ()))
     ]
     if missing or not verdicts:
-        found = f"no judgement of {len(missing)} of {len(verdicts)} answers" if verdicts else "no judgements"
+        words = f"no judgement of {len(missing)} of {len(verdicts)} answers" if verdicts else "no judgements"
         raise RuntimeError(
-            f"{found}: the judge could not be asked, or said what lmms-eval cannot read (all of it: {log}). Scores "
+            f"{words}: the judge could not be asked, or said what lmms-eval cannot read (all of it: {log}). Scores "
             "made up for them are not kept"
         )
 

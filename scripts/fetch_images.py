@@ -45,8 +45,8 @@ class Display:
         self.bar.update(self.task, completed=done, total=total, size=size)
         if not self.console.is_terminal and (now - self.shown >= EVERY_S or done == total):
             self.shown = now
-            asked = done - outcome.fates["there"]
-            left = (total - done) * (now - self.started) / asked if asked else 0.0
+            requests = done - outcome.fates["there"]
+            left = (total - done) * (now - self.started) / requests if requests else 0.0
             self.console.print(f"{done:,} of {total:,} images, {size} fetched, {left / 60:.0f} min left")
 
 

@@ -54,8 +54,8 @@ def run(config: PrepareConfig) -> None:
 
 def options_of(config: PrepareConfig) -> SubsetOptions:
     """What is drawn with these settings."""
-    given = asdict(config)
-    return SubsetOptions(missing="drop" if given.pop("drop_missing") else "keep", **given)
+    values = asdict(config)
+    return SubsetOptions(missing="drop" if values.pop("drop_missing") else "keep", **values)
 
 
 def print_report(report: dict[str, Any], options: SubsetOptions, console: Console) -> None:

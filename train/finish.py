@@ -65,9 +65,14 @@ def write_final(
         trained.save(target / ADAPTER_FOLDER, release.name)
     write_record(target, release, settings)
     specs = folder_specs(target)
-    kept = sorted({str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n})
+    dtypes = sorted(
+        {str(s.dtype).removeprefix("torch.") for n, s in specs.items() if "multi_modal_projector" not in n}
+    )
     size = sum(spec.nbytes for spec in specs.values()) / 1e6
-    say(f"reduced checkpoint: {target} ({size:,.1f} MB; untrained weights in {', '.join(kept)}, projector in float32)")
+    say(
+        f"reduced checkpoint: {target} ({size:,.1f} MB; untrained weights in {', '.join(dtypes)}, "
+        "projector in float32)"
+    )
 
 
 def control_of(config: TuneConfig, folder: Path) -> TuneConfig:

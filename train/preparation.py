@@ -27,10 +27,12 @@ from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_i
 from shortzip.train.inputs.loading import check_shared_memory
 from shortzip.train.inputs.preflight import check_learns, conversations_in_words
 from shortzip.train.inputs.samples import (
+    TrainingRows,
     check_instructions,
     check_positions,
     draw_demo_scenes,
     held_out_set,
+    training_rows,
     training_set,
 )
 from shortzip.train.publish.push import check_publishable
@@ -125,8 +127,12 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     state = RunState(**checkpoint.state["run"]) if checkpoint else RunState()
     check_instructions(config.data)
     on_main_process(accelerator, lambda: draw_demo_scenes(config.data))
-    subject = load_subject(config, run, checkpoint, session)
-    training = training_set(config.data, subject.processor, config.seed)
+    release = open_release(ReleaseSpec.of(config))
+    check_publishable(config, release)
+    run.check_base(release.config.get("base_release"))
+    rows = training_rows(config.data, config.seed)
+    subject = load_subject(config, run, release, rows, checkpoint, session)
+    training = training_set(config.data, subject.processor, config.seed, rows)
     held_out = held_out_set(config.data, subject.processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
     check_positions(subject.model.config, training)
@@ -149,16 +155,23 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record)
 
 
-def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | None, session: Session) -> Subject:
-    """The model in the compute dtype on the CPU, with what is trained in fp32; said on the screen."""
-    release = open_release(ReleaseSpec.of(config))
+def load_subject(
+    config: TuneConfig,
+    run: RunFolder,
+    release: Release,
+    rows: TrainingRows,
+    checkpoint: Checkpoint | None,
+    session: Session,
+) -> Subject:
+    """The model in the compute dtype on the CPU, with what is trained in fp32; said on the screen.
+
+    `rows`: what the frozen layers are chosen on, where the config asks for that and no checkpoint names them.
+    """
     dtype = release.spec.dtype
-    check_publishable(config, release)
-    run.check_base(release.config.get("base_release"))
     layers, loaded = (
         (checkpoint.state["layers"], None)
         if checkpoint
-        else choose_layers(config, release, session.accelerator, run.write)
+        else choose_layers(config, release, session.accelerator, run.write, rows)
     )
     reductions = reductions_of(config.visionzip, layers, config.fastv)
     tower = known_tower(config, release, dtype)

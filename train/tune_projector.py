@@ -179,11 +179,11 @@ class Loop:
         if loss is None:
             self.begin_again()
             return None
-        asked = self.session.stop.signal is not None
+        is_asked = self.session.stop.signal is not None
         drops = [drop for micro in micro_batches for drop in micro.dropped]
         image_token = self.start.subject.model.config.image_token_id
         sees_image = not self.has_learned and answer_images(micro_batches, image_token)  # asked until it is known
-        total_loss, stops, dropped, images = self.session.total(loss, asked, len(drops), sees_image)
+        total_loss, stops, dropped, images = self.session.total(loss, is_asked, len(drops), sees_image)
 
         # Every process has the same loss by now, and will have the same gradient: it decides as the others do.
         learning_rate = float(self.schedule.get_last_lr()[0])
@@ -225,8 +225,8 @@ class Loop:
         torch.cuda.empty_cache()
         rows, tokens = self.plan.micro_batch_size, self.plan.max_tokens
         self.state.micro_batch |= {"rows": rows, "tokens": tokens}
-        said = f"out of memory at step {self.state.step + 1}: it is repeated, {in_words(rows, tokens)} from here on"
-        self.session.report.warn(said, topic="out of memory")
+        words = f"out of memory at step {self.state.step + 1}: it is repeated, {in_words(rows, tokens)} from here on"
+        self.session.report.warn(words, topic="out of memory")
         self.inputs = self.inputs_from_here()
 
     def count(self, step: Step) -> None:
@@ -240,8 +240,8 @@ class Loop:
         ids = [self.start.training.conversations[sample].id for sample in step.batch.samples]
         state.nonfinite_steps += 1
         state.nonfinite_streak.append({"step": state.step, "loss": str(step.loss), "norm": str(step.norm), "ids": ids})
-        said = f"step {state.step}: loss {step.loss}, gradient norm {step.norm}: the update is skipped"
-        self.session.report.warn(said, topic="skipped updates")
+        words = f"step {state.step}: loss {step.loss}, gradient norm {step.norm}: the update is skipped"
+        self.session.report.warn(words, topic="skipped updates")
 
     def count_drops(self, drops: Sequence[Drop], total: int) -> None:
         """Notes the `total` rows that the processes could not read. Raises `TooManyBadSamples` where that is so."""
@@ -263,8 +263,8 @@ class Loop:
         if self.is_due(self.config.logging_steps):
             values = self.measured(step, seconds, steps_left)
             self.metrics.write("train", self.state.step, **values)
-            known = {f"train/{key}": value for key, value in values.items() if value is not None}
-            self.trackers.log(self.state.step, **known)
+            numbers = {f"train/{key}": value for key, value in values.items() if value is not None}
+            self.trackers.log(self.state.step, **numbers)
         loss, memory = step.loss / step.supervised, peak_memory(self.device)
         self.session.report.step(self.state.step, self.start.total_steps, loss, self.speed, memory)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class MixTask:
     """One dataset of the mix.
 
     Attributes:
@@ -45,19 +45,19 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 BOX = "\nPlease provide the bounding box coordinate of the region this sentence describes."
 CAPTION = "\nProvide a one-sentence caption for the provided image."
 
-MIX665K: dict[str, Task] = {
-    "llava conversation": Task("coco/train2017", 58_000, (3, 6), (2.20, 0.25), (2.72, 0.44)),
-    "llava detail": Task("coco/train2017", 23_000, (1, 1), (2.02, 0.36), (4.35, 0.24)),
-    "llava reasoning": Task("coco/train2017", 77_000, (1, 1), (2.47, 0.24), (4.63, 0.21)),
-    "sharegpt": Task("", 40_688, (1, 6), (3.0, 1.0), (4.9, 0.8)),
-    "vqav2": Task("coco/train2017", 82_783, (3, 8), (1.80, 0.25), (0.1, 0.2), prompt=SHORT),
-    "gqa": Task("gqa/images", 72_140, (4, 22), (2.07, 0.35), (0.05, 0.2), prompt=SHORT),
-    "okvqa": Task("coco/train2017", 8_998, (1, 1), (2.10, 0.3), (0.2, 0.3), prompt=SHORT),
-    "ocrvqa": Task("ocr_vqa/images", 80_000, (4, 6), (1.80, 0.25), (1.0, 0.7), prompt=SHORT),
-    "a-okvqa": Task("coco/train2017", 66_160, (1, 1), (2.15, 0.3), (0.0, 0.0), "letter", LETTER),
-    "textcaps": Task("textvqa/train_images", 21_953, (1, 1), (3.2, 0.6), (2.45, 0.3), prompt=CAPTION),
-    "refcoco": Task("coco/train2017", 48_159, (3, 10), (1.3, 0.5), (1.3, 0.5), "box", BOX),
-    "vg": Task("vg/VG_100K", 86_417, (8, 10), (1.6, 0.4), (1.6, 0.4), "box", BOX),
+MIX665K: dict[str, MixTask] = {
+    "llava conversation": MixTask("coco/train2017", 58_000, (3, 6), (2.20, 0.25), (2.72, 0.44)),
+    "llava detail": MixTask("coco/train2017", 23_000, (1, 1), (2.02, 0.36), (4.35, 0.24)),
+    "llava reasoning": MixTask("coco/train2017", 77_000, (1, 1), (2.47, 0.24), (4.63, 0.21)),
+    "sharegpt": MixTask("", 40_688, (1, 6), (3.0, 1.0), (4.9, 0.8)),
+    "vqav2": MixTask("coco/train2017", 82_783, (3, 8), (1.80, 0.25), (0.1, 0.2), prompt=SHORT),
+    "gqa": MixTask("gqa/images", 72_140, (4, 22), (2.07, 0.35), (0.05, 0.2), prompt=SHORT),
+    "okvqa": MixTask("coco/train2017", 8_998, (1, 1), (2.10, 0.3), (0.2, 0.3), prompt=SHORT),
+    "ocrvqa": MixTask("ocr_vqa/images", 80_000, (4, 6), (1.80, 0.25), (1.0, 0.7), prompt=SHORT),
+    "a-okvqa": MixTask("coco/train2017", 66_160, (1, 1), (2.15, 0.3), (0.0, 0.0), "letter", LETTER),
+    "textcaps": MixTask("textvqa/train_images", 21_953, (1, 1), (3.2, 0.6), (2.45, 0.3), prompt=CAPTION),
+    "refcoco": MixTask("coco/train2017", 48_159, (3, 10), (1.3, 0.5), (1.3, 0.5), "box", BOX),
+    "vg": MixTask("vg/VG_100K", 86_417, (8, 10), (1.6, 0.4), (1.6, 0.4), "box", BOX),
 }
 ROWS = sum(task.rows for task in MIX665K.values())
 
@@ -99,7 +99,7 @@ def write_mix(path: Path, seed: int = 0, rows: int = ROWS, indent: int | None = 
         file.write("\n]\n" if rows else "[]\n")
 
 
-def _row(number: int, task: Task, words: list[str], rng: random.Random) -> dict[str, Any]:
+def _row(number: int, task: MixTask, words: list[str], rng: random.Random) -> dict[str, Any]:
     name = f"{rng.randrange(10**6):012d}"
     row: dict[str, Any] = {"id": name}
     if task.folder:
@@ -117,7 +117,7 @@ def _row(number: int, task: Task, words: list[str], rng: random.Random) -> dict[
     return row
 
 
-def _answer(task: Task, words: list[str], rng: random.Random) -> str:
+def _answer(task: MixTask, words: list[str], rng: random.Random) -> str:
     if task.form == "letter":
         return rng.choice("ABCD")
     if task.form == "box" and rng.random() < 0.5:
@@ -138,6 +138,6 @@ def estimated_tokens(text: str) -> int:
 
 def estimated_length(row: dict[str, Any], visual_tokens: int) -> int:
     """Tokens of a row in the Vicuna prompt: 35 before the first turn, 9 around each question and answer."""
-    said = row["conversations"]
-    text = sum(estimated_tokens(turn["value"].replace("<image>", "")) for turn in said)
-    return 35 + text + 9 * (len(said) // 2) + (visual_tokens if "image" in row else 0)
+    turns = row["conversations"]
+    text = sum(estimated_tokens(turn["value"].replace("<image>", "")) for turn in turns)
+    return 35 + text + 9 * (len(turns) // 2) + (visual_tokens if "image" in row else 0)

@@ -149,12 +149,12 @@ def ask(
     conversation: list[tuple[str, str, str]] = []
     topic: SceneObject | None = None
     while len(conversation) < turns:
-        asked = {question for _, question, _ in conversation}
-        said = " ".join(part for turn in conversation for part in turn[1:])
+        questions = {question for _, question, _ in conversation}
+        text = " ".join(part for turn in conversation for part in turn[1:])
         open_ends = [
             (question, getattr(topic, attribute))
             for question, attribute in _FOLLOW_UPS
-            if topic is not None and getattr(topic, attribute) not in said and question not in asked
+            if topic is not None and getattr(topic, attribute) not in text and question not in questions
         ]
         if open_ends and rng.random() < 0.5:
             question, answer = _pick(rng, open_ends)
@@ -162,7 +162,7 @@ def ask(
             continue
         kind = kinds[int(rng.choice(len(kinds), p=shares))]
         question, answer, item = _KINDS[kind][0](scene, rng)
-        if question not in asked:
+        if question not in questions:
             conversation.append((kind, question, answer))
             topic = item
     return conversation

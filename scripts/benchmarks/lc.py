@@ -23,7 +23,7 @@ as the other side), rounds alternate, and the fastest round of each counts (on a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortzip.data.files import refuse_to_replace
 from shortzip.reduction import ReducedLlavaConfig, ReducedLlavaForConditionalGeneration
-from shortzip.reduction.calibration_prompts import Prompt
+from shortzip.reduction.calibration_prompts import EmbeddedPrompt
 from shortzip.reduction.flops import llm_layer_flops_grouped, lm_head_flops
 from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
 from shortzip.reduction.shortv import active_rows
@@ -43,7 +43,7 @@ from shortzip.train.settings.command_line import parse_config, run_command
 
 
 @dataclass
-class BenchmarkConfig:
+class LcBenchmarkConfig:
     """What `scripts/benchmarks/lc.py` takes. The model has random weights of the given sizes."""
 
     hidden_size: int = 384
@@ -80,7 +80,7 @@ class BenchmarkConfig:
     """Replace the file that is there already."""
 
 
-def build_models(settings: BenchmarkConfig) -> list[ReducedLlavaForConditionalGeneration]:
+def build_models(settings: LcBenchmarkConfig) -> list[ReducedLlavaForConditionalGeneration]:
     """The model as it is, then one with visual tokens frozen in each layer; all share the first one's weights."""
     torch.manual_seed(0)
     text = LlamaConfig(
@@ -108,7 +108,7 @@ def build_models(settings: BenchmarkConfig) -> list[ReducedLlavaForConditionalGe
 
 @torch.no_grad()
 def naive_layer_contributions(
-    models: list[ReducedLlavaForConditionalGeneration], prompts: list[Prompt], text_tokens: bool, batch: int
+    models: list[ReducedLlavaForConditionalGeneration], prompts: list[EmbeddedPrompt], text_tokens: bool, batch: int
 ) -> tuple[Tensor, Tensor | None]:
     """LC by one forward pass per layer, `batch` prompts of equal length at a time: [N, 2, L] for visual tokens, and
     for text tokens when asked for."""
@@ -135,7 +135,7 @@ def naive_layer_contributions(
     return torch.cat(results[0]), torch.cat(results[1]) if text_tokens else None
 
 
-def limits(settings: BenchmarkConfig, text_config: Any) -> dict[str, float]:
+def limits(settings: LcBenchmarkConfig, text_config: Any) -> dict[str, float]:
     """The speed-ups that sharing allows (module docstring), by FLOPs: layers alone, with the text before the image,
     and all that is done."""
     depth, kinds = settings.num_hidden_layers, 2 if settings.text_tokens else 1
@@ -161,17 +161,10 @@ def limits(settings: BenchmarkConfig, text_config: Any) -> dict[str, float]:
     }
 
 
-def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
+def benchmark(settings: LcBenchmarkConfig) -> dict[str, Any]:
     """Times both sides; raises RuntimeError when their results differ."""
     models = build_models(settings)
-    embed = models[0].get_input_embeddings()
-    length = settings.text_before + settings.visual_tokens + settings.text_after
-    visual = torch.zeros(length, dtype=torch.bool, device=settings.device)
-    visual[settings.text_before : settings.text_before + settings.visual_tokens] = True
-    ids = torch.randint(2, settings.vocab_size, (settings.prompts, length), device=settings.device)
-    ids[:, : settings.text_before] = ids[0, : settings.text_before].clone()
-    with torch.no_grad():
-        prompts = [Prompt(embed(row), visual) for row in ids]
+    prompts = draw_prompts(settings, models[0].get_input_embeddings())
 
     def shared() -> tuple[Tensor, Tensor | None]:
         meter = LayerContributionMeter(
@@ -180,8 +173,8 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
             text_tokens=settings.text_tokens,
             tokens_per_pass=settings.tokens_per_pass,
         )
-        found = meter.measure(prompts)
-        return found.visual, found.text
+        contributions = meter.measure(prompts)
+        return contributions.visual, contributions.text
 
     sides: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
         "naive, one prompt at a time": lambda: naive_layer_contributions(models, prompts, settings.text_tokens, 1),
@@ -191,25 +184,10 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
         "shared": shared,
     }
     results = {name: run() for name, run in sides.items()}  # also the warm-up
-    expected, found = results["naive, one prompt at a time"], results["shared"]
-    difference = 0.0
-    for right, ours in zip(expected, found, strict=True):
-        if right is not None and ours is not None:
-            # Where LC is 0 (the last layer) there is rounding on one side only.
-            difference = max(difference, float(((ours - right).abs() / right.clamp(min=1e-6)).max()))
+    difference = relative_difference(results["naive, one prompt at a time"], results["shared"])
     if settings.dtype == "float32" and difference > 1e-3:
         raise RuntimeError(f"LC differs from the naive loop's by {difference:.2g} relative.")
-
-    # What else runs on a CPU would count in time on the clock.
-    clock = time.process_time if settings.device == "cpu" else time.perf_counter
-    seconds = dict.fromkeys(sides, float("inf"))
-    for _ in range(settings.rounds):
-        for name, run in sides.items():
-            started = clock()
-            run()
-            if settings.device != "cpu":
-                torch.cuda.synchronize()
-            seconds[name] = min(seconds[name], clock() - started)
+    seconds = fastest(sides, settings)
     naive = min(seconds[name] for name in sides if name != "shared")
     speed_up, bounds = naive / seconds["shared"], limits(settings, models[0].config.text_config)
     return {
@@ -222,15 +200,53 @@ def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
+def draw_prompts(settings: LcBenchmarkConfig, embed: Any) -> list[EmbeddedPrompt]:
+    """Random prompts that begin with the same text."""
+    length = settings.text_before + settings.visual_tokens + settings.text_after
+    visual = torch.zeros(length, dtype=torch.bool, device=settings.device)
+    visual[settings.text_before : settings.text_before + settings.visual_tokens] = True
+    ids = torch.randint(2, settings.vocab_size, (settings.prompts, length), device=settings.device)
+    ids[:, : settings.text_before] = ids[0, : settings.text_before].clone()
+    with torch.no_grad():
+        return [EmbeddedPrompt(embed(row), visual) for row in ids]
+
+
+def relative_difference(expected: tuple[Tensor, Tensor | None], measured: tuple[Tensor, Tensor | None]) -> float:
+    """The largest, over visual and text tokens."""
+    difference = 0.0
+    for right, ours in zip(expected, measured, strict=True):
+        if right is not None and ours is not None:
+            # Where LC is 0 (the last layer) there is rounding on one side only.
+            difference = max(difference, float(((ours - right).abs() / right.clamp(min=1e-6)).max()))
+    return difference
+
+
+def fastest(sides: Mapping[str, Callable[[], Any]], settings: LcBenchmarkConfig) -> dict[str, float]:
+    """Seconds of each side's fastest round."""
+    # What else runs on a CPU would count in time on the clock.
+    clock = time.process_time if settings.device == "cpu" else time.perf_counter
+    seconds = dict.fromkeys(sides, float("inf"))
+    for _ in range(settings.rounds):
+        for name, run in sides.items():
+            started = clock()
+            run()
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
+            seconds[name] = min(seconds[name], clock() - started)
+    return seconds
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the table, and writes it to `output` when given."""
-    settings = parse_config(BenchmarkConfig, argv, program="benchmark_lc.py")
+    settings = parse_config(LcBenchmarkConfig, argv, program="benchmark_lc.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     result = benchmark(settings)
     seconds, bounds = result["seconds"], result["limits"]
-    print(f"LC of {settings.num_hidden_layers} layers, {settings.prompts} prompts; results agree to "
-          f"{result['relative_difference']:.1e} relative")  # fmt: skip
+    print(
+        f"LC of {settings.num_hidden_layers} layers, {settings.prompts} prompts; results agree to "
+        f"{result['relative_difference']:.1e} relative"
+    )
     for name, value in seconds.items():
         print(f"  {name:<32} {value:8.3f} s")
     for name, value in bounds.items():

@@ -135,31 +135,18 @@ def wait(
         size: side of the model's image in pixels.
         model: whose tokenizer is used.
     """
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    processor.image_processor = LlavaImageProcessorPil(
-        do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
-    supervision = Supervision(processor, load_template("vicuna_v1"))
     with tempfile.TemporaryDirectory() as folder:
-        names = [path.name for path in write_photographs(Path(folder), 64)]
-        parsed = [
-            parse_llava_row(row) for row in rows_of_the_mix(0, (steps + 2) * global_batch_size) if "image" in row
-        ]
-        rows = [
-            Conversation(row.id, (names[number % 64],) * len(row.images), row.turns)
-            for number, row in enumerate(parsed)
-        ]
-        dataset = ConversationDataset(rows, supervision, folder)
+        dataset = photographs_of_the_mix(Path(folder), (steps + 2) * global_batch_size, size, model)
         plan = BatchPlan(dataset.lengths.tolist(), global_batch_size, micro_batch_size=micro_batch_size)
         loader = iter(
             DataLoader(
                 dataset,
                 batch_sampler=micro_batches_of(plan.batches()),
-                collate_fn=Collator.of(supervision),
+                collate_fn=Collator.of(dataset.supervision),
                 num_workers=num_workers,
             )
         )
-        waited = worked = samples = 0.0
+        waiting = working = samples = 0.0
         for number, batch in enumerate(plan.batches()):
             if number == steps + 1:
                 break
@@ -169,13 +156,27 @@ def wait(
                 middle = time.perf_counter()
                 time.sleep(len(micro.sample_ids) / pace)
                 if number:
-                    waited += middle - start
-                    worked += time.perf_counter() - middle
+                    waiting += middle - start
+                    working += time.perf_counter() - middle
                     samples += len(micro.sample_ids)
-    share, speed = waited / (waited + worked), samples / (waited + worked)
+    share, speed = waiting / (waiting + working), samples / (waiting + working)
     cores = len(os.sched_getaffinity(0))
     CONSOLE.print(f"{cores} cores, {num_workers} workers, a model that takes {pace:g} samples/s")
     CONSOLE.print(f"{share:.1%} of a step spent waiting for data; {speed:.1f} samples/s")
+
+
+def photographs_of_the_mix(folder: Path, rows: int, size: int, model: str) -> ConversationDataset:
+    """Those of the mix's first `rows` that have an image, each with a JPEG file in `folder`."""
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    processor.image_processor = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    names = [path.name for path in write_photographs(folder, 64)]
+    parsed = [parse_llava_row(row) for row in rows_of_the_mix(0, rows) if "image" in row]
+    conversations = [
+        Conversation(row.id, (names[number % 64],) * len(row.images), row.turns) for number, row in enumerate(parsed)
+    ]
+    return ConversationDataset(conversations, Supervision(processor, load_template("vicuna_v1")), folder)
 
 
 def subset(rows: int = 665_298, keep: Path | None = None) -> None:

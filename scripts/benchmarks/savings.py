@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.flops import vision_tower_flops
-from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, Conversation, Shape
+from shortzip.scripts.benchmarks.shapes import BEFORE, IMAGE_TOKEN, ModelShape
+from shortzip.scripts.benchmarks.sides import Cut
 from shortzip.train.step import objective, places
 from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.flops import RowShape, needed_flops
@@ -42,7 +44,7 @@ class Saving:
     """FLOPs of a row without it, given the longest row of its micro-batch in tokens; None: as with it."""
 
 
-def savings_of(model: Any, shape: Shape) -> list[Saving]:
+def savings_of(model: Any, shape: ModelShape) -> list[Saving]:
     """Every saving that can be switched off in `model`, the one with both reductions."""
     config = model.config
     tower, selected = model.model.vision_tower, config.vision_feature_layer
@@ -57,29 +59,6 @@ def savings_of(model: Any, shape: Shape) -> list[Saving]:
     def padded(row: RowShape, longest: int) -> int:
         return needed(replace(row, text=longest - row.visual))
 
-    @contextmanager
-    def following_blocks() -> Iterator[None]:
-        blocks = tower.encoder.layers
-        run = blocks[selected].forward
-
-        def then_the_others(*arguments: Any, **keywords: Any) -> Any:
-            states = found = run(*arguments, **keywords)
-            for block in blocks[selected + 1 :]:
-                states = block(states, *arguments[1:], **keywords)
-            return found
-
-        with mock.patch.object(blocks[selected], "forward", then_the_others):
-            yield
-
-    @contextmanager
-    def attention_maps() -> Iterator[None]:
-        before = tower.config._attn_implementation
-        tower.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            tower.set_attn_implementation(before)
-
     return [
         Saving("text before the image computed once", no_fixed_text, flops=lambda row, _: needed(row, shared=0)),
         Saving(
@@ -93,11 +72,37 @@ def savings_of(model: Any, shape: Shape) -> list[Saving]:
             flops=lambda row, _: needed(row, frozen_layers=[]),
         ),
         Saving("no padding outside attention", prepare=pad_as_text, flops=padded),
-        Saving("tower's blocks up to the selected one", following_blocks, flops=whole_tower),
-        Saving("no attention maps in the tower", attention_maps),
+        Saving("tower's blocks up to the selected one", partial(following_blocks, tower, selected), flops=whole_tower),
+        Saving("no attention maps in the tower", partial(attention_maps, tower)),
         Saving("norms and FFNs that keep their inputs only", modules_own),
         Saving("loss and gradient of the logits in chunks", whole_logits),
     ]
+
+
+@contextmanager
+def following_blocks(tower: Any, selected: int) -> Iterator[None]:
+    """The blocks after the selected one run too, and what they give is thrown away."""
+    blocks = tower.encoder.layers
+    run = blocks[selected].forward
+
+    def then_the_others(*arguments: Any, **keywords: Any) -> Any:
+        states = selected_states = run(*arguments, **keywords)
+        for block in blocks[selected + 1 :]:
+            states = block(states, *arguments[1:], **keywords)
+        return selected_states
+
+    with mock.patch.object(blocks[selected], "forward", then_the_others):
+        yield
+
+
+@contextmanager
+def attention_maps(tower: Any) -> Iterator[None]:
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        tower.set_attn_implementation(before)
 
 
 @contextmanager
@@ -153,14 +158,9 @@ def whole_logits() -> Iterator[None]:
         yield
 
 
-def sides_without(
-    model: Any, shape: Shape, batches: list[Batch], rows: list[list[Conversation]], supervised: int
-) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
-    """The step, and the step without each saving, as functions without arguments; and the FLOPs of each.
-
-    `batches` and the conversations in each, `rows`; `supervised`: what the loss is divided by.
-    """
-    module, budget = SupervisedLoss(model), (shape.dominant + shape.contextual) * shape.tiles
+def sides_without(model: Any, shape: ModelShape, work: Cut) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
+    """The step, and the step without each saving, as functions without arguments; and the FLOPs of each."""
+    module, supervised = SupervisedLoss(model), work.supervised
 
     def step(saving: Saving, inputs: list[Batch]) -> None:
         with saving.off():
@@ -172,15 +172,14 @@ def sides_without(
     flops: dict[str, int] = {}
     for saving in [Saving("shortzip"), *savings_of(model, shape)]:
         name = saving.name if saving.name == "shortzip" else f"without: {saving.name}"
-        inputs = [saving.prepare(batch) for batch in batches]
+        inputs = [saving.prepare(batch) for batch in work.batches]
         sides[name] = lambda saving=saving, inputs=inputs: step(saving, inputs)  # type: ignore[misc]
-        flops[name] = 0
-        for batch, conversations in zip(batches, rows, strict=True):
-            longest = batch["input_ids"].shape[1]
-            for conversation in conversations:
-                row = conversation.shape(budget, shape.tiles)
-                count = saving.flops or (
-                    lambda row, _: needed_flops(model.config, row, shared=BEFORE, frozen_layers=shape.frozen)
-                )
-                flops[name] += count(row, longest)
+        count = saving.flops or (
+            lambda row, _: needed_flops(model.config, row, shared=BEFORE, frozen_layers=shape.frozen)
+        )
+        flops[name] = sum(
+            count(row, batch["input_ids"].shape[1])
+            for batch, rows in zip(work.batches, work.rows, strict=True)
+            for row in rows
+        )
     return sides, flops

@@ -1,4 +1,4 @@
-"""Models with random weights and batches with the instruction mix's lengths, for scripts/benchmarks/step.py."""
+"""SharedModels with random weights and batches with the instruction mix's lengths, for scripts/benchmarks/step.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST = 2048
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Sizes of a LLaVA and how it is reduced."""
 
     text: dict[str, int]
@@ -41,27 +41,27 @@ _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
 _13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 # The published layers (arXiv 2504.00502), and their like in a 16-layer model: the last ones and the first.
 SHAPES = {
-    "demo": Shape(
+    "demo": ModelShape(
         {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_attention_heads": 4},
         {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4,
          "image_size": 84, "patch_size": 7},
         14, 2, [0, 4, 5, 6, 7],
     ),
-    "cpu": Shape(
+    "cpu": ModelShape(
         {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
         _CLIP_L, 54, 10, [0, 1, 8, 9, 10, 11, 12, 13, 14, 15],
     ),
-    "llava-1.5-7b": Shape(
+    "llava-1.5-7b": ModelShape(
         _7B, _CLIP_L, 54, 10, [31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17, 12, 19]
     ),
-    "llava-1.5-13b": Shape(
+    "llava-1.5-13b": ModelShape(
         _13B, _CLIP_L, 54, 10,
         [39, 32, 28, 36, 27, 37, 29, 30, 1, 38, 25, 31, 2, 26, 23, 34, 0, 33, 35, 22, 24, 21, 20, 17],
     ),
-    "llava-next-7b": Shape(
+    "llava-next-7b": ModelShape(
         _7B, _CLIP_L, 27, 5, [31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2], tiles=5
     ),
-    "next-cpu": Shape(  # LLaVA-NeXT-7B's tokens, depth and proportions at a quarter of its width
+    "next-cpu": ModelShape(  # LLaVA-NeXT-7B's tokens, depth and proportions at a quarter of its width
         {**_7B, "hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16},
         _CLIP_L, 27, 5, [31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2], tiles=5,
     ),
@@ -69,7 +69,7 @@ SHAPES = {
 
 
 @dataclass
-class Models:
+class SharedModels:
     """The same random weights in plain transformers, with VisionZip alone, and with both reductions."""
 
     plain: Any
@@ -77,7 +77,7 @@ class Models:
     both: Any
 
 
-def build_models(shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
+def build_models(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> SharedModels:
     """Three models that share every tensor; only the projector, in float32, requires a gradient."""
     vocabulary = 2000 if shape.text["hidden_size"] < 512 else 32000
     text = {"model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 4096, **shape.text}
@@ -112,7 +112,7 @@ def build_models(shape: Shape, device: torch.device, dtype: torch.dtype) -> Mode
         model.model.multi_modal_projector.requires_grad_(True)
     if dtype != torch.float32:
         _cast_for_float32_projector(plain)
-    return Models(*models)
+    return SharedModels(*models)
 
 
 def _cast_for_float32_projector(plain: Any) -> None:
@@ -133,7 +133,7 @@ def _default(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationLengths:
     """Lengths in tokens: what stands before the first question, then (question, answer) turns."""
 
     has_image: bool
@@ -145,7 +145,7 @@ class Conversation:
         return RowShape(text, visual if self.has_image else 0, supervised, tiles)
 
 
-def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) -> list[Conversation]:
+def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) -> list[ConversationLengths]:
     """Conversations with the lengths of llava_v1_5_mix665k, by its sources' shares.
 
     Lengths of LLaVA's conversations, descriptions and reasoning are log-normal, fitted to 90 real answers of its
@@ -158,8 +158,8 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
     def words(mean: float, deviation: float) -> int:
         return max(1, round(float(draw.lognormal(mean, deviation)) * TOKENS_PER_WORD))
 
-    found: list[Conversation] = []
-    while len(found) < count:
+    conversations: list[ConversationLengths] = []
+    while len(conversations) < count:
         kind = str(draw.choice(list(shares), p=list(shares.values())))
         if kind == "short":
             turns = [(words(2.1, 0.4), words(0.5, 0.6)) for _ in range(int(np.clip(draw.lognormal(1.8, 0.7), 1, 20)))]
@@ -169,14 +169,14 @@ def draw_conversations(count: int, seed: int = 0, *, images_only: bool = False) 
             turns = [(words(3.5, 1.0), words(4.8, 0.7)) for _ in range(int(draw.integers(2, 7)))]
         else:
             turns = [(words(2.3, 0.3), words(*((4.35, 0.23) if kind == "detail" else (4.63, 0.21))))]
-        conversation = Conversation(kind != "text", tuple(turns))
+        conversation = ConversationLengths(kind != "text", tuple(turns))
         if conversation.shape(0, 1).text < LONGEST and (conversation.has_image or not images_only):
-            found.append(conversation)
-    return found
+            conversations.append(conversation)
+    return conversations
 
 
 def make_batch(
-    conversations: list[Conversation], visual: int, tiles: int, config: Any, device: torch.device, seed: int = 0
+    conversations: list[ConversationLengths], visual: int, tiles: int, config: Any, device: torch.device, seed: int = 0
 ) -> dict[str, Tensor]:
     """Random tokens and pixels for conversations, padded on the right, `visual` placeholders for each image."""
     draw = torch.Generator().manual_seed(seed)
@@ -193,9 +193,9 @@ def make_batch(
             ids.append(torch.full((visual,), IMAGE_TOKEN))
         labels = [torch.full_like(part, -100) for part in ids]
         for question, answer in conversation.turns:
-            asked, answered = text(question + TURN - 1), text(answer + 1)
-            ids += [asked, answered]
-            labels += [torch.full_like(asked, -100), answered]
+            question_ids, answer_ids = text(question + TURN - 1), text(answer + 1)
+            ids += [question_ids, answer_ids]
+            labels += [torch.full_like(question_ids, -100), answer_ids]
         rows.append((torch.cat(ids), torch.cat(labels)))
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad([ids for ids, _ in rows], batch_first=True, padding_value=0)

@@ -45,8 +45,8 @@ Layer contribution has a benchmark of its own, scripts/benchmarks/lc.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -55,11 +55,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from shortzip.data.batching import BatchPlan
-from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace
-from shortzip.reduction.flops import llm_prefill_flops, lm_head_flops, vision_tower_flops
+from shortzip.reduction.flops import llm_prefill_flops, vision_tower_flops
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.reduction.shortv import active_rows
 from shortzip.scripts.benchmarks.notes import NOTES
@@ -67,21 +65,27 @@ from shortzip.scripts.benchmarks.savings import sides_without
 from shortzip.scripts.benchmarks.shapes import (
     BEFORE,
     SHAPES,
-    Conversation,
-    Models,
-    Shape,
+    ConversationLengths,
+    ModelShape,
+    SharedModels,
     build_models,
     draw_conversations,
     make_batch,
 )
+from shortzip.scripts.benchmarks.sides import StepInputs, cut, step_flops, step_sides, with_features
 from shortzip.scripts.benchmarks.timing import Clock, Stopwatch, as_dicts, ratio, show, write_figures
 from shortzip.train.settings.command_line import parse_config, run_command
-from shortzip.train.step.flops import RowShape, needed_flops, plain_flops
-from shortzip.train.step.objective import SupervisedLoss, recompute_layers
+
+PREFILL_RATIOS = (
+    ("shortzip", "plain"),
+    ("zip", "plain"),
+    ("shortzip", "zip"),
+    ("shortzip, with tower", "plain, with tower"),
+)
 
 
 @dataclass
-class BenchmarkConfig:
+class StepBenchmarkConfig:
     """What `scripts/benchmarks/step.py` takes."""
 
     shape: Literal["demo", "cpu", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "next-cpu"] = "cpu"
@@ -122,123 +126,61 @@ class BenchmarkConfig:
     """Replace the file that is there already."""
 
 
-def stopwatch(settings: BenchmarkConfig, device: torch.device) -> Stopwatch:
+def visual_tokens(config: Any, shape: ModelShape) -> tuple[int, int]:
+    """Of an image: all, and those of the budget."""
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return patches * shape.tiles, (shape.dominant + shape.contextual) * shape.tiles
+
+
+def stopwatch(settings: StepBenchmarkConfig, device: torch.device) -> Stopwatch:
     return Stopwatch(device, settings.rounds, settings.warm_up, settings.clock, settings.tensor_memory)
 
 
-def measure_step(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def asked_for(sides: Mapping[str, Callable[[], None]], settings: StepBenchmarkConfig) -> dict[str, Callable[[], None]]:
+    return {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
+
+
+def measure_step(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """The training step of every side: forward, backward, no optimizer (it is the same and takes a millisecond)."""
     config = models.plain.config
     conversations = draw_conversations(settings.global_batch_size, images_only=settings.images_only)
-    every = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 * shape.tiles
-    budget = (shape.dominant + shape.contextual) * shape.tiles
-    cached = torch.zeros(0)
-
-    def cut(visual: int) -> list[list[Conversation]]:
-        lengths = [sum((row.text, row.visual)) for row in (c.shape(visual, shape.tiles) for c in conversations)]
-        plan = BatchPlan(lengths, len(lengths), micro_batch_size=settings.micro_batch_size)
-        return [[conversations[i] for i in rows] for rows in plan.global_batch(0).micro_batches[0]]
-
-    plain_batches, reduced_batches = (
-        [make_batch(rows, visual, shape.tiles, config, device, seed) for seed, rows in enumerate(cut(visual))]
+    every, budget = visual_tokens(config, shape)
+    plain, reduced = (
+        cut(conversations, visual, shape.tiles, settings.micro_batch_size, config, device)
         for visual in (every, budget)
     )
-    with torch.no_grad():
-        cached_batches = [dict(batch) for batch in reduced_batches]
-        for batch in cached_batches:
-            if "pixel_values" in batch:
-                cached = models.both.model.get_visual_tokens(batch.pop("pixel_values")).tokens
-                batch["visual_tokens"] = cached.unflatten(0, (-1, shape.tiles)).flatten(1, 2)
-    loss_module = SupervisedLoss(models.both)
-    supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in reduced_batches)
-
-    def plain_step(model: Any, batches: list[dict[str, Tensor]], checkpointing: bool) -> None:
-        recompute_layers(model, checkpointing)
-        for batch in batches:
-            # transformers' loss is a mean; as a sum it is weighted right over the global batch.
-            loss = model(**batch, num_items_in_batch=supervised, use_cache=False).loss
-            if loss.requires_grad:  # without an image there is nothing to learn from a micro-batch
-                loss.backward()
-        model.zero_grad()
-
-    def needed_step(batches: list[dict[str, Tensor]], plain: bool = False) -> None:
-        loss_module.plain = plain
-        for batch in batches:
-            (loss_module(MicroBatch(batch, [])) / supervised).backward()
-        models.both.zero_grad()
-
-    sides = {
-        "plain, recomputed": partial(plain_step, models.plain, plain_batches, True),
-        "plain": partial(plain_step, models.plain, plain_batches, False),
-        "zip, recomputed": partial(plain_step, models.visionzip, reduced_batches, True),
-        "zip": partial(plain_step, models.visionzip, reduced_batches, False),
-        "shortzip": partial(needed_step, reduced_batches),
-        "shortzip, cached": partial(needed_step, cached_batches),
-        "shortzip, all": partial(needed_step, reduced_batches, plain=True),
-    }
-    chosen = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
+    inputs = StepInputs(plain, reduced, with_features(models.both, reduced.batches, shape.tiles))
     watch = stopwatch(settings, device)
-    timings = watch.alternate(chosen, len(conversations))
-
-    few_rows = [conversation.shape(budget, shape.tiles) for conversation in conversations]
-
-    def plain(visual: int, **how: bool) -> int:
-        cuts = [[conversation.shape(visual, shape.tiles) for conversation in rows] for rows in cut(visual)]
-        return sum(
-            plain_flops(config, row, backward=any(other.visual for other in rows), **how)
-            for rows in cuts
-            for row in rows
-        )
-
-    needed = partial(needed_flops, config, shared=BEFORE, frozen_layers=shape.frozen)
-
-    def every_token(row: RowShape) -> int:
-        queries = row.text + (0 if config.text_config.num_hidden_layers - 1 in shape.frozen else row.visual)
-        unread = 2 * lm_head_flops(config.text_config, queries - row.supervised)
-        return needed(replace(row, supervised=queries), shared=0) - unread
-
-    computed = {
-        "plain, recomputed": plain(every, checkpointing=True),
-        "plain": plain(every, checkpointing=False),
-        "zip, recomputed": plain(budget, checkpointing=True, whole_tower=False),
-        "zip": plain(budget, checkpointing=False, whole_tower=False),
-        "shortzip": sum(needed(row) for row in few_rows),
-        "shortzip, cached": sum(needed(row, tower=False) for row in few_rows),
-        "shortzip, all": sum(every_token(row) for row in few_rows),
-    }
+    timings = watch.alternate(asked_for(step_sides(models, inputs), settings), len(conversations))
     for name, timing in timings.items():
-        batches = plain_batches if name.startswith("plain") else reduced_batches
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        timing.tokens_per_second = tokens / timing.seconds
+        timing.tokens_per_second = inputs.of(name).tokens / timing.seconds
+    flops = step_flops(config, shape, inputs)
     # MFU counts what a side has to compute, without what it computes twice.
-    once = {name: computed[name.removesuffix(", recomputed")] for name in computed}
+    once = {name: flops[name.removesuffix(", recomputed")] for name in flops}
     peak = watch.hold_against_flops(timings, once, models.both.dtype)
     ratios: dict[str, Any] = {}
-    for name in ("shortzip", "shortzip, cached"):
-        for other in sides:
-            if {name, other} <= set(timings) and other not in ("shortzip", "shortzip, cached"):
-                ratios |= ratio(timings, name, other, computed[other] / computed[name])
-    padding = {
-        side: 1 - sum(int(b["attention_mask"].sum()) for b in bs) / sum(b["attention_mask"].numel() for b in bs)
-        for side, bs in (("plain", plain_batches), ("reduced", reduced_batches))
-    }
+    ours = ("shortzip", "shortzip, cached")
+    for name in ours:
+        for other in timings:
+            if name in timings and other not in ours:
+                ratios |= ratio(timings, name, other, flops[other] / flops[name])
+    padding = {"plain": plain.padding, "reduced": reduced.padding}
     return {"matmul_flops": peak, "padding": padding, "timings": as_dicts(timings), "ratios": ratios}
 
 
-def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_savings(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """ShortZip's step, and the step without each of its savings."""
     config = models.both.config
     conversations = draw_conversations(settings.global_batch_size, images_only=settings.images_only)
-    budget = (shape.dominant + shape.contextual) * shape.tiles
-    lengths = [row.text + row.visual for row in (c.shape(budget, shape.tiles) for c in conversations)]
-    plan = BatchPlan(lengths, len(lengths), micro_batch_size=settings.micro_batch_size)
-    rows = [[conversations[i] for i in chosen] for chosen in plan.global_batch(0).micro_batches[0]]
-    batches = [make_batch(found, budget, shape.tiles, config, device, seed) for seed, found in enumerate(rows)]
-    supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    sides, flops = sides_without(models.both, shape, batches, rows, supervised)
-    chosen_sides = {name: side for name, side in sides.items() if not settings.sides or name in settings.sides}
+    _, budget = visual_tokens(config, shape)
+    reduced = cut(conversations, budget, shape.tiles, settings.micro_batch_size, config, device)
+    sides, flops = sides_without(models.both, shape, reduced)
     watch = stopwatch(settings, device)
-    timings = watch.alternate(chosen_sides, len(conversations))
+    timings = watch.alternate(asked_for(sides, settings), len(conversations))
     peak = watch.hold_against_flops(timings, flops, models.both.dtype)
     ratios: dict[str, Any] = {}
     for name in timings:
@@ -248,11 +190,12 @@ def measure_savings(models: Models, shape: Shape, settings: BenchmarkConfig, dev
 
 
 @torch.no_grad()
-def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_prefill(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """One prompt of 64 text tokens, as in the papers: the language model alone, and with tower and projector."""
     config = models.plain.config
-    every = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 * shape.tiles
-    budget = (shape.dominant + shape.contextual) * shape.tiles
+    every, budget = visual_tokens(config, shape)
     side, hidden = config.vision_config.image_size, config.text_config.hidden_size
     pixels = torch.randn(shape.tiles, 3, side, side, device=device, dtype=models.plain.dtype)
 
@@ -267,8 +210,8 @@ def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, dev
         return model.lm_head(states[:, -1])
 
     def whole(model: Any, visual: int) -> Tensor:
-        found = model.model.get_image_features(pixel_values=pixels).pooler_output
-        return language_model(model, visual, torch.cat(list(found)))
+        features = model.model.get_image_features(pixel_values=pixels).pooler_output
+        return language_model(model, visual, torch.cat(list(features)))
 
     sides = {
         "plain": partial(language_model, models.plain, every),
@@ -279,26 +222,20 @@ def measure_prefill(models: Models, shape: Shape, settings: BenchmarkConfig, dev
         "shortzip, with tower": partial(whole, models.both, budget),
     }
     timings = stopwatch(settings, device).alternate(sides, 1)
-    text = config.text_config
-    tower = vision_tower_flops(config, shape.tiles)
     for name, timing in timings.items():
         visual = every if name.startswith("plain") else budget
         frozen = shape.frozen if name.startswith("shortzip") else []
-        timing.flops = llm_prefill_flops(text, 64, visual, frozen) + (tower if "tower" in name else 0)
+        tower = vision_tower_flops(config, shape.tiles) if "tower" in name else 0
+        timing.flops = llm_prefill_flops(config.text_config, 64, visual, frozen) + tower
     ratios: dict[str, Any] = {}
-    for name, other in (
-        ("shortzip", "plain"),
-        ("zip", "plain"),
-        ("shortzip", "zip"),
-        ("shortzip, with tower", "plain, with tower"),
-    ):
+    for name, other in PREFILL_RATIOS:
         ratios |= ratio(timings, name, other, timings[other].flops / timings[name].flops)
     return {"visual_tokens": [every, budget], "timings": as_dicts(timings), "ratios": ratios}
 
 
 @torch.no_grad()
 def measure_generation(
-    models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
 ) -> dict[str, Any]:
     """Greedy generation of `new_tokens`, batches of 1 and 8 prompts with an image each (one tile)."""
     config = models.plain.config
@@ -306,7 +243,7 @@ def measure_generation(
     budget = shape.dominant + shape.contextual
     results: dict[str, Any] = {}
     for size in (1, 8):
-        prompts = [Conversation(True, ((20, 1),))] * size
+        prompts = [ConversationLengths(True, ((20, 1),))] * size
         batches = [make_batch(prompts, visual, 1, config, device) for visual in (every, budget)]
         for batch in batches:
             del batch["labels"]
@@ -323,7 +260,9 @@ def measure_generation(
 
 
 @torch.no_grad()
-def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, device: torch.device) -> dict[str, Any]:
+def measure_tower(
+    models: SharedModels, shape: ModelShape, settings: StepBenchmarkConfig, device: torch.device
+) -> dict[str, Any]:
     """The tower alone: transformers' whole one, and ours with VisionZip's choice and merging, the same images."""
     side, count = models.plain.config.vision_config.image_size, settings.micro_batch_size
     pixels = torch.randn(count, 3, side, side, device=device, dtype=models.plain.dtype)
@@ -339,7 +278,7 @@ def measure_tower(models: Models, shape: Shape, settings: BenchmarkConfig, devic
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints tables, and writes `output` when given."""
-    settings = parse_config(BenchmarkConfig, argv, program="benchmark.py")
+    settings = parse_config(StepBenchmarkConfig, argv, program="benchmark.py")
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     if settings.notes:

@@ -72,8 +72,8 @@ class Stopwatch:
                     seconds[name].append(clock() - started)
                 peaks[name] = max(peaks[name], _peak_memory(self.device))
         timings = {
-            name: Timing(name, statistics.median(found), found, peaks[name], samples / statistics.median(found))
-            for name, found in seconds.items()
+            name: Timing(name, statistics.median(rounds), rounds, peaks[name], samples / statistics.median(rounds))
+            for name, rounds in seconds.items()
         }
         if self.tensor_memory:
             for name, run in sides.items():
@@ -138,15 +138,17 @@ def show(results: dict[str, Any], title: str, console: Console) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, timing in results["timings"].items():
         table.add_row(
-            name, f"{timing['seconds']:.3f}", f"{timing['samples_per_second']:.3f}",
+            name,
+            f"{timing['seconds']:.3f}",
+            f"{timing['samples_per_second']:.3f}",
             f"{timing['tokens_per_second']:,.0f}" if timing["tokens_per_second"] else "",
             f"{timing['peak_memory'] / 2**20:,.0f}",
             f"{timing['tensor_memory'] / 2**20:,.1f}" if timing["tensor_memory"] else "",
             f"{timing['flops'] / 1e12:.3f}" if timing["flops"] else "",
             f"{timing['mfu']:.0%}" if timing["mfu"] else "",
-        )  # fmt: skip
+        )
     console.print(table)
-    for name, found in results["ratios"].items():
-        highest = found["highest"]
-        share = f", {found['measured'] / highest:.0%} of the {highest:.2f} that FLOPs allow" if highest else ""
-        console.print(f"{name}: {found['measured']:.2f} times as fast{share}", highlight=False)
+    for name, values in results["ratios"].items():
+        highest = values["highest"]
+        share = f", {values['measured'] / highest:.0%} of the {highest:.2f} that FLOPs allow" if highest else ""
+        console.print(f"{name}: {values['measured']:.2f} times as fast{share}", highlight=False)

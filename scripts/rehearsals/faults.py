@@ -197,10 +197,10 @@ def fill_the_disk(lab: Laboratory) -> Outcome:
     output = lab.start(run, "--resume_from_checkpoint", "latest", limit=60_000).communicate()[0]
     status = read_status(run)
     untouched = all(path.is_dir() and damage(path) is None for path in before)
-    said = "could not be written" in output and "make space" in output
+    names_the_disk = "could not be written" in output and "make space" in output
     lab.resume(run)
     seen = f"status.json: {status['reason'][:60]}…; older checkpoints whole: {untouched}; resumed with space"
-    return Outcome("disk full while saving", seen, said and untouched and lab.same(run))
+    return Outcome("disk full while saving", seen, names_the_disk and untouched and lab.same(run))
 
 
 def damage_a_checkpoint(lab: Laboratory, harm: str) -> Outcome:
@@ -294,21 +294,21 @@ def harm_a_worker(lab: Laboratory, number: signal.Signals) -> Outcome:
 
 def experiments(lab: Laboratory, kills: int, seed: int) -> dict[str, Callable[[], Outcome]]:
     """Every fault by the name that `--only` takes."""
-    found: dict[str, Callable[[], Outcome]] = {
+    by_name: dict[str, Callable[[], Outcome]] = {
         "kill": lambda: kill_at_random(lab, kills, seed),
         "sigterm": lambda: ask_to_stop(lab, signal.SIGTERM),
         "sigint": lambda: ask_to_stop(lab, signal.SIGINT),
         "disk": lambda: fill_the_disk(lab),
     }
     for harm in ("bit flip", "truncated", "missing"):
-        found[harm.replace(" ", "-")] = lambda harm=harm: damage_a_checkpoint(lab, harm)  # type: ignore[misc]
-    found["process"] = lambda: kill_one_process(lab)
-    found["overflow"] = lambda: overflow(lab)
-    found["wandb"] = lambda: cut_off_wandb(lab)
-    found["hub"] = lambda: cut_off_hub(lab)
-    found["worker-dies"] = lambda: harm_a_worker(lab, signal.SIGKILL)
-    found["worker-hangs"] = lambda: harm_a_worker(lab, signal.SIGSTOP)
-    return found
+        by_name[harm.replace(" ", "-")] = lambda harm=harm: damage_a_checkpoint(lab, harm)  # type: ignore[misc]
+    by_name["process"] = lambda: kill_one_process(lab)
+    by_name["overflow"] = lambda: overflow(lab)
+    by_name["wandb"] = lambda: cut_off_wandb(lab)
+    by_name["hub"] = lambda: cut_off_hub(lab)
+    by_name["worker-dies"] = lambda: harm_a_worker(lab, signal.SIGKILL)
+    by_name["worker-hangs"] = lambda: harm_a_worker(lab, signal.SIGSTOP)
+    return by_name
 
 
 def main(argv: Sequence[str]) -> None:
@@ -322,13 +322,13 @@ def main(argv: Sequence[str]) -> None:
     folder: Any = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(folder, options.model)
-    chosen = experiments(lab, options.kills, options.seed)
-    unknown = set(options.only or ()) - set(chosen)
+    by_name = experiments(lab, options.kills, options.seed)
+    unknown = set(options.only or ()) - set(by_name)
     if unknown:
-        parser.error(f"no fault {', '.join(sorted(unknown))}: known are {', '.join(chosen)}")
+        parser.error(f"no fault {', '.join(sorted(unknown))}: known are {', '.join(by_name)}")
     lab.prepare()
     outcomes = []
-    for name, experiment in chosen.items():
+    for name, experiment in by_name.items():
         if options.only is None or name in options.only:
             try:
                 outcomes.append(experiment())

@@ -66,15 +66,28 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By name: the command before the script on this machine, and its environment."""
     endpoint = f"{ADDRESSES[0]}:{PORT}"
     torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "rehearsal",
-        "--local_addr", ADDRESSES[machine],
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        endpoint,
+        "--rdzv_id",
+        "rehearsal",
+        "--local_addr",
+        ADDRESSES[machine],
         # Both "machines" have one name, by which torchrun otherwise tells whether it is the host.
-        "--rdzv_conf", f"is_host={str(machine == 0).lower()}",
-    ]  # fmt: skip
-    found = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
+        "--rdzv_conf",
+        f"is_host={str(machine == 0).lower()}",
+    ]
+    by_name = {"torchrun, DDP": (torchrun, {"ACCELERATE_USE_CPU": "true"})}
     sharded = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    found["torchrun, FSDP2"] = (torchrun, sharded)
+    by_name["torchrun, FSDP2"] = (torchrun, sharded)
     if importlib.util.find_spec("deepspeed") is not None:
         accelerate = [
             str(Path(sys.executable).parent / "accelerate"), "launch",
@@ -82,8 +95,31 @@ def launchers(machine: int) -> dict[str, tuple[list[str], dict[str, str]]]:
             "--deepspeed_multinode_launcher", "standard", "--num_machines", "2", "--num_processes", "2",
             "--machine_rank", str(machine), "--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT),
         ]  # fmt: skip
-        found["accelerate launch, ZeRO-3"] = (accelerate, {})
-    return found
+        by_name["accelerate launch, ZeRO-3"] = (accelerate, {})
+    return by_name
+
+
+def run_on_both(name: str, arguments: Sequence[str], environment: dict[str, str]) -> tuple[bool, str]:
+    """One launcher's run on both machines: whether it ended well, and what both printed."""
+    processes = []
+    for machine, namespace in enumerate(NAMES):
+        launcher, variables = launchers(machine)[name]
+        processes.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", namespace, *launcher, SCRIPT, *arguments],
+                cwd=ROOT,
+                env={**environment, **variables, "GLOO_SOCKET_IFNAME": CABLE},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    return not any(process.returncode for process in processes), "\n".join(outputs)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,32 +141,15 @@ def main(argv: Sequence[str]) -> None:
     with two_machines():
         for number, name in enumerate(launchers(0)):
             run = folder / str(number)
-            processes = []
-            for machine, namespace in enumerate(NAMES):
-                launcher, variables = launchers(machine)[name]
-                processes.append(
-                    subprocess.Popen(
-                        ["ip", "netns", "exec", namespace, *launcher, SCRIPT, *settings(options.model, scenes, run)],
-                        cwd=ROOT,
-                        env={**environment, **variables, "GLOO_SOCKET_IFNAME": CABLE},
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )
-                )
-            try:
-                said = [process.communicate(timeout=SECONDS)[0] for process in processes]
-            finally:
-                for process in processes:
-                    process.terminate()
-            if any(process.returncode for process in processes):
-                print(f"FAILED: {name}\n" + "\n".join(said))
+            is_done, output = run_on_both(name, settings(options.model, scenes, run), environment)
+            if not is_done:
+                print(f"FAILED: {name}\n{output}")
                 failed += 1
                 continue
-            assert "on 2 process(es)" in "".join(said)
-            found = load_file(run / f"step-{STEPS:06d}" / "projector.safetensors")
+            assert "on 2 process(es)" in output
+            projector = load_file(run / f"step-{STEPS:06d}" / "projector.safetensors")
             differences = [
-                float((found[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected
+                float((projector[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected
             ]
             same = max(differences) < 1e-5
             failed += not same

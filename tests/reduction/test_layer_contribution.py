@@ -9,7 +9,7 @@ from reduced_models import DECODERS, IMAGE_TOKEN, build, make_row
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shortzip.reduction.calibration_prompts import CalibrationSample, Prompt, embed_prompt, plan_batches
+from shortzip.reduction.calibration_prompts import CalibrationSample, EmbeddedPrompt, embed_prompt, plan_batches
 from shortzip.reduction.layer_choice import pick_layers, rank_layers
 from shortzip.reduction.layer_contribution import LayerContributionMeter, measure_layer_contributions
 
@@ -66,7 +66,7 @@ def golden(request):
         visual = torch.zeros(len(embeds), dtype=torch.bool)
         visual[case["image_start"] : case["image_start"] + case["n_visual"]] = True
         assert len(embeds) == case["image_start"] + case["n_visual"] + case["text_after"]
-        prompts.append(Prompt(embeds, visual))
+        prompts.append(EmbeddedPrompt(embeds, visual))
     return facts, model, prompts
 
 
@@ -296,7 +296,9 @@ def test_refusals():
         )
     prompt = embed_prompt(model, sample_of(row))
     with pytest.raises(ValueError, match="prompt 1 has no visual tokens"):
-        LayerContributionMeter(decoder, head).measure([prompt, Prompt(prompt.embeds, torch.zeros_like(prompt.visual))])
+        LayerContributionMeter(decoder, head).measure(
+            [prompt, EmbeddedPrompt(prompt.embeds, torch.zeros_like(prompt.visual))]
+        )
     with pytest.raises(ValueError, match="tokens_per_pass=0"):
         LayerContributionMeter(decoder, head, tokens_per_pass=0)
     decoder.config._attn_implementation = "flex_attention"

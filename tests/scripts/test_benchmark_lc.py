@@ -3,7 +3,7 @@
 import pytest
 
 from shortzip.reduction.flops import llm_layer_flops_grouped
-from shortzip.scripts.benchmarks.lc import BenchmarkConfig, benchmark, build_models, limits
+from shortzip.scripts.benchmarks.lc import LcBenchmarkConfig, benchmark, build_models, limits
 
 SMALL = {
     "hidden_size": 32,
@@ -20,7 +20,7 @@ SMALL = {
 
 
 def test_limits_by_hand():
-    settings = BenchmarkConfig(**SMALL, text_tokens=False)
+    settings = LcBenchmarkConfig(**SMALL, text_tokens=False)
     text = build_models(settings)[0].config.text_config
 
     def cost(queries: int, keys: int, attended: int) -> int:
@@ -39,7 +39,7 @@ def test_limits_by_hand():
 
 @pytest.mark.parametrize("text_tokens", [False, True])
 def test_both_sides_agree(text_tokens):
-    result = benchmark(BenchmarkConfig(**SMALL, text_tokens=text_tokens))
+    result = benchmark(LcBenchmarkConfig(**SMALL, text_tokens=text_tokens))
     assert result["relative_difference"] < 1e-3
     assert result["speed_up"] > 0
 
@@ -52,4 +52,4 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     one = torch.ones(2, 2, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="differs from the naive loop"):
-        benchmark(BenchmarkConfig(**SMALL))
+        benchmark(LcBenchmarkConfig(**SMALL))

@@ -6,11 +6,11 @@ import torch
 from shortzip.data.dataset import MicroBatch
 from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
 from shortzip.scripts.benchmarks.savings import savings_of
-from shortzip.scripts.benchmarks.shapes import Conversation, Shape, build_models, make_batch
+from shortzip.scripts.benchmarks.shapes import ConversationLengths, ModelShape, build_models, make_batch
 from shortzip.train.step import supervised_states as walk
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters
 
-SHAPE = Shape(
+SHAPE = ModelShape(
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2},
     {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
      "image_size": 24, "patch_size": 4},
@@ -20,7 +20,7 @@ SHAPE = Shape(
 
 def test_without_a_saving_the_gradient_is_the_same() -> None:
     model = build_models(SHAPE, torch.device("cpu"), torch.float32).both
-    rows = [Conversation(True, ((3, 2),)), Conversation(True, ((4, 6), (2, 1)))]
+    rows = [ConversationLengths(True, ((3, 2),)), ConversationLengths(True, ((4, 6), (2, 1)))]
     batch = make_batch(rows, 6, 1, model.config, torch.device("cpu"))
     module = SupervisedLoss(model)
 

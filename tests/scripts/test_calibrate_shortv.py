@@ -19,7 +19,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.calibrate_shortv import calibrate, report
 from shortzip.train.calibration import measuring as calibration
 from shortzip.train.calibration.choosing import load_sample
-from shortzip.train.calibration.measuring import CalibrateConfig, Partial, asked_of, budget_name, measure
+from shortzip.train.calibration.measuring import CalibrateConfig, Partial, budget_name, calibration_set, measure
 from shortzip.train.release.loading import load_release
 
 ROOT = Path(__file__).parents[2]
@@ -86,13 +86,13 @@ def test_values_are_those_of_the_prompts_up_to_the_first_answer(settings):
     result = calibrate(changed(settings, text_tokens=False))
     budget = Reductions({"dominant": 5, "contextual": 3})
     model, processor = load_release(settings.model, budget)
-    asked = asked_of(settings, budget)
-    assert len(asked.chosen) == 12
-    for item in asked.chosen:
+    asked = calibration_set(settings, budget)
+    assert len(asked.prompts) == 12
+    for item in asked.prompts:
         text = processor.tokenizer.decode(item.prompt, skip_special_tokens=True)
         assert text.endswith("ASSISTANT:")
         assert item.conversation.images
-    samples = [load_sample(item, asked.dataset) for item in asked.chosen]
+    samples = [load_sample(item, asked.dataset) for item in asked.prompts]
     expected = measure_layer_contributions(model, samples).visual[:, 0].mean(dim=0)
     found = torch.tensor(result["measurements"][0]["visual"]["full_to_frozen"]["mean"], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from runs import run_here, write_recipe
 
+from shortzip.data import instructions
 from shortzip.data.drops import TooManyBadSamples
 from shortzip.data.subset import SubsetOptions, prepare_subset
+from shortzip.data.supervision import Supervision
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers, load_sample
-from shortzip.train.calibration.measuring import CalibrateConfig, asked_of
+from shortzip.train.calibration.measuring import CalibrateConfig, calibration_set
 from shortzip.train.inputs.samples import draw_demo_scenes, held_out_set, training_set
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -89,8 +92,8 @@ def test_lc_chooses_the_layers_that_matter_least(
     budget = Reductions({"dominant": 5, "contextual": 2})
     model, _ = load_release(release, budget)
     calibrate = CalibrateConfig(model=str(tiny_release), instructions=str(tiny_instructions), samples=5)
-    asked = asked_of(calibrate, budget)
-    mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.chosen]).mean()
+    asked = calibration_set(calibrate, budget)
+    mean = measure_layer_contributions(model, [load_sample(item, asked.dataset) for item in asked.prompts]).mean()
     assert chosen == sorted(sorted(range(4), key=mean.__getitem__)[:2])
     found = json.loads((tmp_path / "layers.json").read_text())
     assert found["layers"] == chosen
@@ -110,6 +113,28 @@ def test_lc_chooses_the_layers_that_matter_least(
     towerless, _ = freeze_layers(loaded, reductions, with_tower=False)
     assert not list(towerless.model.vision_tower.parameters())
     assert list(measured.model.vision_tower.parameters())
+
+
+def test_a_run_that_chooses_its_layers_reads_the_rows_once(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are parsed once; beside all of them for their lengths, only those that are looked at are tokenized."""
+    parsed, encoded = [], []
+    read, encode = instructions.iterate_json_rows, Supervision.encode
+    monkeypatch.setattr(instructions, "iterate_json_rows", lambda path: parsed.append(Path(path)) or read(path))
+    monkeypatch.setattr(
+        Supervision, "encode", lambda self, row, *sizes: encoded.append(row.id) or encode(self, row, *sizes)
+    )
+    freeze = {"freeze": "50%", "calibration_samples": 2}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", tiny_release, tiny_instructions, shortv=freeze, max_steps=1, warmup_ratio=0.0
+    )
+    folder = run_here(recipe, tmp_path / "run")
+    assert len(json.loads((folder / "layers.json").read_text())["layers"]) == 2
+    assert parsed == [tiny_instructions]
+    rows = len(json.loads(tiny_instructions.read_text()))
+    looked_at = len(encoded) - rows - 6  # the step's six are tokenized again by the loader
+    assert looked_at <= 2 * 4, "two prompts, chosen and then loaded, with a text-only row or two before them"
 
 
 def test_listed_layers_and_none_are_taken_as_they_are(tiny_release: Path, accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from shortzip.reduction.layer_choice import pick_layers, rank_layers
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.layer_cosine import cosine_changes
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.inputs.samples import training_conversations
+from shortzip.train.inputs.samples import TrainingRows, training_conversations, training_rows
 from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release
 from shortzip.train.run.run_folder import LAYERS
@@ -39,7 +40,7 @@ Loaded = tuple[Any, Any]
 """A model and its processor, as `load_release` gives them."""
 
 
-class Chosen(NamedTuple):
+class CalibrationPrompt(NamedTuple):
     """A conversation and its prompt: token ids up to the first answer after an image."""
 
     conversation: Conversation
@@ -55,16 +56,16 @@ def choose_prompts(
     count: int,
     seed: int,
     source: str,
-) -> list[Chosen]:
+) -> list[CalibrationPrompt]:
     """The first `count` conversations, in an order drawn with `seed`, that answer something after an image.
 
     `source`: what messages call the conversations. Raises ValueError if there is none, BadSample for a bad row where
     bad samples raise.
     """
-    chosen: list[Chosen] = []
+    prompts: list[CalibrationPrompt] = []
     image_token = supervision.processor.image_token_id
     for index in permutation(len(conversations), seed, 0).tolist():
-        if len(chosen) == count:
+        if len(prompts) == count:
             break
         conversation = conversations[index]
         if not conversation.images:
@@ -77,33 +78,35 @@ def choose_prompts(
         first_image = encoded.input_ids.index(image_token) if image_token in encoded.input_ids else len(encoded.labels)
         starts = [start for start, _ in encoded.answers if start > first_image]
         if starts:
-            chosen.append(Chosen(conversation, encoded.input_ids[: starts[0]]))
-    if not chosen:
+            prompts.append(CalibrationPrompt(conversation, encoded.input_ids[: starts[0]]))
+    if not prompts:
         raise UserError(
             f"{source}: none of the {len(conversations)} conversations answers something after an image, so LC cannot "
             "be measured on them. Give others, or shortv.layers"
         )
-    return chosen
+    return prompts
 
 
-def dataset_of(chosen: Sequence[Chosen], supervision: Supervision, image_root: str | None) -> ConversationDataset:
+def dataset_of(
+    prompts: Sequence[CalibrationPrompt], supervision: Supervision, image_root: str | None
+) -> ConversationDataset:
     """What `load_sample` takes the conversations' images from."""
-    conversations = [item.conversation for item in chosen]
+    conversations = [item.conversation for item in prompts]
     return ConversationDataset(conversations, supervision, image_root, drops=DropLog("skip", 1))
 
 
-def load_sample(chosen: Chosen, dataset: ConversationDataset) -> CalibrationSample:
+def load_sample(prompt: CalibrationPrompt, dataset: ConversationDataset) -> CalibrationSample:
     """Its prompt with the pixels of the images in it. Raises BadSample for an image that cannot be read."""
-    sample = with_prompt(dataset.load(chosen.conversation), dataset.supervision, chosen.prompt)
+    sample = with_prompt(dataset.load(prompt.conversation), dataset.supervision, prompt.prompt)
     inputs = Collator.of(dataset.supervision)([sample]).inputs
-    return CalibrationSample(torch.tensor(chosen.prompt), inputs["pixel_values"], inputs.get("image_sizes"))
+    return CalibrationSample(torch.tensor(prompt.prompt), inputs["pixel_values"], inputs.get("image_sizes"))
 
 
 def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> Sample:
     """The sample with only the images that stand in `prompt`, a beginning of its tokens."""
-    left, images = prompt.count(supervision.processor.image_token_id), 0
-    while left > 0:
-        left -= supervision.placeholders(sample.image_sizes[images])
+    placeholders, images = prompt.count(supervision.processor.image_token_id), 0
+    while placeholders > 0:
+        placeholders -= supervision.placeholders(sample.image_sizes[images])
         images += 1
     return Sample(sample.id, sample.encoded, sample.pixels[:images], sample.image_sizes[:images])
 
@@ -113,13 +116,14 @@ def choose_layers(
     release: Release,
     accelerator: Accelerator,
     write: Callable[[Path, str], None] = write_atomically,
+    rows: TrainingRows | None = None,
 ) -> tuple[list[int] | None, Loaded | None]:
     """The layers to freeze: those listed, or the first of a ranking of all; None for none. And what they were measured
     with, on the device that it was loaded to: model and processor of the run's budget with no layer frozen.
 
     LC (for ranking cosine, 1 - cosine in its place) is measured on the visual tokens that the budget leaves, for those
     are what will be frozen. Each process measures its share of the conversations; the values go to the run's folder,
-    by `write`.
+    by `write`. `rows`: those of `training_rows`, where they have been read already.
     """
     if config.shortv is None or config.shortv.freeze is None:
         return (config.shortv.layers if config.shortv else None), None
@@ -130,21 +134,21 @@ def choose_layers(
     model, processor = load_release(release, reductions_of(config.visionzip, None, None))
     loaded_to = model.device
     model.to(accelerator.device)
-    samples = _calibration_samples(config, processor, config.shortv.calibration_samples)
+    samples = _calibration_samples(config, processor, rows or training_rows(config.data, config.seed))
     share = samples[accelerator.process_index :: accelerator.num_processes]
     if config.shortv.ranking == "cosine":
         measured = cosine_changes(model, share)
     else:
         measured = measure_layer_contributions(model, share).visual[:, 0].tolist() if share else []
     places = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    rows = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
-    mean = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+    in_order = [values for _, values in sorted(gather_object(list(zip(places, measured, strict=True))))]
+    mean = torch.tensor(in_order, dtype=torch.float64).mean(dim=0).tolist()
     ranking = rank_layers(mean)
-    chosen = sorted(pick_layers(ranking, config.shortv.freeze))
+    layers = sorted(pick_layers(ranking, config.shortv.freeze))
     if accelerator.is_main_process:
-        found = {"layers": chosen, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
-        write(Path(config.output_dir) / LAYERS, json.dumps(found, indent=1) + "\n")
-    return chosen or None, (model.to(loaded_to), processor)
+        record = {"layers": layers, "ranking": ranking, "layer_contributions": mean, "samples": len(samples)}
+        write(Path(config.output_dir) / LAYERS, json.dumps(record, indent=1) + "\n")
+    return layers or None, (model.to(loaded_to), processor)
 
 
 def freeze_layers(loaded: Loaded, reductions: Reductions, *, with_tower: bool) -> Loaded:
@@ -158,21 +162,32 @@ def freeze_layers(loaded: Loaded, reductions: Reductions, *, with_tower: bool) -
 
 def calibration_prompts(
     config: TuneConfig, supervision: Supervision, count: int, drops: DropLog
-) -> tuple[list[Chosen], str]:
+) -> tuple[list[CalibrationPrompt], str]:
     """What `choose_layers` measures on, and where image paths start from. Raises as `choose_prompts` does."""
     conversations, root = training_conversations(config.data, config.seed, drops)
-    source = config.data.instructions
-    chosen = choose_prompts(conversations, supervision, root, drops, count=count, seed=config.seed, source=source)
-    return chosen, root
+    return _prompts(config, conversations, supervision, root, count, drops), root
 
 
-def _calibration_samples(config: TuneConfig, processor: Any, count: int) -> list[CalibrationSample]:
-    drops = DropLog(config.data.on_bad_sample, config.data.max_bad_fraction)
-    supervision = Supervision(processor, max_length=None)
-    chosen, root = calibration_prompts(config, supervision, count, drops)
-    dataset = dataset_of(chosen, supervision, root)
+def _prompts(
+    config: TuneConfig,
+    conversations: Sequence[Conversation],
+    supervision: Supervision,
+    root: str,
+    count: int,
+    drops: DropLog,
+) -> list[CalibrationPrompt]:
+    source, seed = config.data.instructions, config.seed
+    return choose_prompts(conversations, supervision, root, drops, count=count, seed=seed, source=source)
+
+
+def _calibration_samples(config: TuneConfig, processor: Any, rows: TrainingRows) -> list[CalibrationSample]:
+    assert config.shortv is not None
+    drops = deepcopy(rows.drops)  # what cannot be measured on is no loss of the run's yet
+    supervision, count = Supervision(processor, max_length=None), config.shortv.calibration_samples
+    prompts = _prompts(config, rows.conversations, supervision, rows.image_root, count, drops)
+    dataset = dataset_of(prompts, supervision, rows.image_root)
     samples: list[CalibrationSample] = []
-    for item in chosen:
+    for item in prompts:
         try:
             samples.append(load_sample(item, dataset))
         except BadSample as error:

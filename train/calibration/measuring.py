@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from shortzip.reduction.layer_choice import rank_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
 from shortzip.reduction.parsing import format_budget
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.calibration.choosing import Chosen, choose_prompts, dataset_of, load_sample
+from shortzip.train.calibration.choosing import CalibrationPrompt, choose_prompts, dataset_of, load_sample
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
 from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import Release, open_release, release_content
@@ -62,9 +62,12 @@ class Measurement:
             "samples": len(self.visual),
             "seconds": round(self.seconds, 3),
             "dropped": self.dropped,
-            **{kind: {name: _spread(lc[:, number]) for number, name in enumerate(DIRECTIONS)}
-               for kind, lc in kinds.items() if lc is not None},
-        }  # fmt: skip
+            **{
+                kind: {name: _spread(lc[:, number]) for number, name in enumerate(DIRECTIONS)}
+                for kind, lc in kinds.items()
+                if lc is not None
+            },
+        }
 
 
 def _spread(lc: torch.Tensor) -> dict[str, list[Any]]:
@@ -76,11 +79,11 @@ def _spread(lc: torch.Tensor) -> dict[str, list[Any]]:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-class Asked(NamedTuple):
+class CalibrationSet(NamedTuple):
     """What LC is to be measured on, before weights are read."""
 
     release: Release
-    chosen: list[Chosen]
+    prompts: list[CalibrationPrompt]
     dataset: ConversationDataset
     drops: DropLog
     visionzip: dict[str, Any] | None
@@ -88,7 +91,7 @@ class Asked(NamedTuple):
     """All that the measurement depends on beside the settings: the release's files, the prompts and their images."""
 
 
-def asked_of(settings: CalibrateConfig, budget: Reductions | None) -> Asked:
+def calibration_set(settings: CalibrateConfig, budget: Reductions | None) -> CalibrationSet:
     """The prompts under one budget (None: as the model was saved).
 
     Raises what opening the release and reading the conversations raises.
@@ -106,33 +109,38 @@ def asked_of(settings: CalibrateConfig, budget: Reductions | None) -> Asked:
     supervision = Supervision(processor, max_length=None)
     drops = DropLog(settings.on_bad_sample)
     conversations, root = _conversations(settings, drops)
-    chosen = choose_prompts(
-        conversations, supervision, root, drops, count=settings.samples, seed=settings.seed,
+    prompts = choose_prompts(
+        conversations,
+        supervision,
+        root,
+        drops,
+        count=settings.samples,
+        seed=settings.seed,
         source=settings.instructions,
-    )  # fmt: skip
+    )
     content = {
         **release_content(release),
         "conversations": {
-            "texts and images": conversations_digest([item.conversation for item in chosen], root),
-            "prompts": identity_of([item.prompt for item in chosen]),
+            "texts and images": conversations_digest([item.conversation for item in prompts], root),
+            "prompts": identity_of([item.prompt for item in prompts]),
         },
     }
-    dataset = dataset_of(chosen, supervision, root)
-    return Asked(release, chosen, dataset, drops, processor.visionzip, content)
+    dataset = dataset_of(prompts, supervision, root)
+    return CalibrationSet(release, prompts, dataset, drops, processor.visionzip, content)
 
 
 def measure(
-    settings: CalibrateConfig, budget: Reductions | None, done: Partial, asked: Asked | None = None
+    settings: CalibrateConfig, budget: Reductions | None, done: Partial, calibration: CalibrationSet | None = None
 ) -> Measurement:
     """LC under one budget (None: as the model was saved), going on from the batches that `done` holds, and adding to
-    them. `asked`: what `asked_of` gave, where it was called already."""
-    release, chosen, dataset, drops, _, content = asked or asked_of(settings, budget)
+    them. `calibration`: what `calibration_set` gave, where it was called already."""
+    release, prompts, dataset, drops, _, content = calibration or calibration_set(settings, budget)
     model, _ = load_release(release, (release.saved_reductions if budget is None else budget).before_the_llm)
     if not settings.load_in_4bit:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(automatic if settings.device == "auto" else settings.device)
-    prompts = [torch.tensor(item.prompt) for item in chosen]
-    plan = plan_batches(prompts, model.config.image_token_id, settings.samples_per_batch)
+    ids = [torch.tensor(item.prompt) for item in prompts]
+    plan = plan_batches(ids, model.config.image_token_id, settings.samples_per_batch)
     name = budget_name(model.config.visionzip)
     batches = done.begin(name, identity_of([content, plan]), len(plan))
     meter = LayerContributionMeter(
@@ -144,22 +152,8 @@ def measure(
     for number, batch in enumerate(plan):
         if number in batches:
             continue
-        started = time.perf_counter()
-        with torch.no_grad():
-            embedded = []
-            for index in batch:
-                try:
-                    embedded.append(embed_prompt(model, load_sample(chosen[index], dataset)))
-                except BadSample as error:
-                    drops.add(error)
-            found = meter.measure(embedded) if embedded else None
-        entry = {
-            "visual": found.visual.tolist() if found else [],
-            "text": found.text.tolist() if found and found.text is not None else None,
-            "seconds": time.perf_counter() - started,
-        }
-        done.add(name, number, entry)
-        batches[number] = entry
+        batches[number] = _measure_batch(model, meter, [prompts[index] for index in batch], dataset, drops)
+        done.add(name, number, batches[number])
         _progress(f"LC with {name}", len(batches), len(plan))
     entries = [batches[number] for number in range(len(plan))]
     visual = [row for entry in entries for row in entry["visual"]]
@@ -169,12 +163,36 @@ def measure(
     image_token = model.config.image_token_id
     return Measurement(
         budget=model.config.visionzip,
-        visual_tokens=sum(int((ids == image_token).sum()) for ids in prompts) / len(prompts),
+        visual_tokens=sum(int((row == image_token).sum()) for row in ids) / len(ids),
         visual=torch.tensor(visual, dtype=torch.float64),
         text=torch.tensor(text, dtype=torch.float64) if text else None,
         seconds=sum(entry["seconds"] for entry in entries),
         dropped=drops.counts,
     )
+
+
+@torch.no_grad()
+def _measure_batch(
+    model: Any,
+    meter: LayerContributionMeter,
+    prompts: Sequence[CalibrationPrompt],
+    dataset: ConversationDataset,
+    drops: DropLog,
+) -> dict[str, Any]:
+    """LC of the prompts whose images can be read, as a line of a `Partial` holds it."""
+    started = time.perf_counter()
+    embedded = []
+    for prompt in prompts:
+        try:
+            embedded.append(embed_prompt(model, load_sample(prompt, dataset)))
+        except BadSample as error:
+            drops.add(error)
+    lc = meter.measure(embedded) if embedded else None
+    return {
+        "visual": lc.visual.tolist() if lc else [],
+        "text": lc.text.tolist() if lc and lc.text is not None else None,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _conversations(settings: CalibrateConfig, drops: DropLog) -> tuple[list[Conversation], str | None]:
@@ -212,8 +230,8 @@ class Partial:
             self._entries = whole[1:]
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [{"settings": settings}, *self._entries]
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        lines = [{"settings": settings}, *self._entries]
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in lines))
 
     def begin(self, name: str, identity: str, batches: int) -> dict[int, dict[str, Any]]:
         """The finished batches under one budget, by number. Raises ValueError when they are of other prompts or
@@ -284,20 +302,20 @@ def read_measured(path: Path) -> dict[str, Any]:
     return result
 
 
-def refuse_other_content(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def refuse_other_content(measured: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError that names what is not as it was when it was measured on."""
     changed = [
         f"{file} of the {part}" if part != "conversations" else f"the conversations' {file}"
-        for part in wanted
-        for file in {**found.get(part, {}), **wanted[part]}
-        if found.get(part, {}).get(file) != wanted[part].get(file)
+        for part in content
+        for file in {**measured.get(part, {}), **content[part]}
+        if measured.get(part, {}).get(file) != content[part].get(file)
     ]
     if changed:
         raise UserError(f"{path} was measured before these changed: {', '.join(changed)}. {ANEW_OR_ELSEWHERE}")
 
 
-def refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def refuse_other_settings(measured: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
     """Raises ValueError that names each setting that differs."""
-    differing = differing_settings(found, wanted)
+    differing = differing_settings(measured, settings)
     if differing:
         raise UserError(f"{path} is of other settings: {differing}. {ANEW_OR_ELSEWHERE}")

@@ -41,11 +41,11 @@ class Writer:
         ids, labels, owner = [], [], []
         for number, (_, question, answer) in enumerate(turns):
             opening = f"\n{question} ASSISTANT:" if number == 0 else f"USER: {question} ASSISTANT:"
-            asked = self._ids(opening)
-            said = [*self._ids(f"{opening} {answer}")[len(asked) :], self.tokenizer.eos_token_id]
-            ids += asked + said
-            labels += [IGNORED] * len(asked) + said
-            owner += [-1] * len(asked) + [number] * len(said)
+            question_ids = self._ids(opening)
+            answer_ids = [*self._ids(f"{opening} {answer}")[len(question_ids) :], self.tokenizer.eos_token_id]
+            ids += question_ids + answer_ids
+            labels += [IGNORED] * len(question_ids) + answer_ids
+            owner += [-1] * len(question_ids) + [number] * len(answer_ids)
         return ids, labels, owner
 
     def batch(self, scenes: list[list[Turns]]) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def measure(
     that is when greedy decoding returns exactly this answer. `blind` replaces every scene's picture by another's.
     """
     model.eval()
-    right, asked = dict.fromkeys((*KINDS, "follow_up"), 0), dict.fromkeys((*KINDS, "follow_up"), 0)
+    right, totals = dict.fromkeys((*KINDS, "follow_up"), 0), dict.fromkeys((*KINDS, "follow_up"), 0)
     rows = torch.arange(len(pictures))
     for chunk in rows.split(25):
         questions = [questions_for(seed, int(row), 0, 6) for row in chunk]
@@ -166,12 +166,12 @@ def measure(
         }
         for row, conversations in enumerate(questions):
             for number, (kind, _, _) in enumerate(turn for conversation in conversations for turn in conversation):
-                asked[kind] += 1
+                totals[kind] += 1
                 right[kind] += (row, number) not in wrong
     model.train()
-    table = {kind: round(right[kind] / max(1, asked[kind]), 4) for kind in asked}
+    table = {kind: round(right[kind] / max(1, totals[kind]), 4) for kind in totals}
     return {
-        "exact_match": round(sum(right.values()) / sum(asked.values()), 4),
-        "questions": sum(asked.values()),
+        "exact_match": round(sum(right.values()) / sum(totals.values()), 4),
+        "questions": sum(totals.values()),
         **table,
     }

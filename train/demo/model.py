@@ -146,8 +146,8 @@ class Optimizer:
 
     def __init__(self, parameters: list[tuple[str, nn.Parameter]], learning_rate: float) -> None:
         inside = [p for n, p in parameters if p.ndim == 2 and "embed" not in n and "head" not in n]
-        chosen = {id(p) for p in inside}
-        rest = [p for _, p in parameters if id(p) not in chosen]
+        inside_ids = {id(p) for p in inside}
+        rest = [p for _, p in parameters if id(p) not in inside_ids]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),

@@ -98,7 +98,76 @@ def evaluate(
     start = time.perf_counter()
     config: Any = model.config
     check_positions(config, dataset, held_out=True)
-    sums = dict.fromkeys(("loss", "tokens", "visual", "images", "text", "shown", "prompts"), 0.0)
+    sums, answers, still_open = _read_answers(model, dataset, accelerator, batch_size, max_new_tokens, progress)
+    still_open = sorted(gather_object(still_open), key=lambda question: (question.sample, question.turn))
+    share = _share([len(question.prompt) for question in still_open], batch_size, accelerator)
+    for number, batch in enumerate(share):
+        progress(number, len(share))
+        questions = [still_open[index] for index in batch]
+        texts = _generate(model, dataset, questions, max_new_tokens)
+        answers += [(q.sample, _answer(q, text)) for q, text in zip(questions, texts, strict=True)]
+    gathered = sorted(gather_object(answers), key=lambda numbered: (numbered[0], numbered[1].turn))
+    in_order = [answer for _, answer in gathered]
+    totals = sums.over_processes(accelerator)
+    if not in_order:
+        raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
+    seconds = time.perf_counter() - start
+    inputs = prefill_inputs(model, dataset, batch_size)
+    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
+    evaluation = Evaluation(
+        name=name,
+        exact_match=sum(answer.correct for answer in in_order) / len(in_order),
+        loss=totals.loss / totals.tokens,
+        questions=len(in_order),
+        supervised_tokens=int(totals.tokens),
+        visual_tokens=totals.visual / max(totals.images, 1),
+        frozen_layers=len(reductions.layers),
+        llm_flops=reductions.prefill_flops(config.text_config, *totals.mean_prompt()),
+        prefill_ms=measure_prefill(model, inputs),
+        prefill_batch=len(inputs["input_ids"]) if inputs else 0,
+        seconds=seconds,
+        fastv=reductions.fastv_words,
+    )
+    return evaluation, in_order
+
+
+@dataclass
+class _Sums:
+    """What the means of an `Evaluation` are taken of; floats, so that processes add them up in one tensor."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    """Supervised ones."""
+    images: float = 0.0
+    visual: float = 0.0
+    """Visual tokens of `images`."""
+    prompts: float = 0.0
+    text: float = 0.0
+    """Text tokens of `prompts`."""
+    placeholders: float = 0.0
+    """Those of `prompts`, of no image or of several."""
+
+    def over_processes(self, accelerator: Accelerator) -> _Sums:
+        own = torch.tensor(list(asdict(self).values()), dtype=torch.float64, device=accelerator.device)
+        return _Sums(*accelerator.reduce(own).tolist())
+
+    def mean_prompt(self) -> tuple[int, int]:
+        """Text tokens and placeholders, rounded."""
+        return round(self.text / self.prompts), round(self.placeholders / self.prompts)
+
+
+def _read_answers(
+    model: Llava,
+    dataset: ConversationDataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[int, int], None],
+) -> tuple[_Sums, list[tuple[int, Answer]], list[_Question]]:
+    """The sums over this process's share; the answers that the pass for the loss shows to be right, each with its
+    sample's number; and the questions that are still to be asked."""
+    config: Any = model.config
+    sums = _Sums()
     answers: list[tuple[int, Answer]] = []
     still_open: list[_Question] = []
     share = _share(dataset.lengths.tolist(), batch_size, accelerator)
@@ -109,14 +178,15 @@ def evaluate(
             continue
         collated = Collator.of(dataset.supervision)(list(samples.values())).to(accelerator.device)
         loss, tokens, greedy = _teacher_forced(model, collated)
-        sums["loss"], sums["tokens"] = sums["loss"] + loss, sums["tokens"] + tokens
+        sums.loss, sums.tokens = sums.loss + loss, sums.tokens + tokens
         for row, (index, sample) in enumerate(samples.items()):
-            sums["images"] += len(sample.image_sizes)
-            sums["visual"] += sum(map(dataset.supervision.placeholders, sample.image_sizes))
+            sums.images += len(sample.image_sizes)
+            sums.visual += sum(map(dataset.supervision.placeholders, sample.image_sizes))
             for question, (begin, end) in _questions(dataset, sample, index):
-                sums["prompts"] += 1
-                shown = question.prompt.count(_placeholder(dataset))  # of no image, or of several
-                sums["shown"], sums["text"] = sums["shown"] + shown, sums["text"] + len(question.prompt) - shown
+                placeholders = question.prompt.count(_placeholder(dataset))
+                sums.prompts += 1
+                sums.placeholders += placeholders
+                sums.text += len(question.prompt) - placeholders
                 # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
                 is_known = question.turn == 0 or config.fastv is None
                 if is_known and end - begin - 1 <= max_new_tokens and greedy[row, begin:end].all():
@@ -124,39 +194,7 @@ def evaluate(
                     answers.append((index, _answer(question, question.expected)))
                 else:
                     still_open.append(question)
-    still_open = sorted(gather_object(still_open), key=lambda question: (question.sample, question.turn))
-    share = _share([len(question.prompt) for question in still_open], batch_size, accelerator)
-    for number, batch in enumerate(share):
-        progress(number, len(share))
-        questions = [still_open[index] for index in batch]
-        said = _generate(model, dataset, questions, max_new_tokens)
-        answers += [(q.sample, _answer(q, text)) for q, text in zip(questions, said, strict=True)]
-    gathered = sorted(gather_object(answers), key=lambda numbered: (numbered[0], numbered[1].turn))
-    listed = [answer for _, answer in gathered]
-    local = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
-    totals = dict(zip(sums, accelerator.reduce(local).tolist(), strict=True))
-    if not listed:
-        raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
-    seconds = time.perf_counter() - start
-    inputs = prefill_inputs(model, dataset, batch_size)
-    visual = totals["visual"] / max(totals["images"], 1)
-    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
-    text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
-    evaluation = Evaluation(
-        name=name,
-        exact_match=sum(answer.correct for answer in listed) / len(listed),
-        loss=totals["loss"] / totals["tokens"],
-        questions=len(listed),
-        supervised_tokens=int(totals["tokens"]),
-        visual_tokens=visual,
-        frozen_layers=len(reductions.layers),
-        llm_flops=reductions.prefill_flops(config.text_config, text, shown),
-        prefill_ms=measure_prefill(model, inputs),
-        prefill_batch=len(inputs["input_ids"]) if inputs else 0,
-        seconds=seconds,
-        fastv=reductions.fastv_words,
-    )
-    return evaluation, listed
+    return sums, answers, still_open
 
 
 def held_out_loss(loss_module: nn.Module, batches: Iterable[MicroBatch], session: Session) -> float | None:
@@ -213,8 +251,8 @@ def _questions(
         yield _Question(index, sample.id, turn, ids[:start], _text(dataset, ids[start:end])), (start, end)
 
 
-def _answer(question: _Question, said: str) -> Answer:
-    return Answer(question.id, question.turn, question.expected, said, said == question.expected)
+def _answer(question: _Question, text: str) -> Answer:
+    return Answer(question.id, question.turn, question.expected, text, text == question.expected)
 
 
 def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
@@ -244,12 +282,12 @@ def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequen
     input_ids = torch.full((len(questions), length), collator.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     samples = _load(dataset, sorted({question.sample for question in questions}))
-    shown = []
+    rows = []
     for row, question in enumerate(questions):
         input_ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
         attention_mask[row, length - len(question.prompt) :] = 1
-        shown.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
-    pictures = collator(shown).inputs
+        rows.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
+    pictures = collator(rows).inputs
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs.update({key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures})
     return {key: tensor.to(model.device) for key, tensor in inputs.items()}

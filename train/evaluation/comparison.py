@@ -166,7 +166,7 @@ def _side_by_side(
         for number, (model, inputs) in enumerate(timed):
             progress(turn * len(timed) + number, rounds * len(timed))
             times[number].append(measure_prefill(model, inputs))
-    return [statistics.median(found) for found in times]
+    return [statistics.median(seconds) for seconds in times]
 
 
 def _free_memory() -> None:
@@ -240,8 +240,8 @@ def write_evaluation(
         partial.write_text(table, encoding="utf-8")
         flush_to_disk(partial)
         with written_whole(folder / ANSWERS, replace=True) as new:
-            for file, said in zip(files, answers, strict=True):
-                write_answers(new / file, said)
+            for file, of_model in zip(files, answers, strict=True):
+                write_answers(new / file, of_model)
                 flush_to_disk(new / file)
             (folder / RESULTS).unlink(missing_ok=True)
 

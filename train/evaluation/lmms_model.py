@@ -38,9 +38,15 @@ from shortzip.train.release.spec import ReleaseSpec
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_KEYS = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "do_sample",
+    "repetition_penalty",
     "length_penalty",
-)  # fmt: skip
+)
 OTHER_KEYS = ("until", "image_aspect_ratio")
 MAX_NEW_TOKENS = 1024
 # What lmms-eval stops at where a task names nothing: it would cut longer answers after their first paragraph.
@@ -153,11 +159,11 @@ class ReducedLlava(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """An answer for each request, stripped and cut before the first of its `until` strings (but for lmms-eval's
         own blank line, which it sets where a task names none)."""
-        asked = []
+        items = []
         for context, generation, doc_to_visual, doc_id, task, split in (request.args for request in requests):
             read = partial(self._question, context, doc_to_visual, doc_id, task, split)
-            asked.append(_Request(context, generation, read))
-        return self._batched(asked, self._generate, "generate_until")
+            items.append(_Request(context, generation, read))
+        return self._batched(items, self._generate, "generate_until")
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean loss of the continuation and its end token, would greedy decoding say just that) for each request.
@@ -165,12 +171,12 @@ class ReducedLlava(lmms):
         The loss, not its negative: lmms-eval's own models return it, and its multiple_choice takes the smallest. In a
         GenerationResult, because lmms-eval 0.7 turns everything else into text, and then fails to read it.
         """
-        asked = []
+        items = []
         for context, target, doc_to_visual, doc_id, task, split in (request.args for request in requests):
             read = partial(self._continued, target, context, doc_to_visual, doc_id, task, split)
-            asked.append(_Request(context, {}, read))
-        found = self._batched(asked, self._score, "loglikelihood")
-        return [GenerationResult(pair) for pair in found]  # annotated as text
+            items.append(_Request(context, {}, read))
+        scores = self._batched(items, self._score, "loglikelihood")
+        return [GenerationResult(pair) for pair in scores]  # annotated as text
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("reduced_llava: tasks of several rounds are not supported; LLaVA's are single-round")
@@ -193,10 +199,10 @@ class ReducedLlava(lmms):
         task: str,
         split: str,
     ) -> _Question:
-        said = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        continuation = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
         prompt = self._question(context, doc_to_visual, doc_id, task, split).prompt
         sizes = list(prompt.image_sizes)
-        turns = (("user", _with_images(context, len(sizes))), ("assistant", str(said).strip()))
+        turns = (("user", _with_images(context, len(sizes))), ("assistant", str(continuation).strip()))
         encoded = self.supervision.encode(Conversation("", ("",) * len(sizes), turns), sizes)
         start, end = encoded.answers[-1]
         return _Question(replace(prompt, input_ids=encoded.input_ids[:start]), tuple(encoded.input_ids[start:end]))
@@ -204,29 +210,29 @@ class ReducedLlava(lmms):
     # --------------------------------------------------------------------------------------------------------- batches
 
     def _batched(
-        self, asked: Sequence[_Request], run: Callable[[list[_Question], Mapping[str, Any]], list[Any]], title: str
+        self, items: Sequence[_Request], run: Callable[[list[_Question], Mapping[str, Any]], list[Any]], title: str
     ) -> list[Any]:
-        """`run` on batches of requests that generate alike, long ones first; results in the order of `asked`."""
-        order = sorted(range(len(asked)), key=lambda index: (repr(asked[index].generation), -len(asked[index].text)))
-        results: list[Any] = [None] * len(asked)
-        with tqdm(total=len(asked), desc=title, disable=self.rank != 0) as bar:
+        """`run` on batches of requests that generate alike, long ones first; results in the order of `items`."""
+        order = sorted(range(len(items)), key=lambda index: (repr(items[index].generation), -len(items[index].text)))
+        results: list[Any] = [None] * len(items)
+        with tqdm(total=len(items), desc=title, disable=self.rank != 0) as bar:
             while order:
-                generation = asked[order[0]].generation
+                generation = items[order[0]].generation
                 alike = repr(generation)  # as they are sorted: settings that are equal, like 0 and 0.0, may lie apart
-                batch = [index for index in order[: self.batch_size] if repr(asked[index].generation) == alike]
+                batch = [index for index in order[: self.batch_size] if repr(items[index].generation) == alike]
                 order = order[len(batch) :]
-                found = run([asked[index].read() for index in batch], generation)
-                for index, result in zip(batch, found, strict=True):
+                of_batch = run([items[index].read() for index in batch], generation)
+                for index, result in zip(batch, of_batch, strict=True):
                     results[index] = result
                 bar.update(len(batch))
         return results
 
     @torch.inference_mode()
-    def _generate(self, batch: list[_Question], wanted: Mapping[str, Any]) -> list[str]:
-        strange = sorted(wanted.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
+    def _generate(self, batch: list[_Question], generation: Mapping[str, Any]) -> list[str]:
+        strange = sorted(generation.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
         if strange:
             logger.warning("generation settings that mean nothing here are left out: {}", ", ".join(strange))
-        settings = {key: wanted[key] for key in GENERATION_KEYS if wanted.get(key) is not None}
+        settings = {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None}
         temperature = settings.get("temperature")  # tasks give 0 to mean greedy decoding, which transformers refuses
         settings["do_sample"] = temperature != 0 and settings.get("do_sample", temperature is not None)
         if not settings["do_sample"]:
@@ -238,17 +244,17 @@ class ReducedLlava(lmms):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=Collator.of(self.supervision).pad_token_id,
         )
-        until = wanted.get("until") or []
+        until = generation.get("until") or []
         until = [] if until == FILLER_STOP else until
-        said = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_cut(text, [until] if isinstance(until, str) else until) for text in said]
+        texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
 
     @torch.inference_mode()
     def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
-        rows = [replace(asked.prompt, input_ids=[*asked.prompt.input_ids, *asked.continuation]) for asked in batch]
+        rows = [replace(item.prompt, input_ids=[*item.prompt.input_ids, *item.continuation]) for item in batch]
         inputs = batch_prompts(self.supervision, rows, self.device)
         # FastV chooses by the question's last token, as it does before an answer is generated.
-        last = [inputs["input_ids"].shape[1] - len(asked.continuation) - 1 for asked in batch]
+        last = [inputs["input_ids"].shape[1] - len(item.continuation) - 1 for item in batch]
         query = torch.tensor(last, device=self.device)
         hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state
         results = []
@@ -269,11 +275,11 @@ class ReducedLlavaChat(ReducedLlava):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """As `ReducedLlava.generate_until`."""
-        asked = []
+        items = []
         for context, doc_to_messages, generation, doc_id, task, split in (request.args for request in requests):
             read = partial(self._conversation, doc_to_messages, doc_id, task, split)
-            asked.append(_Request(context, generation, read))
-        return self._batched(asked, self._generate, "generate_until")
+            items.append(_Request(context, generation, read))
+        return self._batched(items, self._generate, "generate_until")
 
     def _conversation(self, doc_to_messages: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Question:
         turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
@@ -292,7 +298,7 @@ def _reductions(
     if budget is None and method is not None:
         raise UserError(f"method is {method!r}, and no budget is given: a budget like 54+10 is needed")
     listed = layers if layers is None or isinstance(layers, (str, int)) else "+".join(map(str, layers)) or NONE
-    asked = Reductions.parse(
+    reductions = Reductions.parse(
         ALL if budget is None else str(budget),
         NONE if listed is None else str(listed),
         NONE if fastv is None else str(fastv),
@@ -300,9 +306,9 @@ def _reductions(
         seed=seed,
     )
     return Reductions(
-        saved.visionzip if budget is None else asked.visionzip,
-        saved.shortv if layers is None else asked.shortv,
-        saved.fastv if fastv is None else asked.fastv,
+        saved.visionzip if budget is None else reductions.visionzip,
+        saved.shortv if layers is None else reductions.shortv,
+        saved.fastv if fastv is None else reductions.fastv,
     )
 
 
@@ -326,18 +332,18 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]]
     """
     turns, images = [], []
     for message in messages:
-        pieces, said = [], []
+        pieces, texts = [], []
         for part in message["content"]:
             if part["type"] == "image":
                 images.append(_as_image(part["url"]))
                 pieces.append(PLACEHOLDER)
             elif part["type"] == "text":
-                said.append(part["text"])
+                texts.append(part["text"])
                 pieces.append(part["text"].replace(PLACEHOLDER, ""))
             else:
                 raise UserError(f"reduced_llava looks at images only; this task gives {part['type']}")
-        shown = len(message["content"]) - len(said)
-        text = "\n".join(said)
+        shown = len(message["content"]) - len(texts)
+        text = "\n".join(texts)
         turns.append((str(message["role"]), text if text.count(PLACEHOLDER) == shown else "\n".join(pieces)))
     return turns, images
 

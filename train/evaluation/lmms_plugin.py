@@ -109,8 +109,8 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     messages = []
     for role, text in zip(doc["roles"], doc["texts"], strict=True):
         content = [{"type": "image", "url": open_image(next(images))} for _ in range(text.count(PLACEHOLDER))]
-        said = text.replace(PLACEHOLDER, "").strip() if content else text
-        messages.append({"role": role, "content": [*content, {"type": "text", "text": said}]})
+        words = text.replace(PLACEHOLDER, "").strip() if content else text
+        messages.append({"role": role, "content": [*content, {"type": "text", "text": words}]})
     return messages
 
 

@@ -104,10 +104,10 @@ def average_of(scores: Mapping[str, float], full: Mapping[str, float]) -> Averag
 def papers_average(config: PapersConfig, paper: Published, tasks: Sequence[str]) -> Average | None:
     """The paper's percentage over these very tasks; None where its scores of them are not known."""
     full = {task.name: task.full for task in config.tasks if task.full is not None and task.name in tasks}
-    found = average_of(paper.scores, full)
-    if found is None or set(found.tasks) != set(tasks):
+    average = average_of(paper.scores, full)
+    if average is None or set(average.tasks) != set(tasks):
         return None
-    return Average(paper.percent, found.tasks) if len(tasks) == len(paper.scores) else found
+    return Average(paper.percent, average.tasks) if len(tasks) == len(paper.scores) else average
 
 
 def table_rows(
@@ -117,10 +117,10 @@ def table_rows(
     first, full = next(iter(scores.items()))
     published = {(entry.budget, entry.layers, entry.kind): entry for entry in config.published}
     lines = []
-    for row, found in scores.items():
+    for row, scores_of_row in scores.items():
         is_papers = (row.method, row.fastv) == (VISIONZIP, NONE)
         paper = published.get((row.budget, row.layers, row.kind)) if is_papers else None
-        own = average_of(found, full)
+        own = average_of(scores_of_row, full)
         beside = papers_average(config, paper, own.tasks) if paper and own else None
         lines.append(
             {
@@ -131,7 +131,7 @@ def table_rows(
                 "layers": row.layers,
                 "method": row.method,
                 "fastv": row.fastv,
-                "scores": dict(found),
+                "scores": dict(scores_of_row),
                 "percent": own.percent if own else None,
                 "tasks": list(own.tasks) if own else [],
                 "llm_flops": flops[row],

@@ -38,15 +38,15 @@ SHARD_IMAGES = 256
 SHARD_SECONDS = 60.0
 
 
-class _Seen(NamedTuple):
+class _ReadImage(NamedTuple):
     """An image that was read: its key, its pixels if it is not in the cache, and what is known of its file."""
 
     key: str
     pixels: Tensor | None
-    known: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
 
 
-class _Images(Dataset[_Seen | None]):
+class _Images(Dataset[_ReadImage | None]):
     """What a worker sees of each image; None for those that cannot be read."""
 
     def __init__(self, sources: Sequence[tuple[ImageSource, Any]], cache: FeatureCache, image_processor: Any) -> None:
@@ -55,28 +55,28 @@ class _Images(Dataset[_Seen | None]):
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> _Seen | None:
+    def __getitem__(self, index: int) -> _ReadImage | None:
         source, root = self.sources[index]
         self.cache.known_images = KnownImages()
-        known = self.cache.known_images.files
+        files = self.cache.known_images.files
         try:
             key = self.cache.key_of(source, root)
             if key in self.cache:
-                return _Seen(key, None, known)
+                return _ReadImage(key, None, files)
             pixels = pixel_values(open_image(source, root), self.image_processor)
         except BadImage:
             return None  # it is dropped, or refused, with its row when that is read
-        return _Seen(key, pixels if pixels.dim() == 4 else pixels[None], known)
+        return _ReadImage(key, pixels if pixels.dim() == 4 else pixels[None], files)
 
 
 def _sources(datasets: Sequence[ConversationDataset]) -> list[tuple[ImageSource, Any]]:
     """Every image of the datasets once, in order."""
-    found: dict[Any, tuple[ImageSource, Any]] = {}
+    sources: dict[Any, tuple[ImageSource, Any]] = {}
     for dataset in datasets:
         for conversation in dataset.conversations:
             for source in conversation.images:
-                found.setdefault((str(dataset.image_root), source), (source, dataset.image_root))
-    return list(found.values())
+                sources.setdefault((str(dataset.image_root), source), (source, dataset.image_root))
+    return list(sources.values())
 
 
 @torch.no_grad()
@@ -96,40 +96,60 @@ def fill_cache(
     Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
-    accelerator = session.accelerator
+    accelerator, known_images = session.accelerator, cache.known_images
     sweep(cache.folder)
     _leave_out_damaged(cache, accelerator)
-    sources = _sources(datasets)
-    mine, known, read = sources[accelerator.process_index :: accelerator.num_processes], cache.known_images, {}
-    share = [image for image in mine if not (known.has("key", *image) and cache.key_of(*image) in cache)]
+    own = _sources(datasets)[accelerator.process_index :: accelerator.num_processes]
+    share = [image for image in own if not (known_images.has("key", *image) and cache.key_of(*image) in cache)]
     loader: Any = DataLoader(
         _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
     )
-    computed, waiting, written = 0, {}, time.monotonic()
+    computed, shard, files = 0, _Shard(cache), {}
     for number, batch in enumerate(loader):
         session.report.progress("features", number * batch_size, len(share))
-        seen = [image for image in batch if image is not None]
-        for image in seen:
-            read.update(image.known)
-        found = {image.key: image.pixels for image in seen if image.pixels is not None and image.key not in waiting}
-        if found:
+        images = [image for image in batch if image is not None]
+        for image in images:
+            files.update(image.files)
+        pixels = {image.key: image.pixels for image in images if image.pixels is not None and image.key not in shard}
+        if pixels:
             prepare()
-            computed += len(found)
-            waiting.update(dict(zip(found, _visual_tokens(model, list(found.values())), strict=True)))
-        if len(waiting) >= SHARD_IMAGES or (waiting and time.monotonic() - written > SHARD_SECONDS):
-            cache.write(waiting)
-            waiting, written = {}, time.monotonic()
+            computed += len(pixels)
+            shard.add(dict(zip(pixels, _visual_tokens(model, list(pixels.values())), strict=True)))
+        if shard.is_due():
+            shard.write()
         if session.stop.signal is not None:
             break
     session.report.end_progress()
-    if waiting:
-        cache.write(waiting)
+    shard.write()
     accelerator.wait_for_everyone()
-    for files in gather_object([read]):
-        known.learn(files)
+    for learned in gather_object([files]):
+        known_images.learn(learned)
     cache.refresh()
     cache.drop([])  # what was written since it was looked at is whole
     return int(session.total(computed)[0])
+
+
+class _Shard:
+    """Features that wait to be written to the cache together."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache, self.begun = cache, time.monotonic()
+        self.features: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.features
+
+    def add(self, features: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.features.update(features)
+
+    def is_due(self) -> bool:
+        is_old = time.monotonic() - self.begun > SHARD_SECONDS
+        return len(self.features) >= SHARD_IMAGES or (is_old and bool(self.features))
+
+    def write(self) -> None:
+        if self.features:
+            self.cache.write(self.features)
+            self.features, self.begun = {}, time.monotonic()
 
 
 def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
@@ -157,18 +177,35 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, T
     return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
 
 
-def _kept_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> tuple[Kept, str, dict[str, Any]] | None:
-    """Where the digest of the release's tower is kept, under which name and parts; None where none can be."""
-    root, parts = config.data.cache_features, tower_parts(release.folder, dtype)
-    return None if root is None or parts is None else (Kept(root), f"tower-{identity_of(parts)[:16]}", parts)
+class _TowerRecord(NamedTuple):
+    """Where the digest of a release's tower is kept, for the runs that then need not load it."""
+
+    kept: Kept
+    name: str
+    parts: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: TuneConfig, release: Release, dtype: torch.dtype) -> _TowerRecord | None:
+        """None where no features are kept, or the tower's files cannot be told from others."""
+        root, parts = config.data.cache_features, tower_parts(release.folder, dtype)
+        return None if root is None or parts is None else cls(Kept(root), f"tower-{identity_of(parts)[:16]}", parts)
+
+    def digest(self) -> str | None:
+        return self.kept.find(self.name, self.parts)
+
+    def keep(self, digest: str) -> None:
+        self.kept.keep(self.name, self.parts, digest)
+
+    def forget(self) -> None:
+        self.kept.path(self.name).unlink(missing_ok=True)
 
 
 def known_tower(config: TuneConfig, release: Release, dtype: torch.dtype) -> str | None:
     """The digest of the release's tower, if features are cached and an earlier run left it."""
-    if config.data.cache_features is None or (where := _kept_tower(config, release, dtype)) is None:
+    if config.data.cache_features is None:
         return None
-    kept, name, parts = where
-    return kept.find(name, parts)
+    record = _TowerRecord.of(config, release, dtype)
+    return None if record is None else record.digest()
 
 
 def store_features(
@@ -192,33 +229,18 @@ def store_features(
     for dataset in datasets:
         cache.known_images.learn(dataset.known_images.files)
         dataset.known_images = cache.known_images
-    dtype = model.get_input_embeddings().weight.dtype
-    if tower is None and (where := _kept_tower(config, release, dtype)) is not None:
-        kept, name, parts = where
-        kept.keep(name, parts, identity["tower"])
+    record = _TowerRecord.of(config, release, model.get_input_embeddings().weight.dtype)
+    if tower is None and record is not None:
+        record.keep(identity["tower"])
 
     def tower_on_device() -> None:
-        if isinstance(model.model.vision_tower, nn.Identity):
-            model.model.vision_tower = load_tower(release.folder, model.config, dtype)
-            if tower_digest(model.model.vision_tower) != tower:
-                if (where := _kept_tower(config, release, dtype)) is not None:
-                    where[0].path(where[1]).unlink(missing_ok=True)
-                raise UserError(
-                    f"{release.folder}: the tower has changed where its samples do not show it. The features of the "
-                    "one before are left alone: start the run again"
-                )
+        _put_tower(model, release, tower, record)
         model.model.vision_tower.to(session.accelerator.device)
 
+    workers = config.data.num_workers
     computed = fill_cache(
-        cache,
-        model,
-        processor.image_processor,
-        datasets,
-        session,
-        num_workers=config.data.num_workers,
-        prepare=tower_on_device,
+        cache, model, processor.image_processor, datasets, session, num_workers=workers, prepare=tower_on_device
     )
-    session.report.end_progress()
     if session.accelerator.is_main_process:
         cache.known_images.keep(config.data.cache_features)
     if session.asked_to_stop():
@@ -229,3 +251,18 @@ def store_features(
     session.report.say(
         f"features: {computed} images computed, {len(cache)} in {cache.folder}; the tower is not needed"
     )
+
+
+def _put_tower(model: Any, release: Release, digest: str | None, record: _TowerRecord | None) -> None:
+    """Loads the tower where the model came without it. Raises UserError if it is not the one of `digest`."""
+    if not isinstance(model.model.vision_tower, nn.Identity):
+        return
+    dtype = model.get_input_embeddings().weight.dtype
+    model.model.vision_tower = load_tower(release.folder, model.config, dtype)
+    if tower_digest(model.model.vision_tower) != digest:
+        if record is not None:
+            record.forget()
+        raise UserError(
+            f"{release.folder}: the tower has changed where its samples do not show it. The features of the "
+            "one before are left alone: start the run again"
+        )

@@ -41,9 +41,14 @@ _INCIDENTAL = {
 _REDUCTIONS = {"visionzip", "shortv", "fastv", "base_release"}  # settings of the run, and where weights lie
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def run_identity(release: Release, dataset: ConversationDataset) -> dict[str, str]:
@@ -105,23 +110,23 @@ def release_identity(release: Release) -> dict[str, str]:
 
 def check_same_origin(
     state: Mapping[str, Any],
-    found: Mapping[str, str],
+    identity: Mapping[str, str],
     dataset: ConversationDataset,
     path: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Raises `CheckpointError` naming each part of the identity `found` that is another than in a checkpoint's state.
+    """Raises `CheckpointError` naming each part of `identity` that is another than in a checkpoint's state.
 
     Images that no step has seen may have been mended, if it was a bad one that the run failed over. That, parts that
     an older ShortZip did not note, and libraries of other versions are said. `path`: of the run.
     """
     saved = state.get("identity", {})
-    changed = {part: part for part, digest in found.items() if saved.get(part, digest) != digest}
+    changed = {part: part for part, digest in identity.items() if saved.get(part, digest) != digest}
     if IMAGES in changed:
         then, images = len(saved[IMAGES]) // IMAGE_DIGITS, images_of(dataset)
         changed[IMAGES] = f"{IMAGES} ({then} then, {len(images)} now)"
         if then == len(images):
-            others = {source for at, source in enumerate(images) if _digest_at(saved, at) != _digest_at(found, at)}
+            others = {source for at, source in enumerate(images) if _digest_at(saved, at) != _digest_at(identity, at)}
             name = image_name(next(source for source in images if source in others))
             changed[IMAGES] = f"{IMAGES} ({len(others)} of {len(images)}, such as {name})"
             if "BadSample" in read_status(path)["reason"] and not others & _seen_images(state, dataset):
@@ -132,7 +137,7 @@ def check_same_origin(
             f"{path} began with something else. Changed since: {', '.join(changed.values())}. Put back what it began "
             "with, or start another run in another output_dir"
         )
-    unknown = [part for part in found if part not in saved]
+    unknown = [part for part in identity if part not in saved]
     if unknown:
         names = ", ".join(unknown)
         say(f"{path} was begun by an older ShortZip: whether these have changed cannot be checked: {names}")
@@ -151,12 +156,12 @@ def _seen_images(state: Mapping[str, Any], dataset: ConversationDataset) -> set[
     return {source for row in order.tolist() for source in dataset.conversations[row].images}
 
 
-def changed_versions(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+def changed_versions(saved: Mapping[str, str], installed: Mapping[str, str]) -> str | None:
     """Which libraries are of another version than when a checkpoint was written, in words; None if none is."""
-    changed = [name for name in found if saved.get(name, found[name]) != found[name]]
+    changed = [name for name in installed if saved.get(name, installed[name]) != installed[name]]
     if not changed:
         return None
-    words = ", ".join(f"{name} was {saved[name]} and is {found[name]}" for name in changed)
+    words = ", ".join(f"{name} was {saved[name]} and is {installed[name]}" for name in changed)
     return f"other library versions than when the checkpoint was written: {words}. Last digits may differ from here on"
 
 
@@ -170,7 +175,7 @@ def _weights_identity(folder: Path) -> dict[str, str]:
                     continue
                 part = "the vision tower's weights" if "vision_tower." in name else "the language model's weights"
                 digests[part][name] = _tensors_digest({name: tensors[name]}, _sample).hexdigest()
-    return {part: _short(hashlib.sha256(_json(sorted(found.items())))) for part, found in digests.items()}
+    return {part: _short(hashlib.sha256(_json(sorted(by_file.items())))) for part, by_file in digests.items()}
 
 
 def _tensors_digest(tensors: Mapping[str, torch.Tensor], content: Callable[[torch.Tensor], Iterable[bytes]]) -> Any:

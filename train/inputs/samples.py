@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import DropLog
@@ -20,17 +20,35 @@ from shortzip.train.inputs.preflight import check_sees_images
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 
-def training_set(config: DataConfig, processor: Any, seed: int) -> ConversationDataset:
+class TrainingRows(NamedTuple):
+    """Conversations as they were read, before any is tokenized."""
+
+    conversations: list[Conversation]
+    image_root: str
+    """The folder that image paths start from."""
+    drops: DropLog
+    """The rows that could not be read."""
+
+
+def training_rows(config: DataConfig, seed: int) -> TrainingRows:
+    """`training_conversations` with a log of their own. Raises as `training_set` does."""
+    drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
+    return TrainingRows(*training_conversations(config, seed, drops), drops)
+
+
+def training_set(
+    config: DataConfig, processor: Any, seed: int, rows: TrainingRows | None = None
+) -> ConversationDataset:
     """The conversations to train on, `config.fraction` of them, as `processor` renders and tokenizes them.
 
+    `rows`: those of `training_rows`, where they have been read already; the dataset goes on with their log.
     Raises `FileNotFoundError`, `shortzip.data.drops.BadSample` and `ValueError` for instructions that cannot be used.
     """
-    drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
-    conversations, root = training_conversations(config, seed, drops)
+    conversations, root, drops = rows or training_rows(config, seed)
     supervision = Supervision(processor, max_length=config.max_length)
-    known = KnownImages(config.cache_features)
+    known_images = KnownImages(config.cache_features)
     dataset = ConversationDataset(
-        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known
+        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known_images
     )
     check_sees_images(dataset)
     return dataset
@@ -71,8 +89,8 @@ def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = held_out_conversations(config, drops)
-    supervision, known = Supervision(processor, max_length=None), KnownImages(config.cache_features)
-    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known)
+    supervision, known_images = Supervision(processor, max_length=None), KnownImages(config.cache_features)
+    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known_images)
 
 
 def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:
@@ -129,12 +147,12 @@ def draw_demo_scenes(config: DataConfig) -> None:
     the one that ends later takes what the other has written.
     """
     scenes = config.demo_scenes
-    wanted = []
+    folders = []
     if config.instructions == DEMO:
-        wanted.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
+        folders.append((demo_folder(scenes, False, config.fraction), scenes.train_seed, scenes.train_scenes))
     if config.eval_instructions == DEMO:
-        wanted.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
-    for folder, seed, count in wanted:
+        folders.append((demo_folder(scenes, True), scenes.eval_seed, scenes.eval_scenes))
+    for folder, seed, count in folders:
         drawn = folder / "instructions.json"
         if drawn.is_file():
             continue

@@ -76,9 +76,9 @@ def licence_of(release: Path) -> str | None:
     readme = release / "README.md"
     if not readme.is_file():
         return None
-    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(match[1]) if match else None
     except (yaml.YAMLError, ValueError, RecursionError):  # others wrote it; a card that cannot be read names nothing
         data = None
     licence = data.get("license") if isinstance(data, dict) else None
@@ -229,8 +229,8 @@ def _row(run: RunRecord, ending: str) -> dict[str, Any] | None:
 
 
 def _dataset_name(run: RunRecord) -> str:
-    given = str(run.config["data"].get("eval_instructions"))
-    return "drawn scenes (held out)" if given == DEMO else f"{Path(given).stem} (held out)"
+    source = str(run.config["data"].get("eval_instructions"))
+    return "drawn scenes (held out)" if source == DEMO else f"{Path(source).stem} (held out)"
 
 
 def _precision(run: RunRecord) -> str:
@@ -258,7 +258,7 @@ def _training(run: RunRecord) -> str | None:
 
 
 def _instructions(run: RunRecord, subset: Mapping[str, Any] | None) -> str:
-    given = str(run.config["data"]["instructions"])
+    source = str(run.config["data"]["instructions"])
     if subset is not None:
         return Path(subset["instructions"]).name
-    return "drawn scenes" if given == DEMO else Path(given).name
+    return "drawn scenes" if source == DEMO else Path(source).name

@@ -100,9 +100,9 @@ def refuse_secrets(files: Mapping[str, Path], card: str, token: str | None) -> N
         if token and token.encode() in content:
             raise UserError(f"{name} holds a token of the Hub: take it out, and revoke that token")
         for kind, pattern in SECRETS.items():
-            found = pattern.search(content)
-            if found is not None:
-                line = content.count(b"\n", 0, found.start()) + 1
+            match = pattern.search(content)
+            if match is not None:
+                line = content.count(b"\n", 0, match.start()) + 1
                 noun = kind.rsplit(" ", 1)[-1]
                 raise UserError(f"{name} holds {kind} (line {line}): take it out, and revoke that {noun}")
 

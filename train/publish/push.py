@@ -58,7 +58,7 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRepo:
     """Where a push went."""
 
     repo_id: str
@@ -176,13 +176,19 @@ def prepare(
         picture = run / PICTURES / HELD_OUT_PICTURE
         if picture.is_file() and not picture.is_symlink():
             files[PICTURE] = picture
-        if base is not None and record.lineage:
-            last = {**record.lineage[-1], "name": base, "revision": commit}
-            record = replace(record, lineage=[*record.lineage[:-1], last])
+        record = _over(record, base, commit)
         size = sum(path.stat().st_size for path in files.values())
         card = write_card(record, repo_id=repo_id, shape=shape, size=size, picture=PICTURE in files)
         refuse_secrets(files, card, get_token())
         yield Publication(repo_id, shape, files, card, loading_lines(repo_id, shape, record))
+
+
+def _over(record: RunRecord, base: str | None, commit: str | None) -> RunRecord:
+    """The record of the same run over a release's name and commit on the Hub."""
+    if base is None or not record.lineage:
+        return record
+    last = {**record.lineage[-1], "name": base, "revision": commit}
+    return replace(record, lineage=[*record.lineage[:-1], last])
 
 
 def _release_of(record: RunRecord, final: Release, run: Path, shape: Shape) -> Release | None:
@@ -210,12 +216,12 @@ def _same_on_hub(release: Release, base: str, say: Callable[[str], None]) -> str
         reason = f"answered {error.response.status_code}" if isinstance(error, HfHubHTTPError) else "cannot be reached"
         raise PublishError(f"--base {base}: the Hub {reason}: try again later, or choose --shape full") from error
     there = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    for wanted in describe_base(release)["files"]:
-        name = wanted["file"]
+    for entry in describe_base(release)["files"]:
+        name = entry["file"]
         sibling = there.get(name)
-        if sibling is None or sibling.size != wanted["size"]:
-            found = "is missing" if sibling is None else f"has {sibling.size} bytes, not {wanted['size']}"
-            raise PublishError(f"--base {base} is another release than {release.name}: {name} {found} there")
+        if sibling is None or sibling.size != entry["size"]:
+            difference = "is missing" if sibling is None else f"has {sibling.size} bytes, not {entry['size']}"
+            raise PublishError(f"--base {base} is another release than {release.name}: {name} {difference} there")
         local = _checksum(release.folder / name, lfs=sibling.lfs is not None)
         if local != (sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id):
             raise PublishError(f"--base {base} is another release than {release.name}: {name} has other content there")
@@ -239,7 +245,7 @@ def push(
     update: bool = False,
     tag: str | None = None,
     say: Callable[[str], None] = print,
-) -> Published:
+) -> PublishedRepo:
     """Creates the repository, uploads in one commit, tags it.
 
     A repository that exists is written to only if it is empty, already holds exactly this publication (a push that was
@@ -261,7 +267,7 @@ def push(
         _make_visible_as_asked(api, repo_id, private, say)
         commit = retrying(lambda: _commit(api, publication, say), say, f"uploading to {repo_id}")
         name = retrying(lambda: _tag(api, repo_id, commit, tag), say, f"tagging {repo_id}")
-    return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, name, publication.loading)
+    return PublishedRepo(repo_id, f"{api.endpoint}/{repo_id}", commit, name, publication.loading)
 
 
 def _make_visible_as_asked(api: HfApi, repo_id: str, private: bool, say: Callable[[str], None]) -> None:
@@ -318,16 +324,16 @@ def _commit(api: HfApi, publication: Publication, say: Callable[[str], None]) ->
     return str(api.create_commit(publication.repo_id, operations, commit_message=message).oid)
 
 
-def _tag(api: HfApi, repo_id: str, commit: str, wanted: str | None) -> str:
-    """The tag of `commit`: one it has already, `wanted`, or the next free v1, v2 …"""
+def _tag(api: HfApi, repo_id: str, commit: str, tag: str | None) -> str:
+    """The tag of `commit`: one it has already, `tag`, or the next free v1, v2 …"""
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     for name, target in tags.items():
-        if target == commit and wanted in (None, name):
+        if target == commit and tag in (None, name):
             return name
-    if wanted in tags:
-        raise PublishError(f"{repo_id} has a tag {wanted} on another commit: give another --tag")
-    numbers = [int(found[1]) for name in tags if (found := re.fullmatch(r"v(\d+)", name))]
-    name = wanted or f"v{max(numbers, default=0) + 1}"
+    if tag in tags:
+        raise PublishError(f"{repo_id} has a tag {tag} on another commit: give another --tag")
+    numbers = [int(match[1]) for name in tags if (match := re.fullmatch(r"v(\d+)", name))]
+    name = tag or f"v{max(numbers, default=0) + 1}"
     api.create_tag(repo_id, tag=name, revision=commit)
     return name
 
@@ -340,7 +346,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = error.server_message or error.response.reason_phrase
+        reason = error.server_message or error.response.reason_phrase
         if status == 401:
             cure = "the token is missing, expired or mistyped: `hf auth login` with one that may write"
         elif status in (402, 403):
@@ -349,7 +355,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             cure = "the repository vanished meanwhile, or this token may not see it"
         else:
             cure = again
-        raise PublishError(f"{repo_id}: the Hub answered {status} ({said}): {cure}") from error
+        raise PublishError(f"{repo_id}: the Hub answered {status} ({reason}): {cure}") from error
     except httpx.TransportError as error:
         raise PublishError(f"{repo_id}: the Hub cannot be reached ({type(error).__name__}): {again}") from error
     except RuntimeError as error:
@@ -368,7 +374,7 @@ def summary(publication: Publication) -> str:
     return "\n".join([*lines, f"{sum(sizes.values()):>15,}  in all", "", publication.card])
 
 
-def publish_run(config: TuneConfig, run: Path, say: Callable[[str], None]) -> Published:
+def publish_run(config: TuneConfig, run: Path, say: Callable[[str], None]) -> PublishedRepo:
     """What push_to_hub does at a run's end. Raises PublishError; the run's folder stays as it is."""
     assert config.hub_model_id is not None
     with prepare(run, config.hub_model_id, config.hub_shape, base=config.hub_base, say=say) as publication:

@@ -38,11 +38,11 @@ def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path |
         "template": content_of([VICUNA_TEMPLATE]),
     }
     target = cache / f"{source.resolve().name}-{identity_of(parts)[:16]}"
-    kept = Kept(cache)
+    store = Kept(cache)
 
     def is_whole() -> bool:
-        found = kept.find(target.name, parts)
-        return found is not None and target.is_dir() and content_of(sorted(target.iterdir())) == found
+        files = store.find(target.name, parts)
+        return files is not None and target.is_dir() and content_of(sorted(target.iterdir())) == files
 
     if is_whole():
         return target
@@ -62,7 +62,7 @@ def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path |
         except FileInTheWay:  # on a file system without locks, another process was faster
             if not (target / "config.json").is_file():
                 raise
-        kept.keep(target.name, parts, content_of(sorted(target.iterdir())))
+        store.keep(target.name, parts, content_of(sorted(target.iterdir())))
     return target
 
 

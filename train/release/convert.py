@@ -10,10 +10,10 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 import shortzip.data
 from shortzip.data.errors import MissingFile, UserError
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 VICUNA_TEMPLATE = Path(shortzip.data.__file__).parent / "templates" / "vicuna_v1.jinja"
 ORIGINAL_CONFIG_FILE = "llava_config.json"
 _TOWER_INSIDE = "model.vision_tower.vision_tower."
+_NEWLINE = "model.image_newline"
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -61,45 +62,57 @@ def check_dtypes(specs: Mapping[str, TensorSpec], part: str, where: str) -> torc
         if spec.dtype.is_floating_point:
             names.setdefault(spec.dtype, []).append(name)
     if len(names) != 1:
-        found = "; ".join(f"{len(few)} in {dtype_name(dtype)} (such as {few[0]})" for dtype, few in names.items())
+        mix = "; ".join(f"{len(few)} in {dtype_name(dtype)} (such as {few[0]})" for dtype, few in names.items())
         raise UserError(
-            f"{where}: the {part}'s tensors have mixed dtypes: {found or 'none is floating point'}; needed is one. "
+            f"{where}: the {part}'s tensors have mixed dtypes: {mix or 'none is floating point'}; needed is one. "
             "Choose it: scripts/convert_release.py --dtype float16"
         )
     return next(iter(names))
 
 
-class _Plan:
-    """Which tensor of the converted release comes from which file, and how."""
+class _Tensors(NamedTuple):
+    """The tensors of a folder: what each is, and the file that it is in."""
 
-    def __init__(self) -> None:
+    specs: dict[str, TensorSpec]
+    origin: dict[str, Path]
+
+    @classmethod
+    def of(cls, paths: list[Path]) -> _Tensors:
+        tensors = cls({}, {})
+        for path in paths:
+            specs = read_specs(path)
+            tensors.specs.update(specs)
+            tensors.origin.update(dict.fromkeys(specs, path))
+        return tensors
+
+
+class _Plan:
+    """Which tensor of the converted release comes from which file, and how. `dtype`: of all; None: each its own."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
         self.files: dict[Path, dict[str, str]] = {}
         self.specs: dict[str, TensorSpec] = {}
 
     def take(self, path: Path, source: str, target: str, spec: TensorSpec) -> None:
         self.files.setdefault(path, {})[target] = source
-        self.specs[target] = spec
+        self.specs[target] = TensorSpec(spec.shape, self.dtype or spec.dtype)
+
+    def check_dtypes(self, specs: Mapping[str, TensorSpec], part: str, where: str) -> None:
+        if self.dtype is None:
+            check_dtypes(specs, part, where)
 
 
-def _collect(paths: list[Path]) -> tuple[dict[str, TensorSpec], dict[str, Path]]:
-    specs: dict[str, TensorSpec] = {}
-    origin: dict[str, Path] = {}
-    for path in paths:
-        for name, spec in read_specs(path).items():
-            specs[name], origin[name] = spec, path
-    return specs, origin
-
-
-def _compare(found: Mapping[str, TensorSpec], needed: Mapping[str, torch.Tensor], part: str, where: str) -> None:
-    missing = sorted(set(needed) - set(found))
+def _compare(specs: Mapping[str, TensorSpec], needed: Mapping[str, torch.Tensor], part: str, where: str) -> None:
+    missing = sorted(set(needed) - set(specs))
     if missing:
         raise UserError(
             f"{where}: the {part} lacks {len(missing)} tensors, such as {missing[0]}: download the release again"
         )
     for name, tensor in needed.items():
-        if found[name].shape != tuple(tensor.shape):
+        if specs[name].shape != tuple(tensor.shape):
             raise UserError(
-                f"{where}: {name} is {found[name].shape}, needed by its config.json is {tuple(tensor.shape)}"
+                f"{where}: {name} is {specs[name].shape}, needed by its config.json is {tuple(tensor.shape)}"
             )
 
 
@@ -120,57 +133,20 @@ def convert_to_transformers(
     Peak memory: about the largest shard (memory-mapped) and one tensor. Nothing appears under `target` before the
     release is whole. Raises ValueError, FileNotFoundError or FileExistsError before writing for what does not fit.
     """
-    config = merged_config(source, projector)
-    where = str(source)
+    config, where = merged_config(source, projector), str(source)
     check_original_config(config, where)
-    paths = weight_files(source)
-    if not paths:
-        raise MissingFile(f"{where} holds no weights (pytorch_model*.bin or model*.safetensors)")
-    specs, origin = _collect(paths)
-    specs = {name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}
-
-    language = {
-        name: spec
-        for name, spec in specs.items()
-        if "mm_projector." not in name and not name.startswith(_TOWER_INSIDE) and name != "model.image_newline"
-    }
-    if _EMBEDDINGS[0] not in language:
-        raise UserError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on Llama?")
-    rows = language[_EMBEDDINGS[0]].shape[0]
-    vocabulary = read_vocabulary(source, rows)
+    tensors = _release_tensors(source)
+    language = _language_specs(tensors.specs, where)
+    vocabulary = read_vocabulary(source, language[_EMBEDDINGS[0]].shape[0])
     language_dtype = dtype or check_dtypes(language, "language model", where)
     vision = tower_config(tower)
     new_config = build_config(config, vision, vocabulary, language_dtype, where)
-    with torch.device("meta"):
-        language_config = text_config(config, rows)
-        needed_language = dict(LlamaForCausalLM(language_config).state_dict())
-        needed_tower = {
-            name.removeprefix("vision_model."): tensor for name, tensor in CLIPVisionModel(vision).state_dict().items()
-        }
-    if language_config.tie_word_embeddings:
-        needed_language.pop("lm_head.weight")
-        language.pop("lm_head.weight", None)
-    _compare(language, needed_language, "language model", where)
-    unexpected = sorted(set(language) - set(needed_language))
-    if unexpected:
-        raise UserError(f"{where} holds tensors that no Llama has, such as {unexpected[0]}")
-
-    plan = _Plan()
-    for name, spec in language.items():
-        shape = (vocabulary.rows, *spec.shape[1:]) if name in _EMBEDDINGS else spec.shape
-        plan.take(origin[name], name, f"language_model.{name}", TensorSpec(shape, dtype or spec.dtype))
+    plan = _Plan(dtype)
+    _plan_language(plan, language, tensors, config, vocabulary.rows, where)
     if isinstance(new_config.architectures, list) and "Next" in new_config.architectures[0]:
-        if "model.image_newline" not in specs:
-            raise UserError(f"{where}: image_aspect_ratio is anyres, but model.image_newline is missing")
-        newline = specs["model.image_newline"]
-        plan.take(
-            origin["model.image_newline"],
-            "model.image_newline",
-            "image_newline",
-            TensorSpec(newline.shape, dtype or newline.dtype),
-        )
-    _plan_projector(plan, specs, origin, projector, new_config, dtype, where)
-    _plan_tower(plan, specs, origin, config, tower, needed_tower, dtype, where)
+        _plan_newline(plan, tensors, where)
+    _plan_projector(plan, tensors, projector, new_config, where)
+    _plan_tower(plan, tensors, config, tower, vision, where)
 
     fill_from = vocabulary.tokenizer.unk_token_id or 0
     with written_whole(target) as folder:
@@ -180,6 +156,26 @@ def convert_to_transformers(
         processor = original_processor(config, tower, vision, vocabulary, VICUNA_TEMPLATE.read_text(encoding="utf-8"))
         processor.save_pretrained(folder)
         build_generation_config(source, config, vocabulary).save_pretrained(folder)
+
+
+def _release_tensors(source: Path) -> _Tensors:
+    """All that the release holds but what every transformers version computes for itself."""
+    paths = weight_files(source)
+    if not paths:
+        raise MissingFile(f"{source} holds no weights (pytorch_model*.bin or model*.safetensors)")
+    specs, origin = _Tensors.of(paths)
+    return _Tensors({name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}, origin)
+
+
+def _language_specs(specs: Mapping[str, TensorSpec], where: str) -> dict[str, TensorSpec]:
+    language = {
+        name: spec
+        for name, spec in specs.items()
+        if "mm_projector." not in name and not name.startswith(_TOWER_INSIDE) and name != _NEWLINE
+    }
+    if _EMBEDDINGS[0] not in language:
+        raise UserError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on Llama?")
+    return language
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -213,70 +209,86 @@ def merged_config(source: Path, projector: Path | None) -> dict[str, Any]:
             "mm_projector.bin as well"
         )
     beside = read_json(projector.parent / "config.json")
-    kept = {key: value for key, value in beside.items() if key.startswith("mm_") or key == "image_aspect_ratio"}
-    return {**config, **kept, "model_type": beside.get("model_type", "llava_llama")}
+    multimodal = {key: value for key, value in beside.items() if key.startswith("mm_") or key == "image_aspect_ratio"}
+    return {**config, **multimodal, "model_type": beside.get("model_type", "llava_llama")}
 
 
-def _plan_projector(
+def _plan_language(
     plan: _Plan,
-    specs: Mapping[str, TensorSpec],
-    origin: Mapping[str, Path],
-    projector: Path | None,
-    config: Any,
-    dtype: torch.dtype | None,
+    language: Mapping[str, TensorSpec],
+    tensors: _Tensors,
+    config: Mapping[str, Any],
+    rows: int,
     where: str,
 ) -> None:
+    """`rows`: of the converted release's embeddings."""
+    with torch.device("meta"):
+        language_config = text_config(config, language[_EMBEDDINGS[0]].shape[0])
+        needed = dict(LlamaForCausalLM(language_config).state_dict())
+    if language_config.tie_word_embeddings:
+        needed.pop("lm_head.weight")
+        language = {name: spec for name, spec in language.items() if name != "lm_head.weight"}
+    _compare(language, needed, "language model", where)
+    unexpected = sorted(set(language) - set(needed))
+    if unexpected:
+        raise UserError(f"{where} holds tensors that no Llama has, such as {unexpected[0]}")
+    for name, spec in language.items():
+        shape = (rows, *spec.shape[1:]) if name in _EMBEDDINGS else spec.shape
+        plan.take(tensors.origin[name], name, f"language_model.{name}", TensorSpec(shape, spec.dtype))
+
+
+def _plan_newline(plan: _Plan, tensors: _Tensors, where: str) -> None:
+    if _NEWLINE not in tensors.specs:
+        raise UserError(f"{where}: image_aspect_ratio is anyres, but {_NEWLINE} is missing")
+    plan.take(tensors.origin[_NEWLINE], _NEWLINE, "image_newline", tensors.specs[_NEWLINE])
+
+
+def _plan_projector(plan: _Plan, tensors: _Tensors, projector: Path | None, config: Any, where: str) -> None:
+    """`config`: the converted release's."""
     if projector is not None:
-        where, specs = str(projector), read_specs(projector)
-    found = find_projector(specs, where)
-    tensors = {PROJECTOR_NAMES[key]: specs[name] for key, name in found.items()}
-    shapes = {name: spec.shape for name, spec in tensors.items()}
+        where, tensors = str(projector), _Tensors.of([projector])
+    names = find_projector(tensors.specs, where)
+    specs = {PROJECTOR_NAMES[key]: tensors.specs[name] for key, name in names.items()}
+    shapes = {name: spec.shape for name, spec in specs.items()}
     check_projector_widths(shapes, projector_input(config), config.text_config.hidden_size, where)
-    if dtype is None:
-        check_dtypes(tensors, "projector", where)
-    for key, name in found.items():
-        spec = TensorSpec(specs[name].shape, dtype or specs[name].dtype)
-        plan.take(projector or origin[name], name, f"multi_modal_projector.{PROJECTOR_NAMES[key]}", spec)
+    plan.check_dtypes(specs, "projector", where)
+    for key, name in names.items():
+        short = PROJECTOR_NAMES[key]
+        plan.take(tensors.origin[name], name, f"multi_modal_projector.{short}", specs[short])
 
 
 def _plan_tower(
-    plan: _Plan,
-    specs: Mapping[str, TensorSpec],
-    origin: Mapping[str, Path],
-    config: Mapping[str, Any],
-    tower: Path,
-    needed: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | None,
-    where: str,
+    plan: _Plan, tensors: _Tensors, config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, where: str
 ) -> None:
-    inside = {name for name in specs if name.startswith(_TOWER_INSIDE)}
+    """The tower inside the release where LLaVA's `config` says that it was trained, else the one in `tower`."""
+    is_inside = any(name.startswith(_TOWER_INSIDE) for name in tensors.specs)
+    is_trained = bool(config.get("unfreeze_mm_vision_tower"))
     prefix = _TOWER_INSIDE
-    if inside and not config.get("unfreeze_mm_vision_tower"):
+    if is_inside and not is_trained:
         logger.warning(
             "%s holds a vision tower, but unfreeze_mm_vision_tower is not set: as LLaVA itself does, the tower of %s "
             "is used",
             where,
             tower,
         )
-    if not (inside and config.get("unfreeze_mm_vision_tower")):
+    if not (is_inside and is_trained):
         paths = weight_files(tower)
         if not paths:
             raise MissingFile(f"{tower} holds no weights of the vision tower")
-        specs, origin = _collect(paths)
-        prefix, where = "", str(tower)
-    found = {
+        tensors, prefix, where = _Tensors.of(paths), "", str(tower)
+    names = {
         name.removeprefix(prefix).removeprefix("vision_model."): name
-        for name in specs
+        for name in tensors.specs
         if name.startswith(f"{prefix}vision_model.") and not name.endswith("position_ids")
     }
-    by_key = {key: specs[name] for key, name in found.items()}
-    _compare(by_key, needed, "vision tower", where)
-    if dtype is None:
-        check_dtypes(by_key, "vision tower", where)
+    specs = {key: tensors.specs[name] for key, name in names.items()}
+    with torch.device("meta"):
+        model = CLIPVisionModel(vision)
+    needed = {name.removeprefix("vision_model."): tensor for name, tensor in model.state_dict().items()}
+    _compare(specs, needed, "vision tower", where)
+    plan.check_dtypes(specs, "vision tower", where)
     for key in needed:
-        name = found[key]
-        spec = TensorSpec(specs[name].shape, dtype or specs[name].dtype)
-        plan.take(origin[name], name, f"vision_tower.vision_model.{key}", spec)
+        plan.take(tensors.origin[names[key]], names[key], f"vision_tower.vision_model.{key}", specs[key])
 
 
 def _write_shards(folder: Path, plan: _Plan, extended: set[str], fill_from: int) -> None:

@@ -26,13 +26,13 @@ def refuse_foreign_code(folder: Path) -> None:
 
 
 def _naming_foreign_code(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    found = []
+    names = []
     for path in sorted(folder.glob("*config.json")):
         config = read_json(path)
         own = _with_own_code(config, folder)
         if own != config:
-            found.append((path, own))
-    return found
+            names.append((path, own))
+    return names
 
 
 def _with_own_code(value: Any, folder: Path) -> Any:
@@ -40,18 +40,18 @@ def _with_own_code(value: Any, folder: Path) -> Any:
         return [_with_own_code(entry, folder) for entry in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _with_own_code(entry, folder) for key, entry in value.items() if key != "auto_map"}
+    entries = {key: _with_own_code(entry, folder) for key, entry in value.items() if key != "auto_map"}
     classes = value.get("auto_map")
     if isinstance(classes, dict):
         classes = {key: names for key, names in classes.items() if _is_own(names, folder)}
     elif not _is_own(classes, folder):
         classes = None
-    return {**kept, "auto_map": classes} if classes else kept
+    return {**entries, "auto_map": classes} if classes else entries
 
 
 def _is_own(names: Any, folder: Path) -> bool:
     """Whether each of one or several class references, `module.Class`, is of a file in `folder`."""
     listed = names if isinstance(names, list) else [names]
-    given = [name for name in listed if name is not None]
-    modules = [name.partition(".")[0] for name in given if isinstance(name, str)]
-    return len(modules) == len(given) and all((folder / f"{module}.py").is_file() for module in modules)
+    present = [name for name in listed if name is not None]
+    modules = [name.partition(".")[0] for name in present if isinstance(name, str)]
+    return len(modules) == len(present) and all((folder / f"{module}.py").is_file() for module in modules)

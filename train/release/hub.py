@@ -64,8 +64,8 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         names = [sibling.rfilename for sibling in info.siblings or []]
         safe = any(file.startswith("model") and file.endswith(".safetensors") for file in names)
         patterns = [*_SMALL_FILES, _WEIGHTS[0] if safe else _WEIGHTS[1]]
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        return found, found.name
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return snapshot, snapshot.name
     except RevisionNotFoundError as error:
         raise MissingFile(f"{name} has no revision {revision!r}: give a branch, tag or commit it has") from error
     except GatedRepoError as error:
@@ -85,11 +85,11 @@ def _cached(name: str, revision: str | None, here: str) -> tuple[Path, str]:
     for weights in _WEIGHTS:
         patterns = [*_SMALL_FILES, weights]
         try:
-            found = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+            snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
         except LocalEntryNotFoundError:
             continue
-        if any(found.glob(weights)) or any(found.glob("*projector*")):
-            return found, found.name
+        if any(snapshot.glob(weights)) or any(snapshot.glob("*projector*")):
+            return snapshot, snapshot.name
     raise MissingFile(
         f"{here}, {name}{f' at {revision}' if revision else ''} is not in the Hub's cache, and the Hub cannot be "
         "reached: connect this machine, or give a folder"
@@ -127,6 +127,6 @@ def _passing_reason(error: BaseException) -> str | None:
 
 def _retry_after(error: BaseException) -> float:
     if isinstance(error, HfHubHTTPError):
-        given = error.response.headers.get("Retry-After", "")
-        return float(given) if given.isdigit() else 0.0
+        header = error.response.headers.get("Retry-After", "")
+        return float(header) if header.isdigit() else 0.0
     return _retry_after(error.__cause__) if error.__cause__ is not None else 0.0

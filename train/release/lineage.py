@@ -98,9 +98,9 @@ def check_tuned(tuned: Release, release: Release) -> None:
     shapes = [{name: tuple(t.shape) for name, t in release_projector(x).items()} for x in (tuned, release)]
     cure = f"give the release it was tuned from as --model ({older[-1]['name']})"
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        found, needed = (shape.get(name, "missing") for shape in shapes)
-        if found != needed:
-            differs = f"its projector's {name} is {found}, needed by model {release.name} is {needed}"
+        own, needed = (shape.get(name, "missing") for shape in shapes)
+        if own != needed:
+            differs = f"its projector's {name} is {own}, needed by model {release.name} is {needed}"
             raise ConfigError(f"tuned {tuned.name}: {differs}: {cure}")
     if not _same_base(tuned, release):
         raise ConfigError(f"tuned {tuned.name} was tuned from other weights than model {release.name}: {cure}")
@@ -139,11 +139,11 @@ def _projector_digest(release: Release) -> str:
 
 def _beginnings(folder: Path) -> dict[str, tuple[torch.Size, list[float]]]:
     """Shape and first values of every tensor outside the projector: training changes a tensor nearly everywhere."""
-    found = {}
+    beginnings = {}
     for path in weight_files(folder):
         with open_tensors(path) as tensors:
             for name in tensors:
                 if "multi_modal_projector." not in name:
                     tensor = tensors[name]
-                    found[name] = (tensor.shape, tensor.flatten()[:64].tolist())
-    return found
+                    beginnings[name] = (tensor.shape, tensor.flatten()[:64].tolist())
+    return beginnings

@@ -112,13 +112,13 @@ def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple
 @contextmanager
 def _bar_if_long(folder: Path) -> Iterator[None]:
     """Keeps transformers' bar for the loading of weights where it would only flash by."""
-    wanted = is_progress_bar_enabled()
+    was_enabled = is_progress_bar_enabled()
     if sum(path.stat().st_size for path in weight_files(folder)) < LONG_LOAD:
         disable_progress_bar()
     try:
         yield
     finally:
-        if wanted:
+        if was_enabled:
             enable_progress_bar()
 
 

@@ -90,16 +90,16 @@ class Release:
         config = read_json(self.source / "config.json")
         if is_original(config):
             return config
-        kept = self.folder / ORIGINAL_CONFIG_FILE
-        return read_json(kept) if kept.is_file() else None
+        path = self.folder / ORIGINAL_CONFIG_FILE
+        return read_json(path) if path.is_file() else None
 
 
-def resolve_tower(config: Mapping[str, Any], release: Path, given: str | None = None) -> Path:
-    """The vision tower's folder of an original release: `given`, or what its config names.
+def resolve_tower(config: Mapping[str, Any], release: Path, tower: str | None = None) -> Path:
+    """The vision tower's folder of an original release: `tower`, or what its config names.
 
     A relative name is looked for beside the release, in it and in the working directory before the Hub.
     """
-    name = given or str(config.get("mm_vision_tower"))
+    name = tower or str(config.get("mm_vision_tower"))
     for folder in (release.resolve().parent / name, release / name, Path(name)):
         if (folder / "config.json").is_file():
             return folder
@@ -154,13 +154,13 @@ def open_release(spec: str | ReleaseSpec, *, cache_dir: Path | None = None) -> R
     return release
 
 
-def find_projector_file(given: str) -> Path:
+def find_projector_file(name: str) -> Path:
     """The projector that a file or a folder names. Raises FileNotFoundError."""
-    path = Path(given).expanduser()
+    path = Path(name).expanduser()
     for candidate in (path, path / MM_PROJECTOR_FILE, path / PROJECTOR_FILE):
         if candidate.is_file():
             return candidate
-    raise MissingFile(f"mm_projector {given}: no such file, and no folder with {MM_PROJECTOR_FILE}")
+    raise MissingFile(f"mm_projector {name}: no such file, and no folder with {MM_PROJECTOR_FILE}")
 
 
 def _beside(source: Path, base: str) -> str:
@@ -200,13 +200,16 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             else "language model"
         )
         parts[part][name] = spec
-    shapes = {name.split("multi_modal_projector.", 1)[1]: spec.shape for name, spec in parts["projector"].items()
-              if "multi_modal_projector." in name}  # fmt: skip
+    shapes = {
+        name.split("multi_modal_projector.", 1)[1]: spec.shape
+        for name, spec in parts["projector"].items()
+        if "multi_modal_projector." in name
+    }
     if not {"linear_1.weight", "linear_2.weight"} <= shapes.keys():
-        found = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
+        words = f"one with {', '.join(sorted(shapes))}" if shapes else "none"
         raise UserError(
             f"{folder}: needed is LLaVA's two-layer projector (multi_modal_projector.linear_1 and .linear_2), "
-            f"found is {found}: take a LLaVA-1.5 or LLaVA-NeXT release"
+            f"found is {words}: take a LLaVA-1.5 or LLaVA-NeXT release"
         )
     check_projector_widths(shapes, *_widths(config, folder), str(folder))
     if config.get("quantization_config") is None:
@@ -222,10 +225,10 @@ def understood(folder: Path) -> Iterator[None]:
     except (UserError, ReductionError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # these say what to do
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
+        words = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: transformers cannot make sense of its config, tokenizer or image processor "
-            f"({type(error).__name__}: {said}): download the release again, or mend that file"
+            f"({type(error).__name__}: {words}): download the release again, or mend that file"
         ) from error
 
 
@@ -272,13 +275,13 @@ def read_projector(path: Path) -> dict[str, torch.Tensor]:
 
 def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
     """The projector among the weights of a transformers release, as `linear_1.weight` …, in the dtype on disk."""
-    found: dict[str, torch.Tensor] = {}
+    projector: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         names = [name for name in read_specs(path) if "multi_modal_projector." in name]
         if names:
             with open_tensors(path) as tensors:
-                found.update({name.split("multi_modal_projector.", 1)[1]: tensors[name].clone() for name in names})
-    return found
+                projector.update({name.split("multi_modal_projector.", 1)[1]: tensors[name].clone() for name in names})
+    return projector
 
 
 def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:

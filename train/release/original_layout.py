@@ -141,18 +141,18 @@ def find_projector(specs: Mapping[str, TensorSpec], where: str) -> dict[str, str
     Any prefix is accepted, as LLaVA's own loader does. Raises ValueError for a file without a projector, and for a
     linear one, a deeper MLP or a resampler.
     """
-    found = {name.split("mm_projector.", 1)[1]: name for name in specs if "mm_projector." in name}
-    if set(found) == set(PROJECTOR_KEYS):
-        return found
+    names = {name.split("mm_projector.", 1)[1]: name for name in specs if "mm_projector." in name}
+    if set(names) == set(PROJECTOR_KEYS):
+        return names
     needed = "needed is LLaVA 1.5's two-layer MLP (mm_projector.0 and .2)"
-    if not found:
+    if not names:
         raise UserError(f"{where} holds no projector (no tensor named mm_projector), {needed}")
-    if set(found) == {"weight", "bias"}:
-        kind = f"a linear one, {tuple(specs[found['weight']].shape)}"
-    elif all(key.split(".")[0].isdigit() for key in found):
-        kind = f"an MLP of {len({key.split('.')[0] for key in found})} layers"
+    if set(names) == {"weight", "bias"}:
+        kind = f"a linear one, {tuple(specs[names['weight']].shape)}"
+    elif all(key.split(".")[0].isdigit() for key in names):
+        kind = f"an MLP of {len({key.split('.')[0] for key in names})} layers"
     else:
-        kind = f"a resampler or another module with {', '.join(sorted(found)[:4])} …"
+        kind = f"a resampler or another module with {', '.join(sorted(names)[:4])} …"
     raise UserError(f"{where}: the projector is {kind}; {needed}: use LLaVA 1.5 or later")
 
 
@@ -162,9 +162,9 @@ def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hi
     `shapes`: of linear_1.weight and linear_2.weight, and of their biases if there are any; `tower` and `hidden`:
     widths of the tower and the LLM.
     """
-    wanted = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
+    needed = {"linear_1.weight": (hidden, tower), "linear_2.weight": (hidden, hidden)}
     biases = {name: (hidden,) for name in ("linear_1.bias", "linear_2.bias") if name in shapes}
-    for name, shape in {**wanted, **biases}.items():
+    for name, shape in {**needed, **biases}.items():
         if tuple(shapes[name]) != shape:
             raise UserError(
                 f"{where}: the projector's {name} is {tuple(shapes[name])}, needed is {shape} (vision tower {tower} "
@@ -312,17 +312,17 @@ def original_processor(
 ) -> LlavaProcessor | LlavaNextProcessor:
     """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""
     path = tower / "preprocessor_config.json"
-    given = read_json(path)
-    missing = [key for key in ("image_mean", "image_std") if key not in given]
+    settings = read_json(path)
+    missing = [key for key in ("image_mean", "image_std") if key not in settings]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: download the vision tower again")
-    size, crop = given.get("size", vision.image_size), given.get("crop_size", vision.image_size)
+    size, crop = settings.get("size", vision.image_size), settings.get("crop_size", vision.image_size)
     shared: dict[str, Any] = {
         "size": {"shortest_edge": size} if isinstance(size, int) else size,
         "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
-        "resample": given.get("resample", 3),
-        "image_mean": given["image_mean"],
-        "image_std": given["image_std"],
+        "resample": settings.get("resample", 3),
+        "image_mean": settings["image_mean"],
+        "image_std": settings["image_std"],
     }
     strategy = "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default"
     arguments: dict[str, Any] = {
@@ -342,12 +342,12 @@ def original_processor(
 def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> GenerationConfig:
     """Ids and length of the release's generation config; its sampling settings only where it samples."""
     path = folder / "generation_config.json"
-    given = read_json(path) if path.is_file() else {}
-    kept = ["max_length"] + (["do_sample", "temperature", "top_p", "top_k"] if given.get("do_sample") else [])
-    values: dict[str, Any] = {key: given[key] for key in kept if key in given}
+    settings = read_json(path) if path.is_file() else {}
+    keys = ["max_length"] + (["do_sample", "temperature", "top_p", "top_k"] if settings.get("do_sample") else [])
+    values: dict[str, Any] = {key: settings[key] for key in keys if key in settings}
     tokenizer = vocabulary.tokenizer
     for key, fallback in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
-        values[f"{key}_token_id"] = given.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
+        values[f"{key}_token_id"] = settings.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
     values["pad_token_id"] = tokenizer.pad_token_id
     return GenerationConfig(**values)
 
@@ -371,7 +371,7 @@ def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str 
         vision_tower = "openai/clip-vit-large-patch14-336"
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
-    kept = {key: value for key in _LLAMA_KEYS if (value := text.to_dict().get(key)) is not None and key != "head_dim"}
+    sizes = {key: value for key in _LLAMA_KEYS if (value := text.to_dict().get(key)) is not None and key != "head_dim"}
     next_keys: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
     if isinstance(config, LlavaNextConfig):
         next_keys = {
@@ -381,7 +381,7 @@ def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str 
         }
     strategy = config.vision_feature_select_strategy
     return {
-        **kept,
+        **sizes,
         **next_keys,
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",

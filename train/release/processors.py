@@ -24,17 +24,17 @@ def release_processor(release: Release, model_config: Any) -> Any:
     # What is saved would otherwise name the release's code, to be run where the saved processor is trusted.
     processor.tokenizer.init_kwargs.pop("auto_map", None)
     combined = folder / "processor_config.json"
-    given = read_json(combined) if combined.is_file() else {}
-    settings = given.get("image_processor")
+    own = read_json(combined) if combined.is_file() else {}
+    settings = own.get("image_processor")
     if settings is None:
         settings = read_json(folder / "preprocessor_config.json")
     processor.image_processor = build_image_processor(settings, model_type, str(folder))
     # Files of some years lack one or all of these, and transformers' defaults are then one placeholder short.
-    if given.get("patch_size") is None:
+    if own.get("patch_size") is None:
         processor.patch_size = model_config.vision_config.patch_size
-    if given.get("vision_feature_select_strategy") is None:
+    if own.get("vision_feature_select_strategy") is None:
         processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-    if given.get("num_additional_image_tokens") is None:
+    if own.get("num_additional_image_tokens") is None:
         processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
     if chat_template == "auto" and model_type.startswith("reduced_llava"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with

@@ -65,15 +65,15 @@ def read_safetensors_specs(path: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(path, framework="pt") as file:
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in entries.items()}
+            shapes = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in entries.items()}
     except SafetensorError as error:
         raise UserError(
             f"{path} was cut short or damaged ({path.stat().st_size} bytes; {error}): download or convert it again"
         ) from error
-    unknown = sorted({dtype for _, dtype in found.values()} - _TORCH_DTYPES.keys())
+    unknown = sorted({dtype for _, dtype in shapes.values()} - _TORCH_DTYPES.keys())
     if unknown:
         raise UserError(f"{path} holds tensors of dtype {', '.join(unknown)}, known are {', '.join(_TORCH_DTYPES)}")
-    return {name: TensorSpec(shape, _TORCH_DTYPES[dtype]) for name, (shape, dtype) in found.items()}
+    return {name: TensorSpec(shape, _TORCH_DTYPES[dtype]) for name, (shape, dtype) in shapes.items()}
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:

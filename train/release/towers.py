@@ -76,10 +76,10 @@ def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     for path in weight_files(release):
         names = [name for name in read_specs(path) if PREFIX in name]
         if names:
-            with open_tensors(path) as found:
+            with open_tensors(path) as stored:
                 for name in names:  # older releases have one more level, which transformers leaves out by now
                     short = name.split(PREFIX, 1)[1].removeprefix("vision_model.")
-                    tensors[short] = found[name].to(dtype)
+                    tensors[short] = stored[name].to(dtype)
     expected = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     if expected.keys() != tensors.keys():
         different = sorted(expected.keys() ^ tensors.keys())

@@ -71,30 +71,26 @@ def write_reduced_checkpoint(
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
+    descent = lineage(release, base, base_revision)
     if shape == "llava":
         original = release.original_config
         if original is None:
-            plain_config = config_class.from_dict(plain)
-            original = to_original_config(plain_config, vision_tower, release.name)
-        config = {**original, **reductions.as_config(), "lineage": lineage(release, base, base_revision)}
-        config.pop("auto_map", None)
-        write_llava_projector(target, tensors, config, base=base or base_name(release))
+            original = to_original_config(config_class.from_dict(plain), vision_tower, release.name)
+        original = {key: value for key, value in original.items() if key != "auto_map"}
+        original |= {**reductions.as_config(), "lineage": descent}
+        write_llava_projector(target, tensors, original, base=base or base_name(release))
         return
     weights = weights_folder(release)
     config = config_class.from_dict({**plain, **reductions.as_config()})
     config.architectures = [model_class.__name__]
-    config.base_release = None
-    if shape == "projector":
-        config.base_release = describe_base(release, base, base_revision)
+    config.base_release = describe_base(release, base, base_revision) if shape == "projector" else None
     with torch.device("meta"):
         model = model_class(config)
     with written_whole(target) as folder:
         custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / LINEAGE_FILE).write_text(
-            json.dumps(lineage(release, base, base_revision), indent=1) + "\n", encoding="utf-8"
-        )
+        (folder / LINEAGE_FILE).write_text(json.dumps(descent, indent=1) + "\n", encoding="utf-8")
         for name in ("generation_config.json", ORIGINAL_CONFIG_FILE):
             if (release.folder / name).is_file():
                 shutil.copyfile(release.folder / name, folder / name)
@@ -134,8 +130,8 @@ def lineage(release: Release, base: str | None = None, base_revision: str | None
     if release.original_config is not None and not older:
         older = _as_lineage(release.original_config.get("lineage", []), release.source / "config.json")
     name = release.name if release.revision is not None else Path(release.name).resolve().name
-    found = {"name": base or name, "revision": base_revision if base else release.revision}
-    return [*older, {**found, **release.saved_reductions.as_config()}]
+    entry = {"name": base or name, "revision": base_revision if base else release.revision}
+    return [*older, {**entry, **release.saved_reductions.as_config()}]
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:
@@ -157,8 +153,8 @@ def _as_lineage(entries: Any, path: Path) -> list[dict[str, Any]]:
     for entry in entries if isinstance(entries, list) else [entries]:
         named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "revision" in entry
         if not isinstance(entries, list) or not named or not isinstance(entry["revision"], str | None):
-            found = repr(entry)[:80]
-            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {found}")
+            words = repr(entry)[:80]
+            raise UserError(f"{path}: the lineage must be a list of {{name, revision, …}}, and holds {words}")
         try:
             Reductions.from_config(entry)
         except ReductionError as error:
@@ -208,8 +204,8 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
             if _MARK in key:
                 short = key.split(_MARK, 1)[1]
                 if short not in projector or tuple(projector[short].shape) != specs[key].shape:
-                    found = tuple(projector[short].shape) if short in projector else "missing"
-                    raise UserError(f"the projector's {short} is {found}, needed by {source} is {specs[key].shape}")
+                    shape = tuple(projector[short].shape) if short in projector else "missing"
+                    raise UserError(f"the projector's {short} is {shape}, needed by {source} is {specs[key].shape}")
                 specs[key] = TensorSpec(specs[key].shape, torch.float32)
                 placed.add(short)
         with open_tensors(path) as tensors:

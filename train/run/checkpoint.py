@@ -60,8 +60,8 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The folders named like checkpoints, oldest step first; damaged ones among them."""
-    found = [(int(match[1]), path) for path in run.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in run.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int | None, say: Callable[[str], None] = print) -> Path:
@@ -160,17 +160,17 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def find_checkpoint(run: Path, wanted: str) -> tuple[Path | None, dict[Path, str]]:
+def find_checkpoint(run: Path, name: str) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint to continue from, and the damaged ones that were passed over, each with its fault.
 
-    `wanted` is `latest` (the newest whole one, or None if none was written yet) or a path. Raises `CheckpointError`
+    `name` is `latest` (the newest whole one, or None if none was written yet) or a path. Raises `CheckpointError`
     for a path that is not a whole checkpoint, naming the newest whole one before it.
     """
-    if wanted != "latest":
-        path = Path(wanted)
+    if name != "latest":
+        path = Path(name)
         if not path.is_dir():
             names = ", ".join(p.name for p in list_checkpoints(run)) or "none"
-            raise CheckpointError(f"resume_from_checkpoint {wanted}: no such folder. Checkpoints in {run}: {names}")
+            raise CheckpointError(f"resume_from_checkpoint {name}: no such folder. Checkpoints in {run}: {names}")
         fault = damage(path)
         if fault is None:
             return path, {}

@@ -128,8 +128,8 @@ class Metrics:
             lines, unreadable = _parsed(path)
             if unreadable:
                 say(f"{path}: {unreadable} of its lines cannot be read, and were left out")
-            kept = [line for line in lines if line["step"] <= (continued_step or 0) and continued_step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            rest = [line for line in lines if line["step"] <= (continued_step or 0) and continued_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in rest))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: Literal["train", "eval"], step: int, **values: Any) -> None:

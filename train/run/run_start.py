@@ -140,8 +140,8 @@ class RunFolder:
             return None
         return on_main_process(self._accelerator, partial(self._find, self.config.resume_from_checkpoint))
 
-    def _find(self, wanted: str) -> Checkpoint | None:
-        path, damaged = find_checkpoint(self.path, wanted)
+    def _find(self, name: str) -> Checkpoint | None:
+        path, damaged = find_checkpoint(self.path, name)
         self._damaged = list(damaged)
         for passed_over, fault in damaged.items():
             self.warn(f"{passed_over} is damaged: {fault}. It is renamed to damaged-{passed_over.name}")

@@ -27,19 +27,22 @@ def wandb_run_id(folder: Path, say: Callable[[str], None] = print) -> str:
     """
     path = folder / TRACKER
     place = {"folder": str(folder.resolve()), "inode": folder.stat().st_ino}
-    kept: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     if path.exists():
         try:
-            kept = read_json(path)
+            record = read_json(path)
         except UserError as error:
             say(f"W&B: this run goes on as a new one there: {error}")
-    if not isinstance(kept.get("id"), str):
-        kept = {}
-    elif "inode" in kept and not any(kept.get(key) == value for key, value in place.items()):
-        say(f"W&B: {folder} is a copy of {kept.get('folder')}, and a new run there; {kept['id']} stays the original's")
-        kept = {}
-    run_id = str(kept.get("id") or uuid.uuid4().hex[:12])
-    if kept != {"id": run_id, **place}:
+    if not isinstance(record.get("id"), str):
+        record = {}
+    elif "inode" in record and not any(record.get(key) == value for key, value in place.items()):
+        say(
+            f"W&B: {folder} is a copy of {record.get('folder')}, and a new run there; {record['id']} stays "
+            "the original's"
+        )
+        record = {}
+    run_id = str(record.get("id") or uuid.uuid4().hex[:12])
+    if record != {"id": run_id, **place}:
         write_atomically(path, json.dumps({"id": run_id, **place}) + "\n")
     return run_id
 

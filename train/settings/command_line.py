@@ -40,12 +40,12 @@ WAIT = 10.0  # seconds, in which a launcher ends the other processes when one ha
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
-def check_keys(given: Sequence[str], known: Sequence[str], where: str) -> None:
-    """Raises `ConfigError` for the first of the dotted keys `given` that is not `known`, naming the nearest one."""
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            tails = {name.rsplit(".", 1)[-1]: name for name in known}
+def check_keys(keys: Sequence[str], allowed: Sequence[str], where: str) -> None:
+    """Raises `ConfigError` for the first of the dotted `keys` that is not `allowed`, naming the nearest one."""
+    for key in keys:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+            tails = {name.rsplit(".", 1)[-1]: name for name in allowed}
             near = near or [
                 tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.5)
             ]
@@ -76,7 +76,7 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
     pairs = [pair for pair in pairs if pair[0] != "print_config"]
     if default is not None and all(key != "config" for key, _ in pairs):
         pairs.insert(0, ("config", str(default)))
-    given = list(_expanded(pairs, kinds))
+    arguments = list(_expanded(pairs, kinds))
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{program} {flags.words}[--KEY VALUE ...]"
@@ -90,7 +90,7 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
     )
     parser.add_class_arguments(section)
     try:
-        values = parser.instantiate(parser.parse_args(given))
+        values = parser.instantiate(parser.parse_args(arguments))
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse has one exception per kind of mistake; all are the user's here
@@ -133,7 +133,7 @@ def _expanded(pairs: Sequence[tuple[str, str | None]], kinds: dict[str, Any]) ->
 
 def _nulls_checked(content: dict[str, Any], kinds: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     """`content` with [] where a list is null. Raises `ConfigError` for other nulls, which jsonargparse lets pass."""
-    found = {}
+    checked = {}
     for key, value in content.items():
         kind = kinds.get(prefix + key)
         if isinstance(value, dict):
@@ -142,8 +142,8 @@ def _nulls_checked(content: dict[str, Any], kinds: dict[str, Any], where: str, p
             value = []
         elif value is None and kind is not None and type(None) not in get_args(kind):
             raise ConfigError(f"{where}: {prefix}{key} is null, and needs a value: leave the key out for the default")
-        found[key] = value
-    return found
+        checked[key] = value
+    return checked
 
 
 def _plain(message: str, kinds: dict[str, Any]) -> str:
@@ -167,8 +167,8 @@ def _plain(message: str, kinds: dict[str, Any]) -> str:
         re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").replace("NoneType", "null") for kind in expected
     ]
     shown = {"None": "null", "True": "a truth value (true)", "False": "a truth value (false)"}.get(value, repr(value))
-    said = f"{key}: {shown} is not of type {' or '.join(dict.fromkeys(names))}"
-    return f"{said}: write [{value}], or [] for none" if names[0] == "list" and value != "None" else said
+    words = f"{key}: {shown} is not of type {' or '.join(dict.fromkeys(names))}"
+    return f"{words}: write [{value}], or [] for none" if names[0] == "list" and value != "None" else words
 
 
 def load_config(argv: Sequence[str]) -> TuneConfig:
@@ -207,11 +207,11 @@ def run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        said, alone = what_to_mend(error), os.environ.get("WORLD_SIZE", "1") == "1"
-        if not alone and (said is None or os.environ.get("RANK", "0") != "0"):
-            time.sleep(WAIT if said is not None else 2 * WAIT)
-        if said is not None:
-            sys.exit(f"error: {one_line(said)}")
+        words, alone = what_to_mend(error), os.environ.get("WORLD_SIZE", "1") == "1"
+        if not alone and (words is None or os.environ.get("RANK", "0") != "0"):
+            time.sleep(WAIT if words is not None else 2 * WAIT)
+        if words is not None:
+            sys.exit(f"error: {one_line(words)}")
         sys.stderr.write(printable(traceback.format_exc()))
         sys.exit("This is a fault of ShortZip's own, not of what you gave it: please report it with the lines above")
 
@@ -227,9 +227,9 @@ def what_to_mend(error: Exception) -> str | None:
     """What the user can do about an error, in words; None where it is a fault of ShortZip's own."""
     if isinstance(error, MENDABLE):
         return str(error)
-    found = _FROM_WORKER.match(str(error))
-    if found is not None and any(found["kind"] in (kind.__name__, *_names_below(kind)) for kind in MENDABLE):
-        return found["said"].strip()  # DataLoader hands on an error of its workers as text
+    match = _FROM_WORKER.match(str(error))
+    if match is not None and any(match["kind"] in (kind.__name__, *_names_below(kind)) for kind in MENDABLE):
+        return match["said"].strip()  # DataLoader hands on an error of its workers as text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno is None and type(error) is OSError:

@@ -70,8 +70,10 @@ class AppConfig:
 
     def __post_init__(self) -> None:
         for key, least, most in (
-            ("max_new_tokens", 1, 4096), ("seconds", 1, 3600), ("port", 0, 65535),
-        ):  # fmt: skip
+            ("max_new_tokens", 1, 4096),
+            ("seconds", 1, 3600),
+            ("port", 0, 65535),
+        ):
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(f"{key} is {getattr(self, key)}: {least} to {most} are allowed")
 

@@ -278,6 +278,16 @@ class TuneConfig:
     """With hub_shape projector or llava, when model is a folder: the Hub id of the same release."""
 
     def __post_init__(self) -> None:
+        if self.report_to is None:  # which trackers' users write for none
+            object.__setattr__(self, "report_to", [])
+        self._check_ranges()
+        self._check_schedule()
+        self._check_reductions()
+        self._check_held_out()
+        self._check_outputs()
+        self._check_packages()
+
+    def _check_ranges(self) -> None:
         _at_least(
             self, "", per_device_train_batch_size=1, max_tokens_per_micro_batch=1, max_nonfinite_steps=1,
             save_steps=1, save_total_limit=1, logging_steps=1, eval_steps=1,
@@ -296,6 +306,8 @@ class TuneConfig:
                 parse_bytes(self.max_memory)
             except ValueError as error:
                 raise ConfigError(f"max_memory: {error}") from error
+
+    def _check_schedule(self) -> None:
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio is {self.warmup_ratio}: a share from 0 up to, but not including, 1")
         if self.num_train_epochs is not None and not 0 < self.num_train_epochs <= 100_000:
@@ -310,6 +322,17 @@ class TuneConfig:
                 f"lr_scheduler_type constant has no warm-up, but warmup_ratio is {self.warmup_ratio}: "
                 "choose constant_with_warmup, or warmup_ratio 0"
             )
+
+    def _check_reductions(self) -> None:
+        if self.fastv is not None and self.shortv is not None:
+            raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        if self.data.cache_features is not None and self.visionzip is None:
+            raise ConfigError(
+                f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
+                "to keep of an image: set visionzip, or data.cache_features to null"
+            )
+
+    def _check_held_out(self) -> None:
         if self.eval_steps is not None and self.data.eval_instructions is None:
             raise ConfigError(
                 f"eval_steps is {self.eval_steps}, but there is nothing held out: set data.eval_instructions"
@@ -318,30 +341,16 @@ class TuneConfig:
             raise ConfigError(
                 "control adds a row to the final table: it needs data.eval_instructions and final_evaluation"
             )
-        if self.fastv is not None and self.shortv is not None:
-            raise ConfigError("fastv and shortv do not go together: set one of them to null")
-        if self.data.cache_features is not None and self.visionzip is None:
-            raise ConfigError(
-                f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
-                "to keep of an image: set visionzip, or data.cache_features to null"
-            )
         if self.control and self.visionzip is None and self.shortv is None and self.fastv is None:
             raise ConfigError(
                 "control is the same tuning without reduction, and this run has none: set control to false"
             )
+
+    def _check_outputs(self) -> None:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise ConfigError(
                 "overwrite_output_dir would delete the run that resume_from_checkpoint continues: choose one"
             )
-        for wanted, package, extra in (
-            (self.tuning != "full", "peft", "peft"),
-            (self.load_in_4bit, "bitsandbytes", "4bit"),
-        ):
-            if wanted and importlib.util.find_spec(package) is None:
-                setting = f"tuning {self.tuning}" if package == "peft" else "load_in_4bit"
-                raise ConfigError(f"{setting}: {package} is not installed: pip install 'shortzip[{extra}]'")
-        if self.report_to is None:  # which trackers' users write for none
-            object.__setattr__(self, "report_to", [])
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ConfigError(
                 f"push_to_hub is {str(self.push_to_hub).lower()} and hub_model_id is {self.hub_model_id}: "
@@ -349,11 +358,14 @@ class TuneConfig:
             )
         if len(set(self.report_to)) != len(self.report_to):
             raise ConfigError(f"report_to names a tracker twice: {self.report_to}")
-        for tracker in self.report_to:
-            if importlib.util.find_spec(tracker) is None:
-                raise ConfigError(
-                    f"report_to {tracker}: the package is not installed: pip install 'shortzip[{tracker}]'"
-                )
+
+    def _check_packages(self) -> None:
+        needs = {f"tuning {self.tuning}": ("peft", "peft")} if self.tuning != "full" else {}
+        needs |= {"load_in_4bit": ("bitsandbytes", "4bit")} if self.load_in_4bit else {}
+        needs |= {f"report_to {tracker}": (tracker, tracker) for tracker in self.report_to}
+        for setting, (package, extra) in needs.items():
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"{setting}: {package} is not installed: pip install 'shortzip[{extra}]'")
 
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""

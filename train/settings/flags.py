@@ -19,9 +19,11 @@ from shortzip.train.settings.checks import ConfigError
 POSITIONAL = {"flag": "positional"}  # of a field that also takes the words without a flag
 REPEATED = {"flag": "repeated"}  # of a list whose flag may stand several times, with one value each
 SHORT = {
-    "instructions": "data.instructions", "image_root": "data.image_root",
-    "output": "output_dir", "overwrite": "overwrite_output_dir",
-}  # fmt: skip
+    "instructions": "data.instructions",
+    "image_root": "data.image_root",
+    "output": "output_dir",
+    "overwrite": "overwrite_output_dir",
+}
 OLD = {"-o": "output", "--budgets": "budget", "--folder": "output"}  # for one version, as - for _ is
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "null")
 WITHOUT_VALUE = ("help", "print_config")
@@ -62,10 +64,10 @@ class Flags:
     @property
     def help(self) -> str:
         """The short forms, for the end of --help."""
-        said = [f"--{short} is --{key}" for short, key in self.short.items()]
-        said += ["--budget 54+10 is dominant+contextual, or none"] * self.budgets
-        said += ["--freeze 60% is a share of the layers, 19 a number, 31,29,30 a list"] * self.layers
-        return "Short forms: " + "; ".join(said) + "." if said else ""
+        lines = [f"--{short} is --{key}" for short, key in self.short.items()]
+        lines += ["--budget 54+10 is dominant+contextual, or none"] * self.budgets
+        lines += ["--freeze 60% is a share of the layers, 19 a number, 31,29,30 a list"] * self.layers
+        return "Short forms: " + "; ".join(lines) + "." if lines else ""
 
     def read(self, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         """(key, value) of everything on the command line, in order; value None for a lone flag.
@@ -86,13 +88,13 @@ class Flags:
                 continue
             flag, equals, value = token.partition("=")
             key = self._current(flag)
-            given: str | None = value if equals else None
+            text: str | None = value if equals else None
             if not equals and self._takes(key, tokens):
-                given = tokens.pop(0)
-            if key in lists and given is not None and not given.startswith("["):
-                lists[key].append(given)
+                text = tokens.pop(0)
+            if key in lists and text is not None and not text.startswith("["):
+                lists[key].append(text)
             else:
-                yield from self._meant(key, given)
+                yield from self._meant(key, text)
         for name, values in lists.items():
             if values:
                 yield name, json.dumps(values)

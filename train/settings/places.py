@@ -14,20 +14,20 @@ DEMO_MODEL = HOME / "checkpoints" / "demo-llava"
 DEMO_NAMES = ("demo-llava", "checkpoints/demo-llava")  # what it is called where it is not in the working directory
 
 
-def find_recipe(given: str, *, compares: bool = False) -> str:
-    """The path of a YAML file: `given` itself, or the recipe of that name among configs/ and configs/eval/.
+def find_recipe(name: str, *, compares: bool = False) -> str:
+    """The path of a YAML file: `name` itself, or the recipe of that name among configs/ and configs/eval/.
 
     `compares`: of the name that both folders have (demo), the one in configs/eval/ is meant.
     Raises `MissingFile`, naming the nearest recipe.
     """
-    if Path(given).is_file() or Path(given).suffix in (".yaml", ".yml"):
-        return given
+    if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml"):
+        return name
     folders = (CONFIGS, CONFIGS / "eval") if compares else (CONFIGS / "eval", CONFIGS)  # the last one wins
     recipes = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
-    if given in recipes:
-        return str(recipes[given])
-    near = difflib.get_close_matches(given, recipes, n=1, cutoff=0.5)
+    if name in recipes:
+        return str(recipes[name])
+    near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.5)
     raise MissingFile(
-        f"--config {given}: there is no such file and no such recipe"
+        f"--config {name}: there is no such file and no such recipe"
         + (f"; did you mean {near[0]}?" if near else f"; recipes are {', '.join(sorted(recipes))}")
     )

@@ -81,7 +81,7 @@ class _Reader:
 
     def _mapping(self, node: yaml.MappingNode, prefix: str, depth: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for name, value in node.value:
             if not isinstance(name, yaml.ScalarNode):
                 raise ConfigError(f"{self._at(name)}: a key must be a word")
@@ -89,9 +89,9 @@ class _Reader:
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if not isinstance(other, yaml.MappingNode):
                         raise ConfigError(f"{self._at(name)}: << takes keys and values of another place (*name)")
-                    kept, self.lines = self.lines, {}
+                    outer, self.lines = self.lines, {}
                     merged = {**self._mapping(other, prefix, depth + 1), **merged}
-                    self.lines = kept
+                    self.lines = outer
                 continue
             key = f"{prefix}.{name.value}" if prefix else name.value
             line = name.start_mark.line + 1
@@ -99,8 +99,8 @@ class _Reader:
                 first = self.lines[key]
                 raise ConfigError(f"{self.where}: {key} stands in line {first} and in line {line}: leave one out")
             self.lines[key] = line
-            found[name.value] = self.read(value, key, depth + 1)
-        return {**merged, **found}
+            mapping[name.value] = self.read(value, key, depth + 1)
+        return {**merged, **mapping}
 
     def _scalar(self, node: yaml.ScalarNode, key: str) -> str | int | None:
         text, plain = str(node.value), node.style is None

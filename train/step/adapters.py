@@ -98,12 +98,12 @@ def merged_projector(projector: nn.Module) -> dict[str, Tensor]:
     """A projector's own tensors, with whatever adapter it carries merged into a copy; float32 on the CPU."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in copy.deepcopy(projector).float().cpu().named_children():
         plain = layer
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
             plain = layer.get_base_layer()
         for key, parameter in plain.named_parameters():
-            found[f"{name}.{key}"] = parameter.detach()
-    return found
+            tensors[f"{name}.{key}"] = parameter.detach()
+    return tensors

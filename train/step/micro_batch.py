@@ -82,11 +82,11 @@ class StepEstimate:
             low, high = (middle, high) if fits else (low, middle - 1)
         if low < self.longest:
             return None
-        found = MicroBatchLimits(None, low, gradient_checkpointing)
+        limits = MicroBatchLimits(None, low, gradient_checkpointing)
         # Short conversations are many, and each has its images; the tower runs while nothing of the LLM is kept.
         per_row = tower_activation_bytes(self.config, self.row.tiles, self.row.bytes_per_value)
         rows = self.most_rows if self.row.cached_features else (memory - self.fixed) // per_row
-        return replace(found, rows=max(1, min(self.most_rows, rows)))
+        return replace(limits, rows=max(1, min(self.most_rows, rows)))
 
     @property
     def fixed(self) -> int:
@@ -102,13 +102,13 @@ def choose_limits(estimate: StepEstimate, memory: int, gradient_checkpointing: b
     conversation would fit. Raises `ConfigError` with the cure where nothing fits.
     """
     if gradient_checkpointing is not None:
-        found = estimate.largest(memory, gradient_checkpointing)
+        limits = estimate.largest(memory, gradient_checkpointing)
     else:
-        found = estimate.largest(memory, False)
-        if found is None or (found.tokens or 0) < min(ENOUGH_TOKENS, estimate.longest * estimate.most_rows):
-            found = estimate.largest(memory, True) or found
-    if found is not None:
-        return found
+        limits = estimate.largest(memory, False)
+        if limits is None or (limits.tokens or 0) < min(ENOUGH_TOKENS, estimate.longest * estimate.most_rows):
+            limits = estimate.largest(memory, True) or limits
+    if limits is not None:
+        return limits
     cures = ["take a smaller release"] + ([] if estimate.row.weights == "4bit" else ["set load_in_4bit to true"])
     if estimate.fixed > memory:
         raise ConfigError(
@@ -139,29 +139,31 @@ def plan_micro_batches(
     which are kept where they fit, or the cut into micro-batches, and with it the rounding, would change. Raises
     `ConfigError` where nothing fits.
     """
-    given = config.per_device_train_batch_size, config.max_tokens_per_micro_batch
-    chosen = given == (None, None)
+    user_limits = config.per_device_train_batch_size, config.max_tokens_per_micro_batch
+    is_free = user_limits == (None, None)
     memories = [found for found in gather_object([usable_memory(accelerator.device, config.max_memory)]) if found]
     if not memories:
-        limits = MicroBatchLimits(CPU_ROWS if chosen else given[0], given[1], bool(config.gradient_checkpointing))
+        limits = MicroBatchLimits(
+            CPU_ROWS if is_free else user_limits[0], user_limits[1], bool(config.gradient_checkpointing)
+        )
         return limits, in_words(limits.rows, limits.tokens)
     memory = min(memories)
     try:
         share = weights_share(accelerator)
         estimate = estimate_of(config, model, dataset, accelerator.num_processes, share)
     except ValueError as error:
-        if chosen:
+        if is_free:
             raise ConfigError(f"a micro-batch cannot be sized: {error} Set per_device_train_batch_size") from error
-        limits = MicroBatchLimits(*given, bool(config.gradient_checkpointing))
+        limits = MicroBatchLimits(*user_limits, bool(config.gradient_checkpointing))
         return limits, in_words(limits.rows, limits.tokens)
-    if chosen:
+    if is_free:
         limits = MicroBatchLimits(**recorded) if recorded else choose_limits(estimate, memory, None)
         if config.gradient_checkpointing not in (None, limits.gradient_checkpointing) or (
             estimate.memory(limits) > memory
         ):
             limits = choose_limits(estimate, memory, config.gradient_checkpointing)
     else:
-        limits = MicroBatchLimits(*given, config.gradient_checkpointing is True)
+        limits = MicroBatchLimits(*user_limits, config.gradient_checkpointing is True)
         if config.gradient_checkpointing is None and estimate.memory(limits) > memory:
             limits = replace(limits, gradient_checkpointing=True)
     again = ", layers computed again in the backward pass" if limits.gradient_checkpointing else ""

@@ -78,12 +78,12 @@ class ZeroEngine(WholeEngine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [state["step"] for state in self.adamw.state.values()]
-        found: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items() if steps else ():
             for kind in MOMENTS:
-                found[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind).detach().cpu()
-            found[f"step.{name}"] = steps[0].detach().cpu().clone()
-        return found
+                moments[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind).detach().cpu()
+            moments[f"step.{name}"] = steps[0].detach().cpu().clone()
+        return moments
 
     def restore_moments(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
