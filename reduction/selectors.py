@@ -16,7 +16,16 @@ from .extras import extra
 
 VISIONZIP = "visionzip"
 # Method: its file in this folder, and its class there.
-SELECTORS = {VISIONZIP: ("visionzip", "VisionZip")}
+SELECTORS = {
+    VISIONZIP: ("visionzip", "VisionZip"),
+    "divprune": ("divprune", "DivPrune"),
+    "vispruner": ("vispruner", "VisPruner"),
+    "scope": ("scope", "Scope"),
+    "dpp": ("dpp", "DeterminantalPoints"),
+    "duet": ("duet", "Duet"),
+    "fastervlm": ("vispruner", "FasterVLM"),
+    "prumerge+": ("prumerge", "PruMergePlus"),
+}
 BUDGET_KEYS = ("dominant", "contextual", "method")
 
 
@@ -70,9 +79,11 @@ class Selector(Protocol):
         merges: whether `contextual` may be above 0.
     """
 
-    reads: ClassVar[frozenset[str]]
     keeps_cls: ClassVar[bool]
     merges: ClassVar[bool]
+
+    @property
+    def reads(self) -> frozenset[str]: ...
 
     def select(self, states: TowerStates, dominant: int, contextual: int) -> Selection:
         """Chooses `dominant` patches (CLS not counted) and merges others into `contextual` tokens.

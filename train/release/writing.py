@@ -23,6 +23,7 @@ from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetc
 from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import SELECTORS, VISIONZIP
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
 from shortzip.train.release.opening import Release, model_classes
@@ -107,8 +108,11 @@ def write_reduced_checkpoint(
 
 
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
-    """Takes the code of the baselines and of FastV out of a checkpoint that has none (see reduction/extras.py)."""
-    used = {"baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
+    """Takes out the code of the methods that a checkpoint does not use (see reduction/extras.py)."""
+    files = {file: False for method, (file, _) in SELECTORS.items() if method != VISIONZIP}  # whose code others use
+    used = {**files, "baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
+    if reductions.method in SELECTORS:
+        used[SELECTORS[reductions.method][0]] = True
     code = folder / "extras.py"
     lines = code.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in (name for name in used if not used[name]):
