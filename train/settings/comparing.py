@@ -102,6 +102,16 @@ def _alike(key: str, text: str) -> str:
         raise ConfigError(str(error)) from error
 
 
+def _check_method(method: str) -> None:
+    """Raises ConfigError for a method that there is not."""
+    from shortzip.reduction.reductions import Reductions  # as above
+
+    try:
+        Reductions.parse("2+0", method=method)
+    except ValueError as error:
+        raise ConfigError(f"methods: {error}") from error
+
+
 def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
     again = repeated(values)
     if again:
@@ -252,6 +262,22 @@ class PapersConfig:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of questions."""
+
+    name: str
+    """The column's heading."""
+    pattern: str
+    """The regular expression that is found in its questions."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"kinds: {self.name}: {self.pattern!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
 class FrontierConfig:
     """Settings of scripts/frontier.py.
 
@@ -268,7 +294,22 @@ class FrontierConfig:
     """How many layers to freeze, as numbers or shares; those with the lowest LC on the visual tokens that a budget
     leaves. The last is the one that rankings are compared at."""
     methods: list[str] = field(default_factory=list)
-    """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
+    """Ways to choose, with as many tokens as `tokens` says: visionzip and the others with their parameters, the
+    baselines (random, grid, pool, downsample), and "dominant only"."""
+    tokens: list[int] = field(default_factory=list)
+    """Visual tokens per image that each of `methods` is held to; empty: as many as the first budget has."""
+    contextual_share: float = 0.25
+    """Share of these tokens that a merging method makes of others; one that merges nothing keeps all as dominant."""
+    positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
+    """Which positions visual tokens have in the language model, for each of `methods`, untuned."""
+    tune_original: list[str] = field(default_factory=list)
+    """Those of `methods` that are also tuned with original positions; the others are with compact ones."""
+    reference: str = VISIONZIP
+    """The one of `methods` that the others are compared with, at equal tokens, positions and tuning."""
+    kinds: list[Kind] = field(default_factory=list)
+    """Kinds of questions that are told apart; a question is of the first whose pattern it fits."""
+    resamples: int = 10_000
+    """How often questions and seeds are drawn for an interval (bootstrap)."""
     fastv: list[FastVConfig] = field(default_factory=list)
     """FastV baselines, on all tokens."""
     rankings: list[str] = field(default_factory=list)
@@ -281,6 +322,10 @@ class FrontierConfig:
     """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
     samples: int | None = None
     """Only the first so many held-out conversations; null: as the recipe says."""
+    processes: int = 1
+    """Processes that tune and evaluate the tuned points side by side; on a CPU one per core, each with one thread."""
+    report_only: bool = False
+    """Measure nothing: write the report of what is measured so far."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -289,7 +334,8 @@ class FrontierConfig:
             raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
         for name, values in (
             ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
-            ("fastv", self.fastv), ("rankings", self.rankings),
+            ("fastv", self.fastv), ("rankings", self.rankings), ("tokens", self.tokens),
+            ("positions", self.positions), ("tune_original", self.tune_original),
         ):  # fmt: skip
             again = repeated(values)
             if again:
@@ -299,10 +345,27 @@ class FrontierConfig:
         for freeze in self.freeze:
             if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
                 raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
-        known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
-        for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
-            bad = [entry for entry in value if entry not in allowed]
-            if bad:
-                raise ConfigError(f"{bad[0]!r} is none of {', '.join(allowed)}")
-        if self.methods and not self.budgets:
-            raise ConfigError("methods are held to the first budget, and budgets is empty")
+        bad = [ranking for ranking in self.rankings if ranking not in ("cosine", "random")]
+        if bad:
+            raise ConfigError(f"{bad[0]!r} is none of cosine, random")
+        if self.methods and not (self.budgets or self.tokens):
+            raise ConfigError("methods are held to `tokens` or to the first budget: both are empty")
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Raises ConfigError for what the table of `methods` cannot be made of."""
+        if min([*self.tokens, self.processes, self.resamples]) < 1:
+            raise ConfigError(
+                f"tokens {self.tokens}, processes {self.processes}, resamples {self.resamples}: at least 1 is needed"
+            )
+        if not 0 <= self.contextual_share < 1:
+            raise ConfigError(f"contextual_share is {self.contextual_share}: 0 up to, but not including, 1 is needed")
+        if self.methods and not self.positions:
+            raise ConfigError("positions is empty: compact, original or both are needed")
+        foreign = [method for method in self.tune_original if method not in self.methods]
+        if foreign:
+            raise ConfigError(f"tune_original: {foreign[0]!r} is none of methods: {', '.join(self.methods)}")
+        _refuse_repeated("kinds", [kind.name for kind in self.kinds])
+        for method in self.methods:
+            if method != DOMINANT_ONLY:
+                _check_method(method)
