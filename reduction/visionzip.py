@@ -116,6 +116,8 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
 class VisionZip:
     """VisionZip's own selection: the patches that CLS attends to most, the rest merged by the similarity of keys."""
 
+    title: ClassVar[str] = "VisionZip"
+    paper: ClassVar[str] = "2412.04467"
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     keeps_cls: ClassVar[bool] = True
     merges: ClassVar[bool] = True

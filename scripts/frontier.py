@@ -132,7 +132,7 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content
     folder = Path(config.output) / "runs" / point.name
     run = replace(
         recipe,
-        visionzip=VisionZipConfig(**point.reductions.visionzip) if point.reductions.visionzip else None,
+        visionzip=VisionZipConfig.of(point.reductions.visionzip) if point.reductions.visionzip else None,
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         seed=point.seed or 0,
