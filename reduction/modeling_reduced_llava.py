@@ -16,8 +16,6 @@ from transformers.utils import can_return_tuple
 
 from .base_release import find_base, open_base
 from .configuration_reduced_llava import (
-    BASELINES,
-    METHODS,
     TOWER_HAS_CLS,
     ReducedLlavaConfig,
     reductions_of,
@@ -34,7 +32,7 @@ from .refusals import (
     refuse_unmasked_attention,
     visual_of_token_types,
 )
-from .selectors import selector_of
+from .selectors import BASELINES, VISIONZIP, selector_of
 from .shortv import active_rows, freeze_visual_tokens
 from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
@@ -79,7 +77,7 @@ class ReducedModelMixin:
             vision_feature_layer = self.config.vision_feature_layer
         selected = selected_block(vision_feature_layer, len(tower.encoder.layers))
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
-        method = zipped.get("method", METHODS[0])
+        method = zipped.get("method", VISIONZIP)
         if method in BASELINES:
             baselines = extra("baselines", f"visionzip: method {method}")
             found = baselines.baseline_tokens(tower, pixel_values, selected, zipped, has_cls)

@@ -16,10 +16,18 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.configuration_reduced_llava import METHODS, validate_fastv, validate_shortv, validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import validate_fastv, validate_shortv, validate_visionzip
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
-from shortzip.reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
+from shortzip.reduction.parsing import (
+    format_budget,
+    format_method,
+    parse_budget,
+    parse_fastv,
+    parse_layers,
+    parse_method,
+)
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, settled
 
 ALL, NONE = "all", "none"
 
@@ -32,7 +40,7 @@ class Reductions:
     """
 
     visionzip: Mapping[str, Any] | None = None
-    """{"dominant": 54, "contextual": 10}; with {"method", "seed"}, a baseline in VisionZip's place."""
+    """{"dominant": 54, "contextual": 10}; with "method" and its parameters, chosen in another way than VisionZip's."""
     shortv: Mapping[str, Any] | None = None
     """{"layers": [0, 3]}: the frozen layers, counted from 0."""
     fastv: Mapping[str, Any] | None = None
@@ -42,6 +50,8 @@ class Reductions:
         validate_visionzip(self.visionzip)
         validate_shortv(self.shortv)
         validate_fastv(self.fastv)
+        if self.visionzip is not None:
+            object.__setattr__(self, "visionzip", settled(self.visionzip))
         if self.shortv is not None and self.fastv is not None:
             raise ReductionError("fastv and shortv are both given: one of them must be null")
         for key, value in self.as_config().items():
@@ -54,16 +64,17 @@ class Reductions:
 
     @classmethod
     def parse(
-        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = METHODS[0], seed: int = 0
+        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = VISIONZIP, seed: int = 0
     ) -> Self:
-        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError."""
+        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError.
+
+        `method`, of a budget: its word, like "vispruner:important=0.25". `seed`: of random, where its word has none.
+        """
         visionzip: dict[str, Any] | None = None
         if budget not in (ALL, NONE):
-            visionzip = dict(parse_budget(budget))
-            if method != METHODS[0]:
-                visionzip["method"] = method
-            if method == "random":
-                visionzip["seed"] = seed
+            named = parse_method(method)
+            drawn = {"seed": seed} if named["method"] == "random" else {}
+            visionzip = {**parse_budget(budget), **drawn, **named}
         frozen = parse_layers(layers)
         return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv))
 
@@ -92,8 +103,13 @@ class Reductions:
 
     @property
     def method(self) -> str:
-        """How the visual tokens are chosen: visionzip, or a baseline."""
-        return METHODS[0] if self.visionzip is None else str(self.visionzip.get("method", METHODS[0]))
+        """How the visual tokens are chosen, by name: visionzip, another published selection or a baseline."""
+        return VISIONZIP if self.visionzip is None else str(self.visionzip.get("method", VISIONZIP))
+
+    @property
+    def method_words(self) -> str:
+        """The method as commands take it, with the parameters that are not at their defaults: random:seed=3."""
+        return VISIONZIP if self.visionzip is None else format_method(self.visionzip)
 
     @property
     def budget_words(self) -> str:
@@ -115,9 +131,9 @@ class Reductions:
         if self.visionzip is None:
             parts = ["all visual tokens"]
         else:
-            seed = f", seed {self.visionzip.get('seed', 0)}" if self.method == "random" else ""
-            baseline = "" if self.method == METHODS[0] else f" (baseline {self.method}{seed})"
-            parts = [f"{self.budget_words} visual tokens{baseline}"]
+            baseline = "baseline " if self.method in BASELINES else ""
+            how = "" if self.method_words == VISIONZIP else f" ({baseline}{self.method_words})"
+            parts = [f"{self.budget_words} visual tokens{how}"]
         if self.layers:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:

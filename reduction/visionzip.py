@@ -119,6 +119,8 @@ def merge_into(hidden: Tensor, metric: Tensor, rest: Tensor, step: int, count: i
 class VisionZip:
     """VisionZip's own selection: the patches that CLS attends to most, the rest merged by the similarity of keys."""
 
+    title: ClassVar[str] = "VisionZip"
+    paper: ClassVar[str] = "2412.04467"
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     keeps_cls: ClassVar[bool] = True
     merges: ClassVar[bool] = True

@@ -55,7 +55,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     is_cacheable = zipped is not None and not reads_the_projector(point.reductions)
     return replace(
         recipe,
-        visionzip=VisionZipConfig(**zipped) if zipped else None,
+        visionzip=VisionZipConfig.of(zipped) if zipped else None,
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         data=replace(recipe.data, cache_features=features if is_cacheable else None, cache_dir=tokens),

@@ -29,8 +29,8 @@ from shortzip.data.errors import UserError
 from shortzip.data.images import open_image
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import Supervision
-from shortzip.reduction.configuration_reduced_llava import METHODS
 from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -296,7 +296,7 @@ def _reductions(
         ALL if budget is None else str(budget),
         NONE if listed is None else str(listed),
         NONE if fastv is None else str(fastv),
-        method=method or METHODS[0],
+        method=method or VISIONZIP,
         seed=seed,
     )
     return Reductions(

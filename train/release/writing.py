@@ -20,10 +20,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
-from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
-from shortzip.reduction.selectors import SELECTORS, VISIONZIP
+from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
 from shortzip.train.release.opening import Release, model_classes

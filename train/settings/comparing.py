@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shortzip.reduction.selectors import METHODS, VISIONZIP
+from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, repeated
-from shortzip.train.settings.config import FastVConfig, ShortVConfig, VisionZipConfig
+from shortzip.train.settings.config import FastVConfig, ShortVConfig
 from shortzip.train.settings.flags import REPEATED
 
 ALL, NONE = "all", "none"
 TRAINING_FREE, TUNED = "training-free", "tuned"
-VISIONZIP = "visionzip"
-METHODS = (VISIONZIP, "random", "grid", "pool", "downsample")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DOMINANT_ONLY = "dominant only"
 
@@ -51,7 +51,8 @@ class EvaluateConfig:
     """Branch, tag or commit, for a single Hub id."""
     visionzip: VisionZipConfig | None = None
     """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
-    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
+    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: another selection, or
+    a baseline, whose parameters are keys beside it."""
     shortv: ShortVConfig | None = None
     """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
     shortv.calibration_samples: only when tuning.)"""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.config import FastVConfig, VisionZipConfig
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.config import FastVConfig
 
 
 def reductions_of(
