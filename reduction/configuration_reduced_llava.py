@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from .errors import ReductionError
 from .extras import extra
+from .positions import COMPACT, validate_positions
 from .selectors import SELECTORS, selector_of
 from .weight_files import check_json
 
@@ -37,6 +38,7 @@ def validate(config: Any) -> None:
     validate_visionzip(config.visionzip)
     validate_shortv(config.shortv)
     validate_fastv(config.fastv)
+    validate_positions(config.positions)
     if config.visionzip is not None:
         tower: Any = config.vision_config
         if tower.model_type not in TOWER_HAS_CLS:
@@ -233,6 +235,7 @@ class ReducedLlavaConfig(LlavaConfig):
             other than "visionzip" is a baseline (baselines.py), with "random" and its `seed` (0).
         shortv: {"layers": [int, ...]}, the frozen layers.
         fastv: {"layer": int, "keep": float}, the baseline that prunes in the language model (fastv.py).
+        positions: "compact" or "original": where tokens stand once `visionzip` leaves others out (positions.py).
         base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
 
     Raises:
@@ -245,6 +248,7 @@ class ReducedLlavaConfig(LlavaConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -266,6 +270,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
