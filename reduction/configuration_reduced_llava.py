@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from .errors import ReductionError
 from .extras import extra
+from .positions import COMPACT, validate_positions
 from .selectors import BASELINES, VISIONZIP, selector_of, settled
 from .weight_files import check_json
 
@@ -35,6 +36,7 @@ def validate(config: Any) -> None:
     validate_visionzip(config.visionzip)
     validate_shortv(config.shortv)
     validate_fastv(config.fastv)
+    validate_positions(config.positions)
     if config.visionzip is not None:
         tower: Any = config.vision_config
         if tower.model_type not in TOWER_HAS_CLS:
@@ -219,6 +221,7 @@ class ReducedLlavaConfig(LlavaConfig):
             keeps it. With a `method` of selectors.METHODS, and its parameters, tokens are chosen in another way.
         shortv: {"layers": [int, ...]}, the frozen layers.
         fastv: {"layer": int, "keep": float}, the baseline that prunes in the language model (fastv.py).
+        positions: "compact" or "original": where tokens stand once `visionzip` leaves others out (positions.py).
         base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
 
     Raises:
@@ -231,6 +234,7 @@ class ReducedLlavaConfig(LlavaConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -252,6 +256,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -55,7 +55,10 @@ def build(
     seed: int = 0,
     **config: Any,
 ) -> Any:
-    """A model in eval mode; two calls that differ in `reduction` or `attention` only share their weights' values."""
+    """A model in eval mode; two calls that differ in `reduction` or `attention` only share their weights' values.
+
+    `config`: further keys of the config, reductions among them.
+    """
     parts: dict[str, Any] = {
         "vision_config": {
             "hidden_size": 24,
@@ -101,10 +104,10 @@ def build(
     if plain:
         model: Any = plain_model
     elif next_:
-        model = ReducedLlavaNextForConditionalGeneration(ReducedLlavaNextConfig(**parts, **REDUCTIONS[reduction]))
+        model = ReducedLlavaNextForConditionalGeneration(ReducedLlavaNextConfig(**{**REDUCTIONS[reduction], **parts}))
         model.load_state_dict(plain_model.state_dict())
     else:
-        model = ReducedLlavaForConditionalGeneration(ReducedLlavaConfig(**parts, **REDUCTIONS[reduction]))
+        model = ReducedLlavaForConditionalGeneration(ReducedLlavaConfig(**{**REDUCTIONS[reduction], **parts}))
         model.load_state_dict(plain_model.state_dict())
     # A model that writes <image> by itself would test transformers' handling of that, not ours.
     with torch.no_grad():
