@@ -297,8 +297,8 @@ def test_scores_are_sums_of_metrics() -> None:
     [
         ({"budgets": ["64"]}, "dominant\\+contextual"),
         ({"tuned": [("run", "8+2", "1,2")]}, "layers is '1,2': write indices like 31"),
-        ({"tuned": [("run", "8+2", "none", "poll")]}, "method is 'poll'; it must be one of visionzip, random"),
-        ({"methods": ["visionzp"]}, "method is 'visionzp'; it must be one of visionzip, random, grid, pool, down"),
+        ({"tuned": [("run", "8+2", "none", "poll")]}, "method is 'poll'; it must be one of visionzip, divprune"),
+        ({"methods": ["visionzp"]}, "method is 'visionzp'; it must be one of visionzip, divprune, "),
         ({"fastv": ["half"]}, "fastv is 'half': write the layer and the share kept, like 2"),
         ({"fastv": ["2+1.5"]}, "got keep: 1.5, at most 1 is needed"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of auto, float32"),

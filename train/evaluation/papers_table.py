@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from shortzip.reduction.flops import usual_tiles
 from shortzip.reduction.parsing import parse_budget, parse_layers
 from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.train.evaluation.frontier_points import merges
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
 
@@ -76,7 +77,7 @@ def rows_of(config: PapersConfig) -> list[Row]:
 
 
 def _as_method(budget: str, method: str) -> str:
-    return budget if method == VISIONZIP else f"{sum(parse_budget(budget).values())}+0"
+    return budget if merges(method) else f"{sum(parse_budget(budget).values())}+0"
 
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
@@ -114,12 +115,18 @@ def table_rows(
     config: PapersConfig, scores: Mapping[Row, Mapping[str, float]], flops: Mapping[Row, int]
 ) -> list[dict[str, Any]]:
     """The table as plain values. `flops`: the language model's, of each row."""
-    first, full = next(iter(scores.items()))
-    published = {(entry.budget, entry.layers, entry.kind): entry for entry in config.published}
+    first, all_tokens = next(iter(scores.items()))
+    averaged = {task.name for task in config.tasks if task.averaged}
+    full = {name: score for name, score in all_tokens.items() if name in averaged}
     lines = []
     for row, found in scores.items():
-        is_papers = (row.method, row.fastv) == (VISIONZIP, NONE)
-        paper = published.get((row.budget, row.layers, row.kind)) if is_papers else None
+        of_row = [
+            entry
+            for entry in config.published
+            if (entry.budget, entry.layers, entry.kind, entry.method, NONE)
+            == (row.budget, row.layers, row.kind, row.method, row.fastv)
+        ]
+        paper = next((entry for entry in of_row if not entry.rerun), None)
         own = average_of(found, full)
         beside = papers_average(config, paper, own.tasks) if paper and own else None
         lines.append(
@@ -141,6 +148,7 @@ def table_rows(
                 "paper_tasks": len(paper.scores) if paper else None,
                 "paper_flops_percent": paper.flops if paper else None,
                 "paper": paper.source if paper else None,
+                "reruns": [{"percent": entry.percent, "source": entry.source} for entry in of_row if entry.rerun],
             }
         )
     return lines
@@ -148,7 +156,7 @@ def table_rows(
 
 def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
     """The table as Markdown; it is printed too."""
-    names, total = [task.name for task in config.asked], len(config.tasks)
+    names, total = [task.name for task in config.asked], sum(task.averaged for task in config.tasks)
     headings = ["model", "visual tokens", "frozen layers", "LLM FLOPs", *names, "% of full", "paper's %"]
     cells = []
     if any(task.full is not None for task in config.tasks):
@@ -164,6 +172,9 @@ def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
             is_same = line["paper_is_over_the_same_tasks"]
             over = f", over {line['paper_tasks']}" if line["paper_tasks"] else ""
             paper = f"{line['paper_percent']:.1f}" + (fewer if is_same else f" (as stated{over})")
+        if line["reruns"]:
+            reruns = "; ".join(f"{entry['percent']:.1f} ({entry['source']})" for entry in line["reruns"])
+            paper = f"{paper}; by others {reruns}" if paper else f"by others {reruns}"
         cost = f"{line['flops_percent']:.1f} %"
         cost += "" if line["paper_flops_percent"] is None else f" (paper: {line['paper_flops_percent']:g} %)"
         frozen = str(len(parse_layers(line["layers"])))

@@ -137,6 +137,8 @@ class Task:
     """The paper's score with all tokens."""
     judge: bool = False
     """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
+    averaged: bool = True
+    """Whether the score counts in "% of full"; not one that is better when it is lower, or that the papers leave out."""
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -182,12 +184,23 @@ class Published:
     """The scores that `percent` is the mean of, by the tasks' names."""
     flops: float | None = None
     """The language model's FLOPs, in percent of those with all tokens."""
+    method: str = VISIONZIP
+    """The row's method."""
+    rerun: bool = False
+    """Measured by others than the method's authors: it stands behind their figure."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
         if self.kind not in (TRAINING_FREE, TUNED):
             raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
+
+    @property
+    def row_key(self) -> tuple[str, ...]:
+        """What no other entry may have: one figure of the authors per row, and one of each who has run it again."""
+        key: tuple[str, ...] = (self.kind, self.budget, self.layers)
+        key += () if self.method == VISIONZIP else (self.method,)
+        return (*key, self.source) if self.rerun else key
 
 
 @dataclass(frozen=True)
@@ -246,7 +259,7 @@ class PapersConfig:
             if method not in METHODS:
                 raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
         _refuse_repeated("tuned", self.tuned)
-        _refuse_repeated("published", [(entry.kind, entry.budget, entry.layers) for entry in self.published])
+        _refuse_repeated("published", [entry.row_key for entry in self.published])
         strange = [name for entry in self.published for name in entry.scores if name not in names]
         if strange:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
