@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 VISIONZIP = "visionzip"
 # Method: its file in this folder, and its class there.
-SELECTORS = {VISIONZIP: ("visionzip", "VisionZip")}
+SELECTORS = {
+    VISIONZIP: ("visionzip", "VisionZip"),
+    "divprune": ("divprune", "DivPrune"),
+    "vispruner": ("vispruner", "VisPruner"),
+    "scope": ("scope", "Scope"),
+    "dpp": ("dpp", "DeterminantalPoints"),
+    "duet": ("duet", "Duet"),
+    "fastervlm": ("vispruner", "FasterVLM"),
+    "prumerge+": ("prumerge", "PruMergePlus"),
+}
 # Ways to as few tokens that are there to compare with (baselines.py): their parameters, with the defaults.
 BASELINES: dict[str, dict[str, Any]] = {"random": {"seed": 0}, "grid": {}, "pool": {}, "downsample": {}}
 METHODS = (*SELECTORS, *BASELINES)
@@ -83,9 +92,11 @@ class Selector(Protocol):
 
     title: ClassVar[str]
     paper: ClassVar[str]
-    reads: ClassVar[frozenset[str]]
     keeps_cls: ClassVar[bool]
     merges: ClassVar[bool]
+
+    @property
+    def reads(self) -> frozenset[str]: ...
 
     def select(self, states: TowerStates, dominant: int, contextual: int) -> Selection:
         """Chooses `dominant` patches (CLS not counted) and merges others into `contextual` tokens.
