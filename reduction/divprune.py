@@ -54,6 +54,8 @@ def spread_patches(states: Tensor, count: int) -> Tensor:
 class DivPrune:
     """DivPrune: the patches farthest from each other, by `space`: features (the tower's), or projected ones."""
 
+    title: ClassVar[str] = "DivPrune"
+    paper: ClassVar[str] = "2503.02175"
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 

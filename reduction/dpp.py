@@ -74,6 +74,8 @@ def choose_determinant(states: Tensor, quality: Tensor, count: int) -> Tensor:
 class DeterminantalPoints:
     """CDPruner's determinant over the tower's output, with the attention from CLS as quality."""
 
+    title: ClassVar[str] = "DPP by attention"
+    paper: ClassVar[str] = "2506.10967"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False

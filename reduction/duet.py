@@ -37,6 +37,8 @@ def pool_of(rest: int, count: int, window: int) -> tuple[int, int]:
 class Duet:
     """DUET-VLM: VisionZip with anchors by attention; `window` is the mean number of patches in a contextual token."""
 
+    title: ClassVar[str] = "DUET-VLM"
+    paper: ClassVar[str] = "2602.18846"
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     keeps_cls: ClassVar[bool] = True
     merges: ClassVar[bool] = True

@@ -69,6 +69,8 @@ def take_in_neighbours(patches: Tensor, keys: Tensor, attention: Tensor, order: 
 class PruMergePlus:
     """LLaVA-PruMerge+: important and evenly spaced patches, each with its neighbours by key added to it."""
 
+    title: ClassVar[str] = "PruMerge+"
+    paper: ClassVar[str] = "2403.15388"
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False

@@ -51,6 +51,8 @@ def cover_patches(features: Tensor, attention: Tensor, count: int, alpha: float 
 class Scope:
     """SCOPE: the patches that cover all others; `alpha` is the power of attention in the score."""
 
+    title: ClassVar[str] = "SCOPE"
+    paper: ClassVar[str] = "2510.24214"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False

@@ -68,6 +68,8 @@ def _likeness(features: Tensor) -> Tensor:
 class VisPruner:
     """VisPruner: the share `important` of the patches by attention, the others unlike each other."""
 
+    title: ClassVar[str] = "VisPruner"
+    paper: ClassVar[str] = "2412.01818"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False
@@ -87,6 +89,8 @@ class VisPruner:
 class FasterVLM:
     """FasterVLM: the patches that CLS attends to most, without CLS. O(P log P)."""
 
+    title: ClassVar[str] = "FasterVLM"
+    paper: ClassVar[str] = "2412.01818"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     keeps_cls: ClassVar[bool] = False
     merges: ClassVar[bool] = False
