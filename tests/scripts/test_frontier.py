@@ -20,7 +20,13 @@ from tiny import LLM_LAYERS
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.frontier import DEFAULT, PointsFailed, in_processes, layers_to_freeze, main
 from shortzip.scripts.tune_points import evaluate_point, tune_point
-from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, point_of, points_of, tuned_points
+from shortzip.train.evaluation.frontier_points import (
+    FrontierConfig,
+    Point,
+    point_of,
+    points_of,
+    tuned_points,
+)
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, picture, show, summarise
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import read_status, write_status

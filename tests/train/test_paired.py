@@ -34,7 +34,7 @@ def test_the_interval_is_the_binomial_one_where_that_is_right() -> None:
 
 
 def test_it_is_paired() -> None:
-    """Equal answers differ by nothing, however hard the questions are; and as many right ones elsewhere do by noise."""
+    """Equal answers differ by nothing, however hard the questions are; as many right ones elsewhere, by noise."""
     same = paired_difference(answers(25), answers(25), DRAWS)
     assert (same.mean, same.low, same.high, same.is_noise) == (0, 0, 0, True)
     elsewhere = paired_difference(answers(25), answers(25)[:, ::-1], DRAWS)

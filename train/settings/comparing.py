@@ -138,7 +138,7 @@ class Task:
     judge: bool = False
     """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
     averaged: bool = True
-    """Whether the score counts in "% of full"; not one that is better when it is lower, or that the papers leave out."""
+    """Whether the score counts in "% of full": not if lower is better, or the papers leave it out."""
 
     def __post_init__(self) -> None:
         if not self.metrics:
