@@ -20,6 +20,7 @@ from shortzip.reduction.configuration_reduced_llava import METHODS, validate_fas
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
 from shortzip.reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
+from shortzip.reduction.positions import COMPACT, validate_positions
 
 ALL, NONE = "all", "none"
 
@@ -37,24 +38,37 @@ class Reductions:
     """{"layers": [0, 3]}: the frozen layers, counted from 0."""
     fastv: Mapping[str, Any] | None = None
     """{"layer": 2, "keep": 0.5}: layers before the pruning, and the share of visual tokens that later ones see."""
+    positions: str = COMPACT
+    """compact or original: where tokens stand once others are left out. Compact where none is."""
 
     def __post_init__(self) -> None:
         validate_visionzip(self.visionzip)
         validate_shortv(self.shortv)
         validate_fastv(self.fastv)
+        validate_positions(self.positions)
         if self.shortv is not None and self.fastv is not None:
             raise ReductionError("fastv and shortv are both given: one of them must be null")
+        if self.visionzip is None and self.fastv is None:
+            object.__setattr__(self, "positions", COMPACT)
         for key, value in self.as_config().items():
             object.__setattr__(self, key, value)  # what the caller does to its dictionaries changes nothing here
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Those that a config.json names: none for a release that knows no reductions."""
-        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"))
+        positions = config.get("positions", COMPACT)
+        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"), positions)
 
     @classmethod
     def parse(
-        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = METHODS[0], seed: int = 0
+        cls,
+        budget: str = ALL,
+        layers: str = NONE,
+        fastv: str = NONE,
+        *,
+        method: str = METHODS[0],
+        seed: int = 0,
+        positions: str = COMPACT,
     ) -> Self:
         """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError."""
         visionzip: dict[str, Any] | None = None
@@ -65,7 +79,7 @@ class Reductions:
             if method == "random":
                 visionzip["seed"] = seed
         frozen = parse_layers(layers)
-        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv))
+        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv), positions)
 
     def as_config(self) -> dict[str, Any]:
         """The keys of a reduced model's config, as values that may be changed."""
@@ -73,6 +87,7 @@ class Reductions:
             "visionzip": copy.deepcopy(self.visionzip),
             "shortv": None if self.shortv is None else {"layers": list(self.shortv["layers"])},
             "fastv": copy.deepcopy(self.fastv),
+            "positions": self.positions,
         }
 
     @property
@@ -122,6 +137,8 @@ class Reductions:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
             parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
+        if self.positions != COMPACT:
+            parts.append(f"{self.positions} positions")
         return ", ".join(parts)
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:

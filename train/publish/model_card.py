@@ -18,6 +18,7 @@ from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
 from shortzip.reduction.configuration_reduced_llava import METHODS, TOWER_HAS_CLS
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
@@ -184,6 +185,8 @@ def _budget(run: RunRecord) -> str:
         tower = run.model_config["vision_config"].get("model_type", "clip_vision_model")
         cls = ", CLS counted among them," if TOWER_HAS_CLS.get(tower) else ""
         how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
+    if run.reductions.positions != COMPACT:
+        how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
 
 
