@@ -120,6 +120,21 @@ def shifts_of(visual: Tensor, images: ImagePositions | None, earlier: Tensor | N
     return shifts if earlier is None else shifts + rows_for(earlier, len(shifts))
 
 
+def packed_shifts(images: ImagePositions, before: Tensor, before_row: Tensor, visual_count: int) -> Tensor:
+    """As `shifts_of`, of tokens that are packed: [M] int64, the first `visual_count` of them visual.
+
+    Args:
+        images: those of all rows.
+        before: [M] int64, how many visual tokens stand before each, in its row and in the rows before it.
+        before_row: [M] int64, how many stand before its row.
+    """
+    moved, gained = (part.to(before.device) for part in moves(images))
+    gained = torch.nn.functional.pad(gained.cumsum(0), (1, 0))
+    shifts = gained[before] - gained[before_row]
+    shifts[:visual_count] += moved[before[:visual_count]]
+    return shifts
+
+
 def rows_for(earlier: Tensor, rows: int) -> Tensor:
     """`earlier` [B, 1] for `rows` rows: beams may have come, or gone, since it was kept."""
     known = len(earlier)

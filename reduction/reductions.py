@@ -27,6 +27,7 @@ from shortzip.reduction.parsing import (
     parse_layers,
     parse_method,
 )
+from shortzip.reduction.positions import COMPACT, validate_positions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, settled
 
 ALL, NONE = "all", "none"
@@ -45,26 +46,39 @@ class Reductions:
     """{"layers": [0, 3]}: the frozen layers, counted from 0."""
     fastv: Mapping[str, Any] | None = None
     """{"layer": 2, "keep": 0.5}: layers before the pruning, and the share of visual tokens that later ones see."""
+    positions: str = COMPACT
+    """compact or original: where tokens stand once others are left out. Compact where none is."""
 
     def __post_init__(self) -> None:
         validate_visionzip(self.visionzip)
         validate_shortv(self.shortv)
         validate_fastv(self.fastv)
+        validate_positions(self.positions)
         if self.visionzip is not None:
             object.__setattr__(self, "visionzip", settled(self.visionzip))
         if self.shortv is not None and self.fastv is not None:
             raise ReductionError("fastv and shortv are both given: one of them must be null")
+        if self.visionzip is None and self.fastv is None:
+            object.__setattr__(self, "positions", COMPACT)
         for key, value in self.as_config().items():
             object.__setattr__(self, key, value)  # what the caller does to its dictionaries changes nothing here
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Those that a config.json names: none for a release that knows no reductions."""
-        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"))
+        positions = config.get("positions", COMPACT)
+        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"), positions)
 
     @classmethod
     def parse(
-        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = VISIONZIP, seed: int = 0
+        cls,
+        budget: str = ALL,
+        layers: str = NONE,
+        fastv: str = NONE,
+        *,
+        method: str = VISIONZIP,
+        seed: int = 0,
+        positions: str = COMPACT,
     ) -> Self:
         """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError.
 
@@ -76,7 +90,7 @@ class Reductions:
             drawn = {"seed": seed} if named["method"] == "random" else {}
             visionzip = {**parse_budget(budget), **drawn, **named}
         frozen = parse_layers(layers)
-        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv))
+        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv), positions)
 
     def as_config(self) -> dict[str, Any]:
         """The keys of a reduced model's config, as values that may be changed."""
@@ -84,6 +98,7 @@ class Reductions:
             "visionzip": copy.deepcopy(self.visionzip),
             "shortv": None if self.shortv is None else {"layers": list(self.shortv["layers"])},
             "fastv": copy.deepcopy(self.fastv),
+            "positions": self.positions,
         }
 
     @property
@@ -138,6 +153,8 @@ class Reductions:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
             parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
+        if self.positions != COMPACT:
+            parts.append(f"{self.positions} positions")
         return ", ".join(parts)
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:

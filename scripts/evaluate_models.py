@@ -78,7 +78,7 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         if reduces:
             given = True
             layers = config.shortv.layers if config.shortv else None
-            reductions = reductions_of(config.visionzip, layers, config.fastv)
+            reductions = reductions_of(config.visionzip, layers, config.fastv, config.positions)
             rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
     if reduces and not given:
         raise ConfigError(

@@ -160,7 +160,7 @@ def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | No
         if checkpoint
         else choose_layers(config, release, session.accelerator, run.write)
     )
-    reductions = reductions_of(config.visionzip, layers, config.fastv)
+    reductions = reductions_of(config.visionzip, layers, config.fastv, config.positions)
     tower = known_tower(config, release, dtype)
     if loaded is None:
         model, processor = load_release(release, reductions, with_tower=tower is None)

@@ -142,7 +142,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     inputs = prefill_inputs(model, dataset, batch_size) if timed else {}
     visual = totals["visual"] / max(totals["images"], 1)
-    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
+    reductions = Reductions(config.visionzip, config.shortv, config.fastv, config.positions)
     text, shown = (round(totals[kind] / totals["prompts"]) for kind in ("text", "shown"))
     evaluation = Evaluation(
         name=name,

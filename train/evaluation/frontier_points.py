@@ -9,13 +9,13 @@ from typing import Any
 
 from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
 from shortzip.reduction.selectors import selector_of
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
 from shortzip.train.settings.comparing import DOMINANT_ONLY, FrontierConfig
 
 DRAWN = ("random", "random layers")
-COMPACT, ORIGINAL = "compact", "original"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Point:
     @property
     def positions(self) -> str:
         """compact, or original."""
-        return COMPACT
+        return self.reductions.positions
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ def _methods_at(config: FrontierConfig, tokens: int) -> Iterator[Point]:
         for method in config.methods:
             for seed in config.seeds if method in DRAWN else [None]:
                 reductions = reductions_at(method, tokens, config.contextual_share, seed or 0)
-                yield Point(method, placed(reductions, positions), seed)
+                yield Point(method, replace(reductions, positions=positions), seed)
 
 
 def reductions_at(method: str, tokens: int, contextual_share: float, seed: int = 0) -> Reductions:
@@ -122,11 +122,6 @@ def reads_the_projector(reductions: Reductions) -> bool:
     """Whether tokens are chosen by what the projector makes of them: differently as it is tuned."""
     zipped = reductions.visionzip
     return zipped is not None and reductions.method not in BASELINES and "projected" in selector_of(zipped).reads
-
-
-def placed(reductions: Reductions, positions: str) -> Reductions:
-    """The same with compact or original positions."""
-    return reductions
 
 
 def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:

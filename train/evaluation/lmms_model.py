@@ -75,6 +75,7 @@ class ReducedLlava(lmms):
         seed: with method random, its seed.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
         fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        positions: compact or original (reduction/positions.py); absent: as the checkpoint was saved.
         dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
         device: where one process computes; several processes take theirs from Accelerate.
         load_in_4bit: the language model's layers in NF4.
@@ -99,6 +100,7 @@ class ReducedLlava(lmms):
         seed: int = 0,
         layers: str | int | Sequence[int] | None = None,
         fastv: str | float | None = None,
+        positions: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         load_in_4bit: bool = False,
@@ -130,7 +132,7 @@ class ReducedLlava(lmms):
         release = open_release(spec)
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
             raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
-        reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv)
+        reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv, positions)
         self._model, processor = load_release(release, reductions)
         self._model.to(self._device)
         self.batch_size = int(batch_size)
@@ -287,6 +289,7 @@ def _reductions(
     seed: int,
     layers: str | int | Sequence[int] | None,
     fastv: str | float | None,
+    positions: str | None,
 ) -> Reductions:
     """What the model's arguments ask for; what they do not name is as saved."""
     if budget is None and method is not None:
@@ -303,6 +306,7 @@ def _reductions(
         saved.visionzip if budget is None else asked.visionzip,
         saved.shortv if layers is None else asked.shortv,
         saved.fastv if fastv is None else asked.fastv,
+        saved.positions if positions is None else positions,
     )
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
 from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.evaluation.frontier_points import merges
 from shortzip.train.run.report import print_table
@@ -26,6 +27,7 @@ class Row:
     layers: str
     method: str = VISIONZIP
     fastv: str = NONE
+    positions: str = COMPACT
 
     @classmethod
     def saved(cls, model: str, reductions: Reductions) -> Row:
@@ -37,6 +39,7 @@ class Row:
             reductions.layers_words,
             reductions.method,
             reductions.fastv_words,
+            reductions.positions,
         )
 
     @property
@@ -47,6 +50,8 @@ class Row:
             title = "all tokens"
         if self.fastv != NONE:
             title = f"FastV {self.fastv}, {title}"
+        if self.positions != COMPACT:
+            title = f"{self.positions} positions, {title}"
         return title if self.method == VISIONZIP else f"{self.method}, {title}"
 
     @property
@@ -54,23 +59,29 @@ class Row:
         """Its reductions, as the keys of a tuned entry."""
         text = f"budget: {self.budget}, layers: {self.layers}"
         text += "" if self.method == VISIONZIP else f", method: {self.method}"
-        return text if self.fastv == NONE else f"{text}, fastv: {self.fastv}"
+        text += "" if self.fastv == NONE else f", fastv: {self.fastv}"
+        return text if self.positions == COMPACT else f"{text}, positions: {self.positions}"
 
     @property
     def reductions(self) -> Reductions:
         """What it reduces."""
-        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method)
+        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method, positions=self.positions)
 
 
 def rows_of(config: PapersConfig) -> list[Row]:
     """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
     FastV, and the tuned checkpoints of other budgets and layers."""
     rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
-    tuned = [Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv) for each in config.tuned]
+    tuned = [
+        Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv, each.positions)
+        for each in config.tuned
+    ]
     for layers in config.layers:
         for budget in config.budgets or [ALL]:
             for method in config.methods if budget != ALL else [VISIONZIP]:
-                rows.append(Row(TRAINING_FREE, config.model, _as_method(budget, method), layers, method))
+                for positions in config.positions if budget != ALL else [COMPACT]:
+                    text = _as_method(budget, method)
+                    rows.append(Row(TRAINING_FREE, config.model, text, layers, method, positions=positions))
             rows += [row for row in tuned if (row.budget, row.layers, row.fastv) == (budget, layers, NONE)]
     rows += [Row(TRAINING_FREE, config.model, ALL, NONE, fastv=fastv) for fastv in config.fastv]
     return list(dict.fromkeys([*rows, *tuned]))
@@ -123,8 +134,8 @@ def table_rows(
         of_row = [
             entry
             for entry in config.published
-            if (entry.budget, entry.layers, entry.kind, entry.method, NONE)
-            == (row.budget, row.layers, row.kind, row.method, row.fastv)
+            if (entry.budget, entry.layers, entry.kind, entry.method, NONE, COMPACT)
+            == (row.budget, row.layers, row.kind, row.method, row.fastv, row.positions)
         ]
         paper = next((entry for entry in of_row if not entry.rerun), None)
         own = average_of(found, full)
@@ -138,6 +149,7 @@ def table_rows(
                 "layers": row.layers,
                 "method": row.method,
                 "fastv": row.fastv,
+                "positions": row.positions,
                 "scores": dict(found),
                 "percent": own.percent if own else None,
                 "tasks": list(own.tasks) if own else [],

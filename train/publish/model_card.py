@@ -18,6 +18,7 @@ from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, Selector, selector_of
 from shortzip.train.publish.card_command import command_of
@@ -194,6 +195,8 @@ def _budget(run: RunRecord) -> str:
         how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
         how = how if selector.merges else "patches as they are"
         how += "" if run.reductions.method == VISIONZIP else f", chosen by {selector.title}: {words}"
+    if run.reductions.positions != COMPACT:
+        how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from shortzip.reduction.selectors import METHODS, VISIONZIP
 from shortzip.train.settings.budget import VisionZipConfig
-from shortzip.train.settings.checks import ConfigError, repeated
+from shortzip.train.settings.checks import ConfigError, refuse_idle_positions, repeated
 from shortzip.train.settings.config import FastVConfig, ShortVConfig
 from shortzip.train.settings.flags import REPEATED
 
@@ -59,6 +59,8 @@ class EvaluateConfig:
     fastv: FastVConfig | None = None
     """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
     fastv.keep: share of the visual tokens kept."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where the tokens of such a reduced release stand: numbered anew, or where they would with all visual tokens."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
     a CPU and bf16 on a GPU."""
@@ -78,6 +80,7 @@ class EvaluateConfig:
             raise ConfigError("how many layers freeze is chosen when a run starts: list them here (--freeze 31,29,30)")
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: give one of them")
+        refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.revision is not None and len(self.model) != 1:
             raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
         if not self.model or "" in self.model:
@@ -159,6 +162,8 @@ class Tuned:
     """visionzip or a baseline (random, grid, pool, downsample)."""
     fastv: str = NONE
     """The layer and the share of FastV, like 2+0.5."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where tokens stand."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
@@ -224,6 +229,8 @@ class PapersConfig:
     """Lists of frozen layers like 31+29+30, or none."""
     methods: list[str] = field(default_factory=lambda: [VISIONZIP])
     """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
+    """Where the tokens of budgets stand: numbered anew (compact), or where they would with all visual tokens."""
     fastv: list[str] = field(default_factory=list)
     """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
     tuned: list[Tuned] = field(default_factory=list)
@@ -258,6 +265,7 @@ class PapersConfig:
         for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
             if method not in METHODS:
                 raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        _refuse_repeated("positions", self.positions)
         _refuse_repeated("tuned", self.tuned)
         _refuse_repeated("published", [entry.row_key for entry in self.published])
         strange = [name for entry in self.published for name in entry.scores if name not in names]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.train.settings.budget import VisionZipConfig
-from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed
+from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.method_parameters import flat_settings
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
@@ -164,6 +164,9 @@ class TuneConfig:
     fastv: FastVConfig | None = None
     """Instead of shortv, to compare with: FastV. fastv.layer: layers passed before the pruning; fastv.keep: share of
     the visual tokens kept."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where tokens stand once visual tokens are left out: numbered anew, or where they would with all of them
+    (reduction/positions.py)."""
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
@@ -293,6 +296,7 @@ class TuneConfig:
             )
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(
                 f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
@@ -331,6 +335,8 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
+        if self.positions == "compact":  # as in runs of before there were others
+            del settings["positions"]
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}
         return {**settings, **data}
 
