@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 
 from shortzip.data.drops import DropLog
-from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.instructions import PLACEHOLDER
 from shortzip.data.kept import Kept, conversations_digest
@@ -33,6 +32,7 @@ from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.tune_points import (
     POINTS,
+    PointsFailed,
     candidate_of,
     held_out_data,
     measure_share,
@@ -152,10 +152,6 @@ def time_prefill(
     times = Kept(config.output).get("prefill", parts, measured)
     for entry, milliseconds in zip(entries, times, strict=True):
         entry["evaluation"]["prefill_ms"] = milliseconds
-
-
-class PointsFailed(UserError):
-    """A process that tunes and evaluates points ended with an error; the end of what it printed is said."""
 
 
 def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig) -> list[dict[str, Any]]:

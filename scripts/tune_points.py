@@ -8,6 +8,7 @@ the YAML. What is done is kept, so that it continues where it was interrupted.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from shortzip.data.drops import DropLog
+from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically
 from shortzip.data.kept import Kept, conversations_digest, identity_of
 from shortzip.train.evaluation.answers import write_answers
@@ -27,7 +29,7 @@ from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.command_line import dump_config, load_config, parse_config, run_command
+from shortzip.train.settings.command_line import dump_config, load_config, parse_config, run_command, what_to_mend
 from shortzip.train.settings.comparing import FrontierConfig
 from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
 from shortzip.train.tune_projector import run as tune
@@ -150,18 +152,34 @@ def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
     return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
 
 
+class PointsFailed(UserError):
+    """Some of the points could not be measured, which the others did not wait for."""
+
+
 def measure_share(config: FrontierConfig, points: Sequence[Point]) -> None:
-    """Tunes and evaluates points, in their order; says which one it is at."""
+    """Tunes and evaluates points, in their order; says which one it is at.
+
+    Raises `PointsFailed`, when all others are measured, for those that were not.
+    """
     recipe, accelerator = load_config(["--config", config.recipe]), Accelerator()
     contents: dict[int | None, dict[str, Any]] = {}
+    failures = []
     for number, point in enumerate(points, start=1):
         print(f"[{number}/{len(points)}] {point.name}", flush=True)
         model = recipe.model
-        if point.tuned:
-            if point.seed not in contents:
-                contents[point.seed] = tuned_on(point, recipe)
-            model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
-        evaluate_point(point, model, config, recipe, accelerator)
+        try:
+            if point.tuned:
+                if point.seed not in contents:
+                    contents[point.seed] = tuned_on(point, recipe)
+                model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
+            evaluate_point(point, model, config, recipe, accelerator)
+        except Exception as error:  # hours of other points shall not wait for somebody to see to this one
+            if what_to_mend(error) is None:
+                traceback.print_exc()
+            failures.append(f"{point.name}: {error}")
+            print(f"failed: {failures[-1]}", flush=True)
+    if failures:
+        raise PointsFailed(f"{len(failures)} of {len(points)} points failed; {failures[0]}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -34,6 +34,8 @@ class MethodRow:
     """One per seed."""
     difference: Difference | None
     """To the reference at equal tokens, positions and tuning; None of the reference itself, and without it."""
+    to_compact: Difference | None
+    """With original positions: to the same method with compact ones."""
     difficult: float | None
     """Exact match on the difficult questions: those that the untuned model gets wrong on images made smaller, to as
     many visual tokens (VTC-Bench, arXiv 2510.07143). The others need no choice of tokens."""
@@ -69,10 +71,8 @@ def method_rows(
     rows = []
     for key, (points, correct) in answers.items():
         method, tokens, positions, tuned = key
-        reference = answers.get((config.reference, tokens, positions, tuned))
-        difference = None
-        if reference is not None and method != config.reference:
-            difference = paired_difference(*_of_both(points, correct, *reference), config.resamples)
+        reference = answers.get((config.reference, tokens, positions, tuned)) if method != config.reference else None
+        compact = answers.get((method, tokens, COMPACT, tuned)) if positions != COMPACT else None
         easy = answers.get((DOWNSAMPLE, tokens, COMPACT, False))
         hard = np.zeros(len(questions), bool) if easy is None else ~easy[1][0]
         rows.append(
@@ -84,7 +84,8 @@ def method_rows(
                 tuned,
                 [point.seed for point in points],
                 correct.mean(axis=1).tolist(),
-                difference,
+                _difference(points, correct, reference, config.resamples),
+                _difference(points, correct, compact, config.resamples),
                 share_of(correct, hard),
                 int(hard.sum()),
                 {kind: share_of(correct, np.array(kinds) == kind) or 0.0 for kind in in_order if kind in kinds},
@@ -110,15 +111,20 @@ def _answers(
     }
 
 
-def _of_both(
-    points: Sequence[Point], correct: NDArray[np.bool_], others: Sequence[Point], reference: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The rows of the seeds that both have, where they have some: those differ by the method alone."""
-    mine, theirs = [point.seed for point in points], [point.seed for point in others]
+def _difference(
+    points: Sequence[Point],
+    correct: NDArray[np.bool_],
+    others: tuple[Sequence[Point], NDArray[np.bool_]] | None,
+    resamples: int,
+) -> Difference | None:
+    """To another row, over the seeds that both have, where they have some: those differ by the method alone."""
+    if others is None:
+        return None
+    mine, theirs, reference = [point.seed for point in points], [point.seed for point in others[0]], others[1]
     both = [seed for seed in mine if seed is not None and seed in theirs]
-    if not both:
-        return correct, reference
-    return correct[[mine.index(seed) for seed in both]], reference[[theirs.index(seed) for seed in both]]
+    if both:
+        correct, reference = correct[[mine.index(seed) for seed in both]], reference[[theirs.index(s) for s in both]]
+    return paired_difference(correct, reference, resamples)
 
 
 def show_methods(
@@ -129,6 +135,8 @@ def show_methods(
     for tokens in dict.fromkeys(row.tokens for row in rows):
         own = [row for row in rows if row.tokens == tokens]
         parts.append(_table_at(tokens, own, costs, config))
+    if any(row.to_compact for row in rows):
+        parts.append(_table_of_positions(rows))
     if config.kinds:
         parts.append(_table_of_kinds(rows))
     return "\n".join(parts)
@@ -150,9 +158,9 @@ def _table_at(
                 row.budget,
                 row.positions,
                 _percent(untuned),
-                _in_points(untuned),
+                _in_points(untuned.difference if untuned else None),
                 _percent(tuned),
-                _in_points(tuned),
+                _in_points(tuned.difference if tuned else None),
                 _share(untuned.difficult if untuned else None),
                 _share(tuned.difficult if tuned else None),
                 f"{cost.selection_ms:.2f}" if cost else "",
@@ -171,6 +179,17 @@ def _table_at(
     return f"### {title}\n\n" + print_table(title, headings, cells, note) + f"\n{note}\n"
 
 
+def _table_of_positions(rows: Sequence[MethodRow]) -> str:
+    headings = ["method", "tokens", "", "exact match", "to compact"]
+    cells = [
+        [row.method, str(row.tokens), _tuned(row), _percent(row), _in_points(row.to_compact)]
+        for row in rows
+        if row.to_compact
+    ]
+    title = "original positions, to the same method with compact ones"
+    return f"### {title.capitalize()}\n\n" + print_table(title, headings, cells)
+
+
 def _table_of_kinds(rows: Sequence[MethodRow]) -> str:
     kinds = list(rows[0].kinds)
     headings = ["method", "tokens", "positions", "", *kinds]
@@ -179,7 +198,7 @@ def _table_of_kinds(rows: Sequence[MethodRow]) -> str:
             row.method,
             str(row.tokens),
             row.positions,
-            "tuned" if row.tuned else "untuned",
+            _tuned(row),
             *(_share(row.kinds.get(kind)) for kind in kinds),
         ]
         for row in rows
@@ -202,11 +221,14 @@ def _percent(row: MethodRow | None) -> str:
     return f"{100 * row.mean:.1f}{spread} %"
 
 
-def _in_points(row: MethodRow | None) -> str:
+def _tuned(row: MethodRow) -> str:
+    return "tuned" if row.tuned else "untuned"
+
+
+def _in_points(found: Difference | None) -> str:
     """The difference in words, like "+3.1 [+0.5, +5.6]"."""
-    if row is None or row.difference is None:
+    if found is None:
         return ""
-    found = row.difference
     words = f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"{words} (noise)" if found.is_noise else words
 
