@@ -35,7 +35,10 @@ def spread_patches(states: Tensor, count: int) -> Tensor:
         return order
     nearness = cosines(states)
     nearness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    pick = nearness.amax(dim=-1).argmin(dim=-1, keepdim=True)
+    closest = nearness.amax(dim=-1)
+    # Two patches that are each other's nearest tie, but for rounding.
+    ties = closest <= closest.amin(dim=-1, keepdim=True) + 8 * torch.finfo(closest.dtype).eps
+    pick = ties.to(torch.uint8).argmax(dim=-1, keepdim=True)
     chosen = torch.zeros(batch, patches, dtype=torch.bool, device=states.device)
     nearest = nearness.new_full((batch, patches), -torch.inf)  # the cosine to the nearest chosen patch
     for step in range(count):

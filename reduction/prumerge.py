@@ -28,6 +28,7 @@ from .selectors import Selection, TowerStates
 from .tensors import at_least_float32, by_score, check_count, take, unit_rows
 
 SHARE_OF_NEIGHBOURS = 32 / 576
+ROWS = 64
 
 
 @torch.no_grad()
@@ -54,11 +55,12 @@ def take_in_neighbours(patches: Tensor, keys: Tensor, attention: Tensor, order: 
         shares = at_least_float32(attention)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         weights = shares.new_zeros(*order.shape, count)
-        # One image at a time: sorting needs the order of every row.
         for unit, share, kept, out in zip(unit_rows(keys), shares, order, weights, strict=True):
-            alike = (unit[kept] @ unit.T).scatter_(1, kept.unsqueeze(-1), -torch.inf)
-            nearest = by_score(alike)[:, :neighbours]
-            out.scatter_(1, nearest, share[nearest])
+            # A few rows at a time: a sort holds their values, and their order in 64 bits.
+            for rows, some in zip(kept.split(ROWS), out.split(ROWS), strict=True):
+                alike = (unit[rows] @ unit.T).scatter_(1, rows.unsqueeze(-1), -torch.inf)
+                nearest = by_score(alike)[:, :neighbours]
+                some.scatter_(1, nearest, share[nearest])
     whole = at_least_float32(patches)
     return (take(whole, order) + weights.to(whole.dtype) @ whole).to(patches.dtype)
 
