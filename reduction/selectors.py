@@ -166,9 +166,9 @@ def refuse_to_keep(visionzip: Mapping[str, Any]) -> None:
     method = visionzip.get("method", VISIONZIP)
     reads = frozenset() if method in BASELINES else selector_of(visionzip).reads
     for moving in sorted(reads - OF_THE_IMAGE):
-        of = {key: value for key, value in visionzip.items() if key not in BUDGET_KEYS}
+        named = "".join(f", {key} {value}," for key, value in visionzip.items() if key not in BUDGET_KEYS)
         raise ReductionError(
-            f"visionzip: method {method}{f' with {of}' if of else ''} chooses by {MOVING.get(moving, 'the question')}, "
+            f"visionzip: method {method}{named} chooses by {MOVING.get(moving, 'the question')}, "
             "not by the image alone: its visual tokens cannot be cached (data.cache_features: null)"
         )
 
