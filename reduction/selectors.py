@@ -160,6 +160,12 @@ def selector_of(visionzip: Mapping[str, Any]) -> Selector:
     return selector
 
 
+def merges(visionzip: Mapping[str, Any]) -> bool:
+    """Whether the method of a config's `visionzip` key takes `contextual` tokens. Raises as `selector_of`."""
+    method = visionzip.get("method", VISIONZIP)
+    return method not in BASELINES and selector_of(visionzip).merges
+
+
 def refuse_to_keep(visionzip: Mapping[str, Any]) -> None:
     """Raises ReductionError for a method whose visual tokens cannot be computed once and kept: it chooses by more than
     the image."""

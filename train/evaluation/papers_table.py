@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method
 from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.reduction.selectors import merges
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
 
@@ -28,13 +29,13 @@ class Row:
 
     @classmethod
     def saved(cls, model: str, reductions: Reductions) -> Row:
-        """The row of a tuned checkpoint that was saved with these reductions, whatever seed it draws with."""
+        """The row of a tuned checkpoint that was saved with these reductions."""
         return cls(
             TUNED,
             model,
             reductions.budget_words,
             reductions.layers_words,
-            reductions.method,
+            reductions.method_words,
             reductions.fastv_words,
         )
 
@@ -76,7 +77,10 @@ def rows_of(config: PapersConfig) -> list[Row]:
 
 
 def _as_method(budget: str, method: str) -> str:
-    return budget if method == VISIONZIP else f"{sum(parse_budget(budget).values())}+0"
+    """The budget as the method takes it: all of it dominant where it merges nothing."""
+    if budget == ALL or merges({**parse_budget(budget), **parse_method(method)}):
+        return budget
+    return f"{sum(parse_budget(budget).values())}+0"
 
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
@@ -115,11 +119,10 @@ def table_rows(
 ) -> list[dict[str, Any]]:
     """The table as plain values. `flops`: the language model's, of each row."""
     first, full = next(iter(scores.items()))
-    published = {(entry.budget, entry.layers, entry.kind): entry for entry in config.published}
+    published = {(entry.budget, entry.layers, entry.kind, entry.method): entry for entry in config.published}
     lines = []
     for row, found in scores.items():
-        is_papers = (row.method, row.fastv) == (VISIONZIP, NONE)
-        paper = published.get((row.budget, row.layers, row.kind)) if is_papers else None
+        paper = published.get((row.budget, row.layers, row.kind, row.method)) if row.fastv == NONE else None
         own = average_of(found, full)
         beside = papers_average(config, paper, own.tasks) if paper and own else None
         lines.append(

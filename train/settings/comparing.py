@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shortzip.reduction.selectors import METHODS, VISIONZIP
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, repeated
 from shortzip.train.settings.config import FastVConfig, ShortVConfig
@@ -90,7 +90,7 @@ class EvaluateConfig:
 
 
 def _alike(key: str, text: str) -> str:
-    """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
+    """The one way to write a budget, method, layers or fastv, by which rows are compared. Raises ConfigError."""
     from shortzip.reduction.reductions import Reductions  # imports torch, which --help does not wait for
 
     try:
@@ -98,6 +98,8 @@ def _alike(key: str, text: str) -> str:
             return Reductions.parse(layers=text).layers_words
         if key == "fastv":
             return Reductions.parse(fastv=text).fastv_words
+        if key == "method":
+            return Reductions.parse("1+0", method=text).method_words
         return Reductions.parse(text).budget_words
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -144,12 +146,13 @@ class Tuned:
     layers: str = NONE
     """The frozen layers."""
     method: str = VISIONZIP
-    """visionzip or a baseline (random, grid, pool, downsample)."""
+    """How tokens are chosen, with parameters as in random:seed=3."""
     fastv: str = NONE
     """The layer and the share of FastV, like 2+0.5."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "method", _alike("method", self.method))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
         object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
 
@@ -168,6 +171,8 @@ class Published:
     """The row's frozen layers."""
     kind: str = TRAINING_FREE
     """training-free or tuned."""
+    method: str = VISIONZIP
+    """The row's method."""
     scores: dict[str, float] = field(default_factory=dict)
     """The scores that `percent` is the mean of, by the tasks' names."""
     flops: float | None = None
@@ -176,6 +181,7 @@ class Published:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
+        object.__setattr__(self, "method", _alike("method", self.method))
         if self.kind not in (TRAINING_FREE, TUNED):
             raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
 
@@ -200,7 +206,7 @@ class PapersConfig:
     layers: list[str] = field(default_factory=lambda: [NONE])
     """Lists of frozen layers like 31+29+30, or none."""
     methods: list[str] = field(default_factory=lambda: [VISIONZIP])
-    """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    """Ways to the budget: visionzip, other published selections and baselines, like vispruner:important=0.25."""
     fastv: list[str] = field(default_factory=list)
     """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
     tuned: list[Tuned] = field(default_factory=list)
@@ -232,11 +238,11 @@ class PapersConfig:
         object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
         object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
         object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
-        for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
-            if method not in METHODS:
-                raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        object.__setattr__(self, "methods", [_alike("method", method) for method in self.methods])
         _refuse_repeated("tuned", self.tuned)
-        _refuse_repeated("published", [(entry.kind, entry.budget, entry.layers) for entry in self.published])
+        _refuse_repeated(
+            "published", [(entry.kind, entry.budget, entry.layers, entry.method) for entry in self.published]
+        )
         strange = [name for entry in self.published for name in entry.scores if name not in names]
         if strange:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
