@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 from .errors import ReductionError
 from .extras import extra
 from .positions import COMPACT, validate_positions
-from .selectors import BASELINES, VISIONZIP, selector_of, settled
+from .selectors import BASELINES, VISIONZIP, merges, selector_of, settled
 from .weight_files import check_json
 
 # Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
@@ -105,8 +105,7 @@ def validate_visionzip(visionzip: Any) -> None:
         if not _is_whole(value) or value < least:
             raise ReductionError(f"{form}; got {key}: {value!r}")
     method, parameters = visionzip.get("method", VISIONZIP), settled(visionzip)
-    merges = method not in BASELINES and selector_of(visionzip).merges
-    if not merges and visionzip["contextual"]:
+    if not merges(visionzip) and visionzip["contextual"]:
         raise ReductionError(
             f"visionzip: method {method} merges nothing: give all {visionzip['dominant'] + visionzip['contextual']} "
             f"tokens as dominant, and contextual: 0; got contextual: {visionzip['contextual']}"

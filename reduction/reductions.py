@@ -16,7 +16,12 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.configuration_reduced_llava import validate_fastv, validate_shortv, validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import (
+    TOWER_HAS_CLS,
+    validate_fastv,
+    validate_shortv,
+    validate_visionzip,
+)
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
 from shortzip.reduction.parsing import (
@@ -28,7 +33,7 @@ from shortzip.reduction.parsing import (
     parse_method,
 )
 from shortzip.reduction.positions import COMPACT, validate_positions
-from shortzip.reduction.selectors import BASELINES, VISIONZIP, settled
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of, settled
 
 ALL, NONE = "all", "none"
 
@@ -156,6 +161,16 @@ class Reductions:
         if self.positions != COMPACT:
             parts.append(f"{self.positions} positions")
         return ", ".join(parts)
+
+    def in_place_of_cls(self, config: Mapping[str, Any]) -> str | None:
+        """What takes the place of the attention from CLS where a model's config.json names a tower without one, in
+        words; None where it has one, or the method looks at no attention."""
+        if self.visionzip is None or self.method in BASELINES or "attention" not in selector_of(self.visionzip).reads:
+            return None
+        tower = config["vision_config"].get("model_type", "clip_vision_model")
+        if TOWER_HAS_CLS.get(tower, True):
+            return None
+        return f"{tower} has no CLS: patches are scored by the attention that they receive"
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:
         """Visual tokens that the language model is given of one image (in LLaVA-NeXT of `tiles`), before FastV."""

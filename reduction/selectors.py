@@ -36,6 +36,9 @@ SELECTORS = {
 BASELINES: dict[str, dict[str, Any]] = {"random": {"seed": 0}, "grid": {}, "pool": {}, "downsample": {}}
 METHODS = (*SELECTORS, *BASELINES)
 BUDGET_KEYS = ("dominant", "contextual", "method")
+# What a selector may read and still choose the same of an image whenever it is asked; and what all else depends on.
+OF_THE_IMAGE = frozenset({"attention", "keys", "pixels"})
+MOVING = {"projected": "the projector, which is tuned"}
 
 
 class TowerStates(NamedTuple):
@@ -155,6 +158,25 @@ def selector_of(visionzip: Mapping[str, Any]) -> Selector:
     parameters = {key: value for key, value in settled(visionzip).items() if key not in BUDGET_KEYS}
     selector: Selector = _class_of(visionzip.get("method", VISIONZIP))(**parameters)
     return selector
+
+
+def merges(visionzip: Mapping[str, Any]) -> bool:
+    """Whether the method of a config's `visionzip` key takes `contextual` tokens. Raises as `selector_of`."""
+    method = visionzip.get("method", VISIONZIP)
+    return method not in BASELINES and selector_of(visionzip).merges
+
+
+def refuse_to_keep(visionzip: Mapping[str, Any]) -> None:
+    """Raises ReductionError for a method whose visual tokens cannot be computed once and kept: it chooses by more than
+    the image."""
+    method = visionzip.get("method", VISIONZIP)
+    reads = frozenset() if method in BASELINES else selector_of(visionzip).reads
+    for moving in sorted(reads - OF_THE_IMAGE):
+        named = "".join(f", {key} {value}," for key, value in visionzip.items() if key not in BUDGET_KEYS)
+        raise ReductionError(
+            f"visionzip: method {method}{named} chooses by {MOVING.get(moving, 'the question')}, "
+            "not by the image alone: its visual tokens cannot be cached (data.cache_features: null)"
+        )
 
 
 def _class_of(method: str) -> Any:

@@ -23,7 +23,7 @@ from shortzip.data.files import read_json, write_atomically
 from shortzip.data.kept import Kept, conversations_digest, identity_of
 from shortzip.train.evaluation.answers import write_answers
 from shortzip.train.evaluation.comparison import Candidate, answer_files, compare
-from shortzip.train.evaluation.frontier_points import Point, point_of, reads_the_projector
+from shortzip.train.evaluation.frontier_points import Point, is_cacheable, point_of
 from shortzip.train.inputs.samples import held_out_conversations, training_conversations
 from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
@@ -54,14 +54,15 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     """
     zipped = point.reductions.visionzip
     features, tokens = (str(Path(config.output) / name) for name in CACHES)
-    is_cacheable = zipped is not None and not reads_the_projector(point.reductions)
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
-        data=replace(recipe.data, cache_features=features if is_cacheable else None, cache_dir=tokens),
+        data=replace(
+            recipe.data, cache_features=features if is_cacheable(point.reductions) else None, cache_dir=tokens
+        ),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
         output_dir=str(Path(config.output) / "runs" / point.name),

@@ -174,6 +174,8 @@ def load_subject(config: TuneConfig, run: RunFolder, checkpoint: Checkpoint | No
     parameters = adapter.parameters if adapter else projector_parameters(model)
     session.report.table(component_table(describe_components(model)))
     session.report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
+    if (instead := reductions.in_place_of_cls(release.config)) is not None:
+        session.report.say(instead)
     return Subject(release, reductions, layers, tower, model, processor, adapter, parameters)
 
 

@@ -38,7 +38,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from shortzip.data.files import refuse_to_replace
-from shortzip.reduction.selectors import SELECTORS, selector_of
+from shortzip.reduction.selectors import SELECTORS, Selector, selector_of
 from shortzip.reduction.tower import embed_patches, queries_and_keys
 from shortzip.reduction.visual_tokens import tokens_of_block
 from shortzip.scripts.benchmarks.timing import Clock, Stopwatch, as_dicts, write_figures
@@ -83,13 +83,15 @@ class BenchmarkConfig:
 
 def sides(settings: BenchmarkConfig) -> dict[str, Callable[[], Any]]:
     """The tower's embeddings and measured blocks, and every method on what the last of them gives."""
+    selectors = {method: _selector(method) for method in settings.methods}
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=settings.hidden_size, intermediate_size=4 * settings.hidden_size,
         num_hidden_layers=settings.measured_blocks, num_attention_heads=settings.heads,
         image_size=settings.image_size, patch_size=14,
     )  # fmt: skip
-    tower = CLIPVisionModel(config).to(settings.device).eval()
+    tower: Any = CLIPVisionModel(config).eval()
+    tower.to(settings.device)
     projector = nn.Sequential(
         nn.Linear(settings.hidden_size, settings.projector_width),
         nn.GELU(),
@@ -113,9 +115,7 @@ def sides(settings: BenchmarkConfig) -> dict[str, Callable[[], Any]]:
 
     hidden = run_blocks()
 
-    def method_side(method: str) -> Callable[[], Any]:
-        name, _, space = method.partition(", ")
-        selector = selector_of({"method": name, **({"space": space} if space else {})})
+    def method_side(selector: Selector) -> Callable[[], Any]:
         contextual = round(settings.tokens * 10 / 64) if selector.merges else 0
         budget = {"dominant": settings.tokens - contextual, "contextual": contextual}
 
@@ -129,7 +129,12 @@ def sides(settings: BenchmarkConfig) -> dict[str, Callable[[], Any]]:
 
         return run
 
-    return {EMBEDDINGS: embed, BLOCKS: run_blocks, **{method: method_side(method) for method in settings.methods}}
+    return {EMBEDDINGS: embed, BLOCKS: run_blocks, **{name: method_side(one) for name, one in selectors.items()}}
+
+
+def _selector(method: str) -> Selector:
+    name, _, space = method.partition(", ")
+    return selector_of({"method": name, **({"space": space} if space else {})})
 
 
 def benchmark(settings: BenchmarkConfig) -> dict[str, Any]:

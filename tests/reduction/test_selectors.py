@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from shortzip.reduction.selectors import SELECTORS, TowerStates, selector_of
 from shortzip.reduction.vispruner import prune_alike
 from shortzip.scripts.benchmarks.memory import peak_tensor_bytes
 
+REDUCTION = Path(__file__).parents[2] / "reduction"
 GOLDEN = Path(__file__).parents[1] / "golden" / "selectors"
 EVERY = pytest.mark.parametrize("name", METHODS)
 
@@ -110,6 +114,12 @@ def test_each_patch_is_kept_once_and_none_that_is_merged(name: str, dominant: in
         if contextual:
             assert selection.groups[image][order].tolist() == [-1] * dominant
             assert selection.groups[image][selection.targets[image]].tolist() == list(range(contextual))
+
+
+@pytest.mark.parametrize("name", ["divprune", "scope", "dpp"])
+def test_the_choice_of_a_smaller_budget_is_the_beginning_of_a_larger_one_s(name: str) -> None:
+    states = tower_states(2, 64)
+    assert torch.equal(choose(name, states, 7).order, choose(name, states, 40).order[:, :7])
 
 
 @EVERY
@@ -246,6 +256,27 @@ def test_a_model_fills_the_budget_with_every_method(name: str, tower: str) -> No
 def test_parameters_out_of_range_are_refused(key: dict[str, object], message: str) -> None:
     with pytest.raises(ReductionError, match=message):
         validate_visionzip({"dominant": 4, "contextual": 0, **key})
+
+
+def test_every_method_can_travel_to_the_hub() -> None:
+    extras = (REDUCTION / "extras.py").read_text()
+    for file, name in SELECTORS.values():
+        assert re.search(rf"from \.{file} import \w", extras), f"extras.py does not import {name}"
+
+
+def test_the_readme_s_new_method_is_a_selector(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r'```python\n("""Keep the patches.*?)```', (REDUCTION / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    module = types.ModuleType("shortzip.reduction.longest")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code[1], module.__dict__)
+    monkeypatch.setitem(SELECTORS, "longest", ("longest", "Longest"))
+    selector = selector_of({"method": "longest", "power": 1.0})
+    states = tower_states(2, 16)
+    lengths = states.patches.abs().sum(dim=-1)
+    assert torch.equal(selector.select(states, 4, 0).order, lengths.topk(4).indices)
+    with pytest.raises(ReductionError, match="method longest has no parameter 'alpha': it takes power"):
+        selector_of({"method": "longest", "alpha": 1.0})
 
 
 def test_every_method_has_a_case() -> None:

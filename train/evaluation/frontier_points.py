@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from shortzip.reduction.configuration_reduced_llava import BASELINES
-from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.parsing import parse_budget, parse_method
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
-from shortzip.reduction.selectors import selector_of
+from shortzip.reduction.selectors import merges, refuse_to_keep
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
 from shortzip.train.settings.comparing import DOMINANT_ONLY, FrontierConfig
 
@@ -107,21 +107,20 @@ def reductions_at(method: str, tokens: int, contextual_share: float, seed: int =
     """
     if method == DOMINANT_ONLY:
         return Reductions.parse(f"{tokens}+0")
-    contextual = round(tokens * contextual_share) if merges(method) else 0
+    merging = merges(parse_method(method))
+    contextual = round(tokens * contextual_share) if merging else 0
     return Reductions.parse(f"{tokens - contextual}+{contextual}", method=method, seed=seed)
 
 
-def merges(method: str) -> bool:
-    """Whether a method makes contextual tokens."""
-    visionzip = Reductions.parse("2+0", method=method).visionzip
-    assert visionzip is not None
-    return visionzip.get("method") not in BASELINES and selector_of(visionzip).merges
-
-
-def reads_the_projector(reductions: Reductions) -> bool:
-    """Whether tokens are chosen by what the projector makes of them: differently as it is tuned."""
-    zipped = reductions.visionzip
-    return zipped is not None and reductions.method not in BASELINES and "projected" in selector_of(zipped).reads
+def is_cacheable(reductions: Reductions) -> bool:
+    """Whether the visual tokens are a function of the image, which can be computed once for all runs."""
+    if reductions.visionzip is None:
+        return False
+    try:
+        refuse_to_keep(reductions.visionzip)
+    except ReductionError:
+        return False
+    return True
 
 
 def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:

@@ -71,7 +71,7 @@ class ReducedLlava(lmms):
         pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
         revision: branch, tag or commit of a Hub id.
         budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
-        method: with `budget`, another way to choose them (reduction/baselines.py).
+        method: with `budget`, another way to choose them, like scope or vispruner:important=0.25.
         seed: with method random, its seed.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
         fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, NONE, Reductions
-from shortzip.train.evaluation.frontier_points import merges
+from shortzip.reduction.selectors import merges
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
 
@@ -31,13 +31,13 @@ class Row:
 
     @classmethod
     def saved(cls, model: str, reductions: Reductions) -> Row:
-        """The row of a tuned checkpoint that was saved with these reductions, whatever seed it draws with."""
+        """The row of a tuned checkpoint that was saved with these reductions."""
         return cls(
             TUNED,
             model,
             reductions.budget_words,
             reductions.layers_words,
-            reductions.method,
+            reductions.method_words,
             reductions.fastv_words,
             reductions.positions,
         )
@@ -88,7 +88,10 @@ def rows_of(config: PapersConfig) -> list[Row]:
 
 
 def _as_method(budget: str, method: str) -> str:
-    return budget if merges(method) else f"{sum(parse_budget(budget).values())}+0"
+    """The budget as the method takes it: all of it dominant where it merges nothing."""
+    if budget == ALL or merges({**parse_budget(budget), **parse_method(method)}):
+        return budget
+    return f"{sum(parse_budget(budget).values())}+0"
 
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shortzip.reduction.baselines import downsample_images, grid_shape, keep_patches
-from shortzip.reduction.configuration_reduced_llava import BASELINES, TOWER_HAS_CLS, selected_block
+from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS, selected_block
 from shortzip.reduction.reductions import Reductions
-from shortzip.reduction.selectors import selector_of
+from shortzip.reduction.selectors import BASELINES, selector_of
 from shortzip.reduction.tower import embed_patches, queries_and_keys
 from shortzip.reduction.visual_tokens import tokens_of_block
 from shortzip.train.run.report import synchronise

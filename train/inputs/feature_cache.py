@@ -31,6 +31,7 @@ from shortzip.data.images import (
 from shortzip.data.kept import identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.reduction.positions import keeps_positions
+from shortzip.reduction.selectors import refuse_to_keep, settled
 from shortzip.train.release.tensor_files import read_safetensors_specs
 from shortzip.train.release.towers import tensors_digest, tower_digest
 
@@ -54,7 +55,7 @@ def image_key(source: ImageSource, image_root: str | os.PathLike[str] | None) ->
 def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
     """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known.
 
-    Raises ValueError if the model keeps every visual token.
+    Raises ValueError if the model keeps every visual token, or chooses by more than the image.
     """
     config = model.config
     if config.visionzip is None:
@@ -62,13 +63,14 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
             "features can be cached for a reduced budget only: all visual tokens of an image take nine times its "
             "file's size. Set visionzip, or data.cache_features to null"
         )
+    refuse_to_keep(config.visionzip)
     images, of_tower = processor.image_processor, config.vision_config.to_dict()
     return {
         "format": FORMAT,
         "tower": tower or tower_digest(model.model.vision_tower),
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         "layer": config.vision_feature_layer,
-        "visionzip": dict(config.visionzip),
+        "visionzip": settled(config.visionzip),
         # What is kept for compact positions is found as it was before there were others.
         **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},

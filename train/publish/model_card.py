@@ -195,6 +195,8 @@ def _budget(run: RunRecord) -> str:
         how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
         how = how if selector.merges else "patches as they are"
         how += "" if run.reductions.method == VISIONZIP else f", chosen by {selector.title}: {words}"
+        instead = run.reductions.in_place_of_cls(run.model_config)
+        how += f"; {instead}" if instead else ""
     if run.reductions.positions != COMPACT:
         how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.selectors import VISIONZIP, settled
+from shortzip.reduction.selectors import VISIONZIP, refuse_to_keep, settled
 from shortzip.train.settings.checks import ConfigError, check_seed
 from shortzip.train.settings.flags import PARAMETERS
 
@@ -43,6 +43,13 @@ class VisionZipConfig:
         own = [item.name for item in fields(self)]
         found = {name: value for name, value in settled(self.as_key()).items() if name not in own}
         object.__setattr__(self, "parameters", found)
+
+    def check_cacheable(self) -> None:
+        """Raises `ConfigError` for a method that chooses by more than the image, so that no choice can be kept."""
+        try:
+            refuse_to_keep(self.as_key())
+        except ReductionError as error:
+            raise ConfigError(str(error)) from error
 
     @classmethod
     def of(cls, key: Mapping[str, Any]) -> Self:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shortzip.reduction.selectors import METHODS, VISIONZIP
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, refuse_idle_positions, repeated
 from shortzip.train.settings.config import FastVConfig, ShortVConfig
@@ -93,7 +93,7 @@ class EvaluateConfig:
 
 
 def _alike(key: str, text: str) -> str:
-    """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
+    """The one way to write a budget, method, layers or fastv, by which rows are compared. Raises ConfigError."""
     from shortzip.reduction.reductions import Reductions  # imports torch, which --help does not wait for
 
     try:
@@ -101,19 +101,11 @@ def _alike(key: str, text: str) -> str:
             return Reductions.parse(layers=text).layers_words
         if key == "fastv":
             return Reductions.parse(fastv=text).fastv_words
+        if key == "method":
+            return Reductions.parse("1+0", method=text).method_words
         return Reductions.parse(text).budget_words
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _check_method(method: str) -> None:
-    """Raises ConfigError for a method that there is not."""
-    from shortzip.reduction.reductions import Reductions  # as above
-
-    try:
-        Reductions.parse("2+0", method=method)
-    except ValueError as error:
-        raise ConfigError(f"methods: {error}") from error
 
 
 def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
@@ -159,7 +151,7 @@ class Tuned:
     layers: str = NONE
     """The frozen layers."""
     method: str = VISIONZIP
-    """visionzip or a baseline (random, grid, pool, downsample)."""
+    """How tokens are chosen, with parameters as in random:seed=3."""
     fastv: str = NONE
     """The layer and the share of FastV, like 2+0.5."""
     positions: Literal["compact", "original"] = "compact"
@@ -167,6 +159,7 @@ class Tuned:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "method", _alike("method", self.method))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
         object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
 
@@ -185,26 +178,26 @@ class Published:
     """The row's frozen layers."""
     kind: str = TRAINING_FREE
     """training-free or tuned."""
+    method: str = VISIONZIP
+    """The row's method."""
     scores: dict[str, float] = field(default_factory=dict)
     """The scores that `percent` is the mean of, by the tasks' names."""
     flops: float | None = None
     """The language model's FLOPs, in percent of those with all tokens."""
-    method: str = VISIONZIP
-    """The row's method."""
     rerun: bool = False
     """Measured by others than the method's authors: it stands behind their figure."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
+        object.__setattr__(self, "method", _alike("method", self.method))
         if self.kind not in (TRAINING_FREE, TUNED):
             raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
 
     @property
     def row_key(self) -> tuple[str, ...]:
         """What no other entry may have: one figure of the authors per row, and one of each who has run it again."""
-        key: tuple[str, ...] = (self.kind, self.budget, self.layers)
-        key += () if self.method == VISIONZIP else (self.method,)
+        key = (self.kind, self.budget, self.layers, self.method)
         return (*key, self.source) if self.rerun else key
 
 
@@ -228,7 +221,7 @@ class PapersConfig:
     layers: list[str] = field(default_factory=lambda: [NONE])
     """Lists of frozen layers like 31+29+30, or none."""
     methods: list[str] = field(default_factory=lambda: [VISIONZIP])
-    """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    """Ways to the budget: visionzip, other published selections and baselines, like vispruner:important=0.25."""
     positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
     """Where the tokens of budgets stand: numbered anew (compact), or where they would with all visual tokens."""
     fastv: list[str] = field(default_factory=list)
@@ -262,9 +255,7 @@ class PapersConfig:
         object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
         object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
         object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
-        for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
-            if method not in METHODS:
-                raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        object.__setattr__(self, "methods", [_alike("method", method) for method in self.methods])
         _refuse_repeated("positions", self.positions)
         _refuse_repeated("tuned", self.tuned)
         _refuse_repeated("published", [entry.row_key for entry in self.published])
@@ -376,6 +367,9 @@ class FrontierConfig:
 
     def _check_methods(self) -> None:
         """Raises ConfigError for what the table of `methods` cannot be made of."""
+        for key in ("methods", "tune_original"):
+            words = [each if each == DOMINANT_ONLY else _alike("method", each) for each in getattr(self, key)]
+            object.__setattr__(self, key, words)
         if min([*self.tokens, self.processes, self.resamples]) < 1:
             raise ConfigError(
                 f"tokens {self.tokens}, processes {self.processes}, resamples {self.resamples}: at least 1 is needed"
@@ -388,6 +382,3 @@ class FrontierConfig:
         if foreign:
             raise ConfigError(f"tune_original: {foreign[0]!r} is none of methods: {', '.join(self.methods)}")
         _refuse_repeated("kinds", [kind.name for kind in self.kinds])
-        for method in self.methods:
-            if method != DOMINANT_ONLY:
-                _check_method(method)

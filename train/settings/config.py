@@ -302,6 +302,8 @@ class TuneConfig:
                 f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
                 "to keep of an image: set visionzip, or data.cache_features to null"
             )
+        if self.data.cache_features is not None and self.visionzip is not None:
+            self.visionzip.check_cacheable()
         if self.control and self.visionzip is None and self.shortv is None and self.fastv is None:
             raise ConfigError(
                 "control is the same tuning without reduction, and this run has none: set control to false"
