@@ -7,11 +7,10 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from .errors import ReductionError
 from .extras import extra
-from .selectors import SELECTORS, selector_of
+from .positions import COMPACT, validate_positions
+from .selectors import BASELINES, VISIONZIP, merges, selector_of, settled
 from .weight_files import check_json
 
-BASELINES = ("random", "grid", "pool", "downsample")
-METHODS = (*SELECTORS, *BASELINES)
 # Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 DECODERS = ("llama", "mistral", "qwen2")
@@ -37,6 +36,7 @@ def validate(config: Any) -> None:
     validate_visionzip(config.visionzip)
     validate_shortv(config.shortv)
     validate_fastv(config.fastv)
+    validate_positions(config.positions)
     if config.visionzip is not None:
         tower: Any = config.vision_config
         if tower.model_type not in TOWER_HAS_CLS:
@@ -44,7 +44,7 @@ def validate(config: Any) -> None:
                 f"visionzip: the tower is a {tower.model_type}; it must be one of {sorted(TOWER_HAS_CLS)}"
             )
         selected_block(config.vision_feature_layer, tower.num_hidden_layers)
-        method = config.visionzip.get("method", "visionzip")
+        method = config.visionzip.get("method", VISIONZIP)
         keeps_cls = method not in BASELINES and selector_of(config.visionzip).keeps_cls
         cls = int(TOWER_HAS_CLS[tower.model_type] and keeps_cls)
         for key, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
@@ -53,10 +53,11 @@ def validate(config: Any) -> None:
         side = tower.image_size // tower.patch_size
         limit = side * side + cls
         dominant, contextual = config.visionzip["dominant"], config.visionzip["contextual"]
+        named = "" if method == VISIONZIP else f" method {method}:"
         if dominant + contextual > limit:
             raise ReductionError(
-                f"visionzip: dominant {dominant} + contextual {contextual} = {dominant + contextual} exceeds the "
-                f"{limit} tokens of an image (a grid of {side} by {side} patches{' and CLS' if cls else ''}): "
+                f"visionzip:{named} dominant {dominant} + contextual {contextual} = {dominant + contextual} exceeds "
+                f"the {limit} tokens of an image (a grid of {side} by {side} patches{' and CLS' if cls else ''}): "
                 f"the sum must be 1 to {limit}"
             )
         if method in BASELINES:
@@ -87,7 +88,7 @@ def validate(config: Any) -> None:
 
 
 def validate_visionzip(visionzip: Any) -> None:
-    """What can be said of the `visionzip` key without a model: None, or two whole numbers; and a baseline's method.
+    """What can be said of the `visionzip` key without a model: None, or two whole numbers; a method, its parameters.
 
     Raises:
         ValueError: anything else.
@@ -103,28 +104,14 @@ def validate_visionzip(visionzip: Any) -> None:
         value = visionzip[key]
         if not _is_whole(value) or value < least:
             raise ReductionError(f"{form}; got {key}: {value!r}")
-    method = visionzip.get("method", "visionzip")
-    if method not in METHODS:
-        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {list(METHODS)}")
-    merges = method not in BASELINES and selector_of(visionzip).merges
-    if not merges and visionzip["contextual"]:
+    method, parameters = visionzip.get("method", VISIONZIP), settled(visionzip)
+    if not merges(visionzip) and visionzip["contextual"]:
         raise ReductionError(
             f"visionzip: method {method} merges nothing: give all {visionzip['dominant'] + visionzip['contextual']} "
             f"tokens as dominant, and contextual: 0; got contextual: {visionzip['contextual']}"
         )
-    if method in BASELINES:
-        _validate_baseline(visionzip, method)
-
-
-def _validate_baseline(visionzip: dict[str, Any], method: str) -> None:
-    unknown = sorted(set(visionzip) - {"dominant", "contextual", "method", "seed"})
-    if unknown:
-        takes = "it takes seed" if method == "random" else "it takes no parameters"
-        raise ReductionError(f"visionzip: method {method} has no parameter {unknown[0]!r}: {takes}")
-    if "seed" in visionzip and (method != "random" or not _is_whole(visionzip["seed"]) or visionzip["seed"] < 0):
-        raise ReductionError(
-            f"visionzip: seed is a whole number from 0 and belongs to method random; got {visionzip!r}"
-        )
+    if method == "random" and parameters["seed"] < 0:
+        raise ReductionError(f"visionzip: method random: seed is {parameters['seed']}; at least 0 is needed")
 
 
 def validate_fastv(fastv: Any) -> None:
@@ -229,10 +216,11 @@ class ReducedLlavaConfig(LlavaConfig):
     """LlavaConfig and the keys of the reductions, each of which may be None.
 
     Args:
-        visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one. A `method`
-            other than "visionzip" is a baseline (baselines.py), with "random" and its `seed` (0).
+        visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one and the method
+            keeps it. With a `method` of selectors.METHODS, and its parameters, tokens are chosen in another way.
         shortv: {"layers": [int, ...]}, the frozen layers.
         fastv: {"layer": int, "keep": float}, the baseline that prunes in the language model (fastv.py).
+        positions: "compact" or "original": where tokens stand once `visionzip` leaves others out (positions.py).
         base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
 
     Raises:
@@ -245,6 +233,7 @@ class ReducedLlavaConfig(LlavaConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -266,6 +255,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     visionzip: Any = None
     shortv: Any = None
     fastv: Any = None
+    positions: Any = COMPACT
     base_release: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Code that a checkpoint needs only where its config asks for it: the baselines, and FastV."""
+"""Code that a checkpoint needs only where its config asks for it: selectors, the baselines, and FastV."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,14 @@ from .errors import ReductionError
 if TYPE_CHECKING:
     pass
     from .baselines import baseline_tokens  # noqa: F401
+    from .divprune import DivPrune  # noqa: F401
+    from .dpp import DeterminantalPoints  # noqa: F401
+    from .duet import Duet  # noqa: F401
     from .fastv import FastVLayer  # noqa: F401
+    from .prumerge import PruMergePlus  # noqa: F401
+    from .scope import Scope  # noqa: F401
     from .visionzip import VisionZip  # noqa: F401
+    from .vispruner import VisPruner  # noqa: F401
 
 
 def extra(name: str, key: str) -> Any:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .base_release import find_base, open_base
 from .configuration_reduced_llava import (
-    BASELINES,
-    METHODS,
     TOWER_HAS_CLS,
     ReducedLlavaConfig,
     reductions_of,
@@ -26,6 +23,16 @@ from .configuration_reduced_llava import (
 )
 from .errors import ReductionError
 from .extras import extra
+from .positions import (
+    CountsPositions,
+    ImagePositions,
+    PlacedFeatures,
+    encode_first,
+    keeps_positions,
+    moved_pass,
+    patches_of_tokens,
+    remember_shifts,
+)
 from .projector import PROJECTOR, DtypeProjector, load_projector, settle_projector, was_reduced
 from .refusals import (
     refuse_changed,
@@ -34,7 +41,7 @@ from .refusals import (
     refuse_unmasked_attention,
     visual_of_token_types,
 )
-from .selectors import selector_of
+from .selectors import BASELINES, VISIONZIP, selector_of
 from .shortv import active_rows, freeze_visual_tokens
 from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
@@ -48,6 +55,7 @@ class ReducedModelMixin:
     language_model: Any
     multi_modal_projector: Any
     get_input_embeddings: Any
+    get_image_features: Any
     post_init: Any
     _token_counts: Any
 
@@ -79,7 +87,7 @@ class ReducedModelMixin:
             vision_feature_layer = self.config.vision_feature_layer
         selected = selected_block(vision_feature_layer, len(tower.encoder.layers))
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
-        method = zipped.get("method", METHODS[0])
+        method = zipped.get("method", VISIONZIP)
         if method in BASELINES:
             baselines = extra("baselines", f"visionzip: method {method}")
             found = baselines.baseline_tokens(tower, pixel_values, selected, zipped, has_cls)
@@ -119,10 +127,13 @@ class ReducedModelMixin:
         in_decoder = self.config.shortv is not None or self.config.fastv is not None
         if isinstance(image_sizes, Tensor):
             image_sizes = image_sizes.tolist()  # read several times, waited for once
+        features = visual = shifts = None
+        moves = keeps_positions(self.config)
+        if moves:
+            pixel_values = encode_first(self.get_image_features, pixel_values, image_sizes, kwargs)
         if self.config.visionzip is not None or in_decoder:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
-            visual = None
             if has_image:
                 visual = self._placeholders(input_ids, inputs_embeds)
                 if self._checks_rows():
@@ -149,11 +160,18 @@ class ReducedModelMixin:
                     kwargs["fastv"] = fastv.pruning_of(keep, visual, fastv_query, length, mask, cache)
                 elif visual is not None:
                     kwargs["active_rows"] = active_rows(visual)
+        if moves:
+            text: Any = self.language_model.config
+            tokens: Any = inputs_embeds if input_ids is None else input_ids
+            kwargs, shifts = moved_pass(text, tokens, visual, features, mm_token_type_ids, kwargs)
         if image_sizes is not None:
             kwargs["image_sizes"] = image_sizes
-        return super().forward(  # type: ignore[misc]
+        outputs = super().forward(  # type: ignore[misc]
             input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
         )
+        if shifts is not None:
+            remember_shifts(outputs, shifts)
+        return outputs
 
     def _checks_rows(self) -> bool:
         """Whether `forward` knows how many tokens each image gives, and compares them with each row's placeholders."""
@@ -166,6 +184,14 @@ class ReducedModelMixin:
         tokens = (tower.image_size // tower.patch_size) ** 2 + TOWER_HAS_CLS[tower.model_type]
         return tokens - ((strategy or self.config.vision_feature_select_strategy) == "default")
 
+    def _places_in_image(self, kept: Tensor, targets: Tensor, strategy: str | None) -> Tensor:
+        """Where the visual tokens of each image (tile) stand among all that the tower gives of it: [N, budget]."""
+        tower = self.config.vision_config
+        side = tower.image_size // tower.patch_size
+        patches = patches_of_tokens(self.config.visionzip, kept, targets, side)
+        # CLS may stand before the first patch, or the first patch be left out (a tower without CLS).
+        return (patches + self._patches_given(strategy) - side * side).clamp(min=0)
+
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """[B, L] bool, True where a visual token goes."""
         if input_ids is not None:
@@ -175,7 +201,7 @@ class ReducedModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
 
-class ReducedForGenerationMixin:
+class ReducedForGenerationMixin(CountsPositions):
     """What the reduced models with a head have in common; goes before the transformers class.
 
     `from_pretrained` refuses a checkpoint that does not fill the model exactly, and lays a projector-only one over the
@@ -202,7 +228,7 @@ class ReducedForGenerationMixin:
                 kwargs["fastv_query"] = fastv.prompt_end(ids, embeds, mask, settings.pad_token_id)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
@@ -212,7 +238,7 @@ class ReducedForGenerationMixin:
     ) -> Any:
         """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`, and
         `fastv_query`, a position of the whole prompt."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
         )
         if fastv_query is not None:
@@ -225,7 +251,7 @@ class ReducedForGenerationMixin:
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         # An assistant finds its own prompt's end, and one that is no reduced model does not know the argument.
         own = {key: value for key, value in model_kwargs.items() if key != "fastv_query"}
-        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)  # type: ignore[misc]
+        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
         """The projector of a reduced checkpoint comes in the dtype of its file, whatever the rest is loaded in."""
@@ -286,7 +312,8 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
     ) -> Any:
         """Projected visual tokens of N images: `pooler_output` is a list of N tensors [budget, H of the decoder].
 
-        Under VisionZip `vision_feature_select_strategy` plays no part: the budget counts CLS and always contains it.
+        Under VisionZip `vision_feature_select_strategy` plays no part but in original positions, which are those of
+        plain LLaVA: the budget counts CLS and always contains it.
         """
         refuse_changed(self.config, self._reductions)
         if self.config.visionzip is None:
@@ -299,11 +326,28 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
             )
         visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
         features: Any = self.project(visual.tokens)  # transformers types pooler_output as one tensor, reads a list
-        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
+        strategy = vision_feature_select_strategy
+        return PlacedFeatures(
+            last_hidden_state=visual.tokens,
+            pooler_output=features,
+            positions=self.image_positions(visual.kept, visual.targets, strategy=strategy),
+        )
 
     def project(self, tokens: Tensor, kept: Tensor | None = None, image_sizes: Tensor | None = None) -> list[Tensor]:
         """Projected visual tokens of each image, [budget, H of the decoder], of `get_visual_tokens`' tokens."""
         return list(self.multi_modal_projector(tokens))
+
+    def image_positions(
+        self, kept: Tensor, targets: Tensor, image_sizes: Any = None, strategy: str | None = None
+    ) -> ImagePositions | None:
+        """Where the visual tokens of `get_visual_tokens` stand; None where they are numbered as they come.
+
+        `kept` [N, D] and `targets` [N, C] int64, as there; `strategy`: plain LLaVA's, the config's by default.
+        """
+        if not keeps_positions(self.config):
+            return None
+        places = self._places_in_image(kept, targets, strategy)
+        return ImagePositions(list(places), [self._patches_given(strategy)] * len(places))
 
     def _token_counts(self, pixel_values: Tensor, image_sizes: Any, strategy: str | None) -> list[int]:
         """How many visual tokens each image gives."""

@@ -5,16 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
+    unpad_image,
 )
 from transformers.utils import can_return_tuple
 
 from .configuration_reduced_llava import ReducedLlavaNextConfig
 from .errors import ReductionError
 from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin, register_key_mapping
+from .positions import ImagePositions, PlacedFeatures, keeps_positions, patches_of_tokens
 from .refusals import refuse_changed
 
 
@@ -59,7 +60,12 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         pixel_values = _stack_tiles(pixel_values, tiles)
         visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
         features: Any = self.project(visual.tokens, visual.kept, image_sizes)
-        return BaseModelOutputWithPooling(last_hidden_state=visual.tokens, pooler_output=features)
+        strategy = vision_feature_select_strategy
+        return PlacedFeatures(
+            last_hidden_state=visual.tokens,
+            pooler_output=features,
+            positions=self.image_positions(visual.kept, visual.targets, image_sizes, strategy),
+        )
 
     def project(self, tokens: Tensor, kept: Tensor, image_sizes: Tensor) -> list[Tensor]:
         """Projected visual tokens of each image, [budget * tiles, H of the decoder], ordered as above.
@@ -76,6 +82,49 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
             self._pack(image, places, size, side)
             for image, places, size in zip(projected, kept.split(tiles), image_sizes, strict=True)
         ]
+
+    def image_positions(
+        self, kept: Tensor, targets: Tensor, image_sizes: Any = None, strategy: str | None = None
+    ) -> ImagePositions | None:
+        """As ReducedLlavaModel's, in the order of `project`: of all tokens of plain LLaVA-NeXT, the base tile's come
+        first, then the rows of the whole grid without its padding, an image_newline after each.
+
+        A patch that plain LLaVA-NeXT cuts away with the padding stands where the nearest one that it leaves does; CLS
+        stands at the first patch of its tile.
+        """
+        if not keeps_positions(self.config):
+            return None
+        tower: Any = self.config.vision_config
+        tiles, side = self._tiles(image_sizes), tower.image_size // tower.patch_size
+        in_tile = self._places_in_image(kept, targets, strategy)
+        patches = patches_of_tokens(self.config.visionzip, kept, targets, side).clamp(min=0)
+        first, found, lengths = self._patches_given(strategy), [], []
+        for base, tile, chosen, size in zip(
+            in_tile.split(tiles), patches.split(tiles), kept.split(tiles), image_sizes, strict=True
+        ):
+            if len(tile) == 1:
+                found.append(torch.cat([base[0], base.new_full((1,), first)]))
+                lengths.append(first + 1)
+                continue
+            places, length = self._places_in_grid(tile[1:], size, side)
+            whole = torch.cat([base[:1], places + first])
+            found.append(self._pack(whole.unsqueeze(-1), chosen, size, side).squeeze(-1))
+            lengths.append(first + length)
+        return ImagePositions(found, lengths)
+
+    def _places_in_grid(self, patches: Tensor, image_size: Any, side: int) -> tuple[Tensor, int]:
+        """Where patches [tiles, n] of the tiles after the base tile stand among the rows of the grid without padding,
+        each with its newline, and how many places these are."""
+        tower: Any = self.config.vision_config
+        rows, columns = get_anyres_image_grid_shape(image_size, self.config.image_grid_pinpoints, tower.image_size)
+        grid = torch.arange(rows * columns * side * side).view(1, rows * side, columns * side)
+        left = unpad_image(grid, image_size)[0]
+        height, width = left.shape
+        top, start = divmod(int(left[0, 0]), columns * side) if left.numel() else (0, 0)
+        tile = torch.arange(len(patches), device=patches.device)[:, None]
+        row = (tile // columns * side + patches // side - top).clamp(max=height - 1).clamp(min=0)
+        column = (tile % columns * side + patches % side - start).clamp(max=width - 1).clamp(min=0)
+        return row * (width + 1) + column, height * (width + 1)
 
     def _token_counts(self, pixel_values: Tensor, image_sizes: Any, strategy: str | None) -> list[int]:
         """How many visual tokens each image gives."""

@@ -1,4 +1,4 @@
-"""What users write for budgets, frozen layers, FastV and memory, read the same way by every command."""
+"""What users write for budgets, methods, frozen layers, FastV and memory, read the same way by every command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, parameters_of
 
 
 def parse_budget(text: str) -> dict[str, int]:
@@ -20,6 +21,43 @@ def parse_budget(text: str) -> dict[str, int]:
 def format_budget(visionzip: Mapping[str, Any]) -> str:
     """``{"dominant": 54, "contextual": 10}`` -> ``"54+10"``."""
     return f"{visionzip['dominant']}+{visionzip['contextual']}"
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """``"vispruner:important=0.25"`` -> ``{"method": "vispruner", "important": 0.25}``; several parameters are joined
+    by +. Raises ValueError for anything else; what a method takes, `settled` checks (selectors.py)."""
+    method, colon, listed = (piece.strip() for piece in text.partition(":"))
+    named: dict[str, Any] = {"method": method}
+    for part in listed.split("+") if colon else []:
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value) or name in (*named, *BUDGET_KEYS):
+            raise ReductionError(
+                f"method {text!r}: write its name, and parameters like {method}:NAME=VALUE, several joined by +"
+            )
+        named[name] = parse_value(value)
+    return named
+
+
+def parse_value(text: str) -> bool | int | float | str:
+    """A parameter as a word, as the value it is: true, 4, 0.5; what is none of these stays a word."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def format_method(visionzip: Mapping[str, Any]) -> str:
+    """``{"method": "vispruner", "important": 0.25, …}`` -> ``"vispruner:important=0.25"``; parameters at their
+    defaults are left out."""
+    method = str(visionzip.get("method", VISIONZIP))
+    defaults = {name: parameter.default for name, parameter in parameters_of(method).items()}
+    given = {key: value for key, value in visionzip.items() if key not in BUDGET_KEYS and value != defaults[key]}
+    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in given.items()]
+    return f"{method}:{'+'.join(words)}" if words else method
 
 
 def parse_layers(text: str) -> list[int]:

@@ -16,10 +16,24 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.configuration_reduced_llava import METHODS, validate_fastv, validate_shortv, validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import (
+    TOWER_HAS_CLS,
+    validate_fastv,
+    validate_shortv,
+    validate_visionzip,
+)
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
-from shortzip.reduction.parsing import format_budget, parse_budget, parse_fastv, parse_layers
+from shortzip.reduction.parsing import (
+    format_budget,
+    format_method,
+    parse_budget,
+    parse_fastv,
+    parse_layers,
+    parse_method,
+)
+from shortzip.reduction.positions import COMPACT, validate_positions
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of, settled
 
 ALL, NONE = "all", "none"
 
@@ -32,40 +46,56 @@ class Reductions:
     """
 
     visionzip: Mapping[str, Any] | None = None
-    """{"dominant": 54, "contextual": 10}; with {"method", "seed"}, a baseline in VisionZip's place."""
+    """{"dominant": 54, "contextual": 10}; with "method" and its parameters, chosen in another way than VisionZip's."""
     shortv: Mapping[str, Any] | None = None
     """{"layers": [0, 3]}: the frozen layers, counted from 0."""
     fastv: Mapping[str, Any] | None = None
     """{"layer": 2, "keep": 0.5}: layers before the pruning, and the share of visual tokens that later ones see."""
+    positions: str = COMPACT
+    """compact or original: where tokens stand once others are left out. Compact where none is."""
 
     def __post_init__(self) -> None:
         validate_visionzip(self.visionzip)
         validate_shortv(self.shortv)
         validate_fastv(self.fastv)
+        validate_positions(self.positions)
+        if self.visionzip is not None:
+            object.__setattr__(self, "visionzip", settled(self.visionzip))
         if self.shortv is not None and self.fastv is not None:
             raise ReductionError("fastv and shortv are both given: one of them must be null")
+        if self.visionzip is None and self.fastv is None:
+            object.__setattr__(self, "positions", COMPACT)
         for key, value in self.as_config().items():
             object.__setattr__(self, key, value)  # what the caller does to its dictionaries changes nothing here
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Those that a config.json names: none for a release that knows no reductions."""
-        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"))
+        positions = config.get("positions", COMPACT)
+        return cls(config.get("visionzip"), config.get("shortv"), config.get("fastv"), positions)
 
     @classmethod
     def parse(
-        cls, budget: str = ALL, layers: str = NONE, fastv: str = NONE, *, method: str = METHODS[0], seed: int = 0
+        cls,
+        budget: str = ALL,
+        layers: str = NONE,
+        fastv: str = NONE,
+        *,
+        method: str = VISIONZIP,
+        seed: int = 0,
+        positions: str = COMPACT,
     ) -> Self:
-        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError."""
+        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError.
+
+        `method`, of a budget: its word, like "vispruner:important=0.25". `seed`: of random, where its word has none.
+        """
         visionzip: dict[str, Any] | None = None
         if budget not in (ALL, NONE):
-            visionzip = dict(parse_budget(budget))
-            if method != METHODS[0]:
-                visionzip["method"] = method
-            if method == "random":
-                visionzip["seed"] = seed
+            named = parse_method(method)
+            drawn = {"seed": seed} if named["method"] == "random" else {}
+            visionzip = {**parse_budget(budget), **drawn, **named}
         frozen = parse_layers(layers)
-        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv))
+        return cls(visionzip, {"layers": frozen} if frozen else None, parse_fastv(fastv), positions)
 
     def as_config(self) -> dict[str, Any]:
         """The keys of a reduced model's config, as values that may be changed."""
@@ -73,6 +103,7 @@ class Reductions:
             "visionzip": copy.deepcopy(self.visionzip),
             "shortv": None if self.shortv is None else {"layers": list(self.shortv["layers"])},
             "fastv": copy.deepcopy(self.fastv),
+            "positions": self.positions,
         }
 
     @property
@@ -92,8 +123,13 @@ class Reductions:
 
     @property
     def method(self) -> str:
-        """How the visual tokens are chosen: visionzip, or a baseline."""
-        return METHODS[0] if self.visionzip is None else str(self.visionzip.get("method", METHODS[0]))
+        """How the visual tokens are chosen, by name: visionzip, another published selection or a baseline."""
+        return VISIONZIP if self.visionzip is None else str(self.visionzip.get("method", VISIONZIP))
+
+    @property
+    def method_words(self) -> str:
+        """The method as commands take it, with the parameters that are not at their defaults: random:seed=3."""
+        return VISIONZIP if self.visionzip is None else format_method(self.visionzip)
 
     @property
     def budget_words(self) -> str:
@@ -115,14 +151,26 @@ class Reductions:
         if self.visionzip is None:
             parts = ["all visual tokens"]
         else:
-            seed = f", seed {self.visionzip.get('seed', 0)}" if self.method == "random" else ""
-            baseline = "" if self.method == METHODS[0] else f" (baseline {self.method}{seed})"
-            parts = [f"{self.budget_words} visual tokens{baseline}"]
+            baseline = "baseline " if self.method in BASELINES else ""
+            how = "" if self.method_words == VISIONZIP else f" ({baseline}{self.method_words})"
+            parts = [f"{self.budget_words} visual tokens{how}"]
         if self.layers:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
             parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
+        if self.positions != COMPACT:
+            parts.append(f"{self.positions} positions")
         return ", ".join(parts)
+
+    def in_place_of_cls(self, config: Mapping[str, Any]) -> str | None:
+        """What takes the place of the attention from CLS where a model's config.json names a tower without one, in
+        words; None where it has one, or the method looks at no attention."""
+        if self.visionzip is None or self.method in BASELINES or "attention" not in selector_of(self.visionzip).reads:
+            return None
+        tower = config["vision_config"].get("model_type", "clip_vision_model")
+        if TOWER_HAS_CLS.get(tower, True):
+            return None
+        return f"{tower} has no CLS: patches are scored by the attention that they receive"
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:
         """Visual tokens that the language model is given of one image (in LLaVA-NeXT of `tiles`), before FastV."""

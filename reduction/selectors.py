@@ -1,23 +1,44 @@
 """How visual tokens are chosen: the interface of a selector, and the list of methods (`visionzip: {method: ...}`).
 
 A selector is a frozen dataclass of its parameters, in a file of its own. To add one: write the file, and name it in
-SELECTORS. N is the number of images (tiles in LLaVA-NeXT), P of patches, H the tower's width, D the dominant patches
-that are kept, C the contextual tokens that others are merged into.
+SELECTORS and in extras.py. N is the number of images (tiles in LLaVA-NeXT), P of patches, H the tower's width, D the
+dominant patches that are kept, C the contextual tokens that others are merged into.
+
+Imports no torch: commands name the methods in their --help.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from __future__ import annotations
 
-from torch import Tensor
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 from .errors import ReductionError
 from .extras import extra
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 VISIONZIP = "visionzip"
 # Method: its file in this folder, and its class there.
-SELECTORS = {VISIONZIP: ("visionzip", "VisionZip")}
+SELECTORS = {
+    VISIONZIP: ("visionzip", "VisionZip"),
+    "divprune": ("divprune", "DivPrune"),
+    "vispruner": ("vispruner", "VisPruner"),
+    "scope": ("scope", "Scope"),
+    "dpp": ("dpp", "DeterminantalPoints"),
+    "duet": ("duet", "Duet"),
+    "fastervlm": ("vispruner", "FasterVLM"),
+    "prumerge+": ("prumerge", "PruMergePlus"),
+}
+# Ways to as few tokens that are there to compare with (baselines.py): their parameters, with the defaults.
+BASELINES: dict[str, dict[str, Any]] = {"random": {"seed": 0}, "grid": {}, "pool": {}, "downsample": {}}
+METHODS = (*SELECTORS, *BASELINES)
 BUDGET_KEYS = ("dominant", "contextual", "method")
+# What a selector may read and still choose the same of an image whenever it is asked; and what all else depends on.
+OF_THE_IMAGE = frozenset({"attention", "keys", "pixels"})
+MOVING = {"projected": "the projector, which is tuned"}
 
 
 class TowerStates(NamedTuple):
@@ -65,14 +86,20 @@ class Selector(Protocol):
     """A method of choosing. Its fields are its parameters: the keys that `visionzip` takes beside the budget.
 
     Attributes:
+        title: what its paper calls it.
+        paper: its arXiv id.
         reads: which of attention, keys, projected and pixels `select` looks at.
         keeps_cls: whether CLS goes to the language model and is counted in `dominant`, where the tower has one.
         merges: whether `contextual` may be above 0.
     """
 
-    reads: ClassVar[frozenset[str]]
+    title: ClassVar[str]
+    paper: ClassVar[str]
     keeps_cls: ClassVar[bool]
     merges: ClassVar[bool]
+
+    @property
+    def reads(self) -> frozenset[str]: ...
 
     def select(self, states: TowerStates, dominant: int, contextual: int) -> Selection:
         """Chooses `dominant` patches (CLS not counted) and merges others into `contextual` tokens.
@@ -82,22 +109,89 @@ class Selector(Protocol):
         """
 
 
-def selector_of(visionzip: Mapping[str, Any]) -> Selector:
-    """The selector that a config's `visionzip` key asks for.
+class Parameter(NamedTuple):
+    """What a method can be told beside the budget."""
+
+    kind: Any
+    """bool, int, float, str, or a Literal of what is allowed."""
+    default: Any
+
+
+def parameters_of(method: str) -> dict[str, Parameter]:
+    """The parameters of a method, by name. Raises ReductionError for an unknown method."""
+    if method not in METHODS:
+        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {list(METHODS)}")
+    if method in BASELINES:
+        return {name: Parameter(type(default), default) for name, default in BASELINES[method].items()}
+    kind = _class_of(method)
+    hints = get_type_hints(kind)
+    return {field.name: Parameter(hints[field.name], field.default) for field in dataclasses.fields(kind)}
+
+
+def settled(visionzip: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `visionzip` key with all parameters of its method, those that it does not name at their defaults:
+    two that mean the same are equal. VisionZip's own method is left unsaid.
 
     Raises:
-        ReductionError: an unknown method, or a parameter that it does not take.
+        ReductionError: an unknown method, a parameter that it does not take, or a value of another type.
     """
     method = visionzip.get("method", VISIONZIP)
-    if method not in SELECTORS:
-        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {list(SELECTORS)}")
-    file, name = SELECTORS[method]
-    kind = getattr(extra(file, f"visionzip: method {method}"), name)
-    parameters = {key: value for key, value in visionzip.items() if key not in BUDGET_KEYS}
-    names = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(parameters) - set(names))
-    if unknown:
-        takes = f"it takes {', '.join(names)}" if names else "it takes no parameters"
+    known = parameters_of(method)
+    given = {key: value for key, value in visionzip.items() if key not in BUDGET_KEYS}
+    if unknown := sorted(set(given) - set(known)):
+        takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
         raise ReductionError(f"visionzip: method {method} has no parameter {unknown[0]!r}: {takes}")
-    selector: Selector = kind(**parameters)
+    values = {
+        name: _checked(method, name, kind, given[name]) if name in given else default
+        for name, (kind, default) in known.items()
+    }
+    named = {} if method == VISIONZIP else {"method": method}
+    return {"dominant": visionzip["dominant"], "contextual": visionzip["contextual"], **named, **values}
+
+
+def selector_of(visionzip: Mapping[str, Any]) -> Selector:
+    """The selector that a config's `visionzip` key asks for; its method is no baseline.
+
+    Raises:
+        ReductionError: as `settled`, and a value out of range.
+    """
+    parameters = {key: value for key, value in settled(visionzip).items() if key not in BUDGET_KEYS}
+    selector: Selector = _class_of(visionzip.get("method", VISIONZIP))(**parameters)
     return selector
+
+
+def merges(visionzip: Mapping[str, Any]) -> bool:
+    """Whether the method of a config's `visionzip` key takes `contextual` tokens. Raises as `selector_of`."""
+    method = visionzip.get("method", VISIONZIP)
+    return method not in BASELINES and selector_of(visionzip).merges
+
+
+def refuse_to_keep(visionzip: Mapping[str, Any]) -> None:
+    """Raises ReductionError for a method whose visual tokens cannot be computed once and kept: it chooses by more than
+    the image."""
+    method = visionzip.get("method", VISIONZIP)
+    reads = frozenset() if method in BASELINES else selector_of(visionzip).reads
+    for moving in sorted(reads - OF_THE_IMAGE):
+        named = "".join(f", {key} {value}," for key, value in visionzip.items() if key not in BUDGET_KEYS)
+        raise ReductionError(
+            f"visionzip: method {method}{named} chooses by {MOVING.get(moving, 'the question')}, "
+            "not by the image alone: its visual tokens cannot be cached (data.cache_features: null)"
+        )
+
+
+def _class_of(method: str) -> Any:
+    file, name = SELECTORS[method]
+    return getattr(extra(file, f"visionzip: method {method}"), name)
+
+
+def _checked(method: str, name: str, kind: Any, value: Any) -> Any:
+    """`value` as a parameter's `kind` has it: a whole number is a number too."""
+    if get_origin(kind) is Literal:
+        needed, fits = f"one of {', '.join(map(repr, get_args(kind)))}", value in get_args(kind)
+    elif kind is float:
+        needed, fits = "a finite number", type(value) in (int, float) and math.isfinite(value)
+    else:
+        needed, fits = {int: "a whole number", bool: "true or false", str: "a word"}[kind], type(value) is kind
+    if not fits:
+        raise ReductionError(f"visionzip: method {method}: {name} is {value!r}; {needed} is needed")
+    return float(value) if kind is float else value

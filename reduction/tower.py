@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from .errors import ReductionError
-from .visionzip import at_least_float32
+from .tensors import at_least_float32
 
 
 def embed_patches(tower: Any, pixel_values: Tensor, interpolate: bool = False) -> Tensor:

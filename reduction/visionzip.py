@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import ReductionError
 from .selectors import Selection, TowerStates
+from .tensors import at_least_float32, by_score, check_count, take, unit_rows
 
 
 def score_patches(queries: Tensor, keys: Tensor, scale: float, has_cls: bool) -> Tensor:
@@ -56,12 +57,8 @@ def select_dominant(scores: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: `count` outside 0 to P.
     """
-    patches = scores.shape[-1]
-    if not 0 <= count <= patches:
-        raise ReductionError(f"cannot keep {count} dominant patches of {patches}: choose 0 to {patches}")
-    # topk leaves the order of equal values open; a stable sort does not.
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=-1).values
+    check_count(count, scores.shape[-1])
+    return by_score(scores)[:, :count].sort(dim=-1).values
 
 
 def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,30 +81,36 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
         ValueError: `count` outside 0 to P - D.
     """
     batch, patches = hidden.shape[:2]
-    groups = kept.new_full((batch, patches), -1)
     left = patches - kept.shape[1]
     if not 0 <= count <= left:
         raise ReductionError(
             f"cannot merge {left} remaining patches into {count} contextual tokens: choose 0 to {left}"
         )
-    if count == 0:
-        return hidden[:, :0], kept[:, :0], groups
-    is_kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, kept, True)
+    is_kept = torch.zeros(batch, patches, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
     rest = is_kept.sort(dim=-1, stable=True).indices[:, :left]
-    step = max(1, left // count)
+    return merge_into(hidden, metric, rest, max(1, left // max(1, count)), count)
+
+
+def merge_into(hidden: Tensor, metric: Tensor, rest: Tensor, step: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `merge_contextual`: the patches `rest` [B, R] into every `step`-th of them, the first `count`."""
+    batch, patches = hidden.shape[:2]
+    groups = rest.new_full((batch, patches), -1)
+    if count == 0:
+        return hidden[:, :0], rest[:, :0], groups
     # By slices, for the numbers alone say which are targets: a mask on a GPU would have to be read back first.
     strided = rest[:, : step * count].unflatten(1, (count, step))
     targets = strided[:, :, 0]
     others = torch.cat([strided[:, :, 1:].flatten(1), rest[:, step * count :]], dim=1)
 
-    unit = torch.nn.functional.normalize(at_least_float32(metric), dim=-1)
-    similarity = _take(unit, others) @ _take(unit, targets).transpose(-1, -2)
+    unit = unit_rows(metric)
+    similarity = take(unit, others) @ take(unit, targets).transpose(-1, -2)
     nearest = similarity.argmax(dim=-1)
-    merged = at_least_float32(_take(hidden, others))
-    assigned = torch.nn.functional.one_hot(nearest, count).to(merged.dtype)
+    merged = at_least_float32(take(hidden, others))
+    # Not one_hot, which reads the numbers back to check them.
+    assigned = merged.new_zeros(*nearest.shape, count).scatter(2, nearest.unsqueeze(-1), 1)
     sums = assigned.transpose(-1, -2) @ merged
     means = sums / assigned.sum(dim=1).clamp(min=1).unsqueeze(-1)
-    tokens = (_take(hidden, targets) + means).to(hidden.dtype)
+    tokens = (take(hidden, targets) + means).to(hidden.dtype)
     places = torch.arange(count, device=hidden.device).expand(batch, count)
     return tokens, targets, groups.scatter(1, targets, places).scatter(1, others, nearest)
 
@@ -116,6 +119,8 @@ def merge_contextual(hidden: Tensor, metric: Tensor, kept: Tensor, count: int) -
 class VisionZip:
     """VisionZip's own selection: the patches that CLS attends to most, the rest merged by the similarity of keys."""
 
+    title: ClassVar[str] = "VisionZip"
+    paper: ClassVar[str] = "2412.04467"
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     keeps_cls: ClassVar[bool] = True
     merges: ClassVar[bool] = True
@@ -127,13 +132,3 @@ class VisionZip:
         order = select_dominant(states.attention, dominant)
         merged, targets, groups = merge_contextual(states.patches, states.keys, order, contextual)
         return Selection(order, contextual=merged, targets=targets, groups=groups)
-
-
-def at_least_float32(states: Tensor) -> Tensor:
-    """`states` in float32, or as they are if they are finer."""
-    return states.to(torch.promote_types(states.dtype, torch.float32))
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [B, N, X] at index [B, M] → [B, M, X]."""
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

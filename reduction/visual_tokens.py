@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .selectors import Selection, Selector, TowerStates
+from .tensors import at_least_float32
 from .tower import embed_patches, queries_and_keys
-from .visionzip import at_least_float32, score_patches
+from .visionzip import score_patches
 
 
 @dataclass

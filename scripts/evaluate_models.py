@@ -10,7 +10,7 @@ reduced checkpoint, or a run's folder (all tokens, reduced untuned, and tuned). 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.settings.comparing import EvaluateConfig
 from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.settings.method_parameters import flat_settings
 from shortzip.train.settings.reduced import reductions_of
 
 
@@ -58,7 +59,11 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         if model in runs:
             if config.revision is not None:
                 raise ConfigError(f"revision {config.revision!r} is of a Hub id, and {model} is a run: leave it out")
-            final, settings, file = open_release(str(Path(model) / FINAL)), asdict(runs[model]), Path(model) / CONFIG
+            final, settings, file = (
+                open_release(str(Path(model) / FINAL)),
+                flat_settings(runs[model]),
+                Path(model) / CONFIG,
+            )
             check_settings(final.source, settings, file)
             check_run(final, release_of(final, settings), file)
             rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
@@ -73,7 +78,7 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
         if reduces:
             has_flags = True
             layers = config.shortv.layers if config.shortv else None
-            reductions = reductions_of(config.visionzip, layers, config.fastv)
+            reductions = reductions_of(config.visionzip, layers, config.fastv, config.positions)
             rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
     if reduces and not has_flags:
         raise ConfigError(

@@ -30,6 +30,7 @@ import yaml
 
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.kept import Kept, identity_of
+from shortzip.reduction.positions import COMPACT
 from shortzip.train.evaluation.papers_table import (
     Row,
     llm_flops,
@@ -135,6 +136,8 @@ def model_arguments(row: Row, config: PapersConfig) -> str:
         arguments |= {"budget": row.budget, "layers": row.layers, "fastv": row.fastv}
         if row.method != VISIONZIP:
             arguments["method"] = row.method
+        if row.positions != COMPACT:
+            arguments["positions"] = row.positions
     if config.revision and row.model == config.model:
         arguments["revision"] = config.revision
     return ",".join(f"{key}={value}" for key, value in arguments.items())

@@ -14,7 +14,9 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +24,56 @@ import torch
 from accelerate import Accelerator
 
 from shortzip.data.drops import DropLog
-from shortzip.data.errors import UserError
-from shortzip.data.files import write_atomically, writing
-from shortzip.data.kept import Kept, conversations_digest, identity_of
+from shortzip.data.files import read_json, write_atomically, writing
+from shortzip.data.instructions import PLACEHOLDER
+from shortzip.data.kept import Kept, conversations_digest
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
-from shortzip.train.evaluation.answers import write_answers
-from shortzip.train.evaluation.comparison import (
-    Candidate,
-    answer_files,
-    check_candidates,
-    compare,
-    describe_machine,
-    prefill_times,
+from shortzip.scripts.tune_points import (
+    POINTS,
+    PointsFailed,
+    candidate_of,
+    held_out_data,
+    measure_share,
 )
-from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, Ranked, points_of, tuned_points
+from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
+from shortzip.train.evaluation.answers import prefill_inputs
+from shortzip.train.evaluation.comparison import check_candidates, describe_machine, prefill_times
+from shortzip.train.evaluation.frontier_points import (
+    COMPACT,
+    Point,
+    Ranked,
+    points_of,
+    tuned_points,
+)
 from shortzip.train.evaluation.frontier_report import draw, show, summarise
+from shortzip.train.evaluation.methods_picture import picture_of_methods
+from shortzip.train.evaluation.methods_table import method_rows, show_methods
+from shortzip.train.evaluation.selection_cost import SelectionCost, selection_costs
 from shortzip.train.inputs.samples import (
     check_instructions,
     draw_demo_scenes,
     held_out_conversations,
-    training_conversations,
+    held_out_set,
 )
-from shortzip.train.release.loading import load_processor
+from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest, StopRequested, run_until_stopped
-from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.command_line import dump_config, end_stopped, load_config, parse_config, run_command, say
-from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.settings.command_line import (
+    dump_config,
+    end_stopped,
+    load_config,
+    parse_config,
+    run_command,
+    say,
+)
+from shortzip.train.settings.comparing import FrontierConfig
+from shortzip.train.settings.config import ShortVConfig, TuneConfig, VisionZipConfig
 
+SELECTION_BATCH = 16  # images
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "eval" / "frontier-demo.yaml"
 
@@ -110,102 +129,6 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
     return found
 
 
-class TuningFailed(UserError):
-    """A run that tunes a point ended with an error; the end of what it printed is said."""
-
-
-def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
-    """The content of what a tuned point is made of: the release's files, the conversations and their images."""
-    release = open_release(ReleaseSpec.of(recipe))
-    drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
-    conversations, root = training_conversations(recipe.data, point.seed or 0, drops)
-    return {**release_content(release), "conversations": conversations_digest(conversations, root)}
-
-
-def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content: Mapping[str, Any]) -> Path:
-    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe on the same
-    `content` (`tuned_on`).
-
-    Raises `TuningFailed` when the run fails, and `StopRequested`, with the run stopped, when this process is asked to
-    stop meanwhile.
-    """
-    folder = Path(config.output) / "runs" / point.name
-    run = replace(
-        recipe,
-        visionzip=VisionZipConfig(**point.reductions.visionzip) if point.reductions.visionzip else None,
-        shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
-        fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
-        seed=point.seed or 0,
-        output_dir=str(folder),
-        run_name=None,
-        overwrite_output_dir=False,
-        resume_from_checkpoint=None,
-        final_evaluation=False,
-        control=False,
-        eval_steps=None,
-        pictures=0,
-        save_total_limit=1,
-        report_to=[],
-        push_to_hub=False,
-        hub_model_id=None,
-    )
-    given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
-    kept, parts = Kept(given.parent), {"recipe": text, **content}
-    is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
-    if is_begun and is_finished(folder):
-        return folder
-    kept.keep(point.name, parts, "begun")
-    write_atomically(given, text)
-    how = ["--resume_from_checkpoint", "latest"] if is_begun else ["--overwrite_output_dir", "true"]
-    command = [sys.executable, str(ROOT / "train" / "tune_projector.py"), "--config", str(given), *how]
-    log = given.with_suffix(".log")
-    with StopRequest() as stop:
-        code = run_until_stopped(command, log, stop)
-    if code != 0:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-        raise TuningFailed(f"tuning {point.name} ended with {code} (all of it: {log}):\n{tail}")
-    return folder
-
-
-def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
-    """What is evaluated of a point: `model` is the recipe's, or of a tuned point its checkpoint."""
-    release = ReleaseSpec.of(recipe)
-    if point.tuned:
-        return Candidate(point.name, release.tuned(model))
-    return Candidate(point.name, release, point.reductions)
-
-
-def evaluate_point(
-    point: Point, model: str, config: FrontierConfig, recipe: TuneConfig, accelerator: Accelerator
-) -> dict[str, Any]:
-    """The point's values; kept from before where model, reduction, settings and conversations are the same."""
-    data, candidate = held_out_data(config, recipe), candidate_of(point, model, recipe)
-    drops = DropLog(data.on_bad_sample, data.max_bad_fraction)
-    release = open_release(candidate.spec)
-    parts = {
-        "candidate": {**asdict(candidate), "spec": candidate.spec.as_config()},
-        "data": asdict(data),
-        "batch_size": recipe.eval_batch_size,
-        "max_new_tokens": recipe.max_new_tokens,
-        "device": str(accelerator.device),
-        **release_content(release),
-        "conversations": conversations_digest(*held_out_conversations(data, drops)),
-    }
-
-    def measured() -> dict[str, Any]:
-        (found,), (answers,) = compare(
-            [candidate],
-            data,
-            accelerator,
-            batch_size=recipe.eval_batch_size,
-            max_new_tokens=recipe.max_new_tokens,
-        )
-        write_answers(Path(config.output) / "answers" / answer_files([point.name])[0], answers)
-        return {"point": asdict(point), "evaluation": asdict(found), "identity": identity_of(parts)}
-
-    return Kept(Path(config.output) / "points").get(point.name, parts, measured)
-
-
 def time_prefill(
     points: Sequence[Point],
     entries: Sequence[dict[str, Any]],
@@ -231,44 +154,133 @@ def time_prefill(
         entry["evaluation"]["prefill_ms"] = milliseconds
 
 
-def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
-    """The recipe's held-out conversations, or the first of them."""
-    return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
-
-
 def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig) -> list[dict[str, Any]]:
-    """The entries of the points, and of those tuned: what is not kept is tuned and evaluated, and prefill is timed."""
-    accelerator, entries = Accelerator(), []
-    contents: dict[int | None, dict[str, Any]] = {}
-    points = [*untuned, *(tuned_points(config, untuned) if config.tune else [])]
-    for number, point in enumerate(points, start=1):
-        print(f"[{number}/{len(points)}] {point.name}", flush=True)
-        model = recipe.model
-        if point.tuned:
-            if point.seed not in contents:
-                contents[point.seed] = tuned_on(point, recipe)
-            model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
-        entries.append(evaluate_point(point, model, config, recipe, accelerator))
-    time_prefill(untuned, entries[: len(untuned)], config, recipe, accelerator)
+    """The entries of the points, and of those tuned: what is not kept is tuned and evaluated, and prefill is timed.
+
+    Tuning, and with several processes everything, happens in processes of its own.
+    """
+    tuned = tuned_points(config, untuned) if config.tune else []
+    handed = [*untuned, *tuned] if config.processes > 1 else tuned
+    if config.processes == 1:
+        measure_share(config, untuned)
+    if handed:
+        in_processes(handed, config)
+    entries = known_entries([*untuned, *tuned], config)
+    timed = [number for number, point in enumerate(untuned) if not config.tokens or point.series not in config.methods]
+    time_prefill([untuned[n] for n in timed], [entries[n] for n in timed], config, recipe, Accelerator())
     return entries
 
 
-def write(entries: Sequence[Mapping[str, Any]], config: FrontierConfig, recipe: TuneConfig) -> None:
+def in_processes(points: Sequence[Point], config: FrontierConfig) -> None:
+    """Tunes and evaluates points in `config.processes` processes (scripts/tune_points.py), and waits for them.
+
+    Raises `PointsFailed` when all have ended and one of them in an error, and `StopRequested`, with all of them
+    stopped, when this process is asked to stop meanwhile.
+    """
+    output = Path(config.output)
+    given = output / "frontier.yaml"
+    write_atomically(given, dump_config(config))
+    write_atomically(output / POINTS, json.dumps({"points": [asdict(point) for point in points]}, indent=1) + "\n")
+    shares = [f"{number}/{config.processes}" for number in range(1, config.processes + 1)]
+    logs = [output / f"points-{number}.log" for number in range(1, config.processes + 1)]
+    say(f"{len(points)} points in {config.processes} process(es): {', '.join(map(str, logs))}", flush=True)
+    commands = [[sys.executable, str(ROOT / "scripts" / "tune_points.py"), str(given), share] for share in shares]
+    with StopRequest() as stop, ThreadPoolExecutor(config.processes) as pool:
+        codes = list(pool.map(run_until_stopped, commands, logs, repeat(stop)))
+    for code, log in zip(codes, logs, strict=True):
+        if code != 0:
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+            raise PointsFailed(f"tuning and evaluating ended with {code} (all of it: {log}):\n{tail}")
+
+
+def known_entries(points: Sequence[Point], config: FrontierConfig) -> list[dict[str, Any]]:
+    """What is kept of the points, in their order, whatever it was measured with; those without anything are left out.
+
+    (What is of another release, recipe or conversation was measured anew by now, or is to be, before a report.)
+    """
+    folder = Path(config.output) / "points"
+    files = [folder / f"{point.name}.json" for point in points]
+    entries = [read_json(file).get("result") for file in files if file.is_file()]
+    return [entry for entry in entries if entry and "correct" in entry]  # an earlier version kept no answers
+
+
+def write(
+    entries: Sequence[Mapping[str, Any]],
+    costs: Mapping[tuple[str, int], SelectionCost],
+    config: FrontierConfig,
+    recipe: TuneConfig,
+) -> None:
     """The table, the picture and the JSON."""
-    output, rows = Path(config.output), summarise(entries)
-    plain = [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows]
+    output = Path(config.output)
+    of_methods = [entry for entry in entries if config.tokens and entry["point"]["series"] in config.methods]
+    rows = summarise(entries)
+    methods = method_rows(of_methods, config, held_out_questions(config, recipe)) if of_methods else []
     report = {
         "recipe": config.recipe,
         "model": recipe.model,
         "machine": describe_machine(),
         "threads": torch.get_num_threads(),
         "seeds": config.seeds,
-        "rows": plain,
+        "rows": [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows],
+        "reference": config.reference,
+        "methods": [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in methods],
+        "selection": [{"method": key[0], "tokens": key[1], **asdict(cost)} for key, cost in costs.items()],
     }
     write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")  # before anything is shown
-    draw(rows, output / "frontier.png")
-    write_atomically(output / "table.md", show(rows))
+    others = summarise([entry for entry in entries if entry not in of_methods])
+    tables = [show(others)] if len(others) > 1 or not methods else []
+    if methods:
+        full = next((row.mean for row in others if row.series == "all tokens" and not row.tuned), None)
+        picture_of_methods(methods, full).savefig(output / "frontier.png", dpi=150)
+        tables.append(show_methods(methods, costs, config))
+    else:
+        draw(rows, output / "frontier.png")
+    write_atomically(output / "table.md", "\n".join(tables))
     say(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
+
+
+def held_out_questions(config: FrontierConfig, recipe: TuneConfig) -> dict[tuple[str, int], str]:
+    """The text of each held-out question, by its conversation's id and its turn."""
+    data = held_out_data(config, recipe)
+    conversations, _ = held_out_conversations(data, DropLog(data.on_bad_sample, data.max_bad_fraction))
+    return {
+        (conversation.id, turn): text.replace(PLACEHOLDER, "").strip()
+        for conversation in conversations
+        for turn, text in enumerate(text for role, text in conversation.turns if role == "user")
+    }
+
+
+def selection_cost(
+    untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig
+) -> dict[tuple[str, int], SelectionCost]:
+    """What each method's choice costs at each number of tokens, by (method, tokens); kept until one is another."""
+    points = {
+        (point.series, int(point.tokens)): point
+        for point in untuned
+        if config.tokens and point.series in config.methods and point.positions == COMPACT
+    }
+    if not points:
+        return {}
+    release = open_release(ReleaseSpec.of(recipe))
+    parts = {
+        "points": [asdict(point) for point in points.values()],
+        "rounds": config.prefill_rounds,
+        "batch_size": SELECTION_BATCH,
+        "machine": describe_machine(),
+        **release_content(release),
+    }
+
+    def measured() -> list[dict[str, float]]:
+        say("the selections' cost, side by side", flush=True)
+        model, processor = load_release(release, Reductions())
+        dataset = held_out_set(held_out_data(config, recipe), processor)
+        model = model.to(Accelerator().device)
+        pixels = prefill_inputs(model, dataset, SELECTION_BATCH)["pixel_values"]
+        reductions = [point.reductions for point in points.values()]
+        return [asdict(cost) for cost in selection_costs(model, reductions, pixels, config.prefill_rounds)]
+
+    kept = Kept(config.output).get("selection", parts, measured)
+    return {key: SelectionCost(**cost) for key, cost in zip(points, kept, strict=True)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -288,7 +300,14 @@ def run(config: FrontierConfig) -> None:
     try:
         draw_demo_scenes(recipe.data)
         points = points_of(config, layers_to_freeze(config, recipe))
-        write(measure(points, config, recipe), config, recipe)
+        costs = selection_cost(points, config, recipe)
+        if config.report_only:
+            tuned = tuned_points(config, points) if config.tune else []
+            entries = known_entries([*points, *tuned], config)
+            say(f"{len(entries)} of {len(points) + len(tuned)} points are measured")
+        else:
+            entries = measure(points, config, recipe)
+        write(entries, costs, config, recipe)
     except (StopRequested, KeyboardInterrupt) as stopped:
         end_stopped("stopped; the same command continues", by=str(stopped) or "SIGINT")
 

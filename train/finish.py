@@ -83,6 +83,7 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         visionzip=None,
         shortv=None,
         fastv=None,
+        positions="compact",
         data=replace(config.data, cache_features=None),
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,

@@ -173,7 +173,7 @@ def load_subject(
         if checkpoint
         else choose_layers(config, release, session.accelerator, run.write, rows)
     )
-    reductions = reductions_of(config.visionzip, layers, config.fastv)
+    reductions = reductions_of(config.visionzip, layers, config.fastv, config.positions)
     tower = known_tower(config, release, dtype)
     if loaded is None:
         model, processor = load_release(release, reductions, with_tower=tower is None)
@@ -187,6 +187,8 @@ def load_subject(
     parameters = adapter.parameters if adapter else projector_parameters(model)
     session.report.table(component_table(describe_components(model)))
     session.report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
+    if (instead := reductions.in_place_of_cls(release.config)) is not None:
+        session.report.say(instead)
     return Subject(release, reductions, layers, tower, model, processor, adapter, parameters)
 
 

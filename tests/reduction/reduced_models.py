@@ -25,6 +25,13 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
     "shortv": {"visionzip": None, "shortv": SHORTV},
     "both": {"visionzip": VISIONZIP, "shortv": SHORTV},
 }
+# Methods of every kind: it merges and keeps CLS, chooses greedily, changes what it keeps, looks behind the projector.
+METHODS: dict[str, dict[str, Any]] = {
+    "duet": {"dominant": 4, "contextual": 2, "method": "duet", "window": 2},
+    "scope": {"dominant": 5, "contextual": 0, "method": "scope"},
+    "prumerge+": {"dominant": 5, "contextual": 0, "method": "prumerge+"},
+    "projected": {"dominant": 5, "contextual": 0, "method": "divprune", "space": "projected"},
+}
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip_vision_model", "initializer_range": 0.5, "hidden_act": "quick_gelu"},
     "siglip": {"model_type": "siglip_vision_model"},
@@ -53,9 +60,14 @@ def build(
     next_: bool = False,
     plain: bool = False,
     seed: int = 0,
+    visionzip: dict[str, Any] | None = None,
     **config: Any,
 ) -> Any:
-    """A model in eval mode; two calls that differ in `reduction` or `attention` only share their weights' values."""
+    """A model in eval mode; two calls that differ in `reduction` or `attention` only share their weights' values.
+
+    `visionzip`: in place of that of `reduction`. `config`: further keys of the config, reductions among them.
+    """
+    reductions = {**REDUCTIONS[reduction], **({"visionzip": visionzip} if visionzip else {})}
     parts: dict[str, Any] = {
         "vision_config": {
             "hidden_size": 24,
@@ -101,10 +113,10 @@ def build(
     if plain:
         model: Any = plain_model
     elif next_:
-        model = ReducedLlavaNextForConditionalGeneration(ReducedLlavaNextConfig(**parts, **REDUCTIONS[reduction]))
+        model = ReducedLlavaNextForConditionalGeneration(ReducedLlavaNextConfig(**{**reductions, **parts}))
         model.load_state_dict(plain_model.state_dict())
     else:
-        model = ReducedLlavaForConditionalGeneration(ReducedLlavaConfig(**parts, **REDUCTIONS[reduction]))
+        model = ReducedLlavaForConditionalGeneration(ReducedLlavaConfig(**{**reductions, **parts}))
         model.load_state_dict(plain_model.state_dict())
     # A model that writes <image> by itself would test transformers' handling of that, not ours.
     with torch.no_grad():

@@ -18,10 +18,10 @@ from shortzip.reduction.baselines import (
     pool_patches,
     random_patches,
 )
-from shortzip.reduction.configuration_reduced_llava import METHODS, validate_visionzip
+from shortzip.reduction.configuration_reduced_llava import validate_visionzip
+from shortzip.reduction.selectors import BASELINES
 
 SIDE = IMAGE_SIZE // PATCH_SIZE
-BASELINES = [method for method in METHODS if method != "visionzip"]
 
 
 def load(folder: Path, method: str, count: int = 9, **more: Any) -> Any:
@@ -157,8 +157,11 @@ def test_the_projector_learns_through_every_baseline(tiny_release: Path, images:
     [
         ({"method": "best"}, r"'best'; it must be one of \['visionzip'"),
         ({"method": "pool", "contextual": 2}, "give all 11 tokens as dominant"),
-        ({"method": "pool", "seed": 1}, "belongs to method random"),
-        ({"method": "random", "seed": -1}, "whole number from 0"),
+        ({"method": "pool", "seed": 1}, "method pool has no parameter .seed.: it takes no parameters"),
+        ({"method": "random", "seed": -1}, "seed is -1; at least 0 is needed"),
+        ({"method": "random", "seed": 1.5}, "seed is 1.5; a whole number is needed"),
+        ({"method": "random", "sed": 1}, "method random has no parameter .sed.: it takes seed"),
+        ({"method": ["pool"]}, "must be one of"),
         ({"seed": 1}, "no parameter .seed."),
         ({"size": 1}, "no parameter .size."),
     ],

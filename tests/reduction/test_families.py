@@ -80,7 +80,7 @@ def next_inputs(model, order=(0, 1, 2), side="left", stacked=True):
     pixels = [torch.randn(count, 3, 16, 16, generator=generator) for count in TILES]
     visionzip = model.config.visionzip
     counts = (
-        [count * sum(visionzip.values()) for count in TILES]
+        [count * (visionzip["dominant"] + visionzip["contextual"]) for count in TILES]
         if visionzip
         else [len(f) for f in model.get_image_features(torch.cat(pixels), SIZES).pooler_output]
     )

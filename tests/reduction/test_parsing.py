@@ -4,12 +4,14 @@ import pytest
 
 from shortzip.reduction.parsing import (
     format_budget,
+    format_method,
     format_shortv,
     parse_budget,
     parse_bytes,
     parse_fastv,
     parse_freeze,
     parse_layers,
+    parse_method,
     read_freeze,
 )
 
@@ -109,3 +111,22 @@ def test_freeze_of_any_model() -> None:
 def test_no_layer_is_null_as_configs_want_it() -> None:
     assert format_shortv([2, 5]) == "{layers: [2, 5]}"
     assert format_shortv([]) == format_shortv(None) == "null"
+
+
+def test_methods():
+    assert parse_method("pool") == {"method": "pool"}
+    assert parse_method(" random : seed = 3 ") == {"method": "random", "seed": 3}
+    assert parse_method("x:a=0.5+b=true+c=far") == {"method": "x", "a": 0.5, "b": True, "c": "far"}
+
+
+@pytest.mark.parametrize("bad", ["random:", "random:seed", "random:seed=", "random:=3", "random:seed=1+seed=2",
+                                 "random:dominant=3"])  # fmt: skip
+def test_methods_refused(bad):
+    with pytest.raises(ValueError, match="several joined by"):
+        parse_method(bad)
+
+
+def test_a_method_is_written_as_it_is_read():
+    assert format_method({"dominant": 5, "contextual": 3}) == "visionzip"
+    assert format_method({"dominant": 8, "contextual": 0, "method": "random", "seed": 0}) == "random"
+    assert format_method({"dominant": 8, "contextual": 0, **parse_method("random:seed=3")}) == "random:seed=3"

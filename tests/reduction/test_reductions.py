@@ -19,9 +19,8 @@ EVERY_FORM = [
 @pytest.mark.parametrize("reductions", EVERY_FORM)
 def test_config_keys_and_words_give_it_back(reductions: Reductions) -> None:
     assert Reductions.from_config({"model_type": "x", **reductions.as_config()}) == reductions
-    seed = (reductions.visionzip or {}).get("seed", 0)
     said = Reductions.parse(
-        reductions.budget_words, reductions.layers_words, reductions.fastv_words, method=reductions.method, seed=seed
+        reductions.budget_words, reductions.layers_words, reductions.fastv_words, method=reductions.method_words
     )
     assert {**said.as_config(), "shortv": None} == {**reductions.as_config(), "shortv": None}
     assert said.layers == sorted(reductions.layers)
@@ -39,7 +38,7 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
     [
         (EVERY_FORM[0], "all visual tokens"),
         (EVERY_FORM[1], "5+3 visual tokens, 2 frozen layers"),
-        (EVERY_FORM[2], "9+0 visual tokens (baseline random, seed 4)"),
+        (EVERY_FORM[2], "9+0 visual tokens (baseline random:seed=4)"),
         (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after layer 2"),
         (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after layer 1"),
     ],

@@ -69,6 +69,7 @@ COMMANDS = {
         "--shape huge", "--output {folder}", "--output {held}", "--memory_limit 1GiB", "--rounds many",
     ],
     "benchmarks.lc": ["--output {folder}", "--prompts x", "--nothing 1"],
+    "benchmarks.selection": ["--output {folder}", "--methods [none]"],
     "calibrate_shortv": [
         "--model {at}/nowhere", "--model {broken}", "--model {deep}", "--model {file}",
         "--budget 1+2+3", "--seed -1", "--seed 4294967296", "--samples 0",

@@ -179,23 +179,29 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: Pap
 def test_rows_are_budgets_by_layers_by_kind() -> None:
     config = PapersConfig(
         "base", [Task("t", "t", ["m"])], "out", budgets=["all", "8+2"], layers=["none", "2+1"], device="cpu",
-        methods=["visionzip", "pool"], tuned=[Tuned("run", "8+2", "1+2"), Tuned("other", "4+0")], fastv=["2+.5"],
+        methods=["visionzip", "pool", "duet:window=4", "scope:alpha=.5"],
+        tuned=[Tuned("run", "8+2", "1+2"), Tuned("other", "4+0")], fastv=["2+.5"],
     )  # fmt: skip
     assert rows_of(config) == [
         Row(TRAINING_FREE, "base", "all", "none"),
         Row(TRAINING_FREE, "base", "8+2", "none"),
         Row(TRAINING_FREE, "base", "10+0", "none", "pool"),
+        Row(TRAINING_FREE, "base", "8+2", "none", "duet"),
+        Row(TRAINING_FREE, "base", "10+0", "none", "scope:alpha=0.5"),
         Row(TRAINING_FREE, "base", "all", "1+2"),
         Row(TRAINING_FREE, "base", "8+2", "1+2"),
         Row(TRAINING_FREE, "base", "10+0", "1+2", "pool"),
+        Row(TRAINING_FREE, "base", "8+2", "1+2", "duet"),
+        Row(TRAINING_FREE, "base", "10+0", "1+2", "scope:alpha=0.5"),
         Row(TUNED, "run", "8+2", "1+2"),
         Row(TRAINING_FREE, "base", "all", "none", fastv="2+0.5"),
         Row(TUNED, "other", "4+0", "none"),
     ]
     arguments = [model_arguments(row, config) for row in rows_of(config)]
     assert arguments[2] == "pretrained=base,dtype=float32,budget=10+0,layers=none,fastv=none,method=pool"
-    assert arguments[6] == "pretrained=run,dtype=float32"  # as it was saved
-    assert arguments[7] == "pretrained=base,dtype=float32,budget=all,layers=none,fastv=2+0.5"
+    assert arguments[4] == "pretrained=base,dtype=float32,budget=10+0,layers=none,fastv=none,method=scope:alpha=0.5"
+    assert arguments[10] == "pretrained=run,dtype=float32"  # as it was saved
+    assert arguments[11] == "pretrained=base,dtype=float32,budget=all,layers=none,fastv=2+0.5"
     assert len(set(arguments)) == len(arguments)
 
 
@@ -213,6 +219,16 @@ def test_every_tuned_checkpoint_of_a_budget_has_its_row() -> None:
         replace(config, tuned=[*runs, Tuned("seed-0", "8 + 2", "2+1")])
 
 
+def test_a_published_figure_is_of_its_method() -> None:
+    published = [Published(96.0, "a paper", "10+0", method="scope:alpha=1"), Published(93.4, "it too", "10+0")]
+    tasks = [Task("t", "t", ["m"])]
+    config = PapersConfig("base", tasks, "out", budgets=["10+0"], methods=["visionzip", "scope", "scope:alpha=2"],
+                          published=published)  # fmt: skip
+    rows = rows_of(config)
+    lines = table_rows(config, {row: {} for row in rows}, dict.fromkeys(rows, 1))
+    assert [line["paper_percent"] for line in lines] == [None, 93.4, 96.0, None]
+
+
 def test_a_row_meets_its_published_figure_however_its_layers_are_written() -> None:
     published = [Published(90.0, "a paper", layers="2+0+1"), Published(95.0, "it too", "8+2", "1+0", kind=TUNED)]
     tasks, tuned = [Task("t", "t", ["m"])], [Tuned("run", "8+2", "0+1")]
@@ -221,7 +237,9 @@ def test_a_row_meets_its_published_figure_however_its_layers_are_written() -> No
     assert [row.layers for row in rows] == ["none", "0+1+2", "0+1"]
     lines = table_rows(config, {row: {} for row in rows}, dict.fromkeys(rows, 1))
     assert [line["paper_percent"] for line in lines] == [None, 90, 95]
-    with pytest.raises(ConfigError, match=r"published: \('training-free', 'all', '0\+1\+2'\) stands there 2 times"):
+    with pytest.raises(
+        ConfigError, match=r"published: \('training-free', 'all', '0\+1\+2', 'visionzip'\) stands there 2 times"
+    ):
         replace(config, published=[*published, Published(91.0, "another", layers="0+1+2")])
 
 
@@ -297,8 +315,8 @@ def test_scores_are_sums_of_metrics() -> None:
     [
         ({"budgets": ["64"]}, "dominant\\+contextual"),
         ({"tuned": [("run", "8+2", "1,2")]}, "layers is '1,2': write indices like 31"),
-        ({"tuned": [("run", "8+2", "none", "poll")]}, "method is 'poll'; it must be one of visionzip, random"),
-        ({"methods": ["visionzp"]}, "method is 'visionzp'; it must be one of visionzip, random, grid, pool, down"),
+        ({"tuned": [("run", "8+2", "none", "poll")]}, "method is 'poll'; it must be one of .'visionzip', 'divprune'"),
+        ({"methods": ["visionzp"]}, "method is 'visionzp'; it must be one of .'visionzip', 'divprune'"),
         ({"fastv": ["half"]}, "fastv is 'half': write the layer and the share kept, like 2"),
         ({"fastv": ["2+1.5"]}, "got keep: 1.5, at most 1 is needed"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of auto, float32"),
@@ -663,16 +681,24 @@ def tuned_checkpoint(folder: Path, tiny_release: Path, **reductions: Any) -> str
 def test_a_tuned_checkpoint_stands_in_its_own_row(tiny_release: Path, tmp_path: Path) -> None:
     budget: dict[str, Any] = {"dominant": 6, "contextual": 3}
     pool = {"dominant": 9, "contextual": 0, "method": "pool"}
+    scope = {"dominant": 9, "contextual": 0, "method": "scope", "alpha": 0.5}
     plain = tuned_checkpoint(tmp_path / "plain", tiny_release, visionzip=budget, shortv={"layers": [2, 1]})
     pooled = tuned_checkpoint(tmp_path / "pooled", tiny_release, visionzip=pool, shortv=None)
+    scoped = tuned_checkpoint(tmp_path / "scoped", tiny_release, visionzip=scope, shortv=None)
     pruned = tuned_checkpoint(
         tmp_path / "pruned", tiny_release, visionzip=None, shortv=None, fastv={"layer": 2, "keep": 0.5}
     )
     base = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], "o", device="cpu")
-    right = [Tuned(plain, "6+3", "1+2"), Tuned(pooled, "9+0", method="pool"), Tuned(pruned, "all", fastv="2+0.5")]
+    right = [
+        Tuned(plain, "6+3", "1+2"),
+        Tuned(pooled, "9+0", method="pool"),
+        Tuned(scoped, "9+0", method="scope:alpha=0.5"),
+        Tuned(pruned, "all", fastv="2+0.5"),
+    ]
     rows = check_rows(replace(base, tuned=right))
     assert [row.title for row in rows] == [
-        "all tokens", f"tuned: {plain}", f"pool, tuned: {pooled}", f"FastV 2+0.5, tuned: {pruned}"
+        "all tokens", f"tuned: {plain}", f"pool, tuned: {pooled}", f"scope:alpha=0.5, tuned: {scoped}",
+        f"FastV 2+0.5, tuned: {pruned}"
     ]  # fmt: skip
     for wrong, saved in (
         (Tuned(plain, "6+3"), "budget: 6+3, layers: 1+2"),
@@ -680,6 +706,7 @@ def test_a_tuned_checkpoint_stands_in_its_own_row(tiny_release: Path, tmp_path: 
         (Tuned(plain, "all", "1+2"), "budget: 6+3, layers: 1+2"),
         (Tuned(plain, "6+3", "1+3"), "budget: 6+3, layers: 1+2"),
         (Tuned(pooled, "9+0"), "budget: 9+0, layers: none, method: pool"),
+        (Tuned(scoped, "9+0", method="scope"), "budget: 9+0, layers: none, method: scope:alpha=0.5"),
         (Tuned(pruned, "all"), "budget: all, layers: none, fastv: 2+0.5"),
         (Tuned(str(tiny_release), "6+3"), "budget: all, layers: none"),
     ):

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shortzip.reduction import configuration_reduced_llava
 from shortzip.scripts.__main__ import VERBS, main
-from shortzip.train.settings import comparing
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import kinds_of, load_config, parse_config
 from shortzip.train.settings.commands import (
@@ -215,10 +213,6 @@ def test_the_printed_config_is_whole_and_reads_back(
     assert read(section, "--config", "whole.yaml") == read(section, *given)
     assert list(yaml.safe_load(printed)) == [item.name for item in dataclasses.fields(section)]
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_methods_are_those_of_the_models() -> None:
-    assert comparing.METHODS == configuration_reduced_llava.METHODS
 
 
 def test_tune_and_the_script_read_the_same() -> None:

@@ -18,8 +18,15 @@ from runs import ROOT, environment, output_of, wait_until
 from tiny import LLM_LAYERS
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.frontier import DEFAULT, TuningFailed, evaluate_point, layers_to_freeze, main, tune_point
-from shortzip.train.evaluation.frontier_points import FrontierConfig, Point, points_of, tuned_points
+from shortzip.scripts.frontier import DEFAULT, PointsFailed, in_processes, layers_to_freeze, main
+from shortzip.scripts.tune_points import evaluate_point, tune_point
+from shortzip.train.evaluation.frontier_points import (
+    FrontierConfig,
+    Point,
+    point_of,
+    points_of,
+    tuned_points,
+)
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, picture, show, summarise
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import read_status, write_status
@@ -123,12 +130,12 @@ def test_no_label_of_the_picture_covers_another_or_a_mark() -> None:
 
 def test_bad_settings_are_refused() -> None:
     for changes, message in (
-        ({"methods": ["best"]}, "'best' is none of random"),
+        ({"methods": ["best"]}, "method is 'best'"),
         ({"rankings": ["lc"]}, "'lc' is none of cosine"),
         ({"seeds": []}, "seeds is empty"),
         ({"freeze": []}, "freeze is empty"),
         ({"prefill_rounds": 0}, "prefill_rounds is 0"),
-        ({"budgets": []}, "budgets is empty"),
+        ({"budgets": []}, "both are empty"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 stands there twice"),
         ({"budgets": ["6+3", "6+3"]}, r"budgets: '6\+3' stands there twice"),
         ({"fastv": [FastVConfig(2, 0.25), FastVConfig(2, 0.25)]}, r"fastv: FastVConfig\(.*\) stands there twice"),
@@ -291,28 +298,41 @@ def test_conversations_that_cannot_be_read_meet_a_message(
 
 
 def test_a_tuned_run_is_kept_continued_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
+    ways: list[str] = []
     point = Point("point", Reductions(), seed=1, tuned=True)
 
-    def run(command: list[str], log: Path, _: StopRequest) -> int:
-        given.append(command)
-        folder = Path(load_config(command[2:]).output_dir)
+    def tune(run: TuneConfig) -> None:
+        ways.append("anew" if run.overwrite_output_dir else str(run.resume_from_checkpoint))
+        folder = Path(run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_status(folder, "running", 3)
-        log.write_text("the disk is full\n")
-        return int(len(given) == 4)
 
-    monkeypatch.setattr("shortzip.scripts.frontier.run_until_stopped", run)
+    monkeypatch.setattr("shortzip.scripts.tune_points.tune", tune)
     recipe, content = load_config(["--max_steps", "7"]), {"release": {"model.safetensors": "a digest"}}
     folder = tune_point(point, config(output=str(tmp_path)), recipe, content)
     tune_point(point, config(output=str(tmp_path)), recipe, content)
     write_status(folder, "finished", 7)
     tune_point(point, config(output=str(tmp_path)), recipe, content)
-    assert [command[-2] for command in given] == ["--overwrite_output_dir", "--resume_from_checkpoint"]
+    assert ways == ["anew", "latest"]
     tune_point(point, config(output=str(tmp_path)), replace(recipe, learning_rate=0.5), content)
-    assert [command[-2] for command in given[2:]] == ["--overwrite_output_dir"], "finished, but by another recipe"
-    with pytest.raises(TuningFailed, match=r"ended with 1 \(all of it: .*\.log\):\nthe disk is full"):
-        tune_point(point, config(output=str(tmp_path)), recipe, content)
+    assert ways[2:] == ["anew"], "finished, but by another recipe"
+
+
+def test_what_ended_in_an_error_is_said_when_all_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], log: Path, _: StopRequest) -> int:
+        commands.append(command)
+        log.write_text("the disk is full\n")
+        return int(command[-1] == "1/2")
+
+    monkeypatch.setattr("shortzip.scripts.frontier.run_until_stopped", run)
+    points = points_of(config(), LAYERS)
+    with pytest.raises(PointsFailed, match=r"ended with 1 \(all of it: .*points-1.log\):\nthe disk is full"):
+        in_processes(points, config(output=str(tmp_path), processes=2))
+    assert sorted(command[-1] for command in commands) == ["1/2", "2/2"]
+    written = json.loads((tmp_path / "points.json").read_text())["points"]
+    assert [point_of(values) for values in written] == points
 
 
 def test_asked_to_stop_it_stops_the_run_too(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:

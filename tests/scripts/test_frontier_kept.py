@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts import evaluate_papers, frontier
+from shortzip.scripts import evaluate_papers, frontier, tune_points
 from shortzip.train.evaluation.frontier_points import FrontierConfig, Point
 from shortzip.train.release.opening import open_release
 from shortzip.train.run.processes import StopRequest
@@ -73,8 +73,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("prefill")
         return [2.0] * len(candidates)
 
-    for name, stub in (("compare", compare), ("choose_layers", choose), ("prefill_times", prefill)):
-        monkeypatch.setattr(frontier, name, stub)
+    monkeypatch.setattr(tune_points, "compare", compare)
+    monkeypatch.setattr(frontier, "choose_layers", choose)
+    monkeypatch.setattr(frontier, "prefill_times", prefill)
     return calls
 
 
@@ -82,7 +83,7 @@ def all_of_it(asked: FrontierConfig, recipe: TuneConfig) -> Any:
     Path(asked.output).mkdir(exist_ok=True)
     layers = frontier.layers_to_freeze(asked, recipe)
     accelerator = Accelerator(cpu=True)
-    entry = frontier.evaluate_point(POINT, recipe.model, asked, recipe, accelerator)
+    entry = tune_points.evaluate_point(POINT, recipe.model, asked, recipe, accelerator)
     frontier.time_prefill([POINT], [entry], asked, recipe, accelerator)
     return layers, entry
 
@@ -192,19 +193,18 @@ def test_a_tuned_run_of_other_content_is_tuned_anew(
 ) -> None:
     point, ways = replace(POINT, seed=0, tuned=True), []
 
-    def run(command: list[str], *_: Any) -> int:
-        ways.append(command[-2])
-        folder = Path(asked.output) / "runs" / point.name
+    def tune(run: TuneConfig) -> None:
+        ways.append(run.overwrite_output_dir)
+        folder = Path(run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(dump_config(load_config(command[2:-2])))
+        (folder / CONFIG).write_text(dump_config(run))
         write_status(folder, "finished", 7)
-        return 0
 
-    monkeypatch.setattr(frontier, "run_until_stopped", run)
+    monkeypatch.setattr(tune_points, "tune", tune)
     for change in (lambda root: None, lambda root: None, alter_weights, alter_text, alter_images):
         change(tmp_path)
-        frontier.tune_point(point, asked, recipe, frontier.tuned_on(point, recipe))
-    assert ways == ["--overwrite_output_dir"] * 4
+        tune_points.tune_point(point, asked, recipe, tune_points.tuned_on(point, recipe))
+    assert ways == [True] * 4
 
 
 # ------------------------------------------------------------------------------------------------ the papers' tables

@@ -23,7 +23,7 @@ def finish(folder: Path, model: Path, reductions: Reductions, **settings: Any) -
     config = TuneConfig(model=str(model), data=DataConfig("rows.json"), mixed_precision="no", output_dir=str(folder))
     config = replace(
         config,
-        visionzip=VisionZipConfig(**reductions.visionzip) if reductions.visionzip else None,
+        visionzip=VisionZipConfig.of(reductions.visionzip) if reductions.visionzip else None,
         shortv=ShortVConfig(layers=reductions.layers) if reductions.shortv else None,
         fastv=FastVConfig(**reductions.fastv) if reductions.fastv else None,
         **settings,

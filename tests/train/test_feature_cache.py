@@ -22,7 +22,9 @@ from shortzip.data.files import sweep
 from shortzip.data.instructions import read_instructions
 from shortzip.data.kept import identity_of
 from shortzip.data.supervision import Supervision
+from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import METHODS, parameters_of
 from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
 from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.release.loading import load_release
@@ -31,7 +33,7 @@ from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.config import DataConfig, TuneConfig
+from shortzip.train.settings.config import DataConfig, TuneConfig, VisionZipConfig
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
 
 BUDGET, FROZEN = {"dominant": 5, "contextual": 3}, {"layers": [1, 2]}
@@ -227,6 +229,11 @@ def test_what_is_no_shard_is_left_alone(tmp_path: Path, loaded: tuple[Any, Any],
     assert len(list(cache.folder.iterdir())) == 8
 
 
+OTHER_VALUES = {("random", "seed"): 4, ("divprune", "space"): "projected", ("vispruner", "important"): 0.25,
+                ("scope", "alpha"): 0.5, ("duet", "window"): 3}  # fmt: skip
+UNCACHEABLE = {("divprune", "space")}
+
+
 def test_every_input_of_the_features_is_part_of_their_identity(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     identities = [features_identity(model, processor)]
@@ -236,13 +243,14 @@ def test_every_input_of_the_features_is_part_of_their_identity(loaded: tuple[Any
 
     model.config.vision_feature_layer = -3
     note()
-    for visionzip in (
-        {"dominant": 8, "contextual": 0},
-        {"dominant": 8, "contextual": 0, "method": "random"},
-        {"dominant": 8, "contextual": 0, "method": "random", "seed": 4},
-    ):
-        model.config.visionzip = visionzip
+    budget = {"dominant": 8, "contextual": 0}
+    for method in METHODS:
+        model.config.visionzip = {**budget, "method": method}
         note()
+        for name in parameters_of(method):
+            model.config.visionzip = {**budget, "method": method, name: OTHER_VALUES[method, name]}
+            if (method, name) not in UNCACHEABLE:
+                note()
     model.config.vision_config.hidden_act = "gelu"
     note()
     model.config.vision_config.layer_norm_eps = 0.5
@@ -369,6 +377,36 @@ def test_an_unreadable_image_is_refused_with_its_row_and_a_changed_one_too(
 def test_the_config_refuses_a_cache_without_a_budget() -> None:
     with pytest.raises(ConfigError, match="set visionzip"):
         TuneConfig(model="m", data=DataConfig(instructions="i", cache_features="c"))
+
+
+@pytest.mark.parametrize(("method", "name"), sorted(UNCACHEABLE))
+def test_what_moves_with_the_projector_is_not_cached(loaded: tuple[Any, Any], method: str, name: str) -> None:
+    visionzip = {"dominant": 8, "contextual": 0, "method": method, name: OTHER_VALUES[method, name]}
+    message = (
+        f"method {method}, {name} {visionzip[name]}, chooses by the projector, which is tuned, .*cache_features: null"
+    )
+    loaded[0].config.visionzip = visionzip
+    with pytest.raises(ReductionError, match=message):
+        features_identity(*loaded)
+    data = DataConfig(instructions="i", cache_features="c")
+    with pytest.raises(ConfigError, match=message):
+        TuneConfig(model="m", data=data, visionzip=VisionZipConfig.of(visionzip))
+
+
+@pytest.mark.parametrize("method", ["scope", "duet", "prumerge+"])
+def test_any_method_trains_alike_from_the_cache(
+    tmp_path: Path, tiny_release: Path, tiny_instructions: Path, method: str
+) -> None:
+    budget = {"dominant": 5, "contextual": 3 if method == "duet" else 0, "method": method}
+    model, processor = load_release(str(tiny_release), Reductions(budget, FROZEN))
+    train_only_projector(model, torch.float32)
+    dataset = dataset_of(tiny_instructions, processor)
+    expected_loss, expected = gradient(model, dataset, plain=False)
+    dataset.features = filled(tmp_path, (model, processor), dataset)
+    model.model.vision_tower = torch.nn.Identity()
+    loss, found = gradient(model, dataset, plain=False)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_random_patches_are_the_same_cached_and_not_in_bfloat16(

@@ -348,6 +348,7 @@ def test_numbers_that_lmms_eval_reads_are_refused_as_text_is(tiny_release: Path,
         ({"layers": "a"}, "write indices like 31\\+29\\+30"),
         ({"fastv": "2"}, "like 2\\+0.5"),
         ({"method": "pool"}, "no budget is given"),
+        ({"budget": "9+0", "method": "scope:beta=1"}, "method scope has no parameter 'beta': it takes alpha"),
         ({"batch_size": "auto"}, "a number of prompts"),
         ({"dtype": "int8"}, "choose one of auto, float32"),
         ({"trust_remote_code": True}, "is no reduced checkpoint"),
@@ -362,6 +363,13 @@ def test_baselines_are_arguments_too(tiny_release: Path) -> None:
     drawn = ReducedLlava(str(tiny_release), budget="9+0", method="random", seed=3, fastv="2+0.5", device="cpu")
     assert drawn.model.config.visionzip == {"dominant": 9, "contextual": 0, "method": "random", "seed": 3}
     assert drawn.model.config.fastv == {"layer": 2, "keep": 0.5}
+
+
+def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:
+    words = f"pretrained={tiny_release},budget=9+0,method=vispruner:important=0.25"
+    chosen = ReducedLlava.create_from_arg_string(words, {"device": "cpu"})
+    expected = {"dominant": 9, "contextual": 0, "method": "vispruner", "important": 0.25}
+    assert chosen.model.config.visionzip == expected
 
 
 def test_videos_are_refused(model: ReducedLlava) -> None:

@@ -13,15 +13,18 @@ from originals import RELEASE, copy_of_release
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from shortzip.reduction import ReducedLlavaForConditionalGeneration
 from shortzip.reduction.base_release import describe_files, digest
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import METHODS, SELECTORS
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import Release, open_release, read_projector, read_release_projector
 from shortzip.train.release.spec import ReleaseSpec
-from shortzip.train.release.writing import SHAPES, write_reduced_checkpoint
+from shortzip.train.release.writing import SHAPES, leave_out_extras, write_reduced_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 VISIONZIP = {"dominant": 12, "contextual": 4}
 SHORTV = {"layers": [1, 2]}
 PROMPT = "USER: <image>\nhi ASSISTANT:"
@@ -107,7 +110,9 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
     compared = {
         "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
         "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
+        "duet": Reductions({**VISIONZIP, "method": "duet", "window": 2}, SHORTV),
     }
+    optional = {"fastv", "baselines", *(file for method, (file, _) in SELECTORS.items() if method != "visionzip")}
     logits = dict.fromkeys(("full", "projector"), tuned.logits)
     for name, reductions in compared.items():
         write_reduced_checkpoint(tmp_path / name, tuned.release, tuned.projector, tuned.processor, reductions)
@@ -124,11 +129,26 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
         assert torch.load(f"{name}-answer.pt", weights_only=True).shape[1] > tuned.logits.shape[1], shape
         for folder in (name, f"{name}-saved"):
             files = {path.stem for path in Path(folder).glob("*.py")}
-            assert files & {"fastv", "baselines"} == {shape} & set(compared), "code travels where it is used"
+            assert files & optional == {shape} & set(compared), "code travels where it is used"
         # What that process saved is whole: it names no base any more, and loads on its own.
         assert json.loads(Path(f"{name}-saved/config.json").read_text()).get("base_release") is None
         saved = ReducedLlavaForConditionalGeneration.from_pretrained(f"{name}-saved", dtype=torch.float32)
         assert torch.equal(tuned.logits_of(saved, tuned.processor), logits[shape]), shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_the_methods_code_what_is_used_travels(method: str, tmp_path: Path) -> None:
+    """extras.py names each method's file: otherwise transformers would copy it neither on saving nor on loading."""
+    shutil.copytree(ROOT / "reduction", tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    leave_out_extras(tmp_path / "code", Reductions({"dominant": 9, "contextual": 0, "method": method}))
+    wanted = SELECTORS[method][0] if method in SELECTORS else "baselines"
+    optional = {"fastv", "baselines", *(file for file, _ in SELECTORS.values())} - {"visionzip"}
+    files = {path.stem for path in (tmp_path / "code").glob("*.py")}
+    assert files & optional == {wanted} - {"visionzip"}
+    for entry in ("configuration_reduced_llava", "modeling_reduced_llava", "processing_reduced_llava"):
+        reached = {Path(file).stem for file in get_relative_import_files(tmp_path / "code" / f"{entry}.py")}
+        assert wanted in reached
+        assert reached <= files
 
 
 def test_full_keeps_the_release_bit_for_bit_and_the_projector_in_float32(tuned: Tuned) -> None:

@@ -131,7 +131,7 @@ def choose_layers(
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
         return sorted(pick_layers(drawn, config.shortv.freeze)) or None, None
-    model, processor = load_release(release, reductions_of(config.visionzip, None, None))
+    model, processor = load_release(release, reductions_of(config.visionzip, None, None, config.positions))
     loaded_to = model.device
     model.to(accelerator.device)
     samples = _calibration_samples(config, processor, rows or training_rows(config.data, config.seed))

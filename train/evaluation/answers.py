@@ -87,12 +87,14 @@ def evaluate(
     *,
     batch_size: int,
     max_new_tokens: int,
+    timed: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Evaluation, list[Answer]]:
     """Loss, exact match and cost of `model` on `dataset`, whose supervision carries the model's own processor.
 
     Every process calls it with the whole dataset and takes its share; all get the same result, the answers in the
     dataset's order. `progress` is called with batches done and batches in all, first of the loss, then of the answers.
+    `timed`: whether prefill is timed, too; without, `prefill_ms` and `prefill_batch` are 0.
     Raises `UserError` if no conversation can be read, or one is longer than the model has positions.
     """
     start = time.perf_counter()
@@ -112,8 +114,8 @@ def evaluate(
     if not in_order:
         raise UserError(f"no held-out conversation could be read. {dataset.drops.summary()}.")
     seconds = time.perf_counter() - start
-    inputs = prefill_inputs(model, dataset, batch_size)
-    reductions = Reductions(config.visionzip, config.shortv, config.fastv)
+    inputs = prefill_inputs(model, dataset, batch_size) if timed else {}
+    reductions = Reductions(config.visionzip, config.shortv, config.fastv, config.positions)
     evaluation = Evaluation(
         name=name,
         exact_match=sum(answer.correct for answer in in_order) / len(in_order),
@@ -123,7 +125,7 @@ def evaluate(
         visual_tokens=totals.visual / max(totals.images, 1),
         frozen_layers=len(reductions.layers),
         llm_flops=reductions.prefill_flops(config.text_config, *totals.mean_prompt()),
-        prefill_ms=measure_prefill(model, inputs),
+        prefill_ms=measure_prefill(model, inputs) if timed else 0.0,
         prefill_batch=len(inputs["input_ids"]) if inputs else 0,
         seconds=seconds,
         fastv=reductions.fastv_words,

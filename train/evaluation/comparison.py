@@ -66,17 +66,19 @@ def compare(
     *,
     batch_size: int,
     max_new_tokens: int,
+    timed: bool = True,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[list[Evaluation], list[list[Answer]]]:
     """Evaluates each candidate on the held-out conversations of `data`, one after the other, on all processes.
 
     Returns their evaluations and their answers. Rows of the same weights share one copy of them, which is loaded once,
     and have their prefill timed side by side: rows of equal work would else differ by what the machine did meanwhile.
+    `timed`: see `evaluate`.
     """
     results: dict[int, Evaluation] = {}
     answers: dict[int, list[Answer]] = {}
     for group in _groups(candidates):
-        timed = []
+        prefills: list[tuple[Any, Mapping[str, Tensor]]] = []
         for number, model, processor in _loaded(candidates, group, accelerator.device):
             dataset = held_out_set(data, processor)
             results[number], answers[number] = evaluate(
@@ -86,14 +88,16 @@ def compare(
                 accelerator,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
+                timed=timed,
                 progress=partial(progress, candidates[number].name),
             )
-            timed.append((model, prefill_inputs(model, dataset, batch_size)))
-        if len(candidates) > 1:
-            times = _side_by_side(timed, ROUNDS, partial(progress, "prefill, side by side"))
+            if timed and len(candidates) > 1:
+                prefills.append((model, prefill_inputs(model, dataset, batch_size)))
+        if prefills:
+            times = _side_by_side(prefills, ROUNDS, partial(progress, "prefill, side by side"))
             for number, milliseconds in zip(group, times, strict=True):
                 results[number] = replace(results[number], prefill_ms=milliseconds)
-        del model, timed  # before the next weights are loaded
+        del model, prefills  # before the next weights are loaded
         _free_memory()
     return [results[number] for number in sorted(results)], [answers[number] for number in sorted(answers)]
 

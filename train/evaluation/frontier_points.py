@@ -1,12 +1,17 @@
-"""The frontier's points: budgets x frozen layers, and the baselines at equal tokens, untuned and tuned."""
+"""The frontier's points: budgets x frozen layers, and methods at equal tokens, untuned and tuned."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.parsing import parse_budget, parse_method
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
+from shortzip.reduction.selectors import merges, refuse_to_keep
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
 from shortzip.train.settings.comparing import DOMINANT_ONLY, FrontierConfig
 
@@ -32,9 +37,20 @@ class Point:
         return self.reductions.budget_words
 
     @property
+    def tokens(self) -> float:
+        """Visual tokens per image; infinite where all are kept."""
+        zipped = self.reductions.visionzip
+        return math.inf if zipped is None else zipped["dominant"] + zipped["contextual"]
+
+    @property
     def frozen(self) -> int:
         """How many layers are frozen."""
         return len(self.reductions.layers)
+
+    @property
+    def positions(self) -> str:
+        """compact, or original."""
+        return self.reductions.positions
 
     @property
     def name(self) -> str:
@@ -42,9 +58,15 @@ class Point:
         pruned = self.reductions.fastv
         fastv = f"-{pruned['layer']}-{pruned['keep']:g}" if pruned else ""
         parts = [self.series + fastv, self.budget, f"{self.frozen} frozen"]
+        parts += [] if self.positions == COMPACT else [f"{self.positions} positions"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
         return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
+
+
+def point_of(values: Mapping[str, Any]) -> Point:
+    """The point that `asdict` was made of."""
+    return Point(**{**values, "reductions": Reductions(**values["reductions"])})
 
 
 Ranked = tuple[str, str, str, int]  # ranking, `freeze`, the budget whose visual tokens it is measured on, seed
@@ -58,11 +80,8 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
             if not reductions.is_empty:
                 points.append(Point(GRID_OF_POINTS, reductions))
-    for method in config.methods:
-        count = sum(parse_budget(config.budgets[0]).values())
-        for seed in config.seeds if method in DRAWN else [None]:
-            kind = {} if method == DOMINANT_ONLY else {"method": method}
-            points.append(Point(method, Reductions.parse(f"{count}+0", seed=seed or 0, **kind), seed))
+    for tokens in config.tokens or [sum(parse_budget(budget).values()) for budget in config.budgets[:1]]:
+        points += _methods_at(config, tokens)
     points += [Point("FastV", Reductions(fastv=asdict(fastv))) for fastv in config.fastv]
     for ranking in config.rankings:
         freeze = config.freeze[-1]
@@ -72,17 +91,55 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
     return list({point.name: point for point in points}.values())
 
 
+def _methods_at(config: FrontierConfig, tokens: int) -> Iterator[Point]:
+    """Each of the methods at so many visual tokens, in each kind of positions."""
+    for positions in config.positions:
+        for method in config.methods:
+            for seed in config.seeds if method in DRAWN else [None]:
+                reductions = reductions_at(method, tokens, config.contextual_share, seed or 0)
+                yield Point(method, replace(reductions, positions=positions), seed)
+
+
+def reductions_at(method: str, tokens: int, contextual_share: float, seed: int = 0) -> Reductions:
+    """A method at so many visual tokens; of one that merges, `contextual_share` of them are contextual.
+
+    Raises ReductionError for an unknown method or parameter.
+    """
+    if method == DOMINANT_ONLY:
+        return Reductions.parse(f"{tokens}+0")
+    merging = merges(parse_method(method))
+    contextual = round(tokens * contextual_share) if merging else 0
+    return Reductions.parse(f"{tokens - contextual}+{contextual}", method=method, seed=seed)
+
+
+def is_cacheable(reductions: Reductions) -> bool:
+    """Whether the visual tokens are a function of the image, which can be computed once for all runs."""
+    if reductions.visionzip is None:
+        return False
+    try:
+        refuse_to_keep(reductions.visionzip)
+    except ReductionError:
+        return False
+    return True
+
+
 def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:
     return replace(reductions, shortv={"layers": list(layers)}) if layers else reductions
 
 
-def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> Iterator[Point]:
-    """Each point tuned, once per seed; what a point draws, it draws with that seed."""
-    done = set()
-    for point in points:
-        for seed in config.seeds:
-            if point.seed in (None, seed):
-                tuned = replace(point, seed=seed, tuned=True)
-                if tuned not in done:
-                    done.add(tuned)
-                    yield tuned
+def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> list[Point]:
+    """Each point tuned, once per seed, in order of what they tell; what a point draws, it draws with that seed.
+
+    Fewest visual tokens first, of these one seed after the other; original positions, of the methods that are to be
+    tuned with them, come last.
+    """
+    tuned = [
+        replace(point, seed=seed, tuned=True)
+        for point in points
+        for seed in config.seeds
+        if point.seed in (None, seed) and (point.positions == COMPACT or point.series in config.tune_original)
+    ]
+    if config.tokens:
+        turns: dict[int | None, int] = {seed: turn for turn, seed in enumerate(config.seeds)}
+        tuned.sort(key=lambda point: (point.positions != COMPACT, point.tokens, turns[point.seed]))
+    return list(dict.fromkeys(tuned))

@@ -29,8 +29,8 @@ from shortzip.data.errors import UserError
 from shortzip.data.images import open_image
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import Supervision
-from shortzip.reduction.configuration_reduced_llava import METHODS
 from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -77,10 +77,11 @@ class ReducedLlava(lmms):
         pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
         revision: branch, tag or commit of a Hub id.
         budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
-        method: with `budget`, another way to choose them (reduction/baselines.py).
+        method: with `budget`, another way to choose them, like scope or vispruner:important=0.25.
         seed: with method random, its seed.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
         fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        positions: compact or original (reduction/positions.py); absent: as the checkpoint was saved.
         dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
         device: where one process computes; several processes take theirs from Accelerate.
         load_in_4bit: the language model's layers in NF4.
@@ -105,6 +106,7 @@ class ReducedLlava(lmms):
         seed: int = 0,
         layers: str | int | Sequence[int] | None = None,
         fastv: str | float | None = None,
+        positions: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         load_in_4bit: bool = False,
@@ -136,7 +138,7 @@ class ReducedLlava(lmms):
         release = open_release(spec)
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
             raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
-        reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv)
+        reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv, positions)
         self._model, processor = load_release(release, reductions)
         self._model.to(self._device)
         self.batch_size = int(batch_size)
@@ -293,6 +295,7 @@ def _reductions(
     seed: int,
     layers: str | int | Sequence[int] | None,
     fastv: str | float | None,
+    positions: str | None,
 ) -> Reductions:
     """What the model's arguments ask for; what they do not name is as saved."""
     if budget is None and method is not None:
@@ -302,13 +305,14 @@ def _reductions(
         ALL if budget is None else str(budget),
         NONE if listed is None else str(listed),
         NONE if fastv is None else str(fastv),
-        method=method or METHODS[0],
+        method=method or VISIONZIP,
         seed=seed,
     )
     return Reductions(
         saved.visionzip if budget is None else reductions.visionzip,
         saved.shortv if layers is None else reductions.shortv,
         saved.fastv if fastv is None else reductions.fastv,
+        saved.positions if positions is None else positions,
     )
 
 

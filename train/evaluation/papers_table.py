@@ -9,8 +9,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, NONE, Reductions
+from shortzip.reduction.selectors import merges
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
 
@@ -25,17 +27,19 @@ class Row:
     layers: str
     method: str = VISIONZIP
     fastv: str = NONE
+    positions: str = COMPACT
 
     @classmethod
     def saved(cls, model: str, reductions: Reductions) -> Row:
-        """The row of a tuned checkpoint that was saved with these reductions, whatever seed it draws with."""
+        """The row of a tuned checkpoint that was saved with these reductions."""
         return cls(
             TUNED,
             model,
             reductions.budget_words,
             reductions.layers_words,
-            reductions.method,
+            reductions.method_words,
             reductions.fastv_words,
+            reductions.positions,
         )
 
     @property
@@ -46,6 +50,8 @@ class Row:
             title = "all tokens"
         if self.fastv != NONE:
             title = f"FastV {self.fastv}, {title}"
+        if self.positions != COMPACT:
+            title = f"{self.positions} positions, {title}"
         return title if self.method == VISIONZIP else f"{self.method}, {title}"
 
     @property
@@ -53,30 +59,39 @@ class Row:
         """Its reductions, as the keys of a tuned entry."""
         text = f"budget: {self.budget}, layers: {self.layers}"
         text += "" if self.method == VISIONZIP else f", method: {self.method}"
-        return text if self.fastv == NONE else f"{text}, fastv: {self.fastv}"
+        text += "" if self.fastv == NONE else f", fastv: {self.fastv}"
+        return text if self.positions == COMPACT else f"{text}, positions: {self.positions}"
 
     @property
     def reductions(self) -> Reductions:
         """What it reduces."""
-        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method)
+        return Reductions.parse(self.budget, self.layers, self.fastv, method=self.method, positions=self.positions)
 
 
 def rows_of(config: PapersConfig) -> list[Row]:
     """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
     FastV, and the tuned checkpoints of other budgets and layers."""
     rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
-    tuned = [Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv) for each in config.tuned]
+    tuned = [
+        Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv, each.positions)
+        for each in config.tuned
+    ]
     for layers in config.layers:
         for budget in config.budgets or [ALL]:
             for method in config.methods if budget != ALL else [VISIONZIP]:
-                rows.append(Row(TRAINING_FREE, config.model, _as_method(budget, method), layers, method))
+                for positions in config.positions if budget != ALL else [COMPACT]:
+                    text = _as_method(budget, method)
+                    rows.append(Row(TRAINING_FREE, config.model, text, layers, method, positions=positions))
             rows += [row for row in tuned if (row.budget, row.layers, row.fastv) == (budget, layers, NONE)]
     rows += [Row(TRAINING_FREE, config.model, ALL, NONE, fastv=fastv) for fastv in config.fastv]
     return list(dict.fromkeys([*rows, *tuned]))
 
 
 def _as_method(budget: str, method: str) -> str:
-    return budget if method == VISIONZIP else f"{sum(parse_budget(budget).values())}+0"
+    """The budget as the method takes it: all of it dominant where it merges nothing."""
+    if budget == ALL or merges({**parse_budget(budget), **parse_method(method)}):
+        return budget
+    return f"{sum(parse_budget(budget).values())}+0"
 
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
@@ -114,12 +129,18 @@ def table_rows(
     config: PapersConfig, scores: Mapping[Row, Mapping[str, float]], flops: Mapping[Row, int]
 ) -> list[dict[str, Any]]:
     """The table as plain values. `flops`: the language model's, of each row."""
-    first, full = next(iter(scores.items()))
-    published = {(entry.budget, entry.layers, entry.kind): entry for entry in config.published}
+    first, all_tokens = next(iter(scores.items()))
+    averaged = {task.name for task in config.tasks if task.averaged}
+    full = {name: score for name, score in all_tokens.items() if name in averaged}
     lines = []
     for row, scores_of_row in scores.items():
-        is_papers = (row.method, row.fastv) == (VISIONZIP, NONE)
-        paper = published.get((row.budget, row.layers, row.kind)) if is_papers else None
+        of_row = [
+            entry
+            for entry in config.published
+            if (entry.budget, entry.layers, entry.kind, entry.method, NONE, COMPACT)
+            == (row.budget, row.layers, row.kind, row.method, row.fastv, row.positions)
+        ]
+        paper = next((entry for entry in of_row if not entry.rerun), None)
         own = average_of(scores_of_row, full)
         beside = papers_average(config, paper, own.tasks) if paper and own else None
         lines.append(
@@ -131,6 +152,7 @@ def table_rows(
                 "layers": row.layers,
                 "method": row.method,
                 "fastv": row.fastv,
+                "positions": row.positions,
                 "scores": dict(scores_of_row),
                 "percent": own.percent if own else None,
                 "tasks": list(own.tasks) if own else [],
@@ -141,6 +163,7 @@ def table_rows(
                 "paper_tasks": len(paper.scores) if paper else None,
                 "paper_flops_percent": paper.flops if paper else None,
                 "paper": paper.source if paper else None,
+                "reruns": [{"percent": entry.percent, "source": entry.source} for entry in of_row if entry.rerun],
             }
         )
     return lines
@@ -148,7 +171,7 @@ def table_rows(
 
 def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
     """The table as Markdown; it is printed too."""
-    names, total = [task.name for task in config.asked], len(config.tasks)
+    names, total = [task.name for task in config.asked], sum(task.averaged for task in config.tasks)
     headings = ["model", "visual tokens", "frozen layers", "LLM FLOPs", *names, "% of full", "paper's %"]
     cells = []
     if any(task.full is not None for task in config.tasks):
@@ -164,6 +187,9 @@ def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
             is_same = line["paper_is_over_the_same_tasks"]
             over = f", over {line['paper_tasks']}" if line["paper_tasks"] else ""
             paper = f"{line['paper_percent']:.1f}" + (fewer if is_same else f" (as stated{over})")
+        if line["reruns"]:
+            reruns = "; ".join(f"{entry['percent']:.1f} ({entry['source']})" for entry in line["reruns"])
+            paper = f"{paper}; by others {reruns}" if paper else f"by others {reruns}"
         cost = f"{line['flops_percent']:.1f} %"
         cost += "" if line["paper_flops_percent"] is None else f" (paper: {line['paper_flops_percent']:g} %)"
         frozen = str(len(parse_layers(line["layers"])))

@@ -30,10 +30,13 @@ from shortzip.data.images import (
 )
 from shortzip.data.kept import identity_of
 from shortzip.data.known_images import KnownImages
+from shortzip.reduction.positions import keeps_positions
+from shortzip.reduction.selectors import refuse_to_keep, settled
 from shortzip.train.release.tensor_files import read_safetensors_specs
 from shortzip.train.release.towers import tensors_digest, tower_digest
 
 FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
+_KEPT = ("tokens", "kept", "targets")
 _NOT_OF_FEATURES = ("transformers_version", "_name_or_path", "dtype")  # the tower's digest holds its dtype
 
 
@@ -52,7 +55,7 @@ def image_key(source: ImageSource, image_root: str | os.PathLike[str] | None) ->
 def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
     """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known.
 
-    Raises ValueError if the model keeps every visual token.
+    Raises ValueError if the model keeps every visual token, or chooses by more than the image.
     """
     config = model.config
     if config.visionzip is None:
@@ -60,13 +63,16 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
             "features can be cached for a reduced budget only: all visual tokens of an image take nine times its "
             "file's size. Set visionzip, or data.cache_features to null"
         )
+    refuse_to_keep(config.visionzip)
     images, of_tower = processor.image_processor, config.vision_config.to_dict()
     return {
         "format": FORMAT,
         "tower": tower or tower_digest(model.model.vision_tower),
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         "layer": config.vision_feature_layer,
-        "visionzip": dict(config.visionzip),
+        "visionzip": settled(config.visionzip),
+        # What is kept for compact positions is found as it was before there were others.
+        **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
     }
 
@@ -123,6 +129,8 @@ class FeatureCache:
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         """`visual_tokens` [tiles, budget, H of the tower] and `visual_kept` [tiles, D] int64 of an image, or None.
 
+        Where tokens keep their positions, `visual_targets` [tiles, C] int64 too.
+
         Raises `BadImage` if it cannot be read, and `DamagedShard`.
         """
         key = self.key_of(source, image_root)
@@ -139,20 +147,19 @@ class FeatureCache:
             self._open[name] = safe_open(path, "pt").__enter__()
         shard = self._open[name]
         start, stop = shard.get_slice("offsets")[number : number + 2].tolist()
-        return {
-            "visual_tokens": shard.get_slice("tokens")[start:stop],
-            "visual_kept": shard.get_slice("kept")[start:stop],
-        }
+        held = set(shard.keys())
+        return {f"visual_{name}": shard.get_slice(name)[start:stop] for name in _KEPT if name in held}
 
-    def write(self, images: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Stores (tokens, kept), as `find` gives them, by key, as one shard. Raises `CannotWrite`."""
+    def write(self, images: dict[str, tuple[Tensor, ...]]) -> None:
+        """Stores (tokens, kept) or (tokens, kept, targets), as `find` gives them, by key, as one shard.
+
+        Raises `CannotWrite`.
+        """
         keys = sorted(images)
         counts = [len(images[key][0]) for key in keys]
-        tensors = {
-            "tokens": torch.cat([images[key][0] for key in keys]).cpu().contiguous(),
-            "kept": torch.cat([images[key][1] for key in keys]).cpu().contiguous(),
-            "offsets": torch.tensor([0, *counts]).cumsum(0),
-        }
+        parts = zip(_KEPT, zip(*(images[key] for key in keys), strict=True), strict=False)
+        tensors = {name: torch.cat(part).cpu().contiguous() for name, part in parts}
+        tensors["offsets"] = torch.tensor([0, *counts]).cumsum(0)
         # One entry: safetensors writes several in any order, and equal shards shall have equal bytes.
         metadata = {"shard": json.dumps({"images": keys, "digest": tensors_digest(tensors)})}
         replace_file(self.folder / _name(keys), lambda path: save_file(tensors, path, metadata))

@@ -26,6 +26,7 @@ from shortzip.data.images import (
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
+from shortzip.reduction.positions import keeps_positions
 from shortzip.train.inputs.feature_cache import FeatureCache, features_identity
 from shortzip.train.release.opening import Release
 from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
@@ -134,12 +135,12 @@ class _Shard:
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache, self.begun = cache, time.monotonic()
-        self.features: dict[str, tuple[Tensor, Tensor]] = {}
+        self.features: dict[str, tuple[Tensor, ...]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self.features
 
-    def add(self, features: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, features: dict[str, tuple[Tensor, ...]]) -> None:
         self.features.update(features)
 
     def is_due(self) -> bool:
@@ -168,13 +169,14 @@ def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
             (cache.folder / name).unlink(missing_ok=True)
 
 
-def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, kept) of each image, given as [tiles, 3, S, S]."""
+def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """(tokens, kept), with original positions (tokens, kept, targets), of each image, given as [tiles, 3, S, S]."""
     tower = model.model.vision_tower
     weight = next(tower.parameters())
     visual = model.model.get_visual_tokens(torch.cat(images).to(weight.device))
     counts = [len(image) for image in images]
-    return zip(visual.tokens.split(counts), visual.kept.split(counts), strict=True)
+    parts = [visual.tokens, visual.kept, *([visual.targets] if keeps_positions(model.config) else [])]
+    return zip(*(part.split(counts) for part in parts), strict=True)
 
 
 class _TowerRecord(NamedTuple):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import DropLog
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.files import written_whole
 from shortzip.data.generated.scene_questions import write_scenes
+from shortzip.data.images import ImageSource
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.known_images import KnownImages
 from shortzip.data.strata import draw
 from shortzip.data.subset_folder import subset_report
 from shortzip.data.supervision import Supervision
 from shortzip.data.tables import check_source
+from shortzip.reduction.positions import keeps_positions
 from shortzip.train.inputs.preflight import check_sees_images
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
@@ -120,17 +125,39 @@ def check_positions(model_config: Any, dataset: ConversationDataset | None, *, h
     # Scaled positions reach further than the model was first trained for.
     factor = rope.get("factor", 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 1
     limit = int(text.max_position_embeddings * factor)
-    longest = int(dataset.lengths.argmax())
-    if dataset.lengths[longest] <= limit:
+    kept = keeps_positions(model_config)
+    left_out = _positions_left_out(dataset) if kept else 0 * dataset.lengths
+    lengths = dataset.lengths + left_out
+    longest = int(lengths.argmax())
+    if lengths[longest] <= limit:
         return
-    cure = f"set data.max_length (now {dataset.supervision.max_length}) to {limit} or less"
+    lower = limit - int(left_out[longest])
+    cure = f"set data.max_length (now {dataset.supervision.max_length}) to {lower} or less"
     if held_out:
         cure = "held-out rows are not cut: leave them out of data.eval_instructions"
     raise UserError(
-        f"{int((dataset.lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
-        f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {dataset.lengths[longest]} "
-        f"tokens, visual ones included: {cure}"
+        f"{int((lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
+        f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {lengths[longest]} "
+        f"tokens, visual ones included{' that positions: original counts' if kept else ''}: {cure}"
     )
+
+
+def _positions_left_out(dataset: ConversationDataset) -> np.ndarray:
+    """How many positions the images of each row take beyond their visual tokens where these keep theirs: [n] int64."""
+    supervision = dataset.supervision
+    every: Any = copy.copy(supervision.processor)
+    every.visionzip = None  # every visual token
+    counts: dict[tuple[int, int], int] = {}
+
+    def left_out(source: ImageSource) -> int:
+        needed = supervision.needs_image_sizes
+        size = dataset.known_images.size(source, dataset.image_root) if needed else (336, 336)
+        if size not in counts:
+            whole = every._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0]
+            counts[size] = int(whole) - supervision.placeholders(size)
+        return counts[size]
+
+    return np.asarray([sum(map(left_out, row.images)) for row in dataset.conversations], dtype=np.int64)
 
 
 def check_instructions(config: DataConfig) -> None:

@@ -17,8 +17,10 @@ from markupsafe import Markup
 from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
-from shortzip.reduction.configuration_reduced_llava import METHODS, TOWER_HAS_CLS
+from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, Selector, selector_of
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
 from shortzip.train.release.hub import fetch
@@ -110,6 +112,7 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         on_hub=_on_hub(_base(run)),
         loading=loading_lines(repo_id, shape, run),
         budget=_budget(run),
+        selector=_selector(run),
         frozen=_frozen(run),
         pruning=_pruning(run),
         dataset=_dataset_name(run) if run.evaluation else None,
@@ -156,7 +159,13 @@ def _metadata(run: RunRecord, repo_id: str) -> str:
         license=licence_id(run.licence),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["llava", "visual-token-reduction", "visionzip", "shortv", "shortzip"],
+        tags=[
+            "llava",
+            "visual-token-reduction",
+            *dict.fromkeys([VISIONZIP, run.reductions.method]),
+            "shortv",
+            "shortzip",
+        ],
         base_model=base["name"] if _on_hub(base) else None,
         base_model_relation="finetune" if _on_hub(base) else None,
         model_name=repo_id.split("/")[-1] if results else None,
@@ -177,14 +186,26 @@ def _budget(run: RunRecord) -> str:
         return "all visual tokens"
     total = visionzip["dominant"] + visionzip["contextual"]
     unit = "tile" if "next" in run.model_config["model_type"] else "image"
-    if run.reductions.method != METHODS[0]:
-        seed = f", seed {visionzip.get('seed', 0)}" if run.reductions.method == "random" else ""
-        how = f"chosen by the baseline {run.reductions.method}{seed}, not by VisionZip"
+    selector, words = _selector(run), run.reductions.method_words
+    if selector is None:
+        how = f"chosen by the baseline {words}, not by VisionZip"
     else:
         tower = run.model_config["vision_config"].get("model_type", "clip_vision_model")
-        cls = ", CLS counted among them," if TOWER_HAS_CLS.get(tower) else ""
+        cls = ", CLS counted among them," if TOWER_HAS_CLS.get(tower) and selector.keeps_cls else ""
         how = f"{visionzip['dominant']} dominant{cls} and {visionzip['contextual']} contextual"
+        how = how if selector.merges else "patches as they are"
+        how += "" if run.reductions.method == VISIONZIP else f", chosen by {selector.title}: {words}"
+        instead = run.reductions.in_place_of_cls(run.model_config)
+        how += f"; {instead}" if instead else ""
+    if run.reductions.positions != COMPACT:
+        how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
+
+
+def _selector(run: RunRecord) -> Selector | None:
+    """The published selection that chooses the visual tokens; None for a baseline, and where all are kept."""
+    visionzip = run.reductions.visionzip
+    return None if visionzip is None or run.reductions.method in BASELINES else selector_of(visionzip)
 
 
 def _frozen(run: RunRecord) -> str:

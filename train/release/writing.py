@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import custom_object_save
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
-from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
 from shortzip.train.release.opening import Release, model_classes
@@ -39,6 +39,8 @@ from shortzip.train.release.tensor_files import (
 Shape = Literal["full", "projector", "llava"]
 LINEAGE_FILE = "lineage.json"
 SHAPES: tuple[Shape, ...] = ("full", "projector", "llava")
+# Of the code that travels, what transformers imports by name.
+ENTRY_FILES = ("configuration_*.py", "modeling_*.py", "processing_*.py")
 _MARK = "multi_modal_projector."
 
 
@@ -103,14 +105,19 @@ def write_reduced_checkpoint(
 
 
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
-    """Takes the code of the baselines and of FastV out of a checkpoint that has none (see reduction/extras.py)."""
+    """Takes out the code of what a checkpoint does not use: lines of extras.py, and the files that nothing imports
+    then."""
     used = {"baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
+    for method, (name, _) in SELECTORS.items():
+        used[name] = used.get(name, False) or method in (VISIONZIP, reductions.method)  # whose code others use
+    unused = tuple(f"from .{name} import" for name in used if not used[name])
     code = folder / "extras.py"
     lines = code.read_text(encoding="utf-8").splitlines(keepends=True)
-    for name in (name for name in used if not used[name]):
-        (folder / f"{name}.py").unlink()
-        lines = [line for line in lines if f"from .{name} import" not in line]
-    code.write_text("".join(lines), encoding="utf-8")
+    code.write_text("".join(line for line in lines if not line.strip().startswith(unused)), encoding="utf-8")
+    entries = [file for kind in ENTRY_FILES for file in folder.glob(kind)]
+    needed = {*entries, *(Path(file) for entry in entries for file in get_relative_import_files(entry))}
+    for file in set(folder.glob("*.py")) - needed:
+        file.unlink()
 
 
 def base_name(release: Release) -> str:

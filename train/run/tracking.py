@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically
 from shortzip.train.run.run_folder import TRACKER
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.settings.method_parameters import flat_settings
 
 PROJECT = "shortzip"
 
@@ -65,7 +65,7 @@ class Trackers:
             self._start(config, folder, None)
 
     def _start(self, config: TuneConfig, folder: Path, wandb: dict[str, Any] | None) -> None:
-        settings = _flat(asdict(config))
+        settings = _flat(flat_settings(config))
         options = {} if wandb is None else {"wandb": {**wandb, "dir": str(folder)}}
         try:
             self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)

@@ -23,6 +23,15 @@ def check_seed(key: str, seed: int) -> None:
         raise ConfigError(f"{key} is {seed}: 0 to {2**32 - 1} are allowed")
 
 
+def refuse_idle_positions(positions: str, *reductions: object) -> None:
+    """Raises `ConfigError` for original positions where no reduction (None each) leaves tokens out."""
+    if positions != "compact" and not any(reductions):
+        raise ConfigError(
+            f"positions is {positions!r}, and no visual token is left out, so all stand where they do: set visionzip, "
+            "or positions to compact"
+        )
+
+
 def _at_least(section: Any, prefix: str, **minima: float) -> None:
     for key, minimum in minima.items():
         value = getattr(section, key)

@@ -17,7 +17,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -27,7 +27,8 @@ from shortzip.data.errors import ToldElsewhere, UserError, printable
 from shortzip.reduction.errors import ReductionError
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
-from shortzip.train.settings.flags import Flags
+from shortzip.train.settings.flags import PARAMETERS, Flags
+from shortzip.train.settings.method_parameters import ParametersRead, flat_settings, with_parameters
 from shortzip.train.settings.places import CONFIGS, find_recipe
 from shortzip.train.settings.yaml_files import read_settings
 
@@ -71,7 +72,8 @@ def parse_config(section: type, argv: Sequence[str], *, default: Path | None = N
     kinds = dict(kinds_of(section))
     flags = Flags(section, kinds)
     pairs = list(flags.read(argv))
-    check_keys([key.removesuffix("+") for key, _ in pairs], flags.names, "command line")
+    keys = [key.removesuffix("+") for key, _ in pairs]
+    check_keys(keys, with_parameters(flags.names, keys), "command line")
     printed = any(key == "print_config" for key, _ in pairs)
     pairs = [pair for pair in pairs if pair[0] != "print_config"]
     if default is not None and all(key != "config" for key, _ in pairs):
@@ -110,6 +112,8 @@ def kinds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(section)
     for item in fields(section):
         kind = hints[item.name]
+        if item.metadata == PARAMETERS:
+            continue
         yield prefix + item.name, kind
         for nested in (kind, *get_args(kind)):
             if is_dataclass(nested):
@@ -118,12 +122,14 @@ def kinds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _expanded(pairs: Sequence[tuple[str, str | None]], kinds: dict[str, Any]) -> Iterator[str]:
     """The arguments with the content of YAML files, `true` after a lone switch, and [] for a list that is null."""
-    for key, value in pairs:
+    parameters = ParametersRead(kinds)
+    for key, value in parameters.fold_pairs(pairs):
         if key == "config" and value is not None:
             path = find_recipe(value, compares="budgets" in kinds)
             content = read_settings(path, kinds)
-            check_keys(list(_keys_in(content)), list(kinds), path)
-            value = json.dumps(_nulls_checked(content, kinds, path))
+            keys = list(_keys_in(content))
+            check_keys(keys, with_parameters(list(kinds), keys), path)
+            value = json.dumps(_nulls_checked(parameters.fold_file(content), kinds, path))
         elif value == "null" and get_origin(kinds.get(key)) is list:
             value = "[]"
         elif value is None and kinds.get(key) is bool:
@@ -178,7 +184,7 @@ def load_config(argv: Sequence[str]) -> TuneConfig:
 
 def dump_config(config: Any) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain_values(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain_values(flat_settings(config)), sort_keys=False, allow_unicode=True)
 
 
 def _plain_values(value: Any) -> Any:

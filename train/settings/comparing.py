@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shortzip.train.settings.checks import ConfigError, repeated
-from shortzip.train.settings.config import FastVConfig, ShortVConfig, VisionZipConfig
+from shortzip.reduction.selectors import VISIONZIP
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.checks import ConfigError, refuse_idle_positions, repeated
+from shortzip.train.settings.config import FastVConfig, ShortVConfig
 from shortzip.train.settings.flags import REPEATED
 
 ALL, NONE = "all", "none"
 TRAINING_FREE, TUNED = "training-free", "tuned"
-VISIONZIP = "visionzip"
-METHODS = (VISIONZIP, "random", "grid", "pool", "downsample")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DOMINANT_ONLY = "dominant only"
 
@@ -51,13 +51,16 @@ class EvaluateConfig:
     """Branch, tag or commit, for a single Hub id."""
     visionzip: VisionZipConfig | None = None
     """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
-    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: a baseline instead."""
+    them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: another selection, or
+    a baseline, whose parameters are keys beside it."""
     shortv: ShortVConfig | None = None
     """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
     shortv.calibration_samples: only when tuning.)"""
     fastv: FastVConfig | None = None
     """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
     fastv.keep: share of the visual tokens kept."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where the tokens of such a reduced release stand: numbered anew, or where they would with all visual tokens."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
     a CPU and bf16 on a GPU."""
@@ -77,6 +80,7 @@ class EvaluateConfig:
             raise ConfigError("how many layers freeze is chosen when a run starts: list them here (--freeze 31,29,30)")
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: give one of them")
+        refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.revision is not None and len(self.model) != 1:
             raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
         if not self.model or "" in self.model:
@@ -89,7 +93,7 @@ class EvaluateConfig:
 
 
 def _alike(key: str, text: str) -> str:
-    """The one way to write a budget, layers or fastv, by which rows are compared. Raises ConfigError."""
+    """The one way to write a budget, method, layers or fastv, by which rows are compared. Raises ConfigError."""
     from shortzip.reduction.reductions import Reductions  # imports torch, which --help does not wait for
 
     try:
@@ -97,6 +101,8 @@ def _alike(key: str, text: str) -> str:
             return Reductions.parse(layers=text).layers_words
         if key == "fastv":
             return Reductions.parse(fastv=text).fastv_words
+        if key == "method":
+            return Reductions.parse("1+0", method=text).method_words
         return Reductions.parse(text).budget_words
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -126,6 +132,8 @@ class Task:
     """The paper's score with all tokens."""
     judge: bool = False
     """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
+    averaged: bool = True
+    """Whether the score counts in "% of full": not if lower is better, or the papers leave it out."""
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -143,12 +151,15 @@ class Tuned:
     layers: str = NONE
     """The frozen layers."""
     method: str = VISIONZIP
-    """visionzip or a baseline (random, grid, pool, downsample)."""
+    """How tokens are chosen, with parameters as in random:seed=3."""
     fastv: str = NONE
     """The layer and the share of FastV, like 2+0.5."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where tokens stand."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
+        object.__setattr__(self, "method", _alike("method", self.method))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
         object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
 
@@ -167,16 +178,27 @@ class Published:
     """The row's frozen layers."""
     kind: str = TRAINING_FREE
     """training-free or tuned."""
+    method: str = VISIONZIP
+    """The row's method."""
     scores: dict[str, float] = field(default_factory=dict)
     """The scores that `percent` is the mean of, by the tasks' names."""
     flops: float | None = None
     """The language model's FLOPs, in percent of those with all tokens."""
+    rerun: bool = False
+    """Measured by others than the method's authors: it stands behind their figure."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
         object.__setattr__(self, "layers", _alike("layers", self.layers))
+        object.__setattr__(self, "method", _alike("method", self.method))
         if self.kind not in (TRAINING_FREE, TUNED):
             raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
+
+    @property
+    def row_key(self) -> tuple[str, ...]:
+        """What no other entry may have: one figure of the authors per row, and one of each who has run it again."""
+        key = (self.kind, self.budget, self.layers, self.method)
+        return (*key, self.source) if self.rerun else key
 
 
 @dataclass(frozen=True)
@@ -199,7 +221,9 @@ class PapersConfig:
     layers: list[str] = field(default_factory=lambda: [NONE])
     """Lists of frozen layers like 31+29+30, or none."""
     methods: list[str] = field(default_factory=lambda: [VISIONZIP])
-    """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
+    """Ways to the budget: visionzip, other published selections and baselines, like vispruner:important=0.25."""
+    positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
+    """Where the tokens of budgets stand: numbered anew (compact), or where they would with all visual tokens."""
     fastv: list[str] = field(default_factory=list)
     """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
     tuned: list[Tuned] = field(default_factory=list)
@@ -231,11 +255,10 @@ class PapersConfig:
         object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
         object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
         object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
-        for method in [*self.methods, *(tuned.method for tuned in self.tuned)]:
-            if method not in METHODS:
-                raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        object.__setattr__(self, "methods", [_alike("method", method) for method in self.methods])
+        _refuse_repeated("positions", self.positions)
         _refuse_repeated("tuned", self.tuned)
-        _refuse_repeated("published", [(entry.kind, entry.budget, entry.layers) for entry in self.published])
+        _refuse_repeated("published", [entry.row_key for entry in self.published])
         strange = [name for entry in self.published for name in entry.scores if name not in names]
         if strange:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
@@ -249,6 +272,22 @@ class PapersConfig:
     def asked(self) -> list[Task]:
         """The tasks that are run."""
         return [task for task in self.tasks if not (task.judge and self.skip_judged)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of questions."""
+
+    name: str
+    """The column's heading."""
+    pattern: str
+    """The regular expression that is found in its questions."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"kinds: {self.name}: {self.pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -268,7 +307,22 @@ class FrontierConfig:
     """How many layers to freeze, as numbers or shares; those with the lowest LC on the visual tokens that a budget
     leaves. The last is the one that rankings are compared at."""
     methods: list[str] = field(default_factory=list)
-    """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
+    """Ways to choose, with as many tokens as `tokens` says: visionzip and the others with their parameters, the
+    baselines (random, grid, pool, downsample), and "dominant only"."""
+    tokens: list[int] = field(default_factory=list)
+    """Visual tokens per image that each of `methods` is held to; empty: as many as the first budget has."""
+    contextual_share: float = 0.25
+    """Share of these tokens that a merging method makes of others; one that merges nothing keeps all as dominant."""
+    positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
+    """Which positions visual tokens have in the language model, for each of `methods`, untuned."""
+    tune_original: list[str] = field(default_factory=list)
+    """Those of `methods` that are also tuned with original positions; the others are with compact ones."""
+    reference: str = VISIONZIP
+    """The one of `methods` that the others are compared with, at equal tokens, positions and tuning."""
+    kinds: list[Kind] = field(default_factory=list)
+    """Kinds of questions that are told apart; a question is of the first whose pattern it fits."""
+    resamples: int = 10_000
+    """How often questions and seeds are drawn for an interval (bootstrap)."""
     fastv: list[FastVConfig] = field(default_factory=list)
     """FastV baselines, on all tokens."""
     rankings: list[str] = field(default_factory=list)
@@ -281,6 +335,10 @@ class FrontierConfig:
     """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
     samples: int | None = None
     """Only the first so many held-out conversations; null: as the recipe says."""
+    processes: int = 1
+    """Processes that tune and evaluate the tuned points side by side; on a CPU one per core, each with one thread."""
+    report_only: bool = False
+    """Measure nothing: write the report of what is measured so far."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -289,7 +347,8 @@ class FrontierConfig:
             raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
         for name, values in (
             ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
-            ("fastv", self.fastv), ("rankings", self.rankings),
+            ("fastv", self.fastv), ("rankings", self.rankings), ("tokens", self.tokens),
+            ("positions", self.positions), ("tune_original", self.tune_original),
         ):  # fmt: skip
             again = repeated(values)
             if again:
@@ -299,10 +358,27 @@ class FrontierConfig:
         for freeze in self.freeze:
             if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
                 raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
-        known = ("random", "grid", "pool", "downsample", DOMINANT_ONLY)
-        for value, allowed in ((self.methods, known), (self.rankings, ("cosine", "random"))):
-            bad = [entry for entry in value if entry not in allowed]
-            if bad:
-                raise ConfigError(f"{bad[0]!r} is none of {', '.join(allowed)}")
-        if self.methods and not self.budgets:
-            raise ConfigError("methods are held to the first budget, and budgets is empty")
+        bad = [ranking for ranking in self.rankings if ranking not in ("cosine", "random")]
+        if bad:
+            raise ConfigError(f"{bad[0]!r} is none of cosine, random")
+        if self.methods and not (self.budgets or self.tokens):
+            raise ConfigError("methods are held to `tokens` or to the first budget: both are empty")
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Raises ConfigError for what the table of `methods` cannot be made of."""
+        for key in ("methods", "tune_original"):
+            words = [each if each == DOMINANT_ONLY else _alike("method", each) for each in getattr(self, key)]
+            object.__setattr__(self, key, words)
+        if min([*self.tokens, self.processes, self.resamples]) < 1:
+            raise ConfigError(
+                f"tokens {self.tokens}, processes {self.processes}, resamples {self.resamples}: at least 1 is needed"
+            )
+        if not 0 <= self.contextual_share < 1:
+            raise ConfigError(f"contextual_share is {self.contextual_share}: 0 up to, but not including, 1 is needed")
+        if self.methods and not self.positions:
+            raise ConfigError("positions is empty: compact, original or both are needed")
+        foreign = [method for method in self.tune_original if method not in self.methods]
+        if foreign:
+            raise ConfigError(f"tune_original: {foreign[0]!r} is none of methods: {', '.join(self.methods)}")
+        _refuse_repeated("kinds", [kind.name for kind in self.kinds])

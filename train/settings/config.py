@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
+from shortzip.train.settings.method_parameters import flat_settings
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
 # Where and how fast a run goes and what it shows may change when it is continued; `data` and the release are
@@ -25,35 +27,6 @@ FREE_KEYS = (
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
-
-
-@dataclass(frozen=True)
-class VisionZipConfig:
-    """The budget: visual tokens per image (per tile in LLaVA-NeXT)."""
-
-    dominant: int
-    """Patches kept as they are, CLS counted among them."""
-    contextual: int
-    """Tokens that the other patches are merged into."""
-    method: Literal["visionzip", "random", "grid", "pool", "downsample"] = "visionzip"
-    """How tokens are chosen. All but visionzip are baselines (reduction/baselines.py) and take contextual 0; visionzip
-    with contextual 0 is the baseline that keeps dominant patches only."""
-    seed: int = 0
-    """Seed of method random."""
-
-    def __post_init__(self) -> None:
-        check_seed("visionzip.seed", self.seed)
-        if self.seed and self.method != "random":
-            raise ConfigError(f"visionzip.seed is {self.seed}: only method random draws anything")
-
-    def as_key(self) -> dict[str, Any]:
-        """The `visionzip` key of a model's config; what is left at its default is left out."""
-        key: dict[str, Any] = {"dominant": self.dominant, "contextual": self.contextual}
-        if self.method != "visionzip":
-            key["method"] = self.method
-        if self.method == "random":
-            key["seed"] = self.seed
-        return key
 
 
 @dataclass(frozen=True)
@@ -182,8 +155,8 @@ class TuneConfig:
     """For releases in LLaVA's own layout: the vision tower's folder or Hub id, where their config does not find it."""
     visionzip: VisionZipConfig | None = None
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
-    visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, or a baseline in
-    its place (random with visionzip.seed, grid, pool, downsample)."""
+    visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, another published
+    selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random)."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
@@ -191,6 +164,9 @@ class TuneConfig:
     fastv: FastVConfig | None = None
     """Instead of shortv, to compare with: FastV. fastv.layer: layers passed before the pruning; fastv.keep: share of
     the visual tokens kept."""
+    positions: Literal["compact", "original"] = "compact"
+    """Where tokens stand once visual tokens are left out: numbered anew, or where they would with all of them
+    (reduction/positions.py)."""
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
@@ -326,11 +302,14 @@ class TuneConfig:
     def _check_reductions(self) -> None:
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(
                 f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
                 "to keep of an image: set visionzip, or data.cache_features to null"
             )
+        if self.data.cache_features is not None and self.visionzip is not None:
+            self.visionzip.check_cacheable()
 
     def _check_held_out(self) -> None:
         if self.eval_steps is not None and self.data.eval_instructions is None:
@@ -369,7 +348,9 @@ class TuneConfig:
 
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
-        settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
+        if self.positions == "compact":  # as in runs of before there were others
+            del settings["positions"]
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}
         return {**settings, **data}
 

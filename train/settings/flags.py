@@ -14,13 +14,16 @@ from typing import Any, get_origin
 
 from shortzip.data.errors import printable
 from shortzip.reduction.parsing import parse_budget, read_freeze
+from shortzip.reduction.selectors import METHODS
 from shortzip.train.settings.checks import ConfigError
 
 POSITIONAL = {"flag": "positional"}  # of a field that also takes the words without a flag
 REPEATED = {"flag": "repeated"}  # of a list whose flag may stand several times, with one value each
+PARAMETERS = {"flag": "parameters"}  # of what is no key: its content is, beside it (method_parameters.py)
 SHORT = {
     "instructions": "data.instructions",
     "image_root": "data.image_root",
+    "method": "visionzip.method",
     "output": "output_dir",
     "overwrite": "overwrite_output_dir",
 }
@@ -66,6 +69,8 @@ class Flags:
         """The short forms, for the end of --help."""
         lines = [f"--{short} is --{key}" for short, key in self.short.items()]
         lines += ["--budget 54+10 is dominant+contextual, or none"] * self.budgets
+        if any(key in self.kinds for key in ("method", "methods", "visionzip")):
+            lines.append(f"a method is one of {', '.join(METHODS)}; with parameters, random:seed=3")
         lines += ["--freeze 60% is a share of the layers, 19 a number, 31,29,30 a list"] * self.layers
         return "Short forms: " + "; ".join(lines) + "." if lines else ""
 

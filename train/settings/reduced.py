@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.settings.config import FastVConfig, VisionZipConfig
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.config import FastVConfig
 
 
 def reductions_of(
-    visionzip: VisionZipConfig | None, layers: Sequence[int] | None, fastv: FastVConfig | None
+    visionzip: VisionZipConfig | None,
+    layers: Sequence[int] | None,
+    fastv: FastVConfig | None,
+    positions: str = COMPACT,
 ) -> Reductions:
     """What these settings reduce. `layers`: the frozen ones, as listed or chosen; None freezes nothing."""
     return Reductions(
         visionzip.as_key() if visionzip else None,
         None if layers is None else {"layers": list(layers)},
         asdict(fastv) if fastv else None,
+        positions,
     )

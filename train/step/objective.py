@@ -14,8 +14,9 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.flops import projector_input
+from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.places import Layout, Rows, lay_out
+from shortzip.train.step.places import Layout, Rows, keep_positions, lay_out
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
@@ -60,8 +61,8 @@ class SupervisedLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """float32 scalar. `batch.inputs`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes
-        for LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes) if it has images. `batch.layout`: the
-        `Layout` of its integers; without one, they are laid out here.
+        for LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes; for original positions visual_targets) if
+        it has images. `batch.layout`: the `Layout` of its integers; without one, they are laid out here.
 
         A micro-batch, not its tensors: DDP would move all of these to the device, and the integers be waited for.
 
@@ -91,7 +92,7 @@ class SupervisedLoss(nn.Module):
             batch[key].to(embedding.weight.device) for key in ("input_ids", "attention_mask", "labels")
         )
         visual = ids == self.model.config.image_token_id
-        features = visual_features(self.model, batch)
+        features, images = visual_features(self.model, batch)
         _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
         if features is None:
             unused = self._no_features(visual.device)
@@ -100,11 +101,16 @@ class SupervisedLoss(nn.Module):
         else:
             embeds = embedding(ids)
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
+        moved: dict[str, Tensor] = {}
+        if keeps_positions(self.model.config):
+            counted = torch.arange(ids.shape[1], device=ids.device)
+            moved["position_ids"] = counted + shifts_of(visual, images)[:, :-1]
         outputs = inner(
             inputs_embeds=embeds,
             attention_mask=mask,
             mm_token_type_ids=visual.long(),
             use_cache=False,
+            **moved,
             **fastv_query(self.model, labels),
         )
         targets = labels[:, 1:]
@@ -113,14 +119,14 @@ class SupervisedLoss(nn.Module):
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
-        features = visual_features(self.model, batch)
+        features, images = visual_features(self.model, batch)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         device = self._device
         loss = torch.zeros((), device=device)
         if layout.with_image is not None:
             assert features is not None
             used = features if layout.used is None else features[layout.used.to(device, non_blocking=True)]
-            loss = loss + self._loss_of(layout.with_image, used)
+            loss = loss + self._loss_of(layout.with_image, used, images)
         else:
             projector = self.model.model.multi_modal_projector
             connected = projector(self._no_token(device)) if features is None else features
@@ -131,11 +137,14 @@ class SupervisedLoss(nn.Module):
             loss = loss + reported
         return loss
 
-    def _loss_of(self, rows: Rows, visual: Tensor | None) -> Tensor:
-        """Summed cross-entropy of rows that see these visual tokens [N, H], or none."""
+    def _loss_of(self, rows: Rows, visual: Tensor | None, images: ImagePositions | None = None) -> Tensor:
+        """Summed cross-entropy of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
+        micro-batch's images stand, if not where they are counted."""
         decoder: Any = self.model.model.language_model
         fixed = self._fixed_text(rows.beginning, keep=visual is not None)
         places, again = rows.places.to(self._device), decoder.layers[0].gradient_checkpointing
+        if images is not None:
+            places = keep_positions(places, images)
         states = supervised_states(decoder, visual, places, fixed, again)
         return summed_cross_entropy(self.model.lm_head, states, places.targets)
 
@@ -192,18 +201,23 @@ def _refuse_mismatch(placeholders: int, features: int) -> None:
         )
 
 
-def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders.
+def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ImagePositions | None]:
+    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders, and where
+    they stand, if not where they are counted.
 
     Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
     """
     inner: Any = model.model
     sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
     if "visual_tokens" in batch:
-        return torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
+        features = torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
+        if "visual_targets" not in batch:
+            return features, None
+        return features, inner.image_positions(batch["visual_kept"], batch["visual_targets"], **sizes)
     if "pixel_values" not in batch:
-        return None
-    return torch.cat(list(inner.get_image_features(pixel_values=batch["pixel_values"], **sizes).pooler_output))
+        return None, None
+    images = inner.get_image_features(pixel_values=batch["pixel_values"], **sizes)
+    return torch.cat(list(images.pooler_output)), images.get("positions")
 
 
 def summed_cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.positions import ImagePositions, packed_shifts
 
 
 class _Laid:
@@ -76,6 +77,8 @@ class Places(_Laid):
         shared: number of tokens at the beginning of every row that are not computed but taken from a FixedText.
         ids: [T] token ids of the text tokens.
         positions: [N] each packed token's position in its row.
+        images: [N] how many placeholders of the micro-batch stand before each packed token, and `images_before_row`
+            [N], how many before its row: they tell how far images move it, where positions are kept.
         every: all N packed tokens in padded rows.
         text: the T text tokens in padded rows.
         ends: the S supervised positions in padded rows, in the order of the targets.
@@ -86,6 +89,8 @@ class Places(_Laid):
     shared: int
     ids: Tensor
     positions: Tensor
+    images: Tensor
+    images_before_row: Tensor
     every: Padded
     text: Padded
     ends: Padded
@@ -131,13 +136,14 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
     needed = needed_tokens(attention_mask, labels)
     visual = (input_ids == image_token_id) & attention_mask.bool()
     sees = (needed & visual).any(1)
+    before = visual.flatten().cumsum(0).view_as(visual) - visual.long()
 
     def rows_of(chosen: Tensor) -> Rows | None:
         if not bool(chosen.any()):
             return None
         rows = (input_ids[chosen], attention_mask[chosen], labels[chosen])
         shared = shared_beginning(rows[0], needed[chosen], rows[2], image_token_id)
-        return Rows(rows[0][0, :shared].clone(), place_tokens(*rows, image_token_id, shared))
+        return Rows(rows[0][0, :shared].clone(), place_tokens(*rows, image_token_id, shared, before[chosen]))
 
     used = (needed & sees[:, None])[visual]
     return Layout(
@@ -146,6 +152,13 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
         with_image=rows_of(sees),
         text_only=rows_of(~sees & needed.any(1)),
     )
+
+
+def keep_positions(places: Places, images: ImagePositions) -> Places:
+    """Places on a device whose tokens stand where they would with all visual tokens of the micro-batch's `images`: for
+    rotary positions alone, since masks follow the order of the tokens that are there."""
+    shifts = packed_shifts(images, places.images, places.images_before_row, places.visual_count)
+    return replace(places, positions=places.positions + shifts)
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -168,11 +181,17 @@ def shared_beginning(input_ids: Tensor, needed: Tensor, labels: Tensor, image_to
 
 
 def place_tokens(
-    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int, shared: int = 0
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    image_token_id: int,
+    shared: int = 0,
+    before: Tensor | None = None,
 ) -> Places:
     """Places for rows; every argument [B, L] int64 on the CPU, padded on either side.
 
-    `shared`: what `shared_beginning` allows at most.
+    `shared`: what `shared_beginning` allows at most. `before`: placeholders of the micro-batch before each token;
+    None: the rows are all of it.
 
     Raises:
         ReductionError: no supervised position, or one whose place to predict from is padding or shared.
@@ -199,11 +218,15 @@ def place_tokens(
     of_visual, of_text = visual.nonzero(as_tuple=True), text.nonzero(as_tuple=True)
     everything = tuple(torch.cat(both) for both in zip(of_visual, of_text, strict=True))
     behind_visual = visual.sum(1, keepdim=True) + text.cumsum(1) - 1
+    if before is None:
+        before = (is_visual & attention_mask.bool()).flatten().cumsum(0).view_as(is_visual) - is_visual.long()
     packed = torch.full_like(input_ids, -1).index_put(everything, torch.arange(len(everything[0])))
     return Places(
         shared=shared,
         ids=input_ids[text],
         positions=everything[1],
+        images=before[everything],
+        images_before_row=before[everything[0], 0],
         every=padded(everything, torch.where(is_visual, visual.cumsum(1) - 1, behind_visual)),
         text=padded(of_text, text.cumsum(1) - 1),
         ends=padded(predicts.nonzero(as_tuple=True), predicts.cumsum(1) - 1),

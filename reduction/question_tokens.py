@@ -1,0 +1,104 @@
+"""CDPruner beside a reduced model: visual tokens chosen by the question (functions in cdpruner.py).
+
+    reader = QuestionReader.from_pretrained("openai/clip-vit-large-patch14-336")  # the CLIP of the vision tower
+    features = reader.image_features(model, pixel_values, questions)
+    model.generate(input_ids=input_ids, attention_mask=mask, mm_encoder_outputs={"image": features})
+
+For evaluation: the choice changes with the question, so that no cache of features and no published config holds it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from shortzip.reduction.cdpruner import choose_for_question, cut_text, embed_patches_with_text, embed_text
+from shortzip.reduction.configuration_reduced_llava import selected_block
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.tensors import take
+from shortzip.reduction.tower import embed_patches
+
+
+@dataclass(frozen=True)
+class QuestionReader:
+    """What CDPruner reads questions with, of the CLIP whose vision tower the model has."""
+
+    name: str
+    """Of the CLIP release, for messages."""
+    text_tower: Any
+    """A CLIPTextModelWithProjection."""
+    visual_projection: nn.Linear
+    """From the vision tower's width to the joint space."""
+    token_ids: Callable[[str], Sequence[int]]
+    """A question's token ids, with start and end, of any length."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> Self:
+        """Reads the text tower, its tokenizer and the visual projection of a CLIP release.
+
+        `kwargs` are transformers' (revision, cache_dir, dtype). Raises OSError as transformers does.
+        """
+        tokenizer: Any = CLIPTokenizer.from_pretrained(name, **kwargs)
+        vision: Any = CLIPVisionModelWithProjection.from_pretrained(name, **kwargs)
+        text_tower = CLIPTextModelWithProjection.from_pretrained(name, **kwargs).eval()
+        return cls(name, text_tower, vision.visual_projection, lambda text: tokenizer(text).input_ids)
+
+    @torch.no_grad()
+    def embed_questions(self, questions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Questions in the joint space, [N, M, E], and which of their M segments each has, [N, M] bool."""
+        text_tower: Any = self.text_tower.to(device)
+        length = self.text_tower.config.max_position_embeddings
+        cut = [cut_text(self.token_ids(question), length) for question in questions]
+        ids, mask = (torch.cat(parts).to(device) for parts in zip(*cut, strict=True))
+        counts = [len(segments) for segments, _ in cut]
+        embeds = embed_text(text_tower, ids, mask).split(counts)
+        texts = nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
+        present = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+        return texts, present.to(device)
+
+    @torch.no_grad()
+    def image_features(self, model: Any, pixel_values: Tensor, questions: Sequence[str]) -> BaseModelOutputWithPooling:
+        """The model's image features with its budget chosen by the questions, as its `get_image_features` gives them.
+
+        Args:
+            model: a ReducedLlavaForConditionalGeneration whose config has a budget; its method plays no part.
+            pixel_values: [N, 3, S, S], every image of the batch.
+            questions: N, the question that each image is looked at for.
+
+        Raises:
+            ReductionError: no budget, tiles (LLaVA-NeXT), or a CLIP whose vision tower is another.
+        """
+        inner, visionzip = model.model, model.config.visionzip
+        tower = inner.vision_tower
+        self._check(model, tower, len(pixel_values), len(questions))
+        blocks, hidden = tower.encoder.layers, embed_patches(tower, pixel_values)
+        for block in blocks[: selected_block(model.config.vision_feature_layer, len(blocks)) + 1]:
+            hidden = block(hidden, None)
+        patches = hidden[:, 1:]
+        projected = inner.multi_modal_projector(patches)
+        self.visual_projection.to(patches.device, patches.dtype)
+        images = embed_patches_with_text(patches, tower.post_layernorm, self.visual_projection)
+        texts, present = self.embed_questions(questions, patches.device)
+        count = visionzip["dominant"] + visionzip["contextual"]
+        kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
+        features: Any = list(take(projected, kept))
+        return BaseModelOutputWithPooling(last_hidden_state=take(patches, kept), pooler_output=features)
+
+    def _check(self, model: Any, tower: Any, images: int, questions: int) -> None:
+        if model.config.visionzip is None:
+            raise ReductionError("cdpruner: visionzip is null: load the model with a budget")
+        if model.config.model_type != "reduced_llava":
+            raise ReductionError(f"cdpruner: the model is a {model.config.model_type}; it must be a reduced_llava")
+        if not isinstance(tower, CLIPVisionModel):
+            raise ReductionError(f"cdpruner: the tower is a {type(tower).__name__}; it must be CLIP's, as {self.name}")
+        if tower.config.hidden_size != self.visual_projection.in_features:
+            raise ReductionError(
+                f"cdpruner: {self.name} projects patches of width {self.visual_projection.in_features}, the model's "
+                f"tower gives {tower.config.hidden_size}: name the CLIP that the tower comes from"
+            )
+        if images != questions:
+            raise ReductionError(f"cdpruner: {images} images and {questions} questions: give each image its question")

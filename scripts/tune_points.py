@@ -1,0 +1,198 @@
+"""Tunes and evaluates points of the frontier, one after the other in this process.
+
+    python scripts/tune_points.py checkpoints/frontier-demo/frontier.yaml 1/2
+
+scripts/frontier.py starts it, as often as it has `processes`: each works on its share of the points that lie beside
+the YAML. What is done is kept, so that it continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shortzip.data.drops import DropLog
+from shortzip.data.errors import UserError
+from shortzip.data.files import read_json, write_atomically
+from shortzip.data.kept import Kept, conversations_digest, identity_of
+from shortzip.train.evaluation.answers import write_answers
+from shortzip.train.evaluation.comparison import Candidate, answer_files, compare
+from shortzip.train.evaluation.frontier_points import Point, is_cacheable, point_of
+from shortzip.train.inputs.samples import held_out_conversations, training_conversations
+from shortzip.train.release.opening import open_release, release_content
+from shortzip.train.release.spec import ReleaseSpec
+from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.command_line import dump_config, load_config, parse_config, run_command, what_to_mend
+from shortzip.train.settings.comparing import FrontierConfig
+from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.tune_projector import run as tune
+
+FORMAT = 2  # of what is kept of a point: to be raised when that changes
+POINTS = "points.json"  # beside the YAML: those to be measured
+CACHES = ("features", "tokens")  # folders in `output` that runs share: of the tower's features, and of token counts
+
+
+def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
+    """The content of what a tuned point is made of: the release's files, the conversations and their images."""
+    release = open_release(ReleaseSpec.of(recipe))
+    drops = DropLog(recipe.data.on_bad_sample, recipe.data.max_bad_fraction)
+    conversations, root = training_conversations(recipe.data, point.seed or 0, drops)
+    return {**release_content(release), "conversations": conversations_digest(conversations, root)}
+
+
+def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConfig:
+    """The run that tunes a point: the recipe's, reduced as the point is, and without what it shows at its end.
+
+    Runs share what the tower gives of each image, where that is all that the choice depends on, and token counts.
+    """
+    zipped = point.reductions.visionzip
+    features, tokens = (str(Path(config.output) / name) for name in CACHES)
+    return replace(
+        recipe,
+        visionzip=VisionZipConfig.of(zipped) if zipped else None,
+        shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
+        fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
+        positions="original" if point.positions == "original" else "compact",
+        data=replace(
+            recipe.data, cache_features=features if is_cacheable(point.reductions) else None, cache_dir=tokens
+        ),
+        cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
+        seed=point.seed or 0,
+        output_dir=str(Path(config.output) / "runs" / point.name),
+        run_name=None,
+        overwrite_output_dir=False,
+        resume_from_checkpoint=None,
+        final_evaluation=False,
+        control=False,
+        eval_steps=None,
+        pictures=0,
+        save_total_limit=1,
+        report_to=[],
+        push_to_hub=False,
+        hub_model_id=None,
+    )
+
+
+def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content: Mapping[str, Any]) -> Path:
+    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe on the same
+    `content` (`tuned_on`).
+
+    Raises what the run raises; ends this process, with the run stopped, when that is asked to stop meanwhile.
+    """
+    run = run_of(point, config, recipe)
+    folder = Path(run.output_dir)
+    given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
+    kept, parts = Kept(given.parent), {"recipe": text, **content}
+    is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
+    if is_begun and is_finished(folder):
+        return folder
+    kept.keep(point.name, parts, "begun")
+    write_atomically(given, text)
+    tune(replace(run, resume_from_checkpoint="latest") if is_begun else replace(run, overwrite_output_dir=True))
+    return folder
+
+
+def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
+    """What is evaluated of a point: `model` is the recipe's, or of a tuned point its checkpoint."""
+    release = ReleaseSpec.of(recipe)
+    if point.tuned:
+        return Candidate(point.name, release.tuned(model))
+    return Candidate(point.name, release, point.reductions)
+
+
+def evaluate_point(
+    point: Point, model: str, config: FrontierConfig, recipe: TuneConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The point's values; kept from before where model, reduction, settings and conversations are the same."""
+    data, candidate = held_out_data(config, recipe), candidate_of(point, model, recipe)
+    drops = DropLog(data.on_bad_sample, data.max_bad_fraction)
+    release = open_release(candidate.spec)
+    timed = not (point.tuned or (config.tokens and point.series in config.methods))  # else the time is not shown
+    parts = {
+        "candidate": {**asdict(candidate), "spec": candidate.spec.as_config()},
+        "data": asdict(data),
+        "batch_size": recipe.eval_batch_size,
+        "max_new_tokens": recipe.max_new_tokens,
+        "device": str(accelerator.device),
+        **release_content(release),
+        "conversations": conversations_digest(*held_out_conversations(data, drops)),
+        "format": FORMAT,
+        "timed": timed,
+    }
+
+    def measured() -> dict[str, Any]:
+        (found,), (answers,) = compare(
+            [candidate],
+            data,
+            accelerator,
+            batch_size=recipe.eval_batch_size,
+            max_new_tokens=recipe.max_new_tokens,
+            timed=timed,
+        )
+        write_answers(Path(config.output) / "answers" / answer_files([point.name])[0], answers)
+        return {
+            "point": asdict(point),
+            "evaluation": asdict(found),
+            "questions": [[answer.id, answer.turn] for answer in answers],
+            "correct": [answer.correct for answer in answers],
+            "identity": identity_of(parts),
+        }
+
+    return Kept(Path(config.output) / "points").get(point.name, parts, measured)
+
+
+def held_out_data(config: FrontierConfig, recipe: TuneConfig) -> DataConfig:
+    """The recipe's held-out conversations, or the first of them."""
+    return recipe.data if config.samples is None else replace(recipe.data, eval_samples=config.samples)
+
+
+class PointsFailed(UserError):
+    """Some of the points could not be measured, which the others did not wait for."""
+
+
+def measure_share(config: FrontierConfig, points: Sequence[Point]) -> None:
+    """Tunes and evaluates points, in their order; says which one it is at.
+
+    Raises `PointsFailed`, when all others are measured, for those that were not.
+    """
+    recipe, accelerator = load_config(["--config", config.recipe]), Accelerator()
+    contents: dict[int | None, dict[str, Any]] = {}
+    failures = []
+    for number, point in enumerate(points, start=1):
+        print(f"[{number}/{len(points)}] {point.name}", flush=True)
+        model = recipe.model
+        try:
+            if point.tuned:
+                if point.seed not in contents:
+                    contents[point.seed] = tuned_on(point, recipe)
+                model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
+            evaluate_point(point, model, config, recipe, accelerator)
+        except Exception as error:  # hours of other points shall not wait for somebody to see to this one
+            if what_to_mend(error) is None:
+                traceback.print_exc()
+            failures.append(f"{point.name}: {error}")
+            print(f"failed: {failures[-1]}", flush=True)
+    if failures:
+        raise PointsFailed(f"{len(failures)} of {len(points)} points failed; {failures[0]}")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 2:
+        raise ConfigError(f"a frontier's YAML and a share like 1/2 are needed, and there are {len(argv)} arguments")
+    config = parse_config(FrontierConfig, ["--config", argv[0]], program="tune_points.py")
+    number, _, processes = argv[1].partition("/")
+    points = [point_of(values) for values in read_json(Path(argv[0]).with_name(POINTS))["points"]]
+    if config.processes > 1:
+        torch.set_num_threads(1)
+    measure_share(config, points[int(number) - 1 :: int(processes)])
+
+
+if __name__ == "__main__":
+    run_command(main)
