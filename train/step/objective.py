@@ -18,7 +18,7 @@ from shortzip.reduction.flops import projector_input
 from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.places import FullRows, LayOut, Layout, Rows
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
-from shortzip.train.step.teacher import Lesson, Teacher, summed_lesson_loss
+from shortzip.train.step.teacher import Lesson, Teacher, plain_lesson_loss, summed_lesson_loss
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -120,7 +120,7 @@ class SupervisedLoss(nn.Module):
         states = outputs.last_hidden_state[:, :-1][supervised]
         if full is not None:
             lesson = self._lesson(self._plain_teacher_states(batch, full))
-            return summed_lesson_loss(self.model.lm_head, states, targets[supervised], lesson)
+            return plain_lesson_loss(self.model.lm_head, states, targets[supervised], lesson)
         logits = self.model.lm_head(states)
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
@@ -134,6 +134,9 @@ class SupervisedLoss(nn.Module):
         visual = rows.input_ids == self.model.config.image_token_id
         if "pixel_values" in batch:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), self._teacher_features(batch, full.layout).to(embeds))
+        else:
+            assert self.teacher is not None
+            self.teacher.features(self._no_image(embeds.device))
         outputs = inner.language_model(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False)
         return outputs.last_hidden_state[:, :-1][rows.labels[:, 1:] != IGNORE_INDEX]
 
@@ -218,18 +221,21 @@ class SupervisedLoss(nn.Module):
 
     def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
-        config: Any = self.model.config
         if isinstance(self.model.model.vision_tower, nn.Identity):
             return self.model.model.multi_modal_projector(self._no_token(device))
+        features = self.model.model.get_image_features(**self._no_image(device))
+        return torch.cat(list(features.pooler_output))
+
+    def _no_image(self, device: torch.device) -> dict[str, Tensor]:
+        """An empty image, as the model takes it."""
+        config: Any = self.model.config
         side = config.vision_config.image_size
         zero = torch.zeros((), device=device, dtype=self.model.dtype)
-        if isinstance(self.model, LlavaNextForConditionalGeneration):
-            tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
-            sizes = torch.tensor([[side, side]], device=device)
-            features = self.model.model.get_image_features(zero.expand(1, tiles, 3, side, side), sizes)
-        else:
-            features = self.model.model.get_image_features(zero.expand(1, 3, side, side))
-        return torch.cat(list(features.pooler_output))
+        if not isinstance(self.model, LlavaNextForConditionalGeneration):
+            return {"pixel_values": zero.expand(1, 3, side, side)}
+        tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
+        sizes = torch.tensor([[side, side]], device=device)
+        return {"pixel_values": zero.expand(1, tiles, 3, side, side), "image_sizes": sizes}
 
 
 def _used(features: Tensor, layout: Layout) -> Tensor:

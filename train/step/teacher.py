@@ -81,6 +81,12 @@ def summed_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, less
     """
     if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
         return _SummedLessonLoss.apply(states, lm_head, targets, lesson)
+    return plain_lesson_loss(lm_head, states, targets, lesson)
+
+
+def plain_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson) -> Tensor:
+    """As `summed_lesson_loss`, by autograd, the head called once for the student and once for the teacher's states:
+    as often in every process."""
     logits = lm_head(states).float()
     cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="sum")
     with torch.no_grad():
