@@ -31,7 +31,7 @@ from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
 _CACHE_FORMAT = 4
-LayOut = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+LayOut = Callable[[dict[str, torch.Tensor]], Any]
 
 
 class FeatureSource(Protocol):
@@ -292,8 +292,8 @@ class Collator:
 
     Args:
         pad_token_id: what the rows are filled up with (they are masked there).
-        lay_out: makes `MicroBatch.layout` of input_ids, attention_mask and labels, here, where data workers are: what
-            has a `pin_memory` of its own. None: nothing is made of them.
+        lay_out: makes `MicroBatch.layout` of the inputs' integers, here, where data workers are: what has a
+            `pin_memory` of its own. None: nothing is made of them.
 
     An empty list, or one of rows that all had to be dropped, gives one row of one token and no supervised one: the
     process takes part in the step and adds nothing to it.
@@ -335,7 +335,7 @@ class Collator:
         if features:
             inputs |= {name: torch.cat([of_image[name] for of_image in features]) for name in features[0]}
             inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        layout = None if self.lay_out is None else self.lay_out(input_ids, attention_mask, labels)
+        layout = None if self.lay_out is None else self.lay_out(inputs)
         return MicroBatch(inputs, [sample.id for sample in samples], dropped, layout)
 
 

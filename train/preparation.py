@@ -57,6 +57,7 @@ from shortzip.train.step.objective import (
     train_only_projector,
 )
 from shortzip.train.step.start import start_engine
+from shortzip.train.step.teacher import Teacher
 
 
 @dataclass
@@ -97,6 +98,8 @@ class Subject:
     """What is trained in the projector's place, if anything."""
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name; fp32."""
+    teacher: Teacher | None
+    """The release itself, with all visual tokens; None: labels alone."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     check_shared_memory(training, plan, config.data.num_workers)
     if checkpoint:
         restore(checkpoint, subject.parameters, adamw, schedule, accelerator)
-    loss = SupervisedLoss(subject.model)
+    loss = SupervisedLoss(subject.model, teacher=subject.teacher)
     engine = start_engine(accelerator, loss, adamw, subject.parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
@@ -181,6 +184,9 @@ def load_subject(
         model, processor = freeze_layers(loaded, reductions, with_tower=tower is None)
         del loaded  # and with it a tower that is not needed
     train_only_projector(model, dtype)  # until the samples' lengths are known
+    teacher = None
+    if config.distill is not None:
+        teacher = Teacher(model, config.distill.weight, config.distill.temperature, dtype)
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))
@@ -189,7 +195,7 @@ def load_subject(
     session.report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
     if (instead := reductions.in_place_of_cls(release.config)) is not None:
         session.report.say(instead)
-    return Subject(release, reductions, layers, tower, model, processor, adapter, parameters)
+    return Subject(release, reductions, layers, tower, model, processor, adapter, parameters, teacher)
 
 
 def recognise(

@@ -234,3 +234,16 @@ def test_micro_batches_are_sized_for_the_engine(
     run_under({}, recipe, tmp_path / "whole", *settings)
     run_under(zero[engine], recipe, tmp_path / "spread", *settings)
     assert 0 < tokens(tmp_path / "spread") < tokens(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_every_engine_hears_the_same_teacher(
+    zero: Mapping[str, dict[str, str]], recipe: Path, tmp_path: Path, engine: str
+) -> None:
+    keys = ("--distill.weight", "0.5", "--distill.temperature", "2.0", "--max_steps", "4", "--eval_steps", "null")
+    expected = read_metrics(run_here(recipe, tmp_path / "alone", *keys) / "metrics.jsonl")
+    variables = {"ddp": {"ACCELERATE_USE_CPU": "true"}, **zero}[engine]
+    run_under(variables, recipe, tmp_path / "run", *keys)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-4)

@@ -1,7 +1,6 @@
 """The layout of a micro-batch's integers: made where the data is, and all that the loss needs of them."""
 
 import pickle
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from shortzip.train.inputs.loading import SharingCollator
 from shortzip.train.release.loading import load_release
 from shortzip.train.step import objective
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
-from shortzip.train.step.places import Places, lay_out
+from shortzip.train.step.places import LayOut, Places, lay_out
 
 IMAGE = 9
 
@@ -36,7 +35,7 @@ def tuned(tiny_release: Any, tiny_instructions: Any) -> tuple[SupervisedLoss, Co
 
 def collator_of(dataset: ConversationDataset) -> SharingCollator:
     processor = dataset.supervision.processor
-    return SharingCollator(Collator.of(dataset.supervision, partial(lay_out, image_token_id=processor.image_token_id)))
+    return SharingCollator(Collator.of(dataset.supervision, LayOut(processor.image_token_id)))
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [0], [4], []], ids=["mixed", "one image", "text only", "empty"])
@@ -54,7 +53,7 @@ def test_the_loss_reads_no_integer_but_its_layout(
     )
     (batch,) = loader
     assert all(tensor.is_shared() for tensor in batch.inputs.values()) == bool(workers)
-    monkeypatch.setattr(objective, "lay_out", None)
+    monkeypatch.setattr(objective, "LayOut", None)
     floats = {key: tensor for key, tensor in batch.inputs.items() if tensor.is_floating_point()}
     assert len(batch.inputs) - len(floats) == 3
     assert torch.equal(module(MicroBatch(floats, [], layout=batch.layout)), expected)

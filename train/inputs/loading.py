@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice, tee
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, get_worker_info
@@ -16,9 +17,10 @@ from shortzip.data.batching import BatchPlan, GlobalBatch, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
+from shortzip.data.supervision import Supervision
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
-from shortzip.train.step.places import lay_out
+from shortzip.train.step.places import LayOut
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
@@ -29,21 +31,35 @@ _CURE = (
 
 
 def loader_of(
-    dataset: ConversationDataset, batches: Iterable[GlobalBatch], accelerator: Accelerator, config: TuneConfig
+    dataset: ConversationDataset,
+    batches: Iterable[GlobalBatch],
+    accelerator: Accelerator,
+    config: TuneConfig,
+    taught: bool = False,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of global batches."""
+    """This process's micro-batches of global batches; `taught`: with the rows as a teacher reads them."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
-    lays_out = partial(lay_out, image_token_id=dataset.supervision.processor.image_token_id)
     loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
         batch_sampler=micro_batches_of(batches, accelerator.process_index),
-        collate_fn=SharingCollator(Collator.of(dataset.supervision, lay_out=lays_out)),
+        collate_fn=SharingCollator(Collator.of(dataset.supervision, layout_of(dataset.supervision, taught))),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
     )
     micro_batches = watched(iter(loader), patience) if patience else iter(loader)
     return _told_of_shared_memory(micro_batches) if workers else micro_batches
+
+
+def layout_of(supervision: Supervision, taught: bool = False) -> LayOut:
+    """What lays out the integers of a micro-batch; `taught`: also as a model reads them that reduces nothing."""
+    image_token_id = supervision.processor.image_token_id
+    if not taught:
+        return LayOut(image_token_id)
+    processor: Any = copy.copy(supervision.processor)
+    processor.visionzip = None
+    unreduced = Supervision(processor, supervision.template, supervision.max_length)
+    return LayOut(image_token_id, supervision.placeholders, unreduced.placeholders)
 
 
 def step_inputs(
@@ -54,7 +70,7 @@ def step_inputs(
     A global batch is cut once: when data workers are told of it, some steps ahead.
     """
     ahead, batches = tee(plan.batches(position))
-    micro_batches = loader_of(dataset, ahead, accelerator, config)
+    micro_batches = loader_of(dataset, ahead, accelerator, config, taught=config.distill is not None)
     process = accelerator.process_index
     return ((batch, list(islice(micro_batches, len(batch.micro_batches[process])))) for batch in batches)
 

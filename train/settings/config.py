@@ -65,6 +65,24 @@ class ShortVConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """The untrained model, reading all visual tokens, teaches (train/step/teacher.py)."""
+
+    weight: float = 0.5
+    """w, above 0 and up to 1: the loss of a token is (1 - w) cross-entropy + w temperature² KL(teacher ‖ student)."""
+    temperature: float = 1.0
+    """By which both models' logits are divided in the divergence."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ConfigError(
+                f"distill.weight is {self.weight}: a share above 0 and up to 1 is needed (no teacher: distill: null)"
+            )
+        if not 0 < self.temperature <= 100:
+            raise ConfigError(f"distill.temperature is {self.temperature}: more than 0, up to 100, is needed")
+
+
+@dataclass(frozen=True)
 class DemoScenesConfig:
     """The drawn scenes that `instructions: demo` stands for."""
 
@@ -167,6 +185,10 @@ class TuneConfig:
     positions: Literal["compact", "original"] = "compact"
     """Where tokens stand once visual tokens are left out: numbered anew, or where they would with all of them
     (reduction/positions.py)."""
+
+    distill: DistillConfig | None = None
+    """The release itself, reading all visual tokens, teaches the reduced one; null: labels alone. distill.weight: its
+    share of the loss; distill.temperature: at which the two are compared."""
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
@@ -302,6 +324,8 @@ class TuneConfig:
     def _check_reductions(self) -> None:
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
+        if self.distill is not None and self.fastv is not None:
+            raise ConfigError("distill and fastv do not go together: set one of them to null")
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(

@@ -1,4 +1,5 @@
-"""What is minimised: cross-entropy, summed over a micro-batch's supervised tokens; and what is trained to do so."""
+"""What is minimised, summed over a micro-batch's supervised tokens: cross-entropy, or a part of it and of a teacher's
+divergence (train/step/teacher.py); and what is trained to do so."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.places import Layout, Rows, keep_positions, lay_out
+from shortzip.train.step.places import FullRows, LayOut, Layout, Rows, keep_positions
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
+from shortzip.train.step.teacher import Lesson, Teacher, plain_lesson_loss, summed_lesson_loss
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -51,11 +53,16 @@ class SupervisedLoss(nn.Module):
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
     trained, and where the weights lie, is to be settled before. `plain` turns it off.
+
+    With a `teacher` the cross-entropy is replaced, in micro-batches laid out for one, by the sum that
+    train/step/teacher.py describes; without (held-out conversations), labels alone count.
     """
 
-    def __init__(self, model: Llava, *, plain: bool = False) -> None:
+    def __init__(self, model: Llava, *, plain: bool = False, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.model = model
+        self.teacher = teacher
+        self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
         self.plain = plain or not can_walk(model.model.language_model)
         self._fixed: dict[bytes, FixedText] = {}
 
@@ -72,15 +79,16 @@ class SupervisedLoss(nn.Module):
         Raises:
             ValueError: placeholders and visual tokens do not match.
         """
-        if self.plain:
-            return self._plain_loss(batch.inputs)
         layout = batch.layout
+        if self.plain:
+            full = None if layout is None else layout.full
+            return self._plain_loss(batch.inputs, full if self.teacher is not None else None)
         if layout is None:
-            integers = (batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
-            layout = lay_out(*integers, image_token_id=self.model.config.image_token_id)
+            integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
+            layout = LayOut(self.model.config.image_token_id)(integers)
         return self._needed_loss(batch.inputs, layout)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _plain_loss(self, batch: Mapping[str, Tensor], full: FullRows | None) -> Tensor:
         """Every token through every layer.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
@@ -115,8 +123,38 @@ class SupervisedLoss(nn.Module):
         )
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
+        states = outputs.last_hidden_state[:, :-1][supervised]
+        if full is not None:
+            lesson = self._lesson(self._plain_teacher_states(batch, full))
+            return plain_lesson_loss(self.model.lm_head, states, targets[supervised], lesson)
+        logits = self.model.lm_head(states)
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+    @torch.no_grad()
+    def _plain_teacher_states(self, batch: Mapping[str, Tensor], full: FullRows) -> Tensor:
+        """[S, H] of the teacher at the supervised positions, every token through every layer."""
+        inner: Any = self.model.model
+        embedding = inner.get_input_embeddings()
+        rows = full.to(embedding.weight.device)
+        embeds = embedding(rows.input_ids)
+        visual = rows.input_ids == self.model.config.image_token_id
+        if "pixel_values" in batch:
+            embeds = embeds.masked_scatter(visual.unsqueeze(-1), self._teacher_features(batch, full.layout).to(embeds))
+        else:
+            assert self.teacher is not None
+            self.teacher.features(self._no_image(embeds.device))
+        outputs = inner.language_model(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False)
+        return outputs.last_hidden_state[:, :-1][rows.labels[:, 1:] != IGNORE_INDEX]
+
+    def _teacher_features(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        assert self.teacher is not None
+        features = self.teacher.features(batch)
+        _refuse_mismatch(layout.placeholders, len(features))
+        return features
+
+    def _lesson(self, states: Tensor) -> Lesson:
+        assert self.teacher is not None
+        return Lesson(states, self.teacher.weight, self.teacher.temperature)
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         features, images = visual_features(self.model, batch)
@@ -125,8 +163,10 @@ class SupervisedLoss(nn.Module):
         loss = torch.zeros((), device=device)
         if layout.with_image is not None:
             assert features is not None
-            used = features if layout.used is None else features[layout.used.to(device, non_blocking=True)]
-            loss = loss + self._loss_of(layout.with_image, used, images)
+            lesson = None
+            if self.teacher is not None and layout.full is not None:
+                lesson = self._lesson(self._teacher_states(batch, layout.full.layout))
+            loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson)
         else:
             projector = self.model.model.multi_modal_projector
             connected = projector(self._no_token(device)) if features is None else features
@@ -134,11 +174,24 @@ class SupervisedLoss(nn.Module):
         if layout.text_only is not None:
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
+            if self.teacher is not None and layout.full is not None:
+                reported = (1 - self.teacher.weight) * reported  # from text alone the teacher says the same
             loss = loss + reported
         return loss
 
-    def _loss_of(self, rows: Rows, visual: Tensor | None, images: ImagePositions | None = None) -> Tensor:
-        """Summed cross-entropy of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
+    @torch.no_grad()
+    def _teacher_states(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """[S, H] of the teacher at the supervised positions of the rows that see an image."""
+        rows = layout.with_image
+        assert rows is not None
+        features = _used(self._teacher_features(batch, layout), layout)
+        fixed, places = self._fixed_text(rows.beginning, keep=True), rows.places.to(self._device)
+        return supervised_states(self.model.model.language_model, features, places, fixed, frozen=False)
+
+    def _loss_of(
+        self, rows: Rows, visual: Tensor | None, images: ImagePositions | None = None, lesson: Lesson | None = None
+    ) -> Tensor:
+        """Summed loss of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
         micro-batch's images stand, if not where they are counted."""
         decoder: Any = self.model.model.language_model
         fixed = self._fixed_text(rows.beginning, keep=visual is not None)
@@ -146,6 +199,8 @@ class SupervisedLoss(nn.Module):
         if images is not None:
             places = keep_positions(places, images)
         states = supervised_states(decoder, visual, places, fixed, again)
+        if lesson is not None:
+            return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson)
         return summed_cross_entropy(self.model.lm_head, states, places.targets)
 
     @property
@@ -177,18 +232,26 @@ class SupervisedLoss(nn.Module):
 
     def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
-        config: Any = self.model.config
         if isinstance(self.model.model.vision_tower, nn.Identity):
             return self.model.model.multi_modal_projector(self._no_token(device))
+        features = self.model.model.get_image_features(**self._no_image(device))
+        return torch.cat(list(features.pooler_output))
+
+    def _no_image(self, device: torch.device) -> dict[str, Tensor]:
+        """An empty image, as the model takes it."""
+        config: Any = self.model.config
         side = config.vision_config.image_size
         zero = torch.zeros((), device=device, dtype=self.model.dtype)
-        if isinstance(self.model, LlavaNextForConditionalGeneration):
-            tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
-            sizes = torch.tensor([[side, side]], device=device)
-            features = self.model.model.get_image_features(zero.expand(1, tiles, 3, side, side), sizes)
-        else:
-            features = self.model.model.get_image_features(zero.expand(1, 3, side, side))
-        return torch.cat(list(features.pooler_output))
+        if not isinstance(self.model, LlavaNextForConditionalGeneration):
+            return {"pixel_values": zero.expand(1, 3, side, side)}
+        tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
+        sizes = torch.tensor([[side, side]], device=device)
+        return {"pixel_values": zero.expand(1, tiles, 3, side, side), "image_sizes": sizes}
+
+
+def _used(features: Tensor, layout: Layout) -> Tensor:
+    """Those of a micro-batch's visual tokens [N, H] that are computed further."""
+    return features if layout.used is None else features[layout.used.to(features.device, non_blocking=True)]
 
 
 def _refuse_mismatch(placeholders: int, features: int) -> None:

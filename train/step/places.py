@@ -5,7 +5,7 @@ Data workers do it (`lay_out` is what the collator is given), so that no integer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -120,12 +120,98 @@ class Layout(_Laid):
         with_image: rows with a supervised position after an image; None without such.
         text_only: rows with supervised positions and no image before the last of them, which give the projector no
             gradient; None without such.
+        full: the rows with all visual tokens, as a teacher reads them; None where there is no teacher.
     """
 
     placeholders: int
     used: Tensor | None
     with_image: Rows | None
     text_only: Rows | None
+    full: FullRows | None = None
+
+
+@dataclass(frozen=True)
+class FullRows(_Laid):
+    """Rows whose images stand with all their visual tokens: [B, L'] int64 each, and the layout of these."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class LayOut:
+    """What a collator makes of a micro-batch's integers.
+
+    Attributes:
+        image_token_id: of the placeholder.
+        reduced: how many placeholders an image of (height, width) has in the rows.
+        full: how many it has with all visual tokens, where a teacher reads the rows; None: there is none.
+    """
+
+    image_token_id: int
+    reduced: Callable[[tuple[int, int]], int] | None = None
+    full: Callable[[tuple[int, int]], int] | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Layout:
+        """The layout of input_ids, attention_mask, labels [B, L] and, where images differ in size, image_sizes."""
+        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        layout = lay_out(*rows, image_token_id=self.image_token_id)
+        if self.full is None or self.reduced is None:
+            return layout
+        wide = expand_images(*rows, self._counts(inputs), image_token_id=self.image_token_id)
+        return replace(layout, full=FullRows(*wide, lay_out(*wide, image_token_id=self.image_token_id)))
+
+    def _counts(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """Placeholders of each image of the micro-batch, in the rows and with all visual tokens."""
+        assert self.reduced is not None
+        assert self.full is not None
+        placeholders = int((inputs["input_ids"] == self.image_token_id).sum())
+        if not placeholders:
+            return []
+        if "image_sizes" in inputs:
+            sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"].tolist()]
+        else:  # images that all have as many
+            sizes = [(0, 0)] * (placeholders // self.reduced((0, 0)))
+        return [(self.reduced(size), self.full(size)) for size in sizes]
+
+
+def expand_images(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    counts: Sequence[tuple[int, int]],
+    *,
+    image_token_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows [B, L], padded on the right, with other numbers of placeholders: [B, L'] each.
+
+    Args:
+        counts: of each image, in the order of the rows: the placeholders it has, and those it is to have.
+
+    Raises ReductionError where the rows hold other numbers of placeholders.
+    """
+    images = iter(counts)
+    wide: list[tuple[Tensor, ...]] = []
+    for ids, mask, targets in zip(input_ids, attention_mask, labels, strict=True):
+        length = int(mask.sum())
+        repeats, at = torch.ones(length, dtype=torch.int64), 0
+        visual = (ids[:length] == image_token_id).nonzero()[:, 0]
+        while at < len(visual):
+            there, wanted = next(images, (0, 0))
+            if not 0 < there <= len(visual) - at:
+                raise ReductionError(f"{len(visual) - at} placeholders are left in a row, of an image with {there}")
+            repeats[visual[at : at + there]] = 0
+            repeats[visual[at]] = wanted
+            at += there
+        wide.append(tuple(part[:length].repeat_interleave(repeats) for part in (ids, mask, targets)))
+    fill = (int(input_ids[attention_mask == 0][0]) if bool((attention_mask == 0).any()) else 0, 0, IGNORE_INDEX)
+    ids, mask, targets = (
+        torch.nn.utils.rnn.pad_sequence([row[part] for row in wide], batch_first=True, padding_value=fill[part])
+        for part in range(3)
+    )
+    return ids, mask, targets
 
 
 def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_token_id: int) -> Layout:

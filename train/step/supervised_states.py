@@ -92,7 +92,12 @@ def compute_fixed_text(decoder: Any, ids: Tensor) -> FixedText:
 
 
 def supervised_states(
-    decoder: Any, visual: Tensor | None, places: Places, fixed: FixedText | None = None, checkpointing: bool = False
+    decoder: Any,
+    visual: Tensor | None,
+    places: Places,
+    fixed: FixedText | None = None,
+    checkpointing: bool = False,
+    frozen: bool = True,
 ) -> Tensor:
     """Hidden states after the final norm at the supervised positions, [S, H], in the order of `places.targets`.
 
@@ -102,6 +107,7 @@ def supervised_states(
         places: on the decoder's device.
         fixed: what rows begin with; needed where `places.shared` is above 0.
         checkpointing: compute each layer again in the backward pass instead of keeping its activations.
+        frozen: whether frozen layers leave visual tokens as they come; otherwise they are layers like the others.
     """
     text = decoder.embed_tokens(places.ids)
     count = places.visual_count
@@ -112,10 +118,10 @@ def supervised_states(
     of_text = walk.queries(places.text, slice(count, None))
     ends = walk.queries(places.ends, places.packed_ends)
     for number, layer in enumerate(decoder.layers):
-        frozen = isinstance(layer, FrozenVisualTokens) and count > 0
+        leaves = frozen and isinstance(layer, FrozenVisualTokens) and count > 0
         if number == len(decoder.layers) - 1:
-            run = partial(walk.last_layer, layer, number, ends, frozen)
-        elif frozen:
+            run = partial(walk.last_layer, layer, number, ends, leaves)
+        elif leaves:
             run = partial(walk.frozen_layer, layer, number, of_text)
         else:
             run = partial(walk.plain_layer, layer, number, every)
