@@ -54,6 +54,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     """
     zipped = point.reductions.visionzip
     features, tokens = (str(Path(config.output) / name) for name in CACHES)
+    kept = features if is_cacheable(point.reductions) else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
