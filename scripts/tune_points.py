@@ -61,9 +61,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
-        data=replace(
-            recipe.data, cache_features=features if is_cacheable(point.reductions) else None, cache_dir=tokens
-        ),
+        data=replace(recipe.data, cache_features=kept, cache_dir=tokens),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
         output_dir=str(Path(config.output) / "runs" / point.name),
