@@ -54,15 +54,14 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     """
     zipped = point.reductions.visionzip
     features, tokens = (str(Path(config.output) / name) for name in CACHES)
+    kept = features if is_cacheable(point.reductions) else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
-        data=replace(
-            recipe.data, cache_features=features if is_cacheable(point.reductions) else None, cache_dir=tokens
-        ),
+        data=replace(recipe.data, cache_features=kept, cache_dir=tokens),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
         output_dir=str(Path(config.output) / "runs" / point.name),

@@ -56,6 +56,7 @@ from shortzip.train.settings.comparing import ALL, NONE, TRAINING_FREE, TUNED, P
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
 SHORTV = ROOT / "configs" / "eval" / "shortv-llava-1.5-7b.yaml"
+METHODS = ROOT / "configs" / "eval" / "methods-llava-1.5-7b.yaml"
 
 # VisionZip (arXiv 2412.04467), Table 1, LLaVA-1.5-7B, the benchmarks in the order of PAPERS.
 FULL = [61.9, 64.7, 1862, 85.9, 69.5, 78.5, 58.2, 36.3, 58.6, 31.1, 66.8]
@@ -160,7 +161,8 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: Pap
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
     package = Path(lmms_eval.__file__).parent / "tasks"
-    tasks = [*papers.tasks, *shortv.tasks]
+    methods = parse_config(PapersConfig, ["--config", str(METHODS)], default=None, program="test")
+    tasks = [*papers.tasks, *shortv.tasks, *methods.tasks]
     known: dict[str, set[str]] = {}
     for file in [*package.rglob("*.yaml"), *(ROOT / "configs" / "eval" / "tasks").glob("*.yaml")]:
         text = file.read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def reductions_at(method: str, tokens: int, contextual_share: float, seed: int =
     """
     if method == DOMINANT_ONLY:
         return Reductions.parse(f"{tokens}+0")
-    merging = merges(parse_method(method))
+    merging = merges({**parse_budget(f"{tokens}+0"), **parse_method(method)})
     contextual = round(tokens * contextual_share) if merging else 0
     return Reductions.parse(f"{tokens - contextual}+{contextual}", method=method, seed=seed)
 

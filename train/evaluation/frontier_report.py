@@ -36,6 +36,9 @@ COLOURS = [
     "#4d4d4d",
     "#b5a62a",
     "#3ea7b5",
+    "#2e7d32",
+    "#c2185b",
+    "#8d9db6",
 ]
 STROKES = {False: {True: "-", False: ":"}, True: {True: "--", False: "-."}}
 """By whether layers are frozen, then by whether it is tuned."""
