@@ -1,4 +1,4 @@
-"""Code that a checkpoint needs only where its config asks for it: the baselines, and FastV."""
+"""Code that a checkpoint needs only where its config asks for it: the baselines, and pruning inside the LLM."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,10 @@ from .errors import ReductionError
 if TYPE_CHECKING:
     pass
     from .baselines import baseline_tokens  # noqa: F401
-    from .fastv import FastVLayer  # noqa: F401
+    from .fastv import FastV  # noqa: F401
+    from .pruning import PrunedLayer  # noqa: F401
+    from .pyramiddrop import PyramidDrop  # noqa: F401
+    from .sparsevlm import SparseVLM  # noqa: F401
     from .visionzip import VisionZip  # noqa: F401
 
 

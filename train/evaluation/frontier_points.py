@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import ALL, Reductions
@@ -40,8 +40,10 @@ class Point:
     def name(self) -> str:
         """A folder's name, unlike every other point's."""
         pruned = self.reductions.fastv
-        fastv = f"-{pruned['layer']}-{pruned['keep']:g}" if pruned else ""
-        parts = [self.series + fastv, self.budget, f"{self.frozen} frozen"]
+        words = self.reductions.fastv_words
+        if pruned and "layer" in pruned:
+            words = f"{pruned['layer']}-{pruned['keep']:g}"
+        parts = [f"{self.series}-{words}" if pruned else self.series, self.budget, f"{self.frozen} frozen"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
         return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
@@ -63,7 +65,8 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
         for seed in config.seeds if method in DRAWN else [None]:
             kind = {} if method == DOMINANT_ONLY else {"method": method}
             points.append(Point(method, Reductions.parse(f"{count}+0", seed=seed or 0, **kind), seed))
-    points += [Point("FastV", Reductions(fastv=asdict(fastv))) for fastv in config.fastv]
+    for pruned in (Reductions(fastv=fastv.as_key()) for fastv in config.fastv):
+        points.append(Point(pruned.pruning_name, pruned))
     for ranking in config.rankings:
         freeze = config.freeze[-1]
         for seed in config.seeds if ranking == "random" else [None]:

@@ -74,7 +74,8 @@ class ReducedLlava(lmms):
         method: with `budget`, another way to choose them (reduction/baselines.py).
         seed: with method random, its seed.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
-        fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        fastv: pruning inside the language model instead: FastV like 2+0.5 (after layer 2, keep half), another method
+            like pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17, or `none`.
         dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
         device: where one process computes; several processes take theirs from Accelerate.
         load_in_4bit: the language model's layers in NF4.
@@ -247,7 +248,7 @@ class ReducedLlava(lmms):
     def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
         rows = [replace(asked.prompt, input_ids=[*asked.prompt.input_ids, *asked.continuation]) for asked in batch]
         inputs = batch_prompts(self.supervision, rows, self.device)
-        # FastV chooses by the question's last token, as it does before an answer is generated.
+        # Pruning chooses by the question's last token, as it does before an answer is generated.
         last = [inputs["input_ids"].shape[1] - len(asked.continuation) - 1 for asked in batch]
         query = torch.tensor(last, device=self.device)
         hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers
+from shortzip.reduction.parsing import parse_budget, parse_layers, pruned_title
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
@@ -45,7 +45,7 @@ class Row:
         if self == Row(TRAINING_FREE, self.model, ALL, NONE):
             title = "all tokens"
         if self.fastv != NONE:
-            title = f"FastV {self.fastv}, {title}"
+            title = f"{pruned_title(self.fastv)}, {title}"
         return title if self.method == VISIONZIP else f"{self.method}, {title}"
 
     @property
@@ -63,7 +63,7 @@ class Row:
 
 def rows_of(config: PapersConfig) -> list[Row]:
     """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
-    FastV, and the tuned checkpoints of other budgets and layers."""
+    pruning inside, and the tuned checkpoints of other budgets and layers."""
     rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
     tuned = [Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv) for each in config.tuned]
     for layers in config.layers:

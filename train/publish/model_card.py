@@ -17,7 +17,9 @@ from markupsafe import Markup
 from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import METHODS, TOWER_HAS_CLS
+from shortzip.reduction.parsing import pruned_title
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
@@ -112,6 +114,8 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         budget=_budget(run),
         frozen=_frozen(run),
         pruning=_pruning(run),
+        pruning_paper=None if run.reductions.fastv is None else PRUNING_METHODS[pruning_method(run.reductions.fastv)],
+        pruned_title=pruned_title,
         dataset=_dataset_name(run) if run.evaluation else None,
         precision=_precision(run) if run.evaluation else None,
         tuned=_row(run, "tuned"),
@@ -203,6 +207,8 @@ def _pruning(run: RunRecord) -> str:
     fastv = run.reductions.fastv
     if fastv is None:
         return "none"
+    if "layer" not in fastv:
+        return f"{run.reductions.pruning_described.replace('of them', 'of the visual tokens')} of {_depth(run)}"
     return (
         f"FastV, {float(fastv['keep']):.3g} of the visual tokens kept after {fastv['layer']} of {_depth(run)} layers"
     )

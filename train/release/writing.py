@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import BASELINES
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
@@ -107,8 +108,13 @@ def write_reduced_checkpoint(
 
 
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
-    """Takes the code of the baselines and of FastV out of a checkpoint that has none (see reduction/extras.py)."""
-    used = {"baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
+    """Takes the code of baselines and of pruning out of a checkpoint that has none (see reduction/extras.py)."""
+    prunes = None if reductions.fastv is None else PRUNING_METHODS[pruning_method(reductions.fastv)].module
+    used = {
+        "baselines": reductions.method in BASELINES,
+        **dict.fromkeys(("pruning", "pruned_caches"), prunes is not None),
+    }
+    used |= {facts.module: facts.module == prunes for facts in PRUNING_METHODS.values()}
     code = folder / "extras.py"
     lines = code.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in (name for name in used if not used[name]):

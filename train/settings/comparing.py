@@ -56,8 +56,9 @@ class EvaluateConfig:
     """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
     shortv.calibration_samples: only when tuning.)"""
     fastv: FastVConfig | None = None
-    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
-    fastv.keep: share of the visual tokens kept."""
+    """Also evaluate each release with pruning inside the language model, instead of shortv. FastV by fastv.layer:
+    layers passed before the pruning, and fastv.keep: share of the visual tokens kept; or another fastv.method
+    (pyramiddrop with fastv.positions, sparsevlm, sparsevlm+) by fastv.layers and fastv.keep."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
     a CPU and bf16 on a GPU."""
@@ -145,7 +146,8 @@ class Tuned:
     method: str = VISIONZIP
     """visionzip or a baseline (random, grid, pool, downsample)."""
     fastv: str = NONE
-    """The layer and the share of FastV, like 2+0.5."""
+    """Pruning inside the language model: FastV's layer and share, like 2+0.5, or
+    pyramiddrop:8+16+24:0.5+0.25+0.125."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _alike("budget", self.budget))
@@ -201,7 +203,8 @@ class PapersConfig:
     methods: list[str] = field(default_factory=lambda: [VISIONZIP])
     """Ways to the budget: visionzip and baselines (random, grid, pool, downsample)."""
     fastv: list[str] = field(default_factory=list)
-    """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
+    """Pruning inside the language model, on all tokens: FastV's layer and share kept, like 2+0.5; other methods like
+    pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17."""
     tuned: list[Tuned] = field(default_factory=list)
     """Tuned checkpoints, as further rows."""
     published: list[Published] = field(default_factory=list)
@@ -270,7 +273,7 @@ class FrontierConfig:
     methods: list[str] = field(default_factory=list)
     """Baselines with as many tokens as the first budget: random, grid, pool, downsample, and "dominant only"."""
     fastv: list[FastVConfig] = field(default_factory=list)
-    """FastV baselines, on all tokens."""
+    """Pruning inside the language model, on all tokens."""
     rankings: list[str] = field(default_factory=list)
     """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
