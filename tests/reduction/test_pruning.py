@@ -209,7 +209,7 @@ def test_what_is_left_is_what_the_estimate_counts(name: str) -> None:
 @pytest.mark.parametrize(
     ("fastv", "message"),
     [
-        ({"method": "dart", "layers": [1], "keep": [1]}, r"fastv: method is 'dart'; it must be one of \['fastv', 'pyra"),
+        ({"method": "dart", "layers": [1], "keep": [1]}, r"method is 'dart'; it must be one of \['fastv', 'pyra"),
         ({"method": "pyramiddrop", "layers": [2]}, "method pyramiddrop takes .* got {'method'"),
         ({"method": "pyramiddrop", "layers": [0], "keep": [0.5]}, r"from 1, ascending.* got layers: \[0\]"),
         ({"method": "pyramiddrop", "layers": [2, 2], "keep": [0.5, 0.2]}, r"got layers: \[2, 2\], .* ascending"),

@@ -106,6 +106,7 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
     tuned.image.save(tmp_path / "image.png")
     compared = {
         "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
+        "sparsevlm": Reductions(VISIONZIP, None, {"method": "sparsevlm", "layers": [0, 2], "keep": [5, 3]}),
         "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
     }
     logits = dict.fromkeys(("full", "projector"), tuned.logits)
@@ -124,7 +125,10 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
         assert torch.load(f"{name}-answer.pt", weights_only=True).shape[1] > tuned.logits.shape[1], shape
         for folder in (name, f"{name}-saved"):
             files = {path.stem for path in Path(folder).glob("*.py")}
-            assert files & {"fastv", "baselines"} == {shape} & set(compared), "code travels where it is used"
+            assert files & {"fastv", "sparsevlm", "pyramiddrop", "baselines"} == {shape} & set(compared), (
+                "code travels where it is used"
+            )
+            assert ("pruning" in files) == ("pruned_caches" in files) == (shape in ("fastv", "sparsevlm"))
         # What that process saved is whole: it names no base any more, and loads on its own.
         assert json.loads(Path(f"{name}-saved/config.json").read_text()).get("base_release") is None
         saved = ReducedLlavaForConditionalGeneration.from_pretrained(f"{name}-saved", dtype=torch.float32)
