@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
+from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 
 from .configuration_pruning import PRUNING_METHODS, pruning_method
 from .errors import ReductionError
 from .extras import extra
 from .pruned_caches import first_key, gone_before, refuse_cache
-from .shortv import SUPPORTED_LAYERS, ActiveRows, active_rows, windows_of
+from .shortv import SUPPORTED_LAYERS, ActiveRows, active_rows, rotate, take, windows_of
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [B, L, d] each
 
@@ -234,11 +234,11 @@ class PrunedLayer(GradientCheckpointingLayer):
             rows = ActiveRows(every, torch.ones_like(every, dtype=torch.bool))
         else:
             rows = stage.rows
-        at = rows.positions.unsqueeze(-1)
-        before = hidden_states.gather(1, at.expand(-1, -1, width))
-        cos, sin = (part.gather(1, at.expand(-1, -1, part.shape[-1])) for part in rotation)
-        queries, keys, values = self._project(normed.gather(1, at.expand(-1, -1, width)))
-        queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+        before, asked, cos, sin = (take(part, rows.positions) for part in (hidden_states, normed, *rotation))
+        queries, keys, values = (
+            self._heads(project(asked)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         keys, values = (_spread(part, rows, length) for part in (keys, values))
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
@@ -255,13 +255,11 @@ class PrunedLayer(GradientCheckpointingLayer):
         states = before + attention.o_proj(attended.reshape(batch, rows.positions.shape[1], -1))
         states = states + self.mlp(self.post_attention_layernorm(states))
         states = torch.where(rows.is_active.unsqueeze(-1), states, before)
-        return hidden_states.to(states.dtype).scatter(1, at.expand(-1, -1, width), states)
+        return hidden_states.to(states.dtype).scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
 
-    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attention = self.self_attn
-        parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
-        queries, keys, values = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
-        return queries, keys, values
+    def _heads(self, states: Tensor) -> Tensor:
+        """[B, N, heads * d] to [B, heads, N, d]."""
+        return states.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
 
     @torch.no_grad()
     def _rank(
@@ -271,12 +269,12 @@ class PrunedLayer(GradientCheckpointingLayer):
         length = normed.shape[1]
         asking = self.method.queries(fastv)
         asking = torch.full((normed.shape[0], 1), length - 1, device=normed.device) if asking is None else asking
-        queries, keys, _ = self._project(normed)
-        queries, keys = apply_rotary_pos_emb(queries, keys, *rotation)
-        keys = repeat_kv(keys, queries.shape[1] // keys.shape[1])
         places = asking.clamp(min=0)
-        at = places[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
-        logits = (queries.gather(2, at).float() * self.self_attn.scaling) @ keys.float().transpose(-1, -2)
+        asked, cos, sin = (take(part, places) for part in (normed, *rotation))
+        queries = rotate(self._heads(self.self_attn.q_proj(asked)), cos, sin)
+        keys = rotate(self._heads(self.self_attn.k_proj(normed)), *rotation)
+        keys = repeat_kv(keys, queries.shape[1] // keys.shape[1])
+        logits = (queries.float() * self.self_attn.scaling) @ keys.float().transpose(-1, -2)
         logits = logits + _mask(attention_mask, places, keys, 0, torch.float32)
         if stage is not None:
             logits = logits.masked_fill(~stage.left[:, None, None], torch.finfo(torch.float32).min)
