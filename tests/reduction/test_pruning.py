@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reduced_models import IMAGE_TOKEN, build, make_batch, make_row, rows_of
+from reduced_models import IMAGE_TOKEN, PAD, build, make_batch, make_row, rows_of
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -131,6 +131,37 @@ def test_it_generates_the_same_with_every_cache(name: str, beams: int) -> None:
         for way in ({"use_cache": False}, {"cache_implementation": "static"}):
             assert torch.equal(model.generate(**inputs, **GREEDY, num_beams=beams, **way), expected)
     assert len({tuple(row) for row in expected[:, -5:].tolist()}) == 2
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "sparsevlm+"])
+@torch.no_grad()
+def test_tiles_are_pruned_together(name: str) -> None:
+    model, sizes = pruning(name, next_=True), torch.tensor([[32, 16], [16, 32]])
+    pixels = torch.randn(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts = model.model._token_counts(pixels, sizes.tolist(), None)
+    rows = [[5, 6, *[IMAGE_TOKEN] * counts[0], 7, 8, 9], [5, *[IMAGE_TOKEN] * counts[1], 11]]
+    length = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels, "image_sizes": sizes}
+    together = model(**inputs).logits[:, -1]
+    for number, row in enumerate(rows):
+        image = {"pixel_values": pixels[number : number + 1], "image_sizes": sizes[number : number + 1]}
+        close(together[number], model(input_ids=torch.tensor([row]), **image).logits[0, -1])
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_leaves_as_many(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model, stages = pruning(name, dtype=dtype), []
+        model.model.language_model.layers[-1].register_forward_hook(
+            lambda module, args, kwargs, output, stages=stages: stages.append(kwargs["fastv"].stages), with_kwargs=True
+        )
+        with torch.no_grad():
+            logits = model(**make_row(model, "ttIttttt", seed=1)).logits
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
+        assert int(stages[0][len(stages[0])].left.sum()) - 7 == visual_tokens_by_layer(METHODS[name], 16, 4)[-1]
 
 
 @pytest.mark.parametrize("name", METHODS)
