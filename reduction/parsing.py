@@ -1,4 +1,4 @@
-"""What users write for budgets, methods, frozen layers, FastV and memory, read the same way by every command."""
+"""What users write for budgets, methods, frozen layers, pruning and memory, read the same way by every command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, parameters_of
 
@@ -70,14 +71,58 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_fastv(text: str) -> dict[str, Any] | None:
-    """``"2+0.5"`` -> ``{"layer": 2, "keep": 0.5}``, ``"none"`` -> None. Raises ValueError for anything else."""
+    """The `fastv` key of ``"2+0.5"`` (FastV: layer, share), ``"pyramiddrop:8+16+24:0.5+0.25+0.125"`` (layers, what is
+    kept at each; ``:original`` keeps positions), ``"sparsevlm:2+6+15:66+30+17"`` or ``"sparsevlm+:…"``; None of
+    ``"none"``. Raises ValueError for anything else."""
     if text == "none":
         return None
+    method, *parts = text.strip().split(":")
+    if method in PRUNING_METHODS and parts:
+        return _parse_stages(text, method, parts)
     layer, _, keep = text.partition("+")
     try:
         return {"layer": int(layer), "keep": float(keep)}
     except ValueError as error:
-        raise ReductionError(f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none") from error
+        raise ReductionError(
+            f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none; of other methods "
+            "METHOD:LAYERS:KEPT, like pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17"
+        ) from error
+
+
+def _parse_stages(text: str, method: str, parts: Sequence[str]) -> dict[str, Any]:
+    if method == "fastv":
+        return parse_fastv("+".join(parts)) or {}
+    number = float if method == "pyramiddrop" else int
+    try:
+        layers, keep, *positions = parts
+        fastv: dict[str, Any] = {
+            "method": method,
+            "layers": [int(layer) for layer in layers.split("+")],
+            "keep": [number(kept) for kept in keep.split("+")],
+        }
+        if len(positions) > 1:
+            raise ValueError(text)
+        return {**fastv, "positions": positions[0]} if positions else fastv
+    except ValueError as error:
+        form = "pyramiddrop:8+16+24:0.5+0.25+0.125" if method == "pyramiddrop" else f"{method}:2+6+15:66+30+17"
+        raise ReductionError(f"fastv is {text!r}: write METHOD:LAYERS:KEPT, like {form}, or none") from error
+
+
+def format_fastv(fastv: Mapping[str, Any] | None) -> str:
+    """What `parse_fastv` reads."""
+    if fastv is None:
+        return "none"
+    if "layer" in fastv:
+        return f"{fastv['layer']}+{float(fastv['keep'])}"
+    kept = map(float, fastv["keep"]) if fastv["method"] == "pyramiddrop" else fastv["keep"]
+    parts = [fastv["method"], "+".join(map(str, fastv["layers"])), "+".join(map(str, kept))]
+    return ":".join([*parts, "original"] if fastv.get("positions") == "original" else parts)
+
+
+def pruned_title(words: str) -> str:
+    """The words of a `fastv` key with its method's name in front: ``"2+0.5"`` -> ``"FastV 2+0.5"``."""
+    method, _, parts = words.partition(":")
+    return f"{PRUNING_METHODS[method].name} {parts}" if method in PRUNING_METHODS else f"FastV {words}"
 
 
 def parse_bytes(text: str) -> int:

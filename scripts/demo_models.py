@@ -55,7 +55,7 @@ def open_tuned(name: str, release: Release) -> Release:
     tuned = open_release(name)
     saved = tuned.saved_reductions
     if saved.visionzip is None or saved.fastv:
-        method = "FastV" if saved.fastv else "all visual tokens"
+        method = saved.pruning_name if saved.fastv else "all visual tokens"
     else:
         method = saved.method
     if method != "visionzip":

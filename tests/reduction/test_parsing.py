@@ -4,6 +4,7 @@ import pytest
 
 from shortzip.reduction.parsing import (
     format_budget,
+    format_fastv,
     format_method,
     format_shortv,
     parse_budget,
@@ -12,6 +13,7 @@ from shortzip.reduction.parsing import (
     parse_freeze,
     parse_layers,
     parse_method,
+    pruned_title,
     read_freeze,
 )
 
@@ -97,6 +99,21 @@ def test_fastv_is_a_layer_and_a_share() -> None:
     for bad in ("2", "0.5", "a+b", "2+", ""):
         with pytest.raises(ValueError, match=r"like 2\+0\.5, or none"):
             parse_fastv(bad)
+
+
+def test_other_methods_of_pruning_have_a_name_layers_and_what_is_kept() -> None:
+    pyramid = {"method": "pyramiddrop", "layers": [8, 16, 24], "keep": [0.5, 0.25, 0.125]}
+    assert parse_fastv("pyramiddrop:8+16+24:0.5+0.25+0.125") == pyramid
+    assert parse_fastv("pyramiddrop:8+16+24:.5+.25+.125:original") == {**pyramid, "positions": "original"}
+    assert format_fastv(pyramid) == "pyramiddrop:8+16+24:0.5+0.25+0.125"
+    assert parse_fastv("sparsevlm:2+6:66+30") == {"method": "sparsevlm", "layers": [2, 6], "keep": [66, 30]}
+    assert parse_fastv("fastv:2:0.5") == {"layer": 2, "keep": 0.5}
+    assert pruned_title("sparsevlm+:2:66") == "SparseVLM+ 2:66"
+    for bad in ("pyramiddrop:8", "sparsevlm:2:0.5", "pyramiddrop:a:b", "pyramiddrop:8:0.5:original:more"):
+        with pytest.raises(ValueError, match=r"write METHOD:LAYERS:KEPT, like (pyramiddrop|sparsevlm):"):
+            parse_fastv(bad)
+    with pytest.raises(ValueError, match="of other methods METHOD:LAYERS:KEPT"):
+        parse_fastv("dart:2:0.5")
 
 
 def test_freeze_of_any_model() -> None:

@@ -13,6 +13,8 @@ EVERY_FORM = [
     Reductions({"dominant": 9, "contextual": 0, "method": "random", "seed": 4}),
     Reductions({"dominant": 4, "contextual": 0, "method": "grid"}, None, {"layer": 2, "keep": 0.25}),
     Reductions(fastv={"layer": 1, "keep": 0.5}),
+    Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.125], "positions": "original"}),
+    Reductions(fastv={"method": "sparsevlm+", "layers": [2, 6, 15], "keep": [66, 34, 20]}),
 ]
 
 
@@ -41,6 +43,11 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
         (EVERY_FORM[2], "9+0 visual tokens (baseline random:seed=4)"),
         (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after layer 2"),
         (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after layer 1"),
+        (
+            EVERY_FORM[5],
+            "all visual tokens, PyramidDrop: 0.5, 0.125 of them kept before layers 1, 3, positions kept",
+        ),
+        (EVERY_FORM[6], "all visual tokens, SparseVLM+: 66, 34, 20 of them kept after layers 2, 6, 15"),
     ],
 )
 def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:

@@ -24,6 +24,7 @@ from shortzip.data.drops import Drop, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import writing
 from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
@@ -67,7 +68,7 @@ class Evaluation:
     seconds: float
     """Time that loss and answers took."""
     fastv: str = NONE
-    """FastV's pruning inside the language model, like 2+0.5; none."""
+    """Pruning inside the language model, like 2+0.5 (FastV); none."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def _read_answers(
                 sums.prompts += 1
                 sums.placeholders += placeholders
                 sums.text += len(question.prompt) - placeholders
-                # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
-                is_known = question.turn == 0 or config.fastv is None
+                # Pruning chooses by the question: what it keeps for the first tells nothing of a later one's answer.
+                is_known = config.fastv is None or (question.turn == 0 and _ranks_by_first(config.fastv, sample))
                 if is_known and end - begin - 1 <= max_new_tokens and greedy[row, begin:end].all():
                     # Each token is the greedy choice after the true ones before it: greedy decoding gives just this.
                     answers.append((index, _answer(question, question.expected)))
@@ -251,6 +252,11 @@ def _questions(
     ids = sample.encoded.input_ids
     for turn, (start, end) in enumerate(sample.encoded.answers):
         yield _Question(index, sample.id, turn, ids[:start], _text(dataset, ids[start:end])), (start, end)
+
+
+def _ranks_by_first(fastv: Any, sample: Sample) -> bool:
+    """Whether the loss's pass ranks by the first question alone, as answering it does; PyramidDrop's by all."""
+    return pruning_method(fastv) != "pyramiddrop" or len(sample.encoded.answers) == 1
 
 
 def _answer(question: _Question, text: str) -> Answer:

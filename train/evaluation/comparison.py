@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
+from shortzip.reduction.parsing import pruned_title
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.evaluation.answers import (
     Answer,
@@ -206,7 +207,7 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
             literal(row.name),
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
+            tokens if row.fastv == NONE else f"{tokens}, {pruned_title(row.fastv)}",
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",

@@ -85,7 +85,8 @@ class ReducedLlava(lmms):
         text_tower: CDPruner: tokens chosen by the question, read with this CLIP, a Hub id or folder (the one that the
             vision tower comes from, like openai/clip-vit-large-patch14-336); with a budget, given or saved.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
-        fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        fastv: pruning inside the language model instead: FastV like 2+0.5 (after layer 2, keep half), another method
+            like pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17, or `none`.
         positions: compact or original (reduction/positions.py); absent: as the checkpoint was saved.
         dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
         device: where one process computes; several processes take theirs from Accelerate.
@@ -272,7 +273,7 @@ class ReducedLlava(lmms):
     def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
         rows = [replace(item.prompt, input_ids=[*item.prompt.input_ids, *item.continuation]) for item in batch]
         inputs = self._inputs(batch, rows)
-        # FastV chooses by the question's last token, as it does before an answer is generated.
+        # Pruning chooses by the question's last token, as it does before an answer is generated.
         last = [inputs["input_ids"].shape[1] - len(item.continuation) - 1 for item in batch]
         query = torch.tensor(last, device=self.device)
         hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state

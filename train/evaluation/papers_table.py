@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method
+from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method, pruned_title
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.reduction.selectors import merges
@@ -49,7 +49,7 @@ class Row:
         if self == Row(TRAINING_FREE, self.model, ALL, NONE):
             title = "all tokens"
         if self.fastv != NONE:
-            title = f"FastV {self.fastv}, {title}"
+            title = f"{pruned_title(self.fastv)}, {title}"
         if self.positions != COMPACT:
             title = f"{self.positions} positions, {title}"
         return title if self.method == VISIONZIP else f"{self.method}, {title}"
@@ -70,7 +70,7 @@ class Row:
 
 def rows_of(config: PapersConfig) -> list[Row]:
     """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
-    FastV, and the tuned checkpoints of other budgets and layers."""
+    pruning inside, and the tuned checkpoints of other budgets and layers."""
     rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
     tuned = [
         Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv, each.positions)
