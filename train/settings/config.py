@@ -11,10 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shortzip.reduction.configuration_pruning import validate_fastv
-from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.budget import FastVConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.method_parameters import flat_settings
 
@@ -29,38 +27,6 @@ FREE_KEYS = (
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
-
-
-@dataclass(frozen=True)
-class FastVConfig:
-    """Visual tokens pruned inside the language model: FastV, or another method (reduction/README.md)."""
-
-    layer: int | None = None
-    """Of FastV, layers that all visual tokens pass before the pruning, counted from 1: the paper's K."""
-    keep: float | list[float] | None = None
-    """Of FastV, the share of the visual tokens that later layers see; of pyramiddrop such a share at each of `layers`;
-    of sparsevlm and sparsevlm+ the number that are kept at each."""
-    method: Literal["fastv", "pyramiddrop", "sparsevlm", "sparsevlm+"] = "fastv"
-    """How visual tokens are ranked."""
-    layers: list[int] | None = None
-    """Of the other methods, the layers that prune, counted from 0: pyramiddrop before them, sparsevlm after."""
-    positions: Literal["compact", "original"] | None = None
-    """Of pyramiddrop: whether what is left is renumbered (compact, the default)."""
-
-    def __post_init__(self) -> None:
-        try:
-            validate_fastv(self.as_key())
-        except ReductionError as error:
-            raise ConfigError(str(error)) from error
-
-    def as_key(self) -> dict[str, Any]:
-        """The `fastv` key of a model's config; what is not given is left out."""
-        key: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        if self.method == "fastv":
-            del key["method"]
-        if self.method.startswith("sparsevlm") and isinstance(self.keep, list):
-            key["keep"] = [int(kept) if kept == int(kept) else kept for kept in self.keep]
-        return key
 
 
 @dataclass(frozen=True)
