@@ -31,6 +31,7 @@ from shortzip.reduction.layer_choice import pick_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS
 from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
     Partial,
@@ -52,8 +53,9 @@ DRAWN_BY = "ShortZip, scripts/calibrate_shortv.py"
 
 def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
     """The settings that a measurement depends on."""
-    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "compare_full", "dtype",
-             "text_tokens", "load_in_4bit", "samples_per_batch", "chat_template", "on_bad_sample")  # fmt: skip
+    names = ("model", "revision", "instructions", "image_root", "samples", "seed", "budget", "method",
+             "compare_full", "dtype", "text_tokens", "load_in_4bit", "samples_per_batch", "chat_template",
+             "on_bad_sample")  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 
 
@@ -69,8 +71,10 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     result = read_measured(settings.output) if is_there else None
     check_outputs(settings, result)
     if result is not None:
-        refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
-    budget = None if settings.budget is None else Reductions.parse(settings.budget)
+        refuse_other_settings(
+            {"load_in_4bit": False, "method": VISIONZIP, **result["settings"]}, matters, settings.output
+        )
+    budget = None if settings.budget is None else Reductions.parse(settings.budget, method=settings.method)
     asked = asked_of(settings, budget)
     if settings.compare_full and asked.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")
