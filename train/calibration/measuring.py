@@ -212,7 +212,7 @@ class Partial:
         self._entries: list[dict[str, Any]] = []
         whole = _lines_of(path) if path.is_file() and not overwrite else []
         if whole:
-            refuse_other_settings({"method": VISIONZIP, **whole[0]["settings"]}, settings, path)
+            refuse_other_settings(whole[0]["settings"], settings, path)
             self._entries = whole[1:]
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
