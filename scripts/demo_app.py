@@ -127,8 +127,11 @@ def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
         for after, left, state in converse(models, path, text, budget, said):
             yield (*after, left, state)
 
-    with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
-        gr.Markdown("# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector.")
+    with gr.Blocks(title=f"ShortZip: {models.title}", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector. They "
+            f"are chosen by {models.title}."
+        )
         image = gr.State(str(gallery[0]) if gallery else None)
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
@@ -136,7 +139,10 @@ def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
                 file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
                 most = models.patches + models.cls
                 keep = gr.Slider(models.cls or 1, most, dominant, step=1, label="dominant", elem_id="dominant")
-                merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
+                merge = gr.Slider(
+                    0, models.patches, contextual, step=1, label="contextual", elem_id="contextual",
+                    visible=models.merges,
+                )  # fmt: skip
                 freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
             with gr.Column(scale=3):
                 # Without Gradio's button that shares, which uploads what is shown.

@@ -53,10 +53,13 @@ class AppConfig:
     model: str = "checkpoints/demo-llava"
     """A release that is neither reduced nor tuned: folder or Hub id."""
     tuned: str | None = None
-    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
+    """A run's folder or reduced checkpoint tuned from it with a budget; null: checkpoints/demo where it is finished,
     else none."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    method: str | None = None
+    """How tokens are chosen, with parameters as in vispruner:important=0.25; null: as in the tuned run, else
+    visionzip."""
     images: str | None = None
     """Folder of images to choose from; null: the demo's held-out scenes."""
     ranking: list[int] | None = None
