@@ -84,7 +84,9 @@ class QuestionReader:
         images = embed_patches_with_text(patches, tower.post_layernorm, self.visual_projection)
         texts, present = self.embed_questions(questions, patches.device)
         count = visionzip["dominant"] + visionzip["contextual"]
-        kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
+        # Autocast would bring back the rounding that float32 is here to avoid.
+        with torch.autocast(patches.device.type, enabled=False):
+            kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
         features: Any = list(take(projected, kept))
         return BaseModelOutputWithPooling(last_hidden_state=take(patches, kept), pooler_output=features)
 
