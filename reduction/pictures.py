@@ -197,8 +197,10 @@ def draw_budgets(maps: Sequence[TokenMap], path: str | Path, title: str = "") ->
         _show_kept(sheet.panel(0, column), item)
         _show_groups(sheet.panel(1, column), item)
     patches = maps[0].grid[0] * maps[0].grid[1]
-    titles = " and ".join(dict.fromkeys(item.title for item in maps))
-    sheet.save(f"What {titles} {'make' if ' and ' in titles else 'makes'} of the {patches} patches of an image", path)
+    titles = list(dict.fromkeys(item.title for item in maps))
+    sheet.save(
+        f"What {', '.join(titles)} {'make' if len(titles) > 1 else 'makes'} of the {patches} patches of an image", path
+    )
 
 
 def _reduction_of(item: TokenMap) -> str:
