@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from shortzip.reduction.configuration_reduced_llava import DECODERS, TOWER_HAS_CLS
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.pruning import method_of
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
 
@@ -137,6 +138,18 @@ def vision_tower_flops(config: PreTrainedConfig, tiles: int = 1) -> int:
     block = 2 * n * (4 * d + 2 * m) * d + 4 * n * n * d
     embedding = 2 * side * side * 3 * vision.patch_size**2 * d
     return tiles * (embedding + tower_blocks_run(config) * block)
+
+
+def selection_flops(config: PreTrainedConfig, visionzip: Mapping[str, Any], tiles: int = 1) -> int:
+    """FLOPs of what a method reads beside the tower's output, for ``tiles`` images or tiles: queries and keys of the
+    selected block once more, and attention from CLS, or of every token where there is none; every patch through the
+    projector. The choice itself is left out: at most 5 % of the tower's time (scripts/benchmarks/selection.py)."""
+    side, special = visual_grid(config)
+    n, d = side * side + special, config.vision_config.hidden_size
+    reads = frozenset() if visionzip.get("method", VISIONZIP) in BASELINES else selector_of(visionzip).reads
+    queries = 1 if special else n
+    scores = 2 * (n + queries) * d * d + 2 * queries * n * d if reads & {"attention", "keys"} else 0
+    return tiles * (scores + (projector_flops(config, side * side) if "projected" in reads else 0))
 
 
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:

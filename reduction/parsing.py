@@ -8,7 +8,7 @@ from typing import Any
 
 from shortzip.reduction.configuration_pruning import PRUNING_METHODS
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, parameters_of
+from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, merges, parameters_of, settled
 
 
 def parse_budget(text: str) -> dict[str, int]:
@@ -37,6 +37,15 @@ def parse_method(text: str) -> dict[str, Any]:
             )
         named[name] = parse_value(value)
     return named
+
+
+def budget_by(budget: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The `visionzip` key for as many tokens as `budget` by the method of a word: all of them dominant where it merges
+    nothing. Raises ValueError for a method that there is not, or that does not take its parameters."""
+    named = {"dominant": budget["dominant"], "contextual": budget["contextual"], **parse_method(method)}
+    if not merges(named):
+        named |= {"dominant": named["dominant"] + named["contextual"], "contextual": 0}
+    return settled(named)
 
 
 def parse_value(text: str) -> bool | int | float | str:

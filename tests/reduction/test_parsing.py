@@ -3,6 +3,7 @@
 import pytest
 
 from shortzip.reduction.parsing import (
+    budget_by,
     format_budget,
     format_fastv,
     format_method,
@@ -141,6 +142,14 @@ def test_methods():
 def test_methods_refused(bad):
     with pytest.raises(ValueError, match="several joined by"):
         parse_method(bad)
+
+
+def test_a_budget_by_another_method_has_as_many_tokens():
+    budget = {"dominant": 5, "contextual": 3}
+    assert budget_by(budget, "visionzip") == budget
+    assert budget_by(budget, "duet") == {**budget, "method": "duet", "window": 4}
+    assert budget_by(budget, "scope:alpha=2") == {"dominant": 8, "contextual": 0, "method": "scope", "alpha": 2.0}
+    assert budget_by(budget, "pool") == {"dominant": 8, "contextual": 0, "method": "pool"}
 
 
 def test_a_method_is_written_as_it_is_read():

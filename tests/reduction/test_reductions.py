@@ -54,6 +54,26 @@ def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> N
     assert reductions.describe() == words
 
 
+def test_parameters_left_unsaid_are_their_defaults() -> None:
+    said = Reductions({"dominant": 8, "contextual": 0, "method": "scope"})
+    assert said.visionzip == {"dominant": 8, "contextual": 0, "method": "scope", "alpha": 1.0}
+    assert said == Reductions.parse("8+0", method="scope:alpha=1") != Reductions.parse("8+0", method="scope:alpha=2")
+    assert Reductions({"dominant": 8, "contextual": 0, "method": "visionzip"}) == Reductions.parse("8+0")
+    assert Reductions.parse("8+0", method="scope:alpha=2").describe() == "8+0 visual tokens (scope:alpha=2.0)"
+
+
+@pytest.mark.parametrize(
+    ("method", "looks"), [("visionzip", True), ("scope", True), ("divprune", False), ("pool", False)]
+)
+def test_a_tower_without_cls_is_said_where_attention_is_looked_at(method: str, looks: bool) -> None:
+    reductions = Reductions.parse("9+0", method=method)
+    siglip = {"vision_config": {"model_type": "siglip_vision_model"}}
+    words = "siglip_vision_model has no CLS: patches are scored by the attention that they receive"
+    assert reductions.in_place_of_cls(siglip) == (words if looks else None)
+    assert reductions.in_place_of_cls({"vision_config": {"model_type": "clip_vision_model"}}) is None
+    assert Reductions().in_place_of_cls(siglip) is None
+
+
 def test_what_it_was_made_of_may_change_afterwards() -> None:
     budget, frozen = {"dominant": 5, "contextual": 3}, {"layers": [1]}
     reductions = Reductions(budget, frozen)

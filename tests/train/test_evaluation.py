@@ -264,7 +264,9 @@ def test_side_by_side_with_answers_in_files(
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
     candidates = [
         Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
-        Candidate("reduced, untuned", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate(
+            "reduced, untuned", ReleaseSpec(str(learned_release)), Reductions.parse("3+0", method="scope:alpha=.5")
+        ),
     ]
     results, answers = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=4)
     write_evaluation(tmp_path, results, answers, recovered_share=None)
@@ -273,7 +275,8 @@ def test_side_by_side_with_answers_in_files(
     lines = (tmp_path / "answers" / "reduced--untuned.jsonl").read_text().splitlines()
     assert len(lines) == results[1].questions
     assert sum(json.loads(line)["correct"] for line in lines) == results[1].exact_match * len(lines)
-    assert table_of(results, "title").row_count == 2
+    table = table_of(results, "title")
+    assert list(table.columns[3].cells) == ["36", "3, scope:alpha=0.5"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["loss"] == results[0].loss
 
 

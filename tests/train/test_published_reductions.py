@@ -30,6 +30,7 @@ REDUCTIONS = {
     "fastv": Reductions({"dominant": 5, "contextual": 3}, None, {"layer": 2, "keep": 0.5}),
     "pyramiddrop": Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]}),
     "random": Reductions({"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}),
+    "scope": Reductions({"dominant": 7, "contextual": 0, "method": "scope", "alpha": 0.5}),
     "nothing": Reductions(),
 }
 
@@ -74,6 +75,12 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
             assert "7 of 36 visual tokens per image (chosen by the baseline random:seed=3, not by VisionZip)" in part
             assert "2 of 4 (layers 0, 2)" in part
         assert "are chosen by [VisionZip]" not in introduction
+    elif name == "scope":
+        for part in (introduction, recipe):
+            assert "7 of 36 visual tokens per image (patches as they are, chosen by SCOPE: scope:alpha=0.5)" in part
+        assert "are chosen by [SCOPE](https://arxiv.org/abs/2510.24214)." in introduction
+        assert "- scope\n" in card.split("---")[1]
+        assert "--visionzip.alpha 0.5" in card
     else:
         assert "on all visual tokens" in introduction
         assert "arxiv.org" not in introduction

@@ -26,6 +26,7 @@ from shortzip.data.files import writing
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
 from shortzip.train.run.report import synchronise
@@ -69,6 +70,8 @@ class Evaluation:
     """Time that loss and answers took."""
     fastv: str = NONE
     """Pruning inside the language model, like 2+0.5 (FastV); none."""
+    method: str = VISIONZIP
+    """How the visual tokens are chosen, with parameters, like scope:alpha=0.5."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def evaluate(
         prefill_batch=len(inputs["input_ids"]) if inputs else 0,
         seconds=seconds,
         fastv=reductions.fastv_words,
+        method=reductions.method_words,
     )
     return evaluation, in_order
 

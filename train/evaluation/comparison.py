@@ -23,6 +23,7 @@ from torch import Tensor
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from shortzip.reduction.parsing import pruned_title
 from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.evaluation.answers import (
     Answer,
     Evaluation,
@@ -207,12 +208,18 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
             literal(row.name),
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            tokens if row.fastv == NONE else f"{tokens}, {pruned_title(row.fastv)}",
+            ", ".join([tokens, *_chosen(row)]),
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",
         )
     return table
+
+
+def _chosen(row: Evaluation) -> list[str]:
+    """How a row's visual tokens are chosen, where it is not VisionZip's way, and pruned."""
+    words = [] if row.method == VISIONZIP else [row.method]
+    return words if row.fastv == NONE else [*words, pruned_title(row.fastv)]
 
 
 def _flops(value: float) -> str:

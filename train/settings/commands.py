@@ -12,6 +12,7 @@ from typing import Literal
 from shortzip.data.errors import UserError
 from shortzip.reduction.layer_choice import Direction
 from shortzip.reduction.parsing import parse_budget, read_freeze
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.checks import ConfigError, check_seed
 from shortzip.train.settings.config import DEMO
 from shortzip.train.settings.flags import POSITIONAL
@@ -33,6 +34,9 @@ class ShowConfig:
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, several separated by commas. Default: the
     model's own, or 54+10,108+20,162+30 scaled to its grid."""
+    method: str | None = None
+    """How tokens are chosen, with parameters as in vispruner:important=0.25; several separated by commas. Default:
+    with budget visionzip, else the model's own."""
     output: Path = Path("tokens.png")
     """The PNG; without an ending it gets .png."""
     overwrite: bool = False
@@ -49,10 +53,13 @@ class AppConfig:
     model: str = "checkpoints/demo-llava"
     """A release that is neither reduced nor tuned: folder or Hub id."""
     tuned: str | None = None
-    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
+    """A run's folder or reduced checkpoint tuned from it with a budget; null: checkpoints/demo where it is finished,
     else none."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    method: str | None = None
+    """How tokens are chosen, with parameters as in vispruner:important=0.25; null: as in the tuned run, else
+    visionzip."""
     images: str | None = None
     """Folder of images to choose from; null: the demo's held-out scenes."""
     ranking: list[int] | None = None
@@ -90,6 +97,9 @@ class EstimateConfig:
     folder with a config.json, or a Hub id (its config.json is downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    method: str | None = None
+    """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
+    model's own."""
     freeze: str | None = None
     """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
     memory: str = "24GiB"
@@ -199,6 +209,8 @@ class CalibrateConfig:
     """Which conversations are drawn."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the model's own."""
+    method: str = VISIONZIP
+    """With budget: how they are chosen, with parameters as in vispruner:important=0.25."""
     compare_full: bool = False
     """With a budget: also measure with all visual tokens, and show both."""
     freeze: str | None = None
@@ -233,6 +245,8 @@ class CalibrateConfig:
         check_seed("seed", self.seed)
         if self.budget not in (None, "none"):
             parse_budget(str(self.budget))
+        if self.method != VISIONZIP and self.budget in (None, "none"):
+            raise UserError(f"method {self.method!r}: give the budget that is met by it")
         if self.compare_full and self.budget == "none":
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(read_freeze(self.freeze), list):
