@@ -4,27 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from reduced_models import IMAGE_TOKEN, PAD, build
+from reduced_models import IMAGE_TOKEN, NEXT_SIZES, PAD, build, images, original
 from torch import Tensor
 
 PATCHES, SIDE = 16, 4
-SIZES = [[32, 32], [20, 40], [44, 18], [9, 60], [30, 33]]  # height, width; the second and third lose patches
-METHODS: dict[str, dict[str, Any]] = {
-    "visionzip": {"dominant": 4, "contextual": 2},
-    "random": {"dominant": 5, "contextual": 0, "method": "random"},
-    "pool": {"dominant": 6, "contextual": 0, "method": "pool"},
-}
-
-
-def original(visionzip: dict[str, Any], **options: Any) -> Any:
-    return build(reduction="none", next_=True, visionzip=visionzip, positions="original", **options)
-
-
-def images(model: Any, sizes: list[list[int]], seed: int = 0) -> dict[str, Tensor]:
-    """Flat tiles of images of these sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    tiles = sum(model.model._tiles(sizes)) if hasattr(model.model, "_tiles") else 5 * len(sizes)
-    return {"pixel_values": torch.randn(tiles, 3, 16, 16, generator=generator), "image_sizes": torch.tensor(sizes)}
+METHODS = ("visionzip", "random", "pool")
 
 
 def packed_by_plain(plain: Any, size: list[int], tiles: int) -> list[int]:
@@ -74,10 +58,10 @@ def grid_of(size: list[int]) -> list[int]:
     return best
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", NEXT_SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_places_are_those_of_the_packed_sequence(method: str, size: list[int]) -> None:
-    model, plain = original(METHODS[method]), build(next_=True, plain=True)
+    model, plain = original(method, next_=True), build(next_=True, plain=True)
     inputs = images(model, [size])
     places, length = expected_places(model, plain, inputs["pixel_values"], size)
     found = model.model.get_image_features(**inputs).positions
@@ -132,8 +116,8 @@ def by_hand(model: Any, row: dict[str, Tensor], count: int) -> tuple[Tensor, lis
 
 @pytest.mark.parametrize("method", METHODS)
 def test_logits_and_greedy_ids(method: str) -> None:
-    model = original(METHODS[method])
-    rows = [prompt(model, SIZES[1:3], [2, 3, 2], 0), prompt(model, SIZES[:1], [1, 2], 1)]
+    model = original(method, next_=True)
+    rows = [prompt(model, NEXT_SIZES[1:3], [2, 3, 2], 0), prompt(model, NEXT_SIZES[:1], [1, 2], 1)]
     length = max(row["input_ids"].shape[1] for row in rows)
 
     def padded(key: str, value: int) -> Tensor:
@@ -154,7 +138,7 @@ def test_logits_and_greedy_ids(method: str) -> None:
 
 
 def test_all_patches_are_plain_llava_next_that_does_not_see_its_newlines() -> None:
-    model = original({"dominant": PATCHES, "contextual": 0, "method": "grid"})
+    model = original("all", next_=True)
     plain = build(next_=True, plain=True)
     row = prompt(model, [[32, 32]], [3, 5], 0)
     numbers = packed_by_plain(plain, [32, 32], 5)

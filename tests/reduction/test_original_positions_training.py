@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from reduced_models import IMAGE_TOKEN, build, make_batch, make_row
-from test_original_positions import METHODS, original
-from test_original_positions_next import SIZES, images
+from reduced_models import IMAGE_TOKEN, METHODS, NEXT_SIZES, build, images, make_batch, make_row, original
 from torch import Tensor
 
 from shortzip.data.dataset import MicroBatch
@@ -43,7 +41,7 @@ def by_transformers(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", ["visionzip", "random", "pool"])
+@pytest.mark.parametrize("method", ["visionzip", "pool"])
 @pytest.mark.parametrize("frozen", [None, {"layers": [0, 2, 3]}], ids=["unfrozen", "frozen"])
 def test_the_packed_walk(method: str, side: str, frozen: dict[str, Any] | None) -> None:
     model = original(method, shortv=frozen)
@@ -105,9 +103,9 @@ def test_bfloat16_is_near() -> None:
 
 
 def test_tiles() -> None:
-    model = build(reduction="none", next_=True, visionzip=METHODS["visionzip"], positions="original")
+    model = original(next_=True)
     train_only_projector(model, torch.float32)
-    pictures = images(model, SIZES[:3])
+    pictures = images(model, NEXT_SIZES[:3])
     counts = [len(image) for image in model.model.get_image_features(**pictures).pooler_output]
     rows = [[3, *[IMAGE_TOKEN] * counts[0], *range(40, 46)], [4, 6, *[IMAGE_TOKEN] * counts[1], 8]]
     rows[1] += [*[IMAGE_TOKEN] * counts[2], 10, 12, 14]
