@@ -13,6 +13,7 @@ EVERY_FORM = [
     Reductions({"dominant": 9, "contextual": 0, "method": "random", "seed": 4}),
     Reductions({"dominant": 4, "contextual": 0, "method": "grid"}, None, {"layer": 2, "keep": 0.25}),
     Reductions(fastv={"layer": 1, "keep": 0.5}),
+    Reductions({"dominant": 5, "contextual": 3}, {"layers": [3, 1]}, positions="original"),
 ]
 
 
@@ -20,14 +21,19 @@ EVERY_FORM = [
 def test_config_keys_and_words_give_it_back(reductions: Reductions) -> None:
     assert Reductions.from_config({"model_type": "x", **reductions.as_config()}) == reductions
     seed = (reductions.visionzip or {}).get("seed", 0)
-    said = Reductions.parse(
-        reductions.budget_words, reductions.layers_words, reductions.fastv_words, method=reductions.method, seed=seed
-    )
+    words = (reductions.budget_words, reductions.layers_words, reductions.fastv_words)
+    said = Reductions.parse(*words, method=reductions.method, seed=seed, positions=reductions.positions)
     assert {**said.as_config(), "shortv": None} == {**reductions.as_config(), "shortv": None}
     assert said.layers == sorted(reductions.layers)
     assert reductions.is_empty == (reductions == Reductions())
     inside = reductions.before_the_llm
     assert (inside.visionzip, inside.layers, inside.fastv) == (reductions.visionzip, [], None)
+
+
+def test_where_no_token_is_left_out_all_stand_where_they_do() -> None:
+    assert Reductions(shortv={"layers": [1]}, positions="original") == Reductions(shortv={"layers": [1]})
+    with pytest.raises(ReductionError, match="positions is 'there'; it must be one of"):
+        Reductions.parse("5+3", positions="there")
 
 
 def test_a_release_that_knows_no_reductions_has_none() -> None:
@@ -42,6 +48,7 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
         (EVERY_FORM[2], "9+0 visual tokens (baseline random, seed 4)"),
         (EVERY_FORM[3], "4+0 visual tokens (baseline grid), FastV: 0.25 of them kept after layer 2"),
         (EVERY_FORM[4], "all visual tokens, FastV: 0.5 of them kept after layer 1"),
+        (EVERY_FORM[5], "5+3 visual tokens, 2 frozen layers, original positions"),
     ],
 )
 def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:

@@ -28,7 +28,9 @@ from shortzip.train.settings.command_line import load_config
 COMMIT = "5" * 40
 REDUCTIONS = {
     "fastv": Reductions({"dominant": 5, "contextual": 3}, None, {"layer": 2, "keep": 0.5}),
-    "random": Reductions({"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}),
+    "random": Reductions(
+        {"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}, None, "original"
+    ),
     "nothing": Reductions(),
 }
 
@@ -66,7 +68,8 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
         assert "arxiv.org/abs/2504.00502" not in introduction, "no layer is frozen"
     elif name == "random":
         for part in (introduction, recipe):
-            assert "7 of 36 visual tokens per image (chosen by the baseline random, seed 3, not by VisionZip)" in part
+            drawn = "chosen by the baseline random, seed 3, not by VisionZip; original positions"
+            assert f"7 of 36 visual tokens per image ({drawn})" in part
             assert "2 of 4 (layers 0, 2)" in part
         assert "are chosen by [VisionZip]" not in introduction
     else:
