@@ -8,6 +8,7 @@ from reduced_models import IMAGE_TOKEN, METHODS, NEXT_SIZES, build, images, make
 from torch import Tensor
 
 from shortzip.data.dataset import MicroBatch
+from shortzip.reduction.positions import packed_shifts, shifts_of
 from shortzip.train.step.objective import SupervisedLoss, recompute_layers, train_only_projector
 
 LAYOUTS = ("tttIttttt", "tIttItttt", "ttttttt", "IttI", "tttttttttI")
@@ -91,6 +92,22 @@ def test_with_fastv() -> None:
     query = {"fastv_query": (inputs["labels"] != -100).int().argmax(1) - 1}
     expected = by_transformers(model, {**inputs, **query})
     torch.testing.assert_close(loss_and_gradient(SupervisedLoss(model), inputs)[0], expected.detach())
+
+
+@pytest.mark.parametrize("method", ["visionzip", "pool"])
+@pytest.mark.parametrize("next_", [False, True])
+def test_no_number_is_waited_for(method: str, next_: bool) -> None:
+    """On the meta device nothing can be read back."""
+    model = original(method, next_=next_)
+    sizes = {"image_sizes": torch.tensor(NEXT_SIZES[:2])} if next_ else {}
+    pixels = images(model, NEXT_SIZES[:2])["pixel_values"] if next_ else torch.randn(2, 3, 16, 16)
+    visual = model.model.get_visual_tokens(pixels)
+    places = model.model.image_positions(visual.kept.to("meta"), visual.targets.to("meta"), **sizes)
+    assert all(image.device.type == "meta" for image in places.tokens)
+    count = sum(map(len, places.tokens))
+    before = torch.arange(count + 3, device="meta").clamp(max=count)
+    assert packed_shifts(places, before, 0 * before, count).shape == (count + 3,)
+    assert shifts_of(torch.ones(2, count, dtype=torch.bool, device="meta"), places).shape == (2, count + 1)
 
 
 def test_bfloat16_is_near() -> None:

@@ -24,6 +24,7 @@ from shortzip.data.drops import Drop, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import writing
 from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
@@ -68,6 +69,8 @@ class Evaluation:
     """Time that loss and answers took."""
     fastv: str = NONE
     """FastV's pruning inside the language model, like 2+0.5; none."""
+    positions: str = COMPACT
+    """Where tokens stand: compact or original."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def evaluate(
         prefill_batch=len(inputs["input_ids"]) if inputs else 0,
         seconds=seconds,
         fastv=reductions.fastv_words,
+        positions=reductions.positions,
     )
     return evaluation, listed
 

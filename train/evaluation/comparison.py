@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.train.evaluation.answers import (
     Answer,
@@ -198,11 +199,13 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
         tokens = (
             f"{row.visual_tokens:g}" if row.visual_tokens == int(row.visual_tokens) else f"{row.visual_tokens:.1f}"
         )
+        more = [f"FastV {row.fastv}"] * (row.fastv != NONE)
+        more += [f"{row.positions} positions"] * (row.positions != COMPACT)
         table.add_row(
             literal(row.name),
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
+            ", ".join([tokens, *more]),
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",
