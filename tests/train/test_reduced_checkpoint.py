@@ -106,7 +106,7 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
     tuned.image.save(tmp_path / "image.png")
     compared = {
         "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
-        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
+        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "pool"}, SHORTV, None, "original"),
     }
     logits = dict.fromkeys(("full", "projector"), tuned.logits)
     for name, reductions in compared.items():
