@@ -154,7 +154,8 @@ class Models:
         if kind == ALL:
             return self.base, Supervision(processor, max_length=None)
         layers = sorted(self.ranking[:frozen])
-        reductions = Reductions(visionzip, {"layers": layers} if layers else None)
+        # A tuned checkpoint's untuned neighbour differs from it in the projector alone.
+        reductions = Reductions(visionzip, {"layers": layers} if layers else None, positions=self.saved.positions)
         projector = self.tuned_projector if kind == TUNED else None
         return share_weights(self.base, reductions, projector), Supervision(processor, max_length=None)
 

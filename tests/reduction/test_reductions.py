@@ -15,20 +15,26 @@ EVERY_FORM = [
     Reductions(fastv={"layer": 1, "keep": 0.5}),
     Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.125], "positions": "original"}),
     Reductions(fastv={"method": "sparsevlm+", "layers": [2, 6, 15], "keep": [66, 34, 20]}),
+    Reductions({"dominant": 5, "contextual": 3}, {"layers": [3, 1]}, positions="original"),
 ]
 
 
 @pytest.mark.parametrize("reductions", EVERY_FORM)
 def test_config_keys_and_words_give_it_back(reductions: Reductions) -> None:
     assert Reductions.from_config({"model_type": "x", **reductions.as_config()}) == reductions
-    said = Reductions.parse(
-        reductions.budget_words, reductions.layers_words, reductions.fastv_words, method=reductions.method_words
-    )
+    words = (reductions.budget_words, reductions.layers_words, reductions.fastv_words)
+    said = Reductions.parse(*words, method=reductions.method_words, positions=reductions.positions)
     assert {**said.as_config(), "shortv": None} == {**reductions.as_config(), "shortv": None}
     assert said.layers == sorted(reductions.layers)
     assert reductions.is_empty == (reductions == Reductions())
     inside = reductions.before_the_llm
     assert (inside.visionzip, inside.layers, inside.fastv) == (reductions.visionzip, [], None)
+
+
+def test_where_no_token_is_left_out_all_stand_where_they_do() -> None:
+    assert Reductions(shortv={"layers": [1]}, positions="original") == Reductions(shortv={"layers": [1]})
+    with pytest.raises(ReductionError, match="positions is 'there'; it must be one of"):
+        Reductions.parse("5+3", positions="there")
 
 
 def test_a_release_that_knows_no_reductions_has_none() -> None:
@@ -48,6 +54,7 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
             "all visual tokens, PyramidDrop: 0.5, 0.125 of them kept before layers 1, 3, positions kept",
         ),
         (EVERY_FORM[6], "all visual tokens, SparseVLM+: 66, 34, 20 of them kept after layers 2, 6, 15"),
+        (EVERY_FORM[7], "5+3 visual tokens, 2 frozen layers, original positions"),
     ],
 )
 def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:

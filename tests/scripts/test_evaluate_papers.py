@@ -207,6 +207,25 @@ def test_rows_are_budgets_by_layers_by_kind() -> None:
     assert len(set(arguments)) == len(arguments)
 
 
+def test_rows_of_both_positions() -> None:
+    tuned = Tuned("run", "8+2", positions="original")
+    config = PapersConfig(
+        "base", [Task("t", "t", ["m"])], "out", budgets=["all", "8+2"], positions=["compact", "original"],
+        tuned=[tuned], device="cpu",
+    )  # fmt: skip
+    rows = rows_of(config)
+    kept = Row(TRAINING_FREE, "base", "8+2", "none", positions="original")
+    assert rows == [
+        Row(TRAINING_FREE, "base", "all", "none"), Row(TRAINING_FREE, "base", "8+2", "none"), kept,
+        Row(TUNED, "run", "8+2", "none", positions="original"),
+    ]  # fmt: skip
+    assert kept.title == "original positions, training-free"
+    assert kept.settings == "budget: 8+2, layers: none, positions: original"
+    assert Row.saved("run", kept.reductions) == rows[-1]
+    said = "pretrained=base,dtype=float32,budget=8+2,layers=none,fastv=none,positions=original"
+    assert model_arguments(kept, config) == said
+
+
 def test_every_tuned_checkpoint_of_a_budget_has_its_row() -> None:
     runs = [Tuned(f"seed-{seed}", "8+2", "1+2") for seed in range(3)]
     tasks = [Task("t", "t", ["m"])]

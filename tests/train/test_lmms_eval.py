@@ -370,6 +370,9 @@ def test_baselines_are_arguments_too(tiny_release: Path) -> None:
     drawn = ReducedLlava(str(tiny_release), budget="9+0", method="random", seed=3, fastv="2+0.5", device="cpu")
     assert drawn.model.config.visionzip == {"dominant": 9, "contextual": 0, "method": "random", "seed": 3}
     assert drawn.model.config.fastv == {"layer": 2, "keep": 0.5}
+    assert drawn.model.config.positions == "compact"
+    kept = ReducedLlava(str(tiny_release), budget="9+0", positions="original", device="cpu")
+    assert kept.model.config.positions == "original"
 
 
 def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:

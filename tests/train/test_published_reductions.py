@@ -29,7 +29,9 @@ COMMIT = "5" * 40
 REDUCTIONS = {
     "fastv": Reductions({"dominant": 5, "contextual": 3}, None, {"layer": 2, "keep": 0.5}),
     "pyramiddrop": Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]}),
-    "random": Reductions({"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}),
+    "random": Reductions(
+        {"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}, None, "original"
+    ),
     "scope": Reductions({"dominant": 7, "contextual": 0, "method": "scope", "alpha": 0.5}),
     "nothing": Reductions(),
 }
@@ -72,7 +74,8 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
         assert "The pruning is [PyramidDrop](https://arxiv.org/abs/2410.17247)'s." in introduction
     elif name == "random":
         for part in (introduction, recipe):
-            assert "7 of 36 visual tokens per image (chosen by the baseline random:seed=3, not by VisionZip)" in part
+            drawn = "chosen by the baseline random:seed=3, not by VisionZip; original positions"
+            assert f"7 of 36 visual tokens per image ({drawn})" in part
             assert "2 of 4 (layers 0, 2)" in part
         assert "are chosen by [VisionZip]" not in introduction
     elif name == "scope":

@@ -110,7 +110,7 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
     compared = {
         "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
         "sparsevlm": Reductions(VISIONZIP, None, {"method": "sparsevlm", "layers": [0, 2], "keep": [5, 3]}),
-        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
+        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "pool"}, SHORTV, None, "original"),
         "duet": Reductions({**VISIONZIP, "method": "duet", "window": 2}, SHORTV),
     }
     optional = {

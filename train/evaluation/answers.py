@@ -25,6 +25,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import writing
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.configuration_pruning import pruning_method
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.choosing import with_prompt
@@ -72,6 +73,8 @@ class Evaluation:
     """Pruning inside the language model, like 2+0.5 (FastV); none."""
     method: str = VISIONZIP
     """How the visual tokens are chosen, with parameters, like scope:alpha=0.5."""
+    positions: str = COMPACT
+    """Where tokens stand: compact or original."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def evaluate(
         seconds=seconds,
         fastv=reductions.fastv_words,
         method=reductions.method_words,
+        positions=reductions.positions,
     )
     return evaluation, in_order
 

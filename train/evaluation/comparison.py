@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from shortzip.reduction.parsing import pruned_title
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.evaluation.answers import (
@@ -217,9 +218,10 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
 
 
 def _chosen(row: Evaluation) -> list[str]:
-    """How a row's visual tokens are chosen, where it is not VisionZip's way, and pruned."""
+    """How a row's visual tokens are chosen, where it is not VisionZip's way, pruned, and where they stand."""
     words = [] if row.method == VISIONZIP else [row.method]
-    return words if row.fastv == NONE else [*words, pruned_title(row.fastv)]
+    words += [] if row.fastv == NONE else [pruned_title(row.fastv)]
+    return words if row.positions == COMPACT else [*words, f"{row.positions} positions"]
 
 
 def _flops(value: float) -> str:

@@ -362,8 +362,6 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
-        if self.positions == "compact":  # as in runs of before there were others
-            del settings["positions"]
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}
         return {**settings, **data}
 
