@@ -21,6 +21,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
 from shortzip.reduction.configuration_reduced_llava import METHODS
+from shortzip.reduction.engines import name_model
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
@@ -90,6 +91,7 @@ def write_reduced_checkpoint(
         model = model_class(config)
     with written_whole(target) as folder:
         custom_object_save(model, folder, config=config)
+        name_model(config, type(model.model))
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / LINEAGE_FILE).write_text(
