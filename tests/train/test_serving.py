@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib.util
 import io
-import json
 import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,9 +27,10 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from vllm_engine import NAME, Running, VllmEngine
 
+from shortzip.data.errors import MissingExtra, UserError
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.serve import build
+from shortzip.scripts.serve import build, listen
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -380,13 +384,61 @@ def test_slow_clients_lose_their_place_and_hold_up_nobody(house: House) -> None:
             time.sleep(0.02)
 
 
-def test_an_image_or_request_that_is_too_large(house: House) -> None:
-    with Fast(house, max_image_mb=0.01, max_images=1) as fast:
-        large = uri(png(0, (100, 100)))
-        assert refused(fast.post(asks(shows(large))))[:2] == (413, "image_too_large")
-        text = json.dumps(asks({"role": "user", "content": "x" * 2_000_000}))
-        response = HTTP.post(f"{fast.url}/chat/completions", content=text)
-        assert refused(response)[:2] == (413, "request_too_large")
+def test_what_is_too_large_or_takes_too_long(house: House) -> None:
+    with Fast(house, max_image_mb=0.01, max_request_mb=0.1, seconds=0.5) as fast:
+        assert refused(fast.post(asks(shows(png(0, (100, 100))))))[:2] == (413, "image_too_large")
+        assert refused(fast.post(asks({"role": "user", "content": "x" * 200_000})))[:2] == (413, "request_too_large")
+        long = asks({"role": "user", "content": "x" * 60_000})
+        assert refused(fast.post(long))[:2] == (400, "context_length_exceeded")
+        fast.engine.pause = 1.0
+        assert refused(fast.post(asks(shows(png(0)))))[:2] == (504, "timeout")
+
+
+def test_a_client_that_leaves_an_answer_gives_its_place_back(house: House) -> None:
+    with Fast(house, max_requests=1) as fast:
+        fast.engine.pause = 0.2
+        with HTTP.stream("POST", f"{fast.url}/chat/completions", json=asks(shows(png(0)), stream=True)) as response:
+            assert response.status_code == 200
+        deadline = time.monotonic() + 10
+        while fast.post(asks(shows(png(0)))).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_missing_package_names_the_extra(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else there(name))
+    with pytest.raises(MissingExtra, match=r"needs uvicorn: pip install 'shortzip\[serve\]'"):
+        build(ServeConfig(house.models, "http://127.0.0.1:1/v1"))
+
+
+def test_a_port_that_is_taken(house: House) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: Address already in use"):
+            listen(ServeConfig(house.models, "http://127.0.0.1:1/v1", port=port))
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_stopped(house: House) -> None:
+    with Running.of(house.engine.app) as engine:
+        command = [sys.executable, "-m", "shortzip.scripts", "serve", "--engine", engine.url, "--port", "0"]
+        process = subprocess.Popen(
+            [*command, "--model", house.models[0]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        said = [process.stdout.readline()]
+        while "listening on" not in said[-1]:
+            said.append(process.stdout.readline())
+            assert said[-1], said
+        assert any("what was frozen or pruned in its language model is not" in line for line in said)
+        url = said[-1].split()[2].rstrip(",")
+        client = openai.OpenAI(base_url=url, api_key="none")
+        answer = client.chat.completions.create(**asks(shows(png(1))), extra_body={"return_token_ids": True})
+        expected = house.generate("tuned", [("user", "<image>\nwhat colour is the picture?")], [png(1)])
+        assert answer.choices[0].model_dump()["token_ids"] == expected
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
 
 
 def test_the_engines_model_is_asked_for_once(house: House) -> None:

@@ -33,6 +33,7 @@ from shortzip.train.serving.sources import ImageSources
 from shortzip.train.settings.serving import ServeConfig
 
 COME_AGAIN = 1  # seconds, to whom is refused because of others
+LONGEST_TOKEN = 100  # characters
 _LOG = logging.getLogger("uvicorn.error")
 
 
@@ -110,33 +111,32 @@ class Server:
 
     async def answer(self, request: Request, asked: _Asked, held: AsyncExitStack) -> Response:
         """The response to a request that has a place; `held` has what sending it needs. Raises `Refused`."""
-        chat = read_chat(await self._body(request), self.config.max_images)
+        body = await self._body(request)
+        chat = await asyncio.to_thread(read_chat, body, self.config.max_images)
         encoder = self.encoders.get(chat.model)
         if encoder is None:
             known = ", ".join(self.encoders)
             raise Refused(404, "model_not_found", f"there is no model {chat.model[:100]!r}: there is {known}")
         asked.model = chat.model
         embeddings = await self._embed(chat, encoder)
-        body = for_engine(chat, await self.engine.model(), embeddings)
+        asks = for_engine(chat, await self.engine.model(), embeddings)
         authorization = request.headers.get("authorization")
         if chat.streams:
-            lines = await held.enter_async_context(self.engine.ask(body, authorization))
+            lines = await held.enter_async_context(self.engine.ask(asks, authorization))
             asked.status = 200
             return StreamingResponse(_events(lines, chat.model), media_type="text/event-stream")
-        whole = await self.engine.whole(body, authorization)
+        whole = await self.engine.whole(asks, authorization)
         asked.status = 200
         return JSONResponse({**whole, "model": chat.model})
 
     async def _body(self, request: Request) -> bytes:
-        # Base64 takes a third more; what stands around the images is small.
-        most = int(self.config.max_images * self.config.max_image_mb * 1e6 * 1.4) + 1_000_000
-        body = bytearray()
+        most, body = self.config.max_request_mb * 1e6, bytearray()
         try:
             async with asyncio.timeout(self.config.upload_seconds):
                 async for piece in request.stream():
                     body += piece
                     if len(body) > most:
-                        raise Refused(413, "request_too_large", f"a request has at most {most / 1e6:.0f} MB here")
+                        raise Refused(413, "request_too_large", f"a request has at most {most / 1e6:g} MB here")
         except TimeoutError as error:
             raise Refused(408, "upload_timeout", "the request's body did not come in time") from error
         return bytes(body)
@@ -144,6 +144,9 @@ class Server:
     async def _embed(self, chat: Chat, encoder: ImageEncoder) -> list[Tensor]:
         """Each image's tokens, once the prompt is known to fit. Raises `Refused`."""
         start, loop = time.perf_counter(), asyncio.get_running_loop()
+        long = sum(len(text) for _, text in chat.turns)
+        if long > LONGEST_TOKEN * encoder.longest:  # before it is tokenized, which takes its time
+            raise _too_long(f"{long} characters", encoder)
 
         async def read(url: str) -> Pixels:
             content = await self.sources.read(url)
@@ -151,18 +154,16 @@ class Server:
 
         try:
             images = [await read(url) for url in chat.images]
-            prompt = encoder.supervision.prompt(chat.conversation, [image.size for image in images])
+            sizes = [image.size for image in images]
+            prompt = await loop.run_in_executor(self._readers, encoder.supervision.prompt, chat.conversation, sizes)
         except BadImage as error:
             raise Refused(400, "invalid_image", f"an image cannot be used: {error.detail}") from error
         except BadSample as error:
             raise Refused(400, "invalid_request", error.detail) from error
         if len(prompt) >= encoder.longest:
-            raise Refused(
-                400, "context_length_exceeded", f"{len(prompt)} tokens, and the model has {encoder.longest} positions"
-            )
+            raise _too_long(f"{len(prompt)} tokens", encoder)
         assert self._batches is not None
         tensors = await self._batches.encode(encoder.name, images)
-        sizes = [image.size for image in images]
         self.metrics.images.labels(encoder.name).inc(len(images))
         self.metrics.visual_tokens.labels(encoder.name).inc(sum(map(len, tensors)))
         self.metrics.saved_tokens.labels(encoder.name).inc(sum(map(encoder.saved_tokens, sizes)))
@@ -236,6 +237,10 @@ async def _events(lines: AsyncIterator[str], model: str) -> AsyncIterator[str]:
                 yield f"data: {data}\n\n"
     except Refused as refused:
         yield f"data: {json.dumps(refused.body)}\n\n"
+
+
+def _too_long(prompt: str, encoder: ImageEncoder) -> Refused:
+    return Refused(400, "context_length_exceeded", f"{prompt}, and the model has {encoder.longest} positions")
 
 
 def _refusal(refused: Refused) -> Response:

@@ -99,7 +99,7 @@ class ImageSources:
     async def read(self, url: str) -> bytes:
         """The encoded image. Raises `Refused` with the reason."""
         if is_data_uri(url):
-            return self._inline(url)
+            return await asyncio.to_thread(self._inline, url)
         scheme = url.partition(":")[0].lower()
         if scheme == "file":
             return await asyncio.to_thread(self._file, url)

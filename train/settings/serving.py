@@ -70,6 +70,8 @@ class ServeConfig:
     """Images of one request."""
     max_image_mb: float = 20.0
     """Megabytes of one image's file."""
+    max_request_mb: float = 32.0
+    """Megabytes of a request's body, its images in base64 among them."""
     seconds: float = 300.0
     """After so many a request is given up (504)."""
     engine_seconds: float = 120.0
@@ -89,7 +91,9 @@ class ServeConfig:
         if not re.match(r"https?://[^/]", self.engine):
             raise ConfigError(f"engine is {self.engine!r}: needed is an address like http://127.0.0.1:8000/v1")
         _within(self, "", batch_size=(1, 1024), max_requests=(1, 65536), max_images=(1, 256), port=(0, 65535))
-        _at_least(self, "", max_image_mb=0.001, seconds=0.1, engine_seconds=0.1, upload_seconds=0.1)
+        _at_least(
+            self, "", max_image_mb=0.001, max_request_mb=0.001, seconds=0.1, engine_seconds=0.1, upload_seconds=0.1
+        )
         if self.images is not None and not Path(self.images).is_dir():
             raise ConfigError(f"images: {self.images} is no folder")
 
