@@ -24,6 +24,7 @@ from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.serving import ServeConfig
 
 LOCAL = "127.0.0.1"
+KEPT = 75  # seconds that an idle connection stays: longer than clients keep theirs, lest both use and close it at once
 NEEDED = ("starlette", "uvicorn", "httpx", "prometheus_client")
 
 
@@ -85,7 +86,7 @@ def build(config: ServeConfig) -> Any:
     )
     engine = Engine(config.engine, config.engine_model, config.engine_seconds)
     app = Server(config, encoders, engine, sources).app
-    return uvicorn.Server(uvicorn.Config(app, host=config.host, port=config.port, log_level="warning"))
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEPT))
 
 
 if __name__ == "__main__":

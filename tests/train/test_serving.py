@@ -35,6 +35,7 @@ from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.serving.engine import Engine
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.serving import ServeConfig
 
@@ -174,6 +175,24 @@ def test_openais_client_gets_the_tokens_of_generate(house: House, served: str, n
         )
         assert [token for event in events for token in event.choices[0].model_dump()["token_ids"]] == expected
         assert {event.model for event in events} == {name}
+
+
+def test_requests_at_once_get_the_tokens_that_each_gets_alone(house: House, served: str) -> None:
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(verify=False, timeout=60) as client:
+            return await asyncio.gather(
+                *(client.post(f"{served}/chat/completions", json=asks(*messages, model=name, return_token_ids=True))
+                  for name, messages, _, _ in talks)
+            )  # fmt: skip
+
+    question = "what colour is the picture?"
+    talks = [
+        (list(BUDGETS)[seed % 3], [shows(*shown)], [("user", "<image>" * len(shown) + f"\n{question}")], shown)
+        for seed in range(9)
+        for shown in [[png(seed)] * (1 + seed % 2)]
+    ]
+    for response, (name, _, turns, shown) in zip(asyncio.run(ask_all()), talks, strict=True):
+        assert response.json()["choices"][0]["token_ids"] == house.generate(name, turns, shown)
 
 
 def test_the_clients_key_reaches_the_engine(house: House, served: str) -> None:
@@ -365,6 +384,28 @@ def test_an_engine_that_fails_breaks_off_hangs_and_dies(house: House) -> None:
         assert refused(fast.post(asks(shows(png(0)))))[:2] == (502, "engine_unavailable")
         assert HTTP.get(fast.url.replace("/v1", "/health")).status_code == 503
         assert "shortzip_requests_in_flight 0.0" in metrics(fast.url)
+
+
+def test_a_connection_that_the_engine_closed_meanwhile_is_made_anew() -> None:
+    async def once() -> tuple[dict[str, Any], int]:
+        asked = 0
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            asked += 1
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+            if asked > 1:
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n{"a": 1}')
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as running:
+            engine = Engine(f"http://127.0.0.1:{running.sockets[0].getsockname()[1]}/v1", NAME, 10)
+            whole = await engine.whole({"messages": []}, None)
+            await engine.close()
+        return whole, asked
+
+    assert asyncio.run(once()) == ({"a": 1}, 2)
 
 
 def test_slow_clients_lose_their_place_and_hold_up_nobody(house: House) -> None:

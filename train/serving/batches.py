@@ -14,7 +14,7 @@ from torch import Tensor
 from shortzip.train.serving.encoder import ImageEncoder, Pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     model: str
     image: Pixels

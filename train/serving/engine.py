@@ -11,6 +11,7 @@ import httpx
 
 from shortzip.train.serving.refusal import Refused
 
+KEPT = 2.0  # seconds that a connection is kept for the next request: vLLM closes idle ones after 5
 _BUSY = (429, 503)
 
 
@@ -25,7 +26,7 @@ class Engine:
 
     def __init__(self, address: str, model: str | None, seconds: float) -> None:
         self.address, self._model = address.rstrip("/"), model
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEPT)
         timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
         # trust_env: no proxy of the environment stands between two servers of one machine.
         self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
@@ -57,11 +58,23 @@ class Engine:
         does not take; also while lines are read."""
         headers = {} if authorization is None else {"Authorization": authorization}
         address = f"{self.address}/chat/completions"
-        async with self._told(), self._client.stream("POST", address, json=request, headers=headers) as response:
-            if response.status_code != 200:
-                await response.aread()
-                raise _as_told(response)
-            yield self._lines(response)
+        posted = self._client.build_request("POST", address, json=request, headers=headers)
+        async with self._told():
+            response = await self._sent(posted)
+            try:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _as_told(response)
+                yield self._lines(response)
+            finally:
+                await response.aclose()
+
+    async def _sent(self, posted: httpx.Request) -> httpx.Response:
+        try:
+            return await self._client.send(posted, stream=True)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            # A kept connection that the engine closed in this moment: nothing was answered yet, so it is asked anew.
+            return await self._client.send(posted, stream=True)
 
     async def whole(self, request: Mapping[str, Any], authorization: str | None) -> dict[str, Any]:
         """Its answer to a request that does not stream. Raises as `ask`."""
