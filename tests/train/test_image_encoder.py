@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from tiny import write_next_release, write_release
 
+from shortzip.data.supervision import Supervision, load_template
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
-from shortzip.train.serving.encoder import load_encoders
+from shortzip.train.serving.encoder import _check_alike, load_encoders
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.serving import Listed
 
@@ -56,9 +57,11 @@ def test_equal_towers_are_held_once_and_other_language_models_refused(releases: 
     one, other = load_encoders(listed, torch.device("cpu"), torch.float32).values()
     assert one.model.model.vision_tower is other.model.model.vision_tower
     other.model.config.text_config.num_hidden_layers = 5
-    from shortzip.train.serving.encoder import _check_alike
-
     with pytest.raises(ConfigError, match="models a and b: num_hidden_layers of their language models is 4 and 5"):
+        _check_alike(one, other)
+
+    other.supervision = Supervision(other.supervision.processor, load_template("chatml"), max_length=None)
+    with pytest.raises(ConfigError, match="models a and b were tuned with different chat templates"):
         _check_alike(one, other)
 
 

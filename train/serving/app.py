@@ -230,13 +230,19 @@ async def _events(lines: AsyncIterator[str], model: str) -> AsyncIterator[str]:
     """The engine's events under the name that was asked for. One that breaks off ends with an error, as vLLM's do."""
     try:
         async for line in lines:
-            kind, _, data = line.partition(": ")
-            if kind == "data" and data.startswith("{"):
-                data = json.dumps({**json.loads(data), "model": model}, ensure_ascii=False)
-            if kind == "data":
-                yield f"data: {data}\n\n"
+            if line.startswith("data:"):
+                yield f"data: {_named(line[5:].strip(), model)}\n\n"
     except Refused as refused:
         yield f"data: {json.dumps(refused.body)}\n\n"
+
+
+def _named(data: str, model: str) -> str:
+    """An event under the name that was asked for; what is no object ([DONE]) as it is."""
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return data
+    return json.dumps({**event, "model": model}, ensure_ascii=False) if isinstance(event, dict) else data
 
 
 def _too_long(prompt: str, encoder: ImageEncoder) -> Refused:

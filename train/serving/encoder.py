@@ -143,6 +143,11 @@ def _newline(release: Release) -> Tensor:
 
 def _check_alike(first: ImageEncoder, other: ImageEncoder) -> None:
     """Raises `ConfigError` for two that cannot be of the one release that the engine runs."""
+    if first.supervision.template != other.supervision.template:
+        raise ConfigError(
+            f"models {first.name} and {other.name} were tuned with different chat templates, and an engine has one: "
+            "start a server and an engine for each"
+        )
     texts = [encoder.model.config.text_config.to_dict() for encoder in (first, other)]
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     for key in keys:
