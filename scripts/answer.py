@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from shortzip.data.files import held_alone, refuse_to_replace
 from shortzip.data.kept import conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
@@ -23,7 +21,7 @@ from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.report import Reporter
 from shortzip.train.serving.answers_file import Answerer, PartialAnswers, answer_file, read_questions
-from shortzip.train.settings.checks import ConfigError
+from shortzip.train.serving.placing import place
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.serving import AnswerConfig
 
@@ -39,11 +37,8 @@ def run(config: AnswerConfig) -> None:
     refuse_to_replace(output, overwrite=config.overwrite, inputs=[source])
     questions = read_questions(config.questions)
     root = config.image_root or folder_of(config.questions)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', and there is no GPU here: give --device cpu")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    spec = ReleaseSpec(config.model, config.revision, chat_template=config.chat_template, dtype=getattr(torch, dtype))
+    device, dtype = place(config.device, config.dtype)
+    spec = ReleaseSpec(config.model, config.revision, chat_template=config.chat_template, dtype=dtype)
     release = open_release(spec)
     model, processor = load_release(release)
     supervision = Supervision(processor, max_length=None)
@@ -52,7 +47,7 @@ def run(config: AnswerConfig) -> None:
             "questions": conversations_digest(questions, root),
             "model": release_content(release),
             "template": supervision.template,
-            "dtype": dtype,
+            "dtype": str(dtype),
             "max_new_tokens": config.max_new_tokens,
         }
     )

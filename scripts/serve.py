@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shortzip.data.errors import MissingExtra, UserError
-from shortzip.train.settings.checks import ConfigError
+from shortzip.train.serving.placing import place
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.serving import ServeConfig
 
@@ -69,11 +67,8 @@ def build(config: ServeConfig) -> Any:
     from shortzip.train.serving.engine import Engine
     from shortzip.train.serving.sources import ImageSources
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', and there is no GPU here: give --device cpu")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    encoders = load_encoders(config.listed, torch.device(device), getattr(torch, dtype))
+    device, dtype = place(config.device, config.dtype)
+    encoders = load_encoders(config.listed, device, dtype)
     for name, encoder in encoders.items():
         say(f"{name}: {encoder.reductions.before_the_llm.describe()} of {encoder.release.name}")
         if encoder.reductions != encoder.reductions.before_the_llm:
