@@ -21,6 +21,7 @@ from .configuration_reduced_llava import (
     selected_block,
     validate,
 )
+from .engines import NamesItsModelMixin, WithoutHeadMixin, refuse_attention_of_engines
 from .errors import ReductionError
 from .extras import extra
 from .positions import (
@@ -47,7 +48,7 @@ from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
 
 
-class ReducedModelMixin:
+class ReducedModelMixin(WithoutHeadMixin):
     """What the reduced LLaVA and LLaVA-NeXT models have in common; goes before the transformers class."""
 
     config: Any
@@ -62,6 +63,7 @@ class ReducedModelMixin:
     def __init__(self, config: Any) -> None:
         validate(config)
         super().__init__(config)  # type: ignore[call-arg]
+        refuse_attention_of_engines(config, self.language_model.config)
         self.multi_modal_projector = DtypeProjector(config)
         self._reductions = copy.deepcopy(reductions_of(config))
         freeze_visual_tokens(self.language_model, [] if config.shortv is None else list(config.shortv["layers"]))
@@ -202,7 +204,7 @@ class ReducedModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
 
-class ReducedForGenerationMixin(CountsPositions):
+class ReducedForGenerationMixin(CountsPositions, NamesItsModelMixin):
     """What the reduced models with a head have in common; goes before the transformers class.
 
     `from_pretrained` refuses a checkpoint that does not fill the model exactly, and lays a projector-only one over the
@@ -390,4 +392,6 @@ def register_key_mapping(reduced: str, plain: str) -> None:
 
 register_key_mapping("ReducedLlavaModel", "LlavaModel")
 register_key_mapping("reduced_llava", "llava")
+ReducedLlavaModel.with_head = ReducedLlavaForConditionalGeneration
+ReducedLlavaModel.register_for_auto_class("AutoModel")
 ReducedLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_reduced_llava import reductions_of, validate
+from .engines import OFF
 from .errors import ReductionError
 from .shortv import SUPPORTED_ATTENTION
 
@@ -126,7 +127,7 @@ def visual_of_token_types(key: str, mm_token_type_ids: Tensor | None, inputs_emb
     if mm_token_type_ids is None:
         raise ReductionError(
             f"{key}: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
-            "mm_token_type_ids (1 at visual tokens, else 0) of the same length"
+            f"mm_token_type_ids (1 at visual tokens, else 0) of the same length, or {OFF.format(key=key)}"
         )
     if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
         raise ReductionError(

@@ -118,6 +118,20 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             recipe="frontier-demo",
         ),
     ),
+    "Answer": (
+        Verb(
+            "answer",
+            "scripts.answer",
+            "serving.AnswerConfig",
+            "a file of questions, continued where it was interrupted",
+        ),
+        Verb(
+            "serve",
+            "scripts.serve",
+            "serving.ServeConfig",
+            "OpenAI's interface: images here, the language model in an engine",
+        ),
+    ),
     "Publish": (
         Verb(
             "convert",

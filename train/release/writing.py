@@ -21,6 +21,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
 from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
+from shortzip.reduction.engines import name_model
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
@@ -91,6 +92,7 @@ def write_reduced_checkpoint(
         model = model_class(config)
     with written_whole(target) as folder:
         custom_object_save(model, folder, config=config)
+        name_model(config, type(model.model))
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / LINEAGE_FILE).write_text(json.dumps(descent, indent=1) + "\n", encoding="utf-8")
