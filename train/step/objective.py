@@ -14,8 +14,10 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.flops import projector_input
+from shortzip.reduction.shortv import ActiveRows
+from shortzip.train.step.lean_autograd import Take
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.places import Layout, Rows, lay_out
+from shortzip.train.step.places import EveryToken, Layout, Rows, lay_out
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
@@ -49,12 +51,13 @@ class SupervisedLoss(nn.Module):
 
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
-    trained, and where the weights lie, is to be settled before. `plain` turns it off.
+    trained, and where the weights lie, is to be settled before. `plain` turns it off. `logits_at_once`: values; None
+    takes what suits the device.
     """
 
-    def __init__(self, model: Llava, *, plain: bool = False) -> None:
+    def __init__(self, model: Llava, *, plain: bool = False, logits_at_once: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.logits_at_once = model, logits_at_once
         self.plain = plain or not can_walk(model.model.language_model)
         self._fixed: dict[bytes, FixedText] = {}
 
@@ -71,15 +74,13 @@ class SupervisedLoss(nn.Module):
         Raises:
             ValueError: placeholders and visual tokens do not match.
         """
-        if self.plain:
-            return self._plain_loss(batch.inputs)
         layout = batch.layout
         if layout is None:
             integers = (batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
             layout = lay_out(*integers, image_token_id=self.model.config.image_token_id)
-        return self._needed_loss(batch.inputs, layout)
+        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """Every token through every layer.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
@@ -87,14 +88,15 @@ class SupervisedLoss(nn.Module):
         """
         inner: Any = self.model.model
         embedding = inner.get_input_embeddings()
+        device = embedding.weight.device
         ids, mask, labels = (
-            batch[key].to(embedding.weight.device) for key in ("input_ids", "attention_mask", "labels")
+            batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         )
-        visual = ids == self.model.config.image_token_id
+        every, visual = layout.every_token.to(device), ids == self.model.config.image_token_id
         features = visual_features(self.model, batch)
-        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
+        _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         if features is None:
-            unused = self._no_features(visual.device)
+            unused = self._no_features(device)
             embeds = embedding(ids)
             embeds = embeds + 0 * unused.sum().to(embeds)
         else:
@@ -105,12 +107,15 @@ class SupervisedLoss(nn.Module):
             attention_mask=mask,
             mm_token_type_ids=visual.long(),
             use_cache=False,
+            **self._frozen_rows(every),
             **fastv_query(self.model, labels),
         )
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][supervised])
-        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        logits = self.model.lm_head(Take.apply(outputs.last_hidden_state.flatten(0, 1), every.ends))
+        return nn.functional.cross_entropy(logits.float(), every.targets, reduction="sum")
+
+    def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
+        frozen = self.model.config.shortv is not None
+        return {"active_rows": ActiveRows(every.active, every.is_active)} if frozen else {}
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         features = visual_features(self.model, batch)
@@ -134,32 +139,31 @@ class SupervisedLoss(nn.Module):
     def _loss_of(self, rows: Rows, visual: Tensor | None) -> Tensor:
         """Summed cross-entropy of rows that see these visual tokens [N, H], or none."""
         decoder: Any = self.model.model.language_model
-        fixed = self._fixed_text(rows.beginning, keep=visual is not None)
+        fixed = self._fixed_text(rows, keep=visual is not None)
         places, again = rows.places.to(self._device), decoder.layers[0].gradient_checkpointing
         states = supervised_states(decoder, visual, places, fixed, again)
-        return summed_cross_entropy(self.model.lm_head, states, places.targets)
+        return summed_cross_entropy(self.model.lm_head, states, places.targets, self.logits_at_once)
 
     @property
     def _device(self) -> torch.device:
         embedding: Any = self.model.model.language_model.embed_tokens
         return embedding.weight.device
 
-    def _fixed_text(self, beginning: Tensor, *, keep: bool) -> FixedText | None:
+    def _fixed_text(self, rows: Rows, *, keep: bool) -> FixedText | None:
         """The text [p] that rows begin with; `keep` it for the next rows that begin with the very same.
 
         A longer or shorter one that is known already is of no use: its rounding would make a micro-batch's result
         depend on those before it, and a resumed run would differ from one that was never interrupted.
         """
-        if not len(beginning):
+        if not rows.key:
             return None
-        key = beginning.numpy().tobytes()
-        fixed = self._fixed.get(key)
+        fixed = self._fixed.get(rows.key)
         if fixed is None:
-            fixed = compute_fixed_text(self.model.model.language_model, beginning)
+            fixed = compute_fixed_text(self.model.model.language_model, rows.beginning)
             if keep:
                 while len(self._fixed) >= FIXED_TEXTS:
                     del self._fixed[next(iter(self._fixed))]
-                self._fixed[key] = fixed
+                self._fixed[rows.key] = fixed
         return fixed
 
     def _no_token(self, device: torch.device) -> Tensor:
@@ -206,13 +210,17 @@ def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> Tensor | None:
     return torch.cat(list(inner.get_image_features(pixel_values=batch["pixel_values"], **sizes).pooler_output))
 
 
-def summed_cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(
+    lm_head: nn.Module, states: Tensor, targets: Tensor, logits_at_once: int | None = None
+) -> Tensor:
     """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
 
-    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them.
+    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them:
+    `logits_at_once` values; None takes what suits the device.
     """
     if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
-        return _SummedCrossEntropy.apply(states, lm_head, targets)
+        values = logits_at_once or (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8)
+        return _SummedCrossEntropy.apply(states, lm_head, targets, values)
     return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
 
 
@@ -220,9 +228,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, values: int) -> Tensor:
         weight = lm_head.weight
-        values = LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8
         total = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, len(states), max(1, values // len(weight))):
@@ -239,9 +246,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (of_states,) = ctx.saved_tensors
-        return of_states * gradient, None, None
+        return of_states * gradient, None, None, None
 
 
 def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:
