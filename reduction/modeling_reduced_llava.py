@@ -140,8 +140,8 @@ class ReducedModelMixin:
         `fastv_query` [B] int64: with FastV, the position whose attention decides what is kept; the last by default,
         which in a prompt is right, and where answers follow it is given: the end of the first prompt.
 
-        `active_rows`: with ShortV, what `shortv.active_rows` gives of the visual positions, where that is known already:
-        then nothing waits for the device.
+        `active_rows`: with ShortV, what `shortv.active_rows` gives of the visual positions, where that is known: then
+        nothing waits for the device.
 
         `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
         visual: ShortV, and `inputs_embeds` into which the image is merged already.

@@ -68,22 +68,27 @@ class StorageCounter(TorchDispatchMode):
         part: what new storages are counted as; likewise.
         held: bytes at the moment, by part.
         total: their sum.
-        peak: where the sum was largest.
-        peaks: the largest sum in each phase, bytes.
+        peaks: by phase, where the sum was largest.
     """
 
     def __init__(self, block: int = 1, *, gathers: bool = False) -> None:
         super().__init__()
         self.block, self.gathers, self.phase, self.part, self.total = block, gathers, "", "", 0
         self.held: defaultdict[str, int] = defaultdict(int)
-        self.peak, self.peaks = Peak(), defaultdict[str, int](int)
+        self.peaks = defaultdict[str, Peak](Peak)
         self._followed: dict[int, _Followed] = {}  # by the storage's address
         self._elastic: dict[int, _Followed] = {}  # those of them that may change their size
+
+    @property
+    def peak(self) -> Peak:
+        """Where the sum was largest of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.total, default=Peak())
 
     @contextmanager
     def during(self, phase: str, part: str) -> Iterator[None]:
         """Names what goes on inside."""
         before = self.phase, self.part
+        self._measure_again("")
         self.phase, self.part = phase, part
         try:
             yield
@@ -151,13 +156,12 @@ class StorageCounter(TorchDispatchMode):
         self._note(self.total, operator)
 
     def _note(self, total: int, operator: str) -> None:
-        self.peaks[self.phase] = max(self.peaks[self.phase], total)
-        if total > self.peak.total:
+        if total > self.peaks[self.phase].total:
             parts = {part: size for part, size in self.held.items() if size}
             if total > self.total:
                 parts["kernels"] = total - self.total
             node = torch._C._current_autograd_node()
-            self.peak = Peak(total, parts, self.phase, operator, node.name() if node else "", _line())
+            self.peaks[self.phase] = Peak(total, parts, self.phase, operator, node.name() if node else "", _line())
 
 
 def _frames() -> Iterator[tuple[str, int]]:

@@ -64,12 +64,12 @@ class Rehearsal:
 
     Attributes:
         peak: where it is most.
-        phases: the most in each phase.
+        phases: where it is most in each phase, in their order.
         resting: by part, what is there between two steps.
     """
 
     peak: Peak
-    phases: dict[str, int]
+    phases: dict[str, Peak]
     resting: dict[str, int]
 
 

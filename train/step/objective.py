@@ -242,6 +242,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits.sub_(normalizer).exp_()
                 logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
                 torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
+            del logits  # before the next ones are made
         ctx.save_for_backward(gradient)
         return total
 
