@@ -125,7 +125,7 @@ def _counted_steps(
             counter.add((moment for state in adamw.state.values() for moment in state.values()), "moments")
             adamw.zero_grad()
     resting = {part: size for part, size in counter.held.items() if size}
-    return Rehearsal(counter.peak, dict(counter.peaks), resting)
+    return Rehearsal(counter.peak, {name: peak for name, peak in counter.peaks.items() if name}, resting)
 
 
 def weights_of(model: nn.Module, trained: Any) -> Iterator[Tensor]:
