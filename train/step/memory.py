@@ -133,7 +133,7 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
         every_token=step.every_token,
         widened=step.weights == "4bit",
     )
-    kept, logits = _end_of_forward(config, step, layers)
+    kept, logits, of_logits = _end_of_forward(config, step, layers)
     embedded = layers.tokens.rows * layers.tokens.each * layers.h * b
     # The tower's tensors are freed before the language model's exist.
     tower = 0 if step.cached_features else tower_activation_bytes(config, rows * step.tiles, b)
@@ -142,6 +142,7 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
         _Moment(2, 2, layers.projector + 2 * embedded, 0, 0),
         _Moment(1, 3, kept - (0 if step.gradient_checkpointing else layers.of(depth - 1).kept), 0, 0),
         _Moment(1, 2, kept, 0, logits),
+        _Moment(1, 1, kept, 0, of_logits),
         _Moment(1, 2, *_largest_backward(layers, step.gradient_checkpointing), 0),
     ]
 
@@ -196,8 +197,8 @@ def _batch_bytes(config: PreTrainedConfig, step: TrainingStep) -> int:
     return rows * given + INTEGERS * tokens + (0 if step.every_token else fixed)
 
 
-def _end_of_forward(config: PreTrainedConfig, step: TrainingStep, layers: Layers) -> tuple[int, int]:
-    """When the logits are computed: bytes kept for the backward pass, and bytes of logits and what stands beside."""
+def _end_of_forward(config: PreTrainedConfig, step: TrainingStep, layers: Layers) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass; of the logits and what stands beside them; of the logits' backward pass."""
     tokens, h, b, vocabulary = layers.tokens, layers.h, layers.b, config.text_config.vocab_size
     every, visual, ends = (tokens.rows * count for count in (tokens.each, tokens.visual, tokens.supervised))
     all_layers = [layers.of(number) for number in range(len(layers.frozen))]
@@ -209,10 +210,10 @@ def _end_of_forward(config: PreTrainedConfig, step: TrainingStep, layers: Layers
     if step.every_token:
         kept += every * (4 * h + 4)  # the last norm's
         forward = (2 * every + ends) * h * b + visual * h * 4 + ends * vocabulary * (8 if b == 4 else 8 + b)
-        return kept, max(forward, ends * vocabulary * 12 + ends * h * b)
+        return kept, forward, ends * vocabulary * 12 + ends * h * b
     kept += ends * (h * b + 4) + 2 * (every + ends) * h // layers.heads * b  # the last norm's, and the rotations
     at_once = min(ends, max(1, LOGITS_AT_ONCE // vocabulary))
-    return kept, at_once * vocabulary * 8 + 2 * ends * h * b + visual * h * 4
+    return kept, at_once * vocabulary * 8 + 2 * ends * h * b + visual * h * 4, 0
 
 
 def _largest_backward(layers: Layers, recomputed: bool) -> tuple[int, int]:
