@@ -1,4 +1,4 @@
-"""A run on a device that is not the CPU: nothing mixes devices, nothing waits without need, nothing is wide by accident.
+"""A run on a device that is not the CPU: no devices mixed, no waiting without need, nothing wide by accident.
 
 The device is a stand-in (stand_in_device.py): what it shows of a GPU is where tensors lie and who waits for them.
 """

@@ -131,7 +131,9 @@ def estimated(step: StepToRehearse, rows: list[RowLengths], tiles: int) -> int:
 
 
 def follows(name: str, rows: int, after: int, depth: int | None, **changes: Any) -> None:
-    """Asserts that the estimate is no less than the rehearsal, and no more than 3 % above it."""
+    """Asserts that the estimate is no less than the rehearsal, and no more than 3 % above it (7 % where every token is
+    computed and layers are recomputed: of what the FFN's backward pass holds, the estimate is a bound)."""
+    most = 1.07 if changes.get("every_token") and changes.get("recomputed") else 1.03
     shape, plain = SHAPES.get(name, SHAPES["llava-next-7b"]), known_release(name)
     assert plain is not None
     frozen = shape.frozen
@@ -146,10 +148,8 @@ def follows(name: str, rows: int, after: int, depth: int | None, **changes: Any)
     integers = integers_of(lengths, config.image_token_id)
     step = StepToRehearse(config, integers, image_sizes=sizes, tiles=rows * shape.tiles, **changes)
     found = rehearse(step).peak.total
-    print(
-        f"{name} {rows}x{after} {changes}: {estimated(step, lengths, shape.tiles) / found:.4f} {found / 2**30:.2f} GiB"
-    )
-    assert found <= estimated(step, lengths, shape.tiles) <= 1.03 * found
+    expected = estimated(step, lengths, shape.tiles)
+    assert found <= expected <= most * found, f"{expected / found:.4f} of {found / 2**30:.2f} GiB"
 
 
 @pytest.mark.parametrize(
