@@ -119,6 +119,9 @@ class ReducedModelMixin(WithoutHeadMixin):
         default, which in a prompt is right, and where answers follow it is given: the end of the first prompt. With
         PyramidDrop also [B, S], the positions before S supervised spans, -1 for none.
 
+        `active_rows`: with ShortV, what `shortv.active_rows` gives of the visual positions, where that is known: then
+        nothing waits for the device.
+
         `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
         visual: ShortV, and `inputs_embeds` into which the image is merged already.
 
@@ -161,7 +164,7 @@ class ReducedModelMixin(WithoutHeadMixin):
                     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
                     pruning, rotary = extra("pruning", "fastv"), self.language_model.rotary_emb
                     kwargs["fastv"] = pruning.pruning_of(rotary, visual, fastv_query, length, mask, cache)
-                elif visual is not None:
+                elif visual is not None and "active_rows" not in kwargs:
                     kwargs["active_rows"] = active_rows(visual)
         if moves:
             text: Any = self.language_model.config

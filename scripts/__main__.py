@@ -73,6 +73,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "what a run takes: memory, FLOPs, time",
         ),
         Verb(
+            "rehearse",
+            "scripts.rehearse_memory",
+            "commands.RehearseConfig",
+            "a step's code at full size on tensors that hold nothing: where its memory goes",
+        ),
+        Verb(
             "prepare",
             "scripts.prepare_subset",
             "commands.PrepareConfig",

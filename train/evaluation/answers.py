@@ -224,7 +224,7 @@ def held_out_loss(loss_module: nn.Module, batches: Iterable[MicroBatch], session
             moved = batch.to(device)
             total[0] += loss_module(moved).double()
             total[1] += count_supervised(moved.inputs["labels"])
-    loss, tokens, stopped = session.total(*total)
+    loss, tokens, stopped = session.total(*total.tolist())
     return loss / tokens if tokens and not stopped else None
 
 
@@ -279,16 +279,18 @@ def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
 @torch.no_grad()
 def _teacher_forced(model: Llava, batch: MicroBatch) -> tuple[float, int, Tensor]:
     """Summed cross-entropy, number of supervised tokens, and [B, L] bool: is the token the greedy choice?"""
-    inputs = {key: batch.inputs[key] for key in MODEL_INPUTS if key in batch.inputs}
-    chosen_by = fastv_query(model, batch.inputs["labels"])
+    device = model.lm_head.weight.device
+    labels = batch.inputs["labels"]  # on the CPU, as all integers of a micro-batch
+    inputs = {key: batch.inputs[key].to(device) for key in MODEL_INPUTS if key in batch.inputs}
+    chosen_by = {key: query.to(device) for key, query in fastv_query(model, labels).items()}
+    targets, supervised = labels[:, 1:], labels[:, 1:] != IGNORE_INDEX
+    wanted, ends = targets[supervised].to(device), supervised.flatten().nonzero()[:, 0].to(device)
     hidden = model.model(**inputs, use_cache=False, **chosen_by).last_hidden_state[:, :-1]
-    targets = batch.inputs["labels"][:, 1:]
-    supervised = targets != IGNORE_INDEX
-    logits = model.lm_head(hidden[supervised]).float()
-    loss = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
-    greedy = torch.zeros_like(batch.inputs["labels"], dtype=torch.bool)
-    greedy[:, 1:][supervised] = logits.argmax(-1) == targets[supervised]
-    return loss.item(), int(supervised.sum()), greedy.cpu()
+    logits = model.lm_head(hidden.flatten(0, 1)[ends]).float()
+    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    greedy = torch.zeros_like(labels, dtype=torch.bool)
+    greedy[:, 1:][supervised] = (logits.argmax(-1) == wanted).cpu()
+    return loss.item(), len(wanted), greedy
 
 
 def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequence[_Question]) -> dict[str, Tensor]:

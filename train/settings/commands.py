@@ -125,6 +125,64 @@ class EstimateConfig:
 
 
 @dataclass(frozen=True)
+class RehearseConfig:
+    """What `scripts/rehearse_memory.py` takes.
+
+    shortzip rehearse llava-1.5-7b-3090
+    shortzip rehearse --model llava-1.5-13b --budget 54+10 --freeze 24 --rows 4 --text_tokens 200
+    """
+
+    recipe: str | None = field(default=None, metadata=POSITIONAL)
+    """A recipe: its name, or a YAML file. Default: none, and bf16 with the settings below."""
+    model: str | None = None
+    """Instead of the recipe's: a known release, a folder with a config.json or a Hub id, as of `estimate`. Default:
+    llava-1.5-7b."""
+    budget: str | None = None
+    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the recipe's, the
+    model's own, or 54+10."""
+    freeze: str | None = None
+    """Frozen layers: a number (19), a share (60%) or a list. Default: the recipe's, the model's own, or 60%."""
+    memory: str = "24GiB"
+    """What the card has; the micro-batch is chosen for it, or for the recipe's max_memory where that is less."""
+    rows: int | None = None
+    """Conversations in a micro-batch. Default: as many as the run would choose for `memory`."""
+    text_tokens: int | None = None
+    """Text tokens of each of them. Default: what the recipe's max_length leaves beside the image."""
+    supervised_tokens: int | None = None
+    """How many of these are supervised, the last ones. Default: all that follow the image."""
+    shared_tokens: int = 35
+    """How many stand before the image, alike in every conversation: 35 in Vicuna's prompt."""
+    conversations: bool = False
+    """Instead of lengths: the recipe's own conversations, cut as the run would cut them; the micro-batch with most
+    tokens of its first 100 steps is rehearsed. Needs the release's tokenizer and the instructions."""
+    processes: int = 1
+    """Also with the language model spread over so many processes by FSDP2."""
+    variants: bool = True
+    """Also the other ways: recomputed or kept, cached features, 4 bits (where bitsandbytes is installed)."""
+    output: Path | None = None
+    """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
+
+    def __post_init__(self) -> None:
+        for key in ("rows", "text_tokens", "supervised_tokens", "processes"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key} is {value}: at least 1 is needed")
+        if self.shared_tokens < 0:
+            raise ConfigError(f"shared_tokens is {self.shared_tokens}: at least 0 is needed")
+        if self.text_tokens is not None and self.text_tokens <= self.shared_tokens:
+            raise ConfigError(
+                f"text_tokens is {self.text_tokens}, of which {self.shared_tokens} stand before the image "
+                "(shared_tokens): give more text, or fewer shared tokens"
+            )
+        if self.conversations and (self.recipe is None or self.text_tokens is not None or self.rows is not None):
+            raise ConfigError(
+                "conversations takes lengths from a recipe's own data: give a recipe, no rows or text_tokens"
+            )
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """What `scripts/prepare_subset.py` takes.
 
