@@ -14,11 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from shortzip.reduction.cdpruner import choose_for_question, cut_text, embed_patches_with_text, embed_text
 from shortzip.reduction.configuration_reduced_llava import selected_block
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.positions import ImagePositions, PlacedFeatures, keeps_positions
 from shortzip.reduction.tensors import take
 from shortzip.reduction.tower import embed_patches
 
@@ -63,8 +63,9 @@ class QuestionReader:
         return texts, present.to(device)
 
     @torch.no_grad()
-    def image_features(self, model: Any, pixel_values: Tensor, questions: Sequence[str]) -> BaseModelOutputWithPooling:
-        """The model's image features with its budget chosen by the questions, as its `get_image_features` gives them.
+    def image_features(self, model: Any, pixel_values: Tensor, questions: Sequence[str]) -> PlacedFeatures:
+        """The model's image features with its budget chosen by the questions, as its `get_image_features` gives them,
+        with where they stand.
 
         Args:
             model: a ReducedLlavaForConditionalGeneration whose config has a budget; its method plays no part.
@@ -90,7 +91,9 @@ class QuestionReader:
         with torch.autocast(patches.device.type, enabled=False):
             kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
         features: Any = list(take(projected, kept))
-        return BaseModelOutputWithPooling(last_hidden_state=take(patches, kept), pooler_output=features)
+        tokens = take(patches, kept)
+        positions = _positions(model.config, kept, patches.shape[1])
+        return PlacedFeatures(last_hidden_state=tokens, pooler_output=features, positions=positions)
 
     def _check(self, model: Any, tower: Any, images: int, questions: int) -> None:
         if model.config.visionzip is None:
@@ -106,3 +109,11 @@ class QuestionReader:
             )
         if images != questions:
             raise ReductionError(f"cdpruner: {images} images and {questions} questions: give each image its question")
+
+
+def _positions(config: Any, kept: Tensor, patches: int) -> ImagePositions | None:
+    """Where patches [N, budget] stand, of CLIP's `patches` of an image; None where they are numbered as they come."""
+    if not keeps_positions(config):
+        return None
+    cls = int(config.vision_feature_select_strategy != "default")  # stands before them
+    return ImagePositions(list(kept + cls), [patches + cls] * len(kept))

@@ -66,6 +66,30 @@ def test_a_model_generates_with_them(reader: QuestionReader, model: Any) -> None
         assert torch.equal(model.generate(**one, mm_encoder_outputs={"image": alone})[0], together[row])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", [{}, {"method": "pool", "contextual": 0}])
+def test_what_it_keeps_stands_where_it_would_with_all_tokens(reader: QuestionReader, method: dict[str, Any]) -> None:
+    """Against plain LLaVA's pass over these patches at their own positions; the model's own method plays no part."""
+    budget = {"dominant": 4, "contextual": 2, **method}
+    budget["dominant"] = 6 - budget["contextual"]
+    model, plain = build(reduction="none", visionzip=budget, positions="original"), build(plain=True)
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    features = reader.image_features(model, pixels, QUESTIONS[:1])
+    every = plain.model.get_image_features(pixels).pooler_output[0]
+    kept = (features.pooler_output[0][:, None] - every[None]).abs().sum(-1).argmin(-1)
+    assert torch.equal(kept, kept.unique())
+    ids = torch.tensor([[1, *[IMAGE_TOKEN] * 6, 5, 6]])
+    embeds = plain.get_input_embeddings()(ids).masked_scatter((ids == IMAGE_TOKEN)[..., None], every[kept])
+    places = torch.cat([torch.tensor([0]), 1 + kept, torch.tensor([17, 18])])[None]
+    mask = torch.ones_like(ids)
+    expected = plain(inputs_embeds=embeds, position_ids=places, attention_mask=mask).logits
+    found = model(input_ids=ids, mm_encoder_outputs={"image": features}).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+    given = {"attention_mask": mask, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    first = model.generate(ids, mm_encoder_outputs={"image": features}, **given)
+    assert first[0, len(ids[0])] == expected[0, -1].argmax()
+
+
 def test_a_reader_is_loaded_from_a_clip_release(tmp_path: Path, model: Any) -> None:
     vision = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 16, "patch_size": 4, "projection_dim": 12}  # fmt: skip
