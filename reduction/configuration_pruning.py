@@ -45,6 +45,11 @@ def pruning_method(fastv: Any) -> str:
     return str(fastv.get("method", "fastv"))
 
 
+def with_positions(fastv: Any, positions: str) -> Any:
+    """A valid `fastv` key in which PyramidDrop has positions: its own or, where it names none, the config's."""
+    return {"positions": positions, **fastv} if pruning_method(fastv) == "pyramiddrop" else fastv
+
+
 def validate_fastv(fastv: Any) -> None:
     """What can be said of the `fastv` key without a model: None, or a method and what it takes.
 

@@ -68,7 +68,7 @@ class ReducedModelMixin(WithoutHeadMixin):
         self._reductions = copy.deepcopy(reductions_of(config))
         freeze_visual_tokens(self.language_model, [] if config.shortv is None else list(config.shortv["layers"]))
         if config.fastv is not None:
-            extra("pruning", "fastv").prune_in_decoder(self.language_model, config.fastv)
+            extra("pruning", "fastv").prune_in_decoder(self.language_model, config.fastv, config.positions)
         self.post_init()
 
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:

@@ -81,8 +81,8 @@ def parse_layers(text: str) -> list[int]:
 
 def parse_fastv(text: str) -> dict[str, Any] | None:
     """The `fastv` key of ``"2+0.5"`` (FastV: layer, share), ``"pyramiddrop:8+16+24:0.5+0.25+0.125"`` (layers, what is
-    kept at each; ``:original`` keeps positions), ``"sparsevlm:2+6+15:66+30+17"`` or ``"sparsevlm+:…"``; None of
-    ``"none"``. Raises ValueError for anything else."""
+    kept at each; ``:original`` keeps positions and ``:compact`` does not, whatever the model's `positions` are),
+    ``"sparsevlm:2+6+15:66+30+17"`` or ``"sparsevlm+:…"``; None of ``"none"``. Raises ValueError for anything else."""
     if text == "none":
         return None
     method, *parts = text.strip().split(":")
@@ -125,7 +125,7 @@ def format_fastv(fastv: Mapping[str, Any] | None) -> str:
         return f"{fastv['layer']}+{float(fastv['keep'])}"
     kept = map(float, fastv["keep"]) if fastv["method"] == "pyramiddrop" else fastv["keep"]
     parts = [fastv["method"], "+".join(map(str, fastv["layers"])), "+".join(map(str, kept))]
-    return ":".join([*parts, "original"] if fastv.get("positions") == "original" else parts)
+    return ":".join([*parts, fastv["positions"]] if "positions" in fastv else parts)
 
 
 def pruned_title(words: str) -> str:

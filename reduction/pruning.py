@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 
-from .configuration_pruning import PRUNING_METHODS, pruning_method
+from .configuration_pruning import PRUNING_METHODS, pruning_method, with_positions
 from .errors import ReductionError
 from .extras import extra
 from .pruned_caches import first_key, gone_before, refuse_cache
@@ -289,13 +289,14 @@ def pruning_of(
     return Pruning(visual, last_attended(mask, length) if query is None else query, rotary)
 
 
-def prune_in_decoder(language_model: Any, fastv: Any) -> None:
-    """Makes the layers of a decoder rank visual tokens and leave them out, as a valid `fastv` key says.
+def prune_in_decoder(language_model: Any, fastv: Any, positions: str) -> None:
+    """Makes the layers of a decoder rank visual tokens and leave them out, as a valid `fastv` key says; `positions`:
+    the config's.
 
     Raises:
         ValueError: a decoder of an unsupported family, or of a sliding window that renumbered positions would stretch.
     """
-    method = method_of(fastv)
+    method = method_of(with_positions(fastv, positions))
     windows = [window for window in windows_of(language_model) if window is not None]
     if method.compact and windows:
         cure = "positions: original" if pruning_method(fastv) == "pyramiddrop" else "method: sparsevlm+"

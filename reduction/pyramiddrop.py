@@ -6,8 +6,8 @@ the original P go on, with all text. In training, where answers follow, the quer
 supervised span, averaged; a row without such stays whole. In decoding nothing is pruned.
 
 With the authors, who look at a row's first image only, P are the visual tokens of one image; here they are all of a
-row, ranked together. What is left is renumbered, as in their code; `positions: original` keeps positions (SparseVLM+
-and GAP, arXiv 2506.21873, find that better for grounding).
+row, ranked together. What is left is renumbered, as in their code; `positions: original`, of the config or
+of the key itself, keeps positions (SparseVLM+ and GAP, arXiv 2506.21873, find that better for grounding).
 
 Cost: a layer's projections and one query's attention per stage.
 """

@@ -166,8 +166,9 @@ class Reductions:
             when = "before" if pruning_method(self.fastv) == "pyramiddrop" else "after"
             shares, layers = (", ".join(f"{value:.3g}" for value in self.fastv[key]) for key in ("keep", "layers"))
             kept = f"{shares} of them kept {when} layers {layers}"
-        original = ", positions kept" if self.fastv.get("positions") == "original" else ""
-        return f"{self.pruning_name}: {kept}{original}"
+        own = self.fastv.get("positions", self.positions)
+        differs = "" if own == self.positions else ", renumbered" if own == COMPACT else ", positions kept"
+        return f"{self.pruning_name}: {kept}{differs}"
 
     def describe(self) -> str:
         """Everything that is reduced, in a line of a table or a card."""

@@ -54,6 +54,20 @@ def test_a_padded_batch_is_its_rows(name: str) -> None:
                     close(logits[text], model(**row).logits[0, text])
 
 
+@torch.no_grad()
+def test_pyramiddrop_has_the_models_positions_unless_its_own_key_says_otherwise() -> None:
+    asked = {kept: {**PYRAMID, "positions": kept} for kept in ("compact", "original")}
+    for visionzip in (None, {"dominant": 8, "contextual": 0}):
+        said: dict[tuple[str, str], Tensor] = {}
+        for positions in asked:
+            for name, fastv in {"unsaid": PYRAMID, **asked}.items():
+                model = build(reduction="none", visionzip=visionzip, fastv=fastv, positions=positions)
+                said[positions, name] = model(**make_row(model, "ttItt")).logits[0, -1]
+        for positions, other in (("compact", "original"), ("original", "compact")):
+            assert torch.equal(said[positions, "unsaid"], said[positions, positions])
+            assert not torch.equal(said[positions, "unsaid"], said[positions, other])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_later_turns_see_what_was_left(name: str) -> None:
     """In a cache, of either kind, as in one pass that is ranked by the end of the first turn."""

@@ -55,6 +55,10 @@ def test_a_release_that_knows_no_reductions_has_none() -> None:
         ),
         (EVERY_FORM[6], "all visual tokens, SparseVLM+: 66, 34, 20 of them kept after layers 2, 6, 15"),
         (EVERY_FORM[7], "5+3 visual tokens, 2 frozen layers, original positions"),
+        (
+            Reductions(fastv=EVERY_FORM[5].fastv, positions="original"),
+            "all visual tokens, PyramidDrop: 0.5, 0.125 of them kept before layers 1, 3, original positions",
+        ),
     ],
 )
 def test_every_part_stands_in_its_words(reductions: Reductions, words: str) -> None:

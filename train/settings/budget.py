@@ -83,7 +83,7 @@ class FastVConfig:
     layers: list[int] | None = None
     """Of the other methods, the layers that prune, counted from 0: pyramiddrop before them, sparsevlm after."""
     positions: Literal["compact", "original"] | None = None
-    """Of pyramiddrop: whether what is left is renumbered (compact, the default)."""
+    """Of pyramiddrop: whether what is left is renumbered (compact); null: as the model's `positions` say."""
 
     def __post_init__(self) -> None:
         try:
