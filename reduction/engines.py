@@ -8,6 +8,7 @@ the decoder then sees embeddings alone. Not run against an engine here.
 from typing import Any
 
 from .errors import ReductionError
+from .positions import keeps_positions
 from .shortv import SUPPORTED_ATTENTION
 
 OFF = "switch it off where the model is loaded ({key}=None; in vLLM --hf-overrides '{{\"{key}\": null}}')"
@@ -17,9 +18,16 @@ def refuse_attention_of_engines(config: Any, text_config: Any) -> None:
     """Refuses, before any weight is loaded, a reduction in the decoder under attention that it cannot work with.
 
     Raises:
-        ReductionError: `shortv` or `fastv`, and the attention is another than eager or SDPA, as an engine's own.
+        ReductionError: `shortv`, `fastv` or original `positions`, and the attention is another than eager or SDPA, as
+            an engine's own.
     """
     attention = text_config._attn_implementation
+    if keeps_positions(config) and attention is not None and attention not in SUPPORTED_ATTENTION:
+        raise ReductionError(
+            f"positions: under attention {attention!r} tokens are numbered as they come: load the language model with "
+            f"attn_implementation one of {list(SUPPORTED_ATTENTION)}, or with positions='compact' (in vLLM "
+            '--hf-overrides \'{"positions": "compact"}\')'
+        )
     for key, value in (("shortv", config.shortv), ("fastv", config.fastv)):
         if value is not None and attention is not None and attention not in SUPPORTED_ATTENTION:
             raise ReductionError(

@@ -121,6 +121,11 @@ class Reductions:
         return replace(self, shortv=None, fastv=None)
 
     @property
+    def before_an_engine(self) -> Self:
+        """The same visual tokens, where an engine runs the whole language model and numbers tokens as they come."""
+        return replace(self.before_the_llm, positions=COMPACT)
+
+    @property
     def layers(self) -> list[int]:
         """The frozen layers, in the order given."""
         return [] if self.shortv is None else list(self.shortv["layers"])

@@ -65,6 +65,15 @@ def test_a_reduction_in_the_decoder_is_refused_when_the_engine_builds_the_model(
     as_engine(config)
 
 
+@families
+def test_positions_that_an_engine_would_not_keep_are_refused_when_it_builds_the_model(next_):
+    config = build(next_=next_, reduction="visionzip", positions="original").config
+    with pytest.raises(ReductionError, match=r"numbered as they come.*--hf-overrides '{\"positions\": \"compact\"}'"):
+        as_engine(config)
+    config.positions = "compact"
+    as_engine(config)
+
+
 def test_embeddings_alone_name_the_switch(tmp_path):
     model = build(reduction="shortv")
     with pytest.raises(ReductionError, match=r"shortv: inputs_embeds alone.*switch it off.*hf-overrides"):

@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from vllm_engine import NAME, Running, VllmEngine
 
 from shortzip.data.errors import MissingExtra, UserError
+from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.serve import build, listen
@@ -35,9 +36,10 @@ from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.writing import write_reduced_checkpoint
+from shortzip.train.serving.encoder import load_encoders
 from shortzip.train.serving.engine import Engine
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.serving import ServeConfig
+from shortzip.train.settings.serving import Listed, ServeConfig
 
 HTTP = httpx.Client(verify=False, trust_env=False, timeout=60)  # one: each takes a while to be made
 BUDGET = {"dominant": 4, "contextual": 2}
@@ -458,6 +460,29 @@ def test_a_port_that_is_taken(house: House) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}: Address already in use"):
             listen(ServeConfig(house.models, "http://127.0.0.1:1/v1", port=port))
+
+
+def test_what_an_engine_does_not_do_is_said(
+    house: House, tiny_release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Original positions and pruning are left out; the tokens are those of the checkpoint all the same."""
+    zipped = {"dominant": 6, "contextual": 0, "method": "scope", "alpha": 2.0}
+    pruned = {"method": "pyramiddrop", "layers": [1], "keep": [0.5]}
+    opened, reductions = open_release(str(tiny_release)), Reductions(zipped, None, pruned, "original")
+    model, processor = load_release(opened, reductions)
+    projector = {name: p.detach() for name, p in model.model.multi_modal_projector.named_parameters()}
+    write_reduced_checkpoint(tmp_path / "kept", opened, projector, processor, reductions, shape="projector")
+    build(ServeConfig([str(tmp_path / "kept")], "http://127.0.0.1:1/v1"))
+    said = capsys.readouterr().out
+    assert "kept: 6+0 visual tokens (scope:alpha=2.0) of " in said
+    assert "what was frozen or pruned in its language model is not" in said
+    assert "saved with original positions, and served with compact ones" in said
+    encoder = load_encoders([Listed("kept", str(tmp_path / "kept"), None)], torch.device("cpu"), torch.float32)["kept"]
+    read = encoder.read(png(1))
+    pixels = pixel_values(Image.open(io.BytesIO(png(1))), processor.image_processor)
+    with torch.no_grad():
+        expected = model.model.get_image_features(pixels[None]).pooler_output[0]
+    torch.testing.assert_close(encoder.encode([read])[0], expected)
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class ImageEncoder:
 
     Attributes:
         name: what requests call it.
-        reductions: what was saved; those in the language model are left to the engine, which has none.
+        reductions: what was saved; those in the language model, and original positions, are left to the engine, which
+            has none.
     """
 
     def __init__(self, name: str, release: Release, model: Any, processor: Any, saved: Reductions) -> None:
@@ -116,7 +117,7 @@ def load_encoders(listed: Sequence[Listed], device: torch.device, dtype: torch.d
 def _load(
     name: str, release: Release, saved: Reductions, device: torch.device, towers: dict[str, torch.nn.Module]
 ) -> ImageEncoder:
-    config = reduced_config(release, saved.before_the_llm)
+    config = reduced_config(release, saved.before_an_engine)
     _, model_class, _ = model_classes(release.config["model_type"])
     folder = weights_folder(release)
     with torch.device("meta"):
