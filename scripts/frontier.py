@@ -121,9 +121,11 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                 visionzip = None if budget == "all" else VisionZipConfig(**parse_budget(budget))  # type: ignore[arg-type]  # two numbers
                 folder = Path(config.output) / "layers"
                 folder.mkdir(parents=True, exist_ok=True)
+                # Points that freeze layers have compact positions, whatever the recipe's are.
                 asked = replace(
-                    recipe, visionzip=visionzip, shortv=shortv, fastv=None, seed=seed, output_dir=str(folder)
-                )
+                    recipe, visionzip=visionzip, shortv=shortv, fastv=None, positions="compact",
+                    data=replace(recipe.data, cache_features=None), seed=seed, output_dir=str(folder),
+                )  # fmt: skip
                 known[key] = choose_layers(asked, release, accelerator)[0] or []
             kept.keep("frozen-layers", measured_with, known)
         found[ranking, freeze, budget, seed] = known[key]
@@ -293,6 +295,8 @@ def run(config: FrontierConfig) -> None:
     recipe = load_config(["--config", config.recipe])
     if recipe.data.eval_instructions is None:
         raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
+    if config.tune and config.fastv and recipe.distill is not None:
+        raise ConfigError(f"fastv: {config.recipe} distills, which pruned points cannot: set one of them to null")
     check_instructions(recipe.data)
     unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
     check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])

@@ -50,11 +50,12 @@ def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
 def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConfig:
     """The run that tunes a point: the recipe's, reduced as the point is, and without what it shows at its end.
 
-    Runs share what the tower gives of each image, where that is all that the choice depends on, and token counts.
+    Runs share what the tower gives of each image, where that is all that the choice depends on and no teacher reads
+    all of it, and token counts.
     """
     zipped = point.reductions.visionzip
     features, tokens = (str(Path(config.output) / name) for name in CACHES)
-    kept = features if is_cacheable(point.reductions) else None
+    kept = features if is_cacheable(point.reductions) and recipe.distill is None else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,

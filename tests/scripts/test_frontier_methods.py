@@ -14,7 +14,8 @@ from matplotlib.text import Text
 from shortzip.data.errors import UserError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS
-from shortzip.scripts.frontier import main
+from shortzip.scripts.frontier import layers_to_freeze, main
+from shortzip.scripts.tune_points import run_of
 from shortzip.train.evaluation.frontier_points import Point, points_of, reductions_at, tuned_points
 from shortzip.train.evaluation.methods_picture import picture_of_methods
 from shortzip.train.evaluation.methods_table import method_rows, show_methods
@@ -22,6 +23,7 @@ from shortzip.train.evaluation.selection_cost import SelectionCost, selection_co
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.command_line import load_config
 from shortzip.train.settings.comparing import FrontierConfig, Kind
 
 
@@ -178,3 +180,29 @@ def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Pa
     main(["--config", str(tmp_path / "frontier.yaml"), "--report_only", "true"])
     assert points == {path: path.stat().st_mtime_ns for path in points}
     assert table == (tmp_path / "out" / "table.md").read_text(), "the same answers, the same intervals"
+
+
+def test_a_recipe_that_distills_or_keeps_positions_is_a_points(
+    tiny_release: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    """A teacher reads pixels, which no cache of features has; layers are chosen as the points' positions have it."""
+    data = {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "num_workers": 0}
+    path, budget = tmp_path / "recipe.yaml", {"dominant": 4, "contextual": 2}
+    recipe = {"model": str(tiny_release), "data": {**data, "cache_features": str(tmp_path)}, "visionzip": budget}
+    recipe |= {"positions": "original", "mixed_precision": "no"}
+    path.write_text(json.dumps(recipe))
+    asked = FrontierConfig(
+        recipe=str(path), output=str(tmp_path / "out"), budgets=["4+2"], freeze=["1"], methods=["scope"],
+        tokens=[6], seeds=[0],
+    )  # fmt: skip
+    points = points_of(asked, layers_to_freeze(asked, load_config(["--config", str(path)])))
+    point = next(point for point in points if point.series == "scope")
+    assert run_of(point, asked, load_config(["--config", str(path)])).data.cache_features is not None
+    path.write_text(json.dumps({**recipe, "data": data, "distill": {"weight": 0.5}}))
+    taught = run_of(point, asked, load_config(["--config", str(path)]))
+    assert taught.distill is not None
+    assert taught.data.cache_features is None
+    config = {**asdict(asked), "fastv": [{"layer": 1, "keep": 0.5}], "tune": True}
+    (tmp_path / "frontier.yaml").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="distills, which pruned points cannot"):
+        main(["--config", str(tmp_path / "frontier.yaml")])

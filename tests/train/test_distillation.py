@@ -234,3 +234,12 @@ def test_fastv_and_a_teacher_are_refused_together(tiny_release: Path, tiny_instr
     )
     with pytest.raises(ConfigError, match="distill and fastv"):
         load_config(["--config", str(recipe)])
+
+
+def test_cached_features_and_a_teacher_are_refused_together(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+) -> None:
+    data = {"cache_features": str(tmp_path / "features")}
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_release, tiny_instructions, data=data, distill={"weight": 0.5})
+    with pytest.raises(ConfigError, match=r"distill and data\.cache_features do not go together"):
+        load_config(["--config", str(recipe)])

@@ -315,6 +315,11 @@ class TuneConfig:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
         if self.distill is not None and self.fastv is not None:
             raise ConfigError("distill and fastv do not go together: set one of them to null")
+        if self.distill is not None and self.data.cache_features is not None:
+            raise ConfigError(
+                "distill and data.cache_features do not go together: the teacher reads all visual tokens, "
+                "and the cache has those of the budget: set one of them to null"
+            )
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(
