@@ -137,7 +137,7 @@ def build(
 
 def original(method: str = "visionzip", **options: Any) -> Any:
     """A model that keeps positions."""
-    return build(reduction="none", visionzip=METHODS[method], positions="original", **options)
+    return build(reduction="none", visionzip=WAYS[method], positions="original", **options)
 
 
 def images(model: Any, sizes: list[list[int]], seed: int = 0) -> dict[str, Tensor]:
