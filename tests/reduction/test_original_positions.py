@@ -276,7 +276,7 @@ def test_with_reductions_inside_the_language_model(reduction: dict[str, Any]) ->
     """With all patches in order they are what they are on plain LLaVA's tokens; fewer stay the same in every form."""
     everything = {"dominant": PATCHES, "contextual": 0, "method": "grid"}
     keys: dict[str, Any] = {"shortv": None, "fastv": None, **reduction}
-    inside, model = build(**keys, visionzip=None), build(**keys, visionzip=everything, positions="original")
+    inside, model = build(reduction="none", **keys), build(**keys, visionzip=everything, positions="original")
     row = make_row(inside, "tttItttItt", seed=1)
     with torch.no_grad():
         torch.testing.assert_close(model(**row).logits, inside(**row).logits, rtol=0, atol=1e-5)
