@@ -25,7 +25,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static", "disable_compile": True},
     "no cache": {"use_cache": False},
 }
-GENERATED = ("all tokens", "VisionZip and ShortV", "original positions", "VisionZip and FastV")
+GENERATED = [name for name in REDUCTIONS if name not in ("VisionZip", "ShortV", "FastV")]
 SCENES = 32  # that are answered
 
 

@@ -67,7 +67,7 @@ def _shared(found: Tensor, expected: Tensor) -> str:
 def tiles(proof: Proof) -> None:
     """A small LLaVA-NeXT with random weights: logits, gradient and greedy answers of rows with one image each."""
     rows = []
-    for name, keys in {
+    kinds: dict[str, dict[str, Any]] = {
         "all tokens": {},
         "VisionZip and ShortV": {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [1, 2]}},
         "duet": {"visionzip": {"dominant": 4, "contextual": 2, "method": "duet"}},
@@ -75,7 +75,8 @@ def tiles(proof: Proof) -> None:
             "visionzip": {"dominant": 5, "contextual": 0, "method": "scope"},
             "fastv": {"layer": 1, "keep": 0.5},
         },
-    }.items():
+    }
+    for name, keys in kinds.items():
         with proof.part(name):
             model = small_next(keys)
             inputs = rows_of_tiles(model)
@@ -98,21 +99,21 @@ def tiles(proof: Proof) -> None:
 
 
 def small_next(keys: dict[str, Any]) -> Any:
-    config = ReducedLlavaNextConfig(
-        vision_config=CLIPVisionConfig(
+    parts: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE,
             patch_size=4, initializer_range=0.5,
         ),
-        text_config=LlamaConfig(
+        "text_config": LlamaConfig(
             vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, pad_token_id=0,
             bos_token_id=1, eos_token_id=2,
         ),
-        image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
-        attn_implementation="sdpa", tie_word_embeddings=False, **keys,
-    )  # fmt: skip
+        "image_token_index": IMAGE_TOKEN, "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
+        "attn_implementation": "sdpa", "tie_word_embeddings": False,
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = ReducedLlavaNextForConditionalGeneration(config).eval()
+    model = ReducedLlavaNextForConditionalGeneration(ReducedLlavaNextConfig(**parts, **keys)).eval()
     with torch.no_grad():
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.normal_(0, 0.3)

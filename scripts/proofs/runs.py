@@ -15,14 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shortzip.reduction.positions import takes_encoded_images
 from shortzip.scripts.proofs.agreement import BOTH, Way, loss_and_gradient
 from shortzip.scripts.proofs.section import Proof, Skipped, apart, start_apart
 from shortzip.scripts.proofs.subjects import BFLOAT16, FASTV, LOSS, Subjects, gap, near, scenes, small, whole_float32
+from shortzip.train.run.processes import StopRequest, start_accelerator
+from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import is_finished, read_metrics
+from shortzip.train.run.session import Session
 from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.config import DataConfig, DistillConfig, FastVConfig, ShortVConfig, TuneConfig
 from shortzip.train.settings.places import DEMO_MODEL
-from shortzip.train.tune_projector import run
+from shortzip.train.tune_projector import held_folder, tune
 
 STEPS, ROWS = 3, 8
 KILLED_STEPS, KILLED_AFTER = 24, 3
@@ -34,6 +38,8 @@ def every_kind(proof: Proof) -> None:
     data = scenes(proof.settings.folder, ROWS)
     device, rows = proof.settings.device, []
     kinds = kinds_of(data, proof.settings.folder)
+    if not takes_encoded_images():
+        del kinds["original positions"]
     if proof.settings.tiny:
         kinds = {name: kinds[name] for name in ("VisionZip and ShortV", "cached features")}
     for name, config in kinds.items():
@@ -88,10 +94,14 @@ def losses(config: TuneConfig, folder: Path, where: str) -> list[float]:
 
 
 def _tune(config: TuneConfig, where: str) -> None:
+    """The run without what follows it: a table, and the loss as a picture, for which matplotlib may be missing."""
     if where == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own way of being told
     whole_float32()
-    run(config)
+    accelerator = start_accelerator(config)
+    session = Session(accelerator, Reporter(accelerator.is_main_process), StopRequest())
+    with session.stop, session.report, held_folder(config, session) as folder:
+        tune(config, folder, session)
 
 
 def killed_and_resumed(proof: Proof) -> None:

@@ -106,7 +106,7 @@ class Proof:
         try:
             yield
         except Exception as error:
-            self.check(name, False, f"{type(error).__name__}: {error}")
+            self.check(name, False, _in_a_line(error))
             self._send(("trouble", f"{name}\n{traceback.format_exc()}"))
 
 
@@ -170,8 +170,13 @@ def _in_child(section: Section, settings: Settings, seconds: float, connection: 
         connection.send(("skipped", str(reason)))
     except Exception as error:
         connection.send(("trouble", traceback.format_exc()))
-        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        connection.send(("failed", _in_a_line(error)))
     connection.send(("end", None))
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _end(process: Any, patience: float) -> None:
@@ -214,8 +219,8 @@ def start_apart(work: Callable[[], Any], log: Path | None = None) -> tuple[Any, 
                 os.dup2(output.fileno(), 2)
         try:
             there.send((True, work()))
-        except BaseException:
-            there.send((False, traceback.format_exc()))
+        except BaseException as error:
+            there.send((False, f"{_in_a_line(error)}\n{traceback.format_exc()}"))
 
     process = FORK.Process(target=run)
     process.start()

@@ -24,7 +24,7 @@ from shortzip.train.settings.config import DataConfig, DemoScenesConfig
 from shortzip.train.settings.places import DEMO_MODEL
 
 BUDGET, LAYERS = {"dominant": 12, "contextual": 4}, {"layers": [4, 5, 6]}
-FASTV = {"layer": 2, "keep": 0.5}
+FASTV: dict[str, Any] = {"layer": 2, "keep": 0.5}
 ROWS = 4
 # Rounding, as a share of what is compared: logits and visual tokens in float32, against the largest; a mean loss; a
 # gradient, which has gone through every layer twice; and a loss in bfloat16, whose last bit is 2^-8.

@@ -44,10 +44,10 @@ def run_elsewhere(folder: Path, *arguments: str) -> dict[str, dict]:
 
 
 def test_the_step_is_proven_from_a_clone_with_little_more_than_torch_and_transformers(tmp_path: Path) -> None:
-    """`device`, `next` and `step-7b`: the cheapest ones, which import what all others do."""
-    found = run_elsewhere(tmp_path, "--sections", "device,next,step-7b,4bit")
+    """The cheapest sections, which import what all others do."""
+    found = run_elsewhere(tmp_path, "--sections", "device,step-7b,4bit")
     outcomes = {name: section["outcome"] for name, section in found.items()}
-    assert outcomes == {"device": "passed", "next": "passed", "step-7b": "passed", "4bit": "skipped"}
+    assert outcomes == {"device": "passed", "step-7b": "passed", "4bit": "skipped"}
     assert found["4bit"]["reason"] == "bitsandbytes is not installed"
     (step,) = (value for name, value in found["step-7b"]["figures"].items() if name.startswith("step_"))
     assert step["samples_per_second"] > 0
