@@ -12,6 +12,7 @@ traceback, and the others go on. The report is Markdown and JSON; the exit statu
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -29,6 +30,9 @@ def name_the_clone() -> None:
 
 
 def main() -> int:
+    # Sections are forked. Asked whether there is a GPU, torch would start CUDA, which does not survive that; this
+    # has it ask NVML.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     name_the_clone()
     from shortzip.scripts.proofs.command import prove
 

@@ -27,9 +27,17 @@ from shortzip.scripts.benchmarks.shapes import (
 from shortzip.scripts.proofs.agreement import gradient_of
 from shortzip.scripts.proofs.section import Proof, Skipped
 from shortzip.train.run.report import matmul_speed, synchronise
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.step.flops import RowShape, needed_flops
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
-from shortzip.train.step.micro_batch import MARGIN, MicroBatchLimits, StepEstimate, choose_limits, in_words
+from shortzip.train.step.micro_batch import (
+    MARGIN,
+    MicroBatchLimits,
+    StepEstimate,
+    choose_limits,
+    in_words,
+    usable_memory,
+)
 from shortzip.train.step.objective import SupervisedLoss, count_supervised, projector_parameters, recompute_layers
 from shortzip.train.step.places import LayOut
 from shortzip.train.step.start import start_engine
@@ -42,6 +50,7 @@ TINY = ModelShape(
 )  # fmt: skip
 GLOBAL_BATCH, TINY_BATCH = 128, 8
 ROUNDS = 5  # steps that are timed, at most: those that the section's time allows
+REHEARSAL_S = 60  # of a section are to be left for a rehearsal
 A_TENTH = 66_530  # conversations of llava_v1_5_mix665k (665 298)
 
 
@@ -91,12 +100,12 @@ def _measure(proof: Proof, name: str) -> None:
     work = work_of(model.config, shape, TINY_BATCH if proof.settings.tiny else GLOBAL_BATCH, device)
     peak = matmul_speed(device, dtype, 0.5 if device.type == "cuda" else 0.02)
     limit, rows = proof.settings.memory_limit, []
-    for words, memory in (("the smaller card", limit), ("this device", total)):
-        if not memory or (words == "this device" and memory <= limit):
-            continue
-        said = f"{_gib(memory)}"
-        with proof.part(said):
-            rows.append([said, *_one_memory(proof, name, model, work, memory, total, peak)])
+    for memory in sorted({min(limit, total), total}) if total else [limit]:
+        with proof.part(_gib(memory)):
+            try:
+                rows.append([_gib(memory), *_one_memory(proof, name, model, work, memory, total, peak)])
+            except ConfigError as error:  # a smaller card's recipe would say so too
+                rows.append([_gib(memory), f"does not fit: {error}", *[""] * 7])
     headings = [
         "memory", "micro-batches of at most", "seconds a step", "samples/s", "MFU", "peak", "estimate",
         "rehearsal", "a tenth of the mix",
@@ -139,9 +148,11 @@ def _one_memory(
     device, on_cuda = model.device, model.device.type == "cuda"
     if on_cuda:  # what the driver and the context take of a card of that size, the estimate counts as overhead
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (memory - CUDA_OVERHEAD_BYTES) / total), device)
+        share = 1.0 if memory == total else (memory - CUDA_OVERHEAD_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(share, device)
     estimate = StepEstimate(model.config, _longest(model, work), len(work.rows))
-    limits = choose_limits(estimate, int(memory * (1 - MARGIN)), None)
+    fillable = int(memory * (1 - MARGIN))
+    limits = choose_limits(estimate, min(fillable, usable_memory(device, None) or fillable), None)
     recompute_layers(model, limits.gradient_checkpointing)
     plan = BatchPlan(
         work.lengths, len(work.rows), micro_batch_size=limits.rows, max_tokens_per_micro_batch=limits.tokens
@@ -155,19 +166,19 @@ def _one_memory(
     tensors = expected - CUDA_OVERHEAD_BYTES
     if on_cuda:
         proof.check(f"{_gib(memory)}: the estimate holds", most <= expected, f"peak {_gib(most)}, {_gib(expected)}")
-    rehearsed = _rehearsed(model, micro_batches, places, work, limits) if not proof.settings.tiny else None
     minutes = A_TENTH / speed / 60
-    proof.figures(
-        **{
-            f"step_{name}_{memory / 2**30:.0f}GiB": {
-                "seconds": seconds, "samples_per_second": speed, "mfu": mfu, "peak_bytes": most,
-                "estimated_tensor_bytes": tensors, "rehearsed_bytes": rehearsed, "flops": flops,
-                "matmul_flops": peak_flops, "limits": in_words(limits.rows, limits.tokens),
-                "gradient_checkpointing": limits.gradient_checkpointing, "micro_batches": len(places),
-                "tenth_minutes": minutes,
-            }
-        }
-    )  # fmt: skip
+    figures = {
+        "seconds": seconds, "samples_per_second": speed, "mfu": mfu, "peak_bytes": most,
+        "estimated_tensor_bytes": tensors, "flops": flops, "matmul_flops": peak_flops,
+        "limits": in_words(limits.rows, limits.tokens), "gradient_checkpointing": limits.gradient_checkpointing,
+        "micro_batches": len(places), "tenth_minutes": minutes,
+    }  # fmt: skip
+    key = f"step_{name}_{memory / 2**30:.0f}GiB"
+    proof.figures(**{key: figures})
+    rehearsed = None
+    if not proof.settings.tiny and proof.seconds_left > REHEARSAL_S:
+        rehearsed = _rehearsed(model, micro_batches, places, work, limits)
+        proof.figures(**{key: {**figures, "rehearsed_bytes": rehearsed}})
     again = ", computed again" if limits.gradient_checkpointing else ""
     return [
         in_words(limits.rows, limits.tokens).removeprefix("micro-batches of at most ") + again,
