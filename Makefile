@@ -1,11 +1,11 @@
-# `make help` lists the targets. Every target sets up what it needs: a virtual environment with the pinned versions.
+# `make help` lists the targets. They set up what they need: a virtual environment with the pinned versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow prove-gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -30,6 +30,10 @@ $(VENV)/.app: $(READY) configs/app-requirements.txt
 
 test-slow: $(VENV)/.app  ## the tests that take minutes each (the page's needs Debian's chromium and chromium-driver)
 	$(BIN)/python -m pytest -m slow
+
+# With the machine's own torch and transformers: those of the virtual environment may not know its GPU.
+prove-gpu:  ## on a machine with a GPU: prove what no CPU can, in 10 minutes (checkpoints/gpu-proof)
+	$(PYTHON) scripts/prove_on_gpu.py --overwrite
 
 lint: $(READY)  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .

@@ -12,12 +12,15 @@ and CLS. Causality stays that of the order in which tokens come.
 N is the number of images (tiles in LLaVA-NeXT), V of visual tokens of all images of a batch, in their order.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import LlavaModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -59,10 +62,23 @@ def keeps_positions(config: Any) -> bool:
     return bool(config.positions == ORIGINAL) and config.visionzip is not None
 
 
+def takes_encoded_images() -> bool:
+    """Whether transformers' LLaVA takes features in the place of pixels, from which positions are known: from 5.18 on.
+
+    An earlier one swallows them, and its language model would read placeholders.
+    """
+    return "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
+
+
 def validate_positions(positions: Any) -> None:
-    """Refuses what is no choice of positions. Raises ReductionError."""
+    """Refuses what is no choice of positions, or none with this transformers. Raises ReductionError."""
     if positions not in POSITIONS:
         raise ReductionError(f"positions is {positions!r}; it must be one of {list(POSITIONS)}")
+    if positions == ORIGINAL and not takes_encoded_images():
+        raise ReductionError(
+            f"positions is {ORIGINAL!r}: needed is transformers 5.18, this is {transformers.__version__}: "
+            f"pip install 'transformers>=5.18', or choose {COMPACT!r}"
+        )
 
 
 def refuse_packing_attention(text_config: Any) -> None:

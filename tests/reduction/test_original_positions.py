@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.positions import takes_encoded_images
 
 PATCHES = 16
 LAYOUTS = {"two images": "tItttItt", "side by side": "tIIt", "first": "Itt", "last": "tttI"}
@@ -305,6 +306,14 @@ def test_what_cannot_be_is_refused(model: Any) -> None:
         cache = model(**make_batch([row, row, row], "left")).past_key_values
         with pytest.raises(ReductionError, match="filled by 3 rows, and 2 go on with it"):
             model(input_ids=ids[:, -1:].expand(2, -1), past_key_values=cache)
+
+
+def test_a_transformers_that_would_swallow_the_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert takes_encoded_images()
+    monkeypatch.setattr("shortzip.reduction.positions.takes_encoded_images", lambda: False)
+    with pytest.raises(ReductionError, match=r"positions is 'original': needed is transformers 5\.18, this is"):
+        build(reduction="visionzip", positions="original")
+    build(reduction="visionzip")
 
 
 def test_gradients_reach_the_projector_alike(model: Any) -> None:
