@@ -36,7 +36,8 @@ from shortzip.train.tune_projector import run as tune
 
 FORMAT = 2  # of what is kept of a point: to be raised when that changes
 POINTS = "points.json"  # beside the YAML: those to be measured
-CACHES = ("features", "tokens")  # folders in `output` that runs share: of the tower's features, and of token counts
+# Folders in `output` that runs share: of the tower's features, of token counts, and of what a teacher says.
+CACHES = ("features", "tokens", "lessons")
 
 
 def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     Runs share what the tower gives of each image, where that is all that the choice depends on, and token counts.
     """
     zipped = point.reductions.visionzip
-    features, tokens = (str(Path(config.output) / name) for name in CACHES)
+    features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
@@ -61,7 +62,10 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
         data=replace(
-            recipe.data, cache_features=features if is_cacheable(point.reductions) else None, cache_dir=tokens
+            recipe.data,
+            cache_features=features if is_cacheable(point.reductions) else None,
+            cache_teacher=lessons if recipe.distill is not None else None,
+            cache_dir=tokens,
         ),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,

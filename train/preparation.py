@@ -24,6 +24,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.inputs.feature_filling import known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
+from shortzip.train.inputs.lesson_filling import store_lessons
 from shortzip.train.inputs.loading import check_shared_memory
 from shortzip.train.inputs.preflight import check_learns, conversations_in_words
 from shortzip.train.inputs.samples import (
@@ -47,11 +48,11 @@ from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.reduced import reductions_of
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.step.components import describe_components
 from shortzip.train.step.engine import WholeEngine
 from shortzip.train.step.micro_batch import plan_micro_batches
 from shortzip.train.step.objective import (
     SupervisedLoss,
-    describe_components,
     projector_parameters,
     recompute_layers,
     train_only_projector,
@@ -99,7 +100,7 @@ class Subject:
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name; fp32."""
     teacher: Teacher | None
-    """The release itself, with all visual tokens; None: labels alone."""
+    """The release itself, with all visual tokens; None: labels alone, or lessons that are kept."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,14 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     training = training_set(config.data, subject.processor, config.seed, rows)
     held_out = held_out_set(config.data, subject.processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
-    check_positions(subject.model.config, training)
+    check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
-    if config.data.cache_features is not None:
+    if config.data.cache_teacher is not None:
         run.accept(state.step)  # what follows may take hours
+        store_lessons(config, subject.release, subject.model, training, session)
+    if config.data.cache_features is not None:
+        run.accept(state.step)
         datasets = [dataset for dataset in (training, held_out) if dataset is not None]
         store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
     plan, total_steps = plan_batches(config, subject, training, state, session)
@@ -151,7 +155,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     check_shared_memory(training, plan, config.data.num_workers)
     if checkpoint:
         restore(checkpoint, subject.parameters, adamw, schedule, accelerator)
-    loss = SupervisedLoss(subject.model, teacher=subject.teacher)
+    loss = SupervisedLoss(subject.model, teacher=subject.teacher, distill=config.distill)
     engine = start_engine(accelerator, loss, adamw, subject.parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
@@ -185,8 +189,8 @@ def load_subject(
         del loaded  # and with it a tower that is not needed
     train_only_projector(model, dtype)  # until the samples' lengths are known
     teacher = None
-    if config.distill is not None:
-        teacher = Teacher(model, config.distill.weight, config.distill.temperature, dtype)
+    if config.distill is not None and config.data.cache_teacher is None:
+        teacher = Teacher(model, dtype)
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))

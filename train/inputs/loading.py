@@ -37,12 +37,13 @@ def loader_of(
     config: TuneConfig,
     taught: bool = False,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of global batches; `taught`: with the rows as a teacher reads them."""
+    """This process's micro-batches of global batches; `taught`: what a teacher says counts in their loss."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    supervision, asked = dataset.supervision, taught and dataset.lessons is None
     loader: DataLoader[MicroBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
         batch_sampler=micro_batches_of(batches, accelerator.process_index),
-        collate_fn=SharingCollator(Collator.of(dataset.supervision, layout_of(dataset.supervision, taught))),
+        collate_fn=SharingCollator(Collator.of(supervision, layout_of(supervision, taught, asked))),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
@@ -51,15 +52,16 @@ def loader_of(
     return _told_of_shared_memory(micro_batches) if workers else micro_batches
 
 
-def layout_of(supervision: Supervision, taught: bool = False) -> LayOut:
-    """What lays out the integers of a micro-batch; `taught`: also as a model reads them that reduces nothing."""
+def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True) -> LayOut:
+    """What lays out the integers of a micro-batch. `taught`: what a teacher says counts; if it is `asked` in the step,
+    also as it reads the rows: with all their visual tokens."""
     image_token_id = supervision.processor.image_token_id
-    if not taught:
-        return LayOut(image_token_id)
+    if not (taught and asked):
+        return LayOut(image_token_id, taught=taught)
     processor: Any = copy.copy(supervision.processor)
     processor.visionzip = None
     unreduced = Supervision(processor, supervision.template, supervision.max_length)
-    return LayOut(image_token_id, supervision.placeholders, unreduced.placeholders)
+    return LayOut(image_token_id, supervision.placeholders, unreduced.placeholders, taught=True)
 
 
 def step_inputs(

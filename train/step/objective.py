@@ -4,6 +4,7 @@ divergence (train/step/teacher.py); and what is trained to do so."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
+from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.places import FullRows, LayOut, Layout, Rows, keep_positions
+from shortzip.train.step.places import FullRows, LayOut, Layout, Rows, keep_positions, taught_positions
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
-from shortzip.train.step.teacher import Lesson, Teacher, plain_lesson_loss, summed_lesson_loss
+from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -54,14 +56,22 @@ class SupervisedLoss(nn.Module):
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
     trained, and where the weights lie, is to be settled before. `plain` turns it off.
 
-    With a `teacher` the cross-entropy is replaced, in micro-batches laid out for one, by the sum that
-    train/step/teacher.py describes; without (held-out conversations), labels alone count.
+    With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
+    train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
+    (train/inputs/lesson_cache.py). In others (held-out conversations) labels alone count.
     """
 
-    def __init__(self, model: Llava, *, plain: bool = False, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        *,
+        plain: bool = False,
+        teacher: Teacher | None = None,
+        distill: DistillConfig | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.teacher = teacher
+        self.teacher, self.distill = teacher, distill
         self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
         self.plain = plain or not can_walk(model.model.language_model)
         self._fixed: dict[bytes, FixedText] = {}
@@ -69,7 +79,8 @@ class SupervisedLoss(nn.Module):
     def forward(self, batch: MicroBatch) -> Tensor:
         """float32 scalar. `batch.inputs`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes
         for LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes; for original positions visual_targets) if
-        it has images. `batch.layout`: the `Layout` of its integers; without one, they are laid out here.
+        it has images, and taught_log_probs, taught_ids [T, k] if it has lessons. `batch.layout`: the `Layout` of its
+        integers; without one, they are laid out here.
 
         A micro-batch, not its tensors: DDP would move all of these to the device, and the integers be waited for.
 
@@ -80,16 +91,17 @@ class SupervisedLoss(nn.Module):
             ValueError: placeholders and visual tokens do not match.
         """
         layout = batch.layout
+        if layout is not None and self.distill is None:
+            layout = replace(layout, taught=False)
         if self.plain:
-            full = None if layout is None else layout.full
-            return self._plain_loss(batch.inputs, full if self.teacher is not None else None)
+            return self._plain_loss(batch.inputs, layout if layout is not None and layout.taught else None)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
             layout = LayOut(self.model.config.image_token_id)(integers)
         return self._needed_loss(batch.inputs, layout)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor], full: FullRows | None) -> Tensor:
-        """Every token through every layer.
+    def _plain_loss(self, batch: Mapping[str, Tensor], taught: Layout | None) -> Tensor:
+        """Every token through every layer. `taught`: the micro-batch's layout, if a teacher's word counts in it.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
         engines that gather sharded weights when a module is called would wait for one that does not for ever.
@@ -124,11 +136,24 @@ class SupervisedLoss(nn.Module):
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         states = outputs.last_hidden_state[:, :-1][supervised]
-        if full is not None:
-            lesson = self._lesson(self._plain_teacher_states(batch, full))
-            return plain_lesson_loss(self.model.lm_head, states, targets[supervised], lesson)
-        logits = self.model.lm_head(states)
-        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        if taught is None:
+            logits = self.model.lm_head(states)
+            return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        if taught.full is not None:
+            lesson, places = self._lesson(self._plain_teacher_states(batch, taught.full)), None
+        else:
+            lesson = self._lesson(self._kept_lessons(batch, states.device))
+            rows = [batch[key].cpu() for key in ("input_ids", "attention_mask", "labels")]
+            places = taught_positions(rows[0], rows[1], rows[2], self.model.config.image_token_id).to(states.device)
+        return plain_lesson_loss(self.model.lm_head, states, targets[supervised], lesson, places)
+
+    def teacher_states(self, batch: MicroBatch) -> Tensor:
+        """[S, H], the teacher's hidden states at the supervised positions of a micro-batch whose rows all answer an
+        image, laid out for a teacher."""
+        full: FullRows = batch.layout.full
+        if self.plain:
+            return self._plain_teacher_states(batch.inputs, full)
+        return self._teacher_states(batch.inputs, full.layout)
 
     @torch.no_grad()
     def _plain_teacher_states(self, batch: Mapping[str, Tensor], full: FullRows) -> Tensor:
@@ -152,9 +177,16 @@ class SupervisedLoss(nn.Module):
         _refuse_mismatch(layout.placeholders, len(features))
         return features
 
-    def _lesson(self, states: Tensor) -> Lesson:
-        assert self.teacher is not None
-        return Lesson(states, self.teacher.weight, self.teacher.temperature)
+    def _lesson(self, said: Tensor | TopTokens) -> Lesson:
+        assert self.distill is not None
+        return Lesson(said, self.distill.weight, self.distill.temperature)
+
+    def _kept_lessons(self, batch: Mapping[str, Tensor], device: torch.device) -> TopTokens:
+        """The lessons [T, k] of the rows that answer an image; [0, 1] of a micro-batch without such."""
+        if "taught_ids" not in batch:
+            return TopTokens(torch.zeros(0, 1, device=device), torch.zeros(0, 1, dtype=torch.int64, device=device))
+        ids = batch["taught_ids"].to(device, non_blocking=True).long()
+        return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         features, images = visual_features(self.model, batch)
@@ -164,8 +196,10 @@ class SupervisedLoss(nn.Module):
         if layout.with_image is not None:
             assert features is not None
             lesson = None
-            if self.teacher is not None and layout.full is not None:
-                lesson = self._lesson(self._teacher_states(batch, layout.full.layout))
+            if layout.taught:
+                full = layout.full
+                said = self._kept_lessons(batch, device) if full is None else self._teacher_states(batch, full.layout)
+                lesson = self._lesson(said)
             loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson)
         else:
             projector = self.model.model.multi_modal_projector
@@ -174,8 +208,9 @@ class SupervisedLoss(nn.Module):
         if layout.text_only is not None:
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
-            if self.teacher is not None and layout.full is not None:
-                reported = (1 - self.teacher.weight) * reported  # from text alone the teacher says the same
+            if layout.taught:
+                assert self.distill is not None
+                reported = (1 - self.distill.weight) * reported  # from text alone the teacher says the same
             loss = loss + reported
         return loss
 
@@ -355,21 +390,3 @@ def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:
     """The trained parameters under the names that the release gives them."""
     prefix = "model.multi_modal_projector."
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}
-
-
-def describe_components(model: Llava) -> list[tuple[str, int, str, bool]]:
-    """(component, parameters, dtypes, is it trained) of every part of the model, for the report at the start."""
-    parts = {
-        "vision tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language model": model.model.language_model,
-        "LM head": model.lm_head,
-    }
-    rows = []
-    for name, part in parts.items():
-        parameters = list(part.parameters())
-        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-        for trained in sorted({parameter.requires_grad for parameter in parameters}):
-            count = sum(parameter.numel() for parameter in parameters if parameter.requires_grad is trained)
-            rows.append((name, count, ", ".join(dtypes), trained))
-    return rows

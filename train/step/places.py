@@ -120,13 +120,15 @@ class Layout(_Laid):
         with_image: rows with a supervised position after an image; None without such.
         text_only: rows with supervised positions and no image before the last of them, which give the projector no
             gradient; None without such.
-        full: the rows with all visual tokens, as a teacher reads them; None where there is no teacher.
+        taught: whether what a teacher says counts in the loss.
+        full: the rows with all visual tokens, as a teacher reads them; None where none is asked.
     """
 
     placeholders: int
     used: Tensor | None
     with_image: Rows | None
     text_only: Rows | None
+    taught: bool = False
     full: FullRows | None = None
 
 
@@ -147,17 +149,19 @@ class LayOut:
     Attributes:
         image_token_id: of the placeholder.
         reduced: how many placeholders an image of (height, width) has in the rows.
-        full: how many it has with all visual tokens, where a teacher reads the rows; None: there is none.
+        full: how many it has with all visual tokens, where a teacher reads the rows; None: none does.
+        taught: whether what a teacher says counts in the loss.
     """
 
     image_token_id: int
     reduced: Callable[[tuple[int, int]], int] | None = None
     full: Callable[[tuple[int, int]], int] | None = None
+    taught: bool = False
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Layout:
         """The layout of input_ids, attention_mask, labels [B, L] and, where images differ in size, image_sizes."""
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        layout = lay_out(*rows, image_token_id=self.image_token_id)
+        layout = replace(lay_out(*rows, image_token_id=self.image_token_id), taught=self.taught)
         if self.full is None or self.reduced is None:
             return layout
         wide = expand_images(*rows, self._counts(inputs), image_token_id=self.image_token_id)
@@ -214,6 +218,17 @@ def expand_images(
     return ids, mask, targets
 
 
+def answers_image(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+    """[B] bool, the rows with a supervised position after a visual token. Arguments [B, L]."""
+    return (needed_tokens(attention_mask, labels) & (input_ids == image_token_id)).any(1)
+
+
+def taught_positions(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+    """[T] int64, which of the supervised positions of rows [B, L] are those of rows that answer an image."""
+    sees = answers_image(input_ids, attention_mask, labels, image_token_id)
+    return sees.repeat_interleave(predicting(labels).sum(1)).nonzero()[:, 0]
+
+
 def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_token_id: int) -> Layout:
     """The layout of a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
 
@@ -221,7 +236,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
     """
     needed = needed_tokens(attention_mask, labels)
     visual = (input_ids == image_token_id) & attention_mask.bool()
-    sees = (needed & visual).any(1)
+    sees = answers_image(input_ids, attention_mask, labels, image_token_id)
     before = visual.flatten().cumsum(0).view_as(visual) - visual.long()
 
     def rows_of(chosen: Tensor) -> Rows | None:
