@@ -159,7 +159,7 @@ class Loop:
         self.metrics = Metrics(folder, self.state.step, run.warn)
         self.trackers = Trackers(self.accelerator, config, run.path, session.report.warn)
         self.inputs = self.inputs_from_here()
-        self.flops = StepFlops(start.subject.model, start.training)
+        self.flops = StepFlops(start.subject.model, start.training, taught=start.subject.teacher is not None)
         peak = matmul_speed(self.device, dtype_of(config.mixed_precision))
         self.speed = Speed(self.accelerator.num_processes * peak)
 

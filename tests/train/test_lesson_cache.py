@@ -26,6 +26,7 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.kept import identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.estimate_cost import estimate, known_release
 from shortzip.train.inputs import lesson_cache
 from shortzip.train.inputs.feature_cache import FeatureCache
 from shortzip.train.inputs.identity import release_identity
@@ -41,10 +42,15 @@ from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.step.flops import StepFlops
+from shortzip.train.step.memory import TrainingStep, training_step_memory
+from shortzip.train.step.micro_batch import StepEstimate
 from shortzip.train.step.objective import SupervisedLoss, count_supervised, projector_parameters, train_only_projector
 from shortzip.train.step.teacher import Teacher
+from shortzip.train.step.teaching_cost import teacher_bytes
 
 BUDGET, HEAT, DISTILL = {"dominant": 5, "contextual": 3}, 2.0, DistillConfig(0.4, 2.0)
 
@@ -365,3 +371,38 @@ def test_a_run_with_lessons_is_not_continued_by_one_that_asks(recipe: Path) -> N
     elsewhere = replace(config, data=replace(config.data, cache_teacher="other"))
     assert config.shaping_settings() == elsewhere.shaping_settings()
     assert config.shaping_settings() != asks.shaping_settings()
+
+
+def test_a_teacher_that_is_asked_costs_its_pass_and_one_that_is_kept_nothing(
+    tiny_release: Path, tiny_instructions: Path
+) -> None:
+    model, processor = load_release(str(tiny_release), Reductions(BUDGET))
+    dataset = dataset_of(tiny_instructions, processor)
+    alone, taught = StepFlops(model, dataset), StepFlops(model, dataset, taught=True)
+    text = next(number for number, row in enumerate(dataset.conversations) if not row.images)
+    assert taught([text]) == alone([text])
+    assert taught([0]) > 1.5 * alone([0]), "36 visual tokens of 4 instead of 8"
+    config, budget = known_release("llava-1.5-7b"), {"text_tokens": 512, "visual_tokens": 64, "micro_batch_size": 4}
+    step = TrainingStep(**budget)
+    parts = training_step_memory(config, step)
+    student = parts.activations + parts.working
+    more = teacher_bytes(config, step, 576, student)
+    copies = 20_979_712 * 2 + 4 * 512 * 4096 * 2  # the projector and the states, in bfloat16
+    assert copies < more < 2**30
+    assert teacher_bytes(config, step, 576, 0) > more
+    estimate = StepEstimate(config, step, 128)
+    limits = estimate.largest(24 * 2**30, True)
+    fewer = replace(estimate, taught=576).largest(24 * 2**30, True)
+    assert limits is not None
+    assert fewer is not None
+    assert (fewer.tokens or 0) < (limits.tokens or 0)
+
+
+def test_the_estimate_counts_a_teacher() -> None:
+    (_, alone), (_, taught) = (estimate(EstimateConfig(distill=distill)) for distill in (False, True))
+    assert [row.memory.get("teacher") for row in alone] == [None] * 4
+    assert all(row.memory["teacher"] > 0 for row in taught)
+    assert all(b.training_flops > a.training_flops for a, b in zip(alone, taught, strict=True))
+    assert all(
+        b.training_bytes == sum(b.memory.values()) > a.training_bytes for a, b in zip(alone, taught, strict=True)
+    )

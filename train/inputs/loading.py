@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, get_worker_info
@@ -20,7 +18,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.supervision import Supervision
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
-from shortzip.train.step.places import LayOut
+from shortzip.train.step.places import LayOut, unreduced
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
@@ -58,10 +56,7 @@ def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True
     image_token_id = supervision.processor.image_token_id
     if not (taught and asked):
         return LayOut(image_token_id, taught=taught)
-    processor: Any = copy.copy(supervision.processor)
-    processor.visionzip = None
-    unreduced = Supervision(processor, supervision.template, supervision.max_length)
-    return LayOut(image_token_id, supervision.placeholders, unreduced.placeholders, taught=True)
+    return LayOut(image_token_id, supervision.placeholders, unreduced(supervision).placeholders, taught=True)
 
 
 def step_inputs(

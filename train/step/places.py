@@ -5,6 +5,7 @@ Data workers do it (`lay_out` is what the collator is given), so that no integer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.data.supervision import IGNORE_INDEX, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.positions import ImagePositions, packed_shifts
 
@@ -140,6 +141,13 @@ class FullRows(_Laid):
     attention_mask: Tensor
     labels: Tensor
     layout: Layout
+
+
+def unreduced(supervision: Supervision) -> Supervision:
+    """The same for a model that keeps every visual token."""
+    processor: Any = copy.copy(supervision.processor)
+    processor.visionzip = None
+    return Supervision(processor, supervision.template, supervision.max_length)
 
 
 @dataclass(frozen=True)
