@@ -129,6 +129,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         conversations: the rows that are left.
         lengths: [n] int64, tokens of each, visual tokens included.
         supervised: [n] int64, supervised tokens of each.
+        images: [n] int64, images left of each.
         cut: rows cut off at `max_length`, by what: {"turn": …, "answer": …}.
         features: where images' features are taken from instead of their pixels; None, the default: nowhere.
         lessons: where what a teacher says of the rows is taken from; None, the default: nowhere.
@@ -165,6 +166,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.drops.placed = sum(conversation.is_placed for conversation in self.conversations)
         self.lengths = np.asarray([row.tokens for row in rows], dtype=np.int64)
         self.supervised = np.asarray([row.supervised for row in rows], dtype=np.int64)
+        self.images = np.asarray([row.images for row in rows], dtype=np.int64)
         self.cut = dict(Counter(row.cut for row in rows if row.cut))
 
     def __len__(self) -> int:

@@ -69,6 +69,14 @@ class ReducedModelMixin:
             extra("fastv", "fastv").prune_in_decoder(self.language_model, config.fastv["layer"])
         self.post_init()
 
+    def set_budget(self, visionzip: dict[str, Any]) -> None:
+        """Has the next passes keep another budget, the config's key. Raises ValueError, and then changes nothing."""
+        config = copy.copy(self.config)
+        config.visionzip = dict(visionzip)
+        validate(config)
+        self.config.visionzip = config.visionzip
+        self._reductions = copy.deepcopy(reductions_of(config))
+
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
         """The visual tokens that are chosen, and where every patch went.
 

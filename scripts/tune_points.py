@@ -54,6 +54,9 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     Runs share what the tower gives of each image, where that is all that the choice depends on, and token counts.
     """
     zipped = point.reductions.visionzip
+    schedule, budget = recipe.budget_schedule, 0 if zipped is None else zipped["dominant"] + zipped["contextual"]
+    if schedule is not None and not 0 < budget < schedule.start:  # there is nothing to come down to
+        schedule = None
     features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
     return replace(
         recipe,
@@ -61,9 +64,10 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
+        budget_schedule=schedule,
         data=replace(
             recipe.data,
-            cache_features=features if is_cacheable(point.reductions) else None,
+            cache_features=features if schedule is None and is_cacheable(point.reductions) else None,
             cache_teacher=lessons if recipe.distill is not None else None,
             cache_dir=tokens,
         ),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, get_worker_info
 
 from shortzip.data.batching import BatchPlan, GlobalBatch, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
-from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import Supervision
+from shortzip.train.inputs.budgets import Budgets, CollatorInTime, RowsInTime
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.places import LayOut, unreduced
@@ -34,20 +36,37 @@ def loader_of(
     accelerator: Accelerator,
     config: TuneConfig,
     taught: bool = False,
+    budgets: Budgets | None = None,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of global batches; `taught`: what a teacher says counts in their loss."""
+    """This process's micro-batches of global batches; `taught`: what a teacher says counts in their loss. `budgets`:
+    those of the steps, where they change."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
-    supervision, asked = dataset.supervision, taught and dataset.lessons is None
+    lay_out_of = partial(layout_of, taught=taught, asked=taught and dataset.lessons is None)
+    process, supervision = accelerator.process_index, dataset.supervision
+    rows: Any = dataset
+    collate: Any = Collator.of(supervision, lay_out_of(supervision))
+    sampler: Any = micro_batches_of(batches, process)
+    if budgets is not None:
+        rows, collate = RowsInTime(budgets), CollatorInTime(budgets, lay_out_of)
+        sampler = _in_time(batches, process, budgets)
     loader: DataLoader[MicroBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
-        batch_sampler=micro_batches_of(batches, accelerator.process_index),
-        collate_fn=SharingCollator(Collator.of(supervision, layout_of(supervision, taught, asked))),
+        rows,  # samples become micro-batches in the collator
+        batch_sampler=sampler,
+        collate_fn=SharingCollator(collate),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
     )
     micro_batches = watched(iter(loader), patience) if patience else iter(loader)
     return _told_of_shared_memory(micro_batches) if workers else micro_batches
+
+
+def _in_time(batches: Iterable[GlobalBatch], process: int, budgets: Budgets) -> Iterator[list[tuple[int, int]]]:
+    """As `micro_batches_of`, each row with its step."""
+    for batch in batches:
+        step = budgets.step_at(batch.position)
+        for rows in batch.micro_batches[process]:
+            yield [(row, step) for row in rows]
 
 
 def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True) -> LayOut:
@@ -60,14 +79,19 @@ def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True
 
 
 def step_inputs(
-    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int
+    dataset: ConversationDataset,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    config: TuneConfig,
+    position: int,
+    budgets: Budgets | None = None,
 ) -> Iterator[tuple[GlobalBatch, list[MicroBatch]]]:
     """Each global batch of the plan from a position on, with this process's micro-batches of it.
 
     A global batch is cut once: when data workers are told of it, some steps ahead.
     """
     ahead, batches = tee(plan.batches(position))
-    micro_batches = loader_of(dataset, ahead, accelerator, config, taught=config.distill is not None)
+    micro_batches = loader_of(dataset, ahead, accelerator, config, config.distill is not None, budgets)
     process = accelerator.process_index
     return ((batch, list(islice(micro_batches, len(batch.micro_batches[process])))) for batch in batches)
 
@@ -79,10 +103,10 @@ class SharingCollator:
     waited for until data.worker_timeout.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Sample | Drop]], MicroBatch]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], MicroBatch]) -> None:
         self.collate = collate
 
-    def __call__(self, rows: Sequence[Sample | Drop]) -> MicroBatch:
+    def __call__(self, rows: Sequence[Any]) -> MicroBatch:
         micro_batch = self.collate(rows)
         if get_worker_info() is not None:
             for tensor in micro_batch.inputs.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.budget import BudgetScheduleConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.distill import DistillConfig, check_teacher
 from shortzip.train.settings.method_parameters import flat_settings
@@ -161,6 +161,9 @@ class TuneConfig:
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
     visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, another published
     selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random)."""
+    budget_schedule: BudgetScheduleConfig | None = None
+    """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
+    visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
@@ -313,6 +316,8 @@ class TuneConfig:
         if self.distill is not None and self.fastv is not None:
             raise ConfigError("distill and fastv do not go together: set one of them to null")
         check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
+        if self.budget_schedule is not None:
+            self.budget_schedule.check(self.visionzip, self.data.cache_features)
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(

@@ -123,7 +123,7 @@ class StepFlops:
             size = (2 * side, 2 * side)
         else:
             size = (0, 0)
-        self.visual = supervision.placeholders(size)
+        self.size, self.visual = size, supervision.placeholders(size)
         self.taught = unreduced(supervision).placeholders(size) if taught else None
         self.shared = 0
         if self.tiles == 1:
@@ -134,13 +134,15 @@ class StepFlops:
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
 
-    def __call__(self, samples: Sequence[int]) -> int:
-        return sum(map(self._of, samples))
+    def __call__(self, samples: Sequence[int], visual: int | None = None) -> int:
+        """`visual`: tokens of an image in this step, where they are others than the dataset's."""
+        return sum(self._of(sample, self.visual if visual is None else visual) for sample in samples)
 
-    def _of(self, sample: int) -> int:
+    def _of(self, sample: int, of_image: int) -> int:
         length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
         visual = min(length, images * self.visual)
-        row = RowShape(length - visual, visual, int(self.dataset.supervised[sample]), max(1, images) * self.tiles)
+        seen, supervised = min(visual, images * of_image), int(self.dataset.supervised[sample])
+        row = RowShape(length - visual, seen, supervised, max(1, images) * self.tiles)
         needed = needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
         if self.taught is None:
             return needed
