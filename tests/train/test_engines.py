@@ -238,17 +238,20 @@ def test_micro_batches_are_sized_for_the_engine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("how", ["asked", "kept", "kept, on a schedule"])
 def test_every_engine_hears_the_same_teacher(
     zero: Mapping[str, dict[str, str]],
     recipe: Path,
     tmp_path: Path,
     engine: str,
-    kept: bool,
+    how: str,
 ) -> None:
-    """Asked in every step, or before the first one, by all processes together."""
+    """Asked in every step, or before the first one by all processes together; also while the budget falls."""
     keys = ("--distill.weight", "0.5", "--distill.temperature", "2.0", "--max_steps", "4", "--eval_steps", "null")
-    kept_at = [("--data.cache_teacher", str(tmp_path / name)) if kept else () for name in ("alone's", "run's")]
+    keys += ("--budget_schedule.start", "20", "--budget_schedule.share", "0.8") if "schedule" in how else ()
+    kept_at = [
+        ("--data.cache_teacher", str(tmp_path / name)) if "kept" in how else () for name in ("alone's", "run's")
+    ]
     expected = read_metrics(run_here(recipe, tmp_path / "alone", *keys, *kept_at[0]) / "metrics.jsonl")
     variables = {"ddp": {"ACCELERATE_USE_CPU": "true"}, **zero}[engine]
     run_under(variables, recipe, tmp_path / "run", *keys, *kept_at[1])
