@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReductionError
+from .positions import shifts_of
 
 
 class CalibrationSample(NamedTuple):
@@ -24,6 +25,7 @@ class EmbeddedPrompt(NamedTuple):
 
     embeds: Tensor  # [n, H], visual tokens in their places
     visual: Tensor  # [n] bool, where they are
+    positions: Tensor | None = None  # [n] int64; None: 0, 1, 2, …
 
 
 def embed_prompt(model: Any, sample: CalibrationSample) -> EmbeddedPrompt:
@@ -37,13 +39,18 @@ def embed_prompt(model: Any, sample: CalibrationSample) -> EmbeddedPrompt:
     visual = (sample.input_ids == model.config.image_token_id).to(embeds.device)
     sizes = {} if sample.image_sizes is None else {"image_sizes": sample.image_sizes}
     pixels = sample.pixel_values.to(model.device)
-    features = torch.cat(list(inner.get_image_features(pixel_values=pixels, **sizes).pooler_output)).to(embeds)
+    images = inner.get_image_features(pixel_values=pixels, **sizes)
+    features = torch.cat(list(images.pooler_output)).to(embeds)
     if len(features) != int(visual.sum()):
         raise ReductionError(
             f"the prompt has {int(visual.sum())} placeholders, but its images give {len(features)} visual tokens: "
             "build it with the processor that belongs to this model."
         )
-    return EmbeddedPrompt(embeds.masked_scatter(visual[:, None], features), visual)
+    positions = images.get("positions")
+    if positions is not None:
+        counted = torch.arange(len(visual), device=visual.device)
+        positions = counted + shifts_of(visual[None], positions)[0, :-1]
+    return EmbeddedPrompt(embeds.masked_scatter(visual[:, None], features), visual, positions)
 
 
 def plan_batches(prompts: Sequence[Tensor], image_token_id: int, samples_per_batch: int) -> list[list[int]]:

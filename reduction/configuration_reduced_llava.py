@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
+from .configuration_pruning import check_pruned_layers, validate_fastv
 from .errors import ReductionError
 from .extras import extra
 from .positions import COMPACT, validate_positions
@@ -80,11 +81,7 @@ def validate(config: Any) -> None:
             raise ReductionError(
                 f"fastv: the language model is a {text.model_type}; it must be one of {list(DECODERS)}"
             )
-        if config.fastv["layer"] >= text.num_hidden_layers:
-            raise ReductionError(
-                f"fastv: layer {config.fastv['layer']}: this model has {text.num_hidden_layers} layers, and at least "
-                f"one must come after the pruning: choose 1 to {text.num_hidden_layers - 1}"
-            )
+        check_pruned_layers(config.fastv, text.num_hidden_layers)
 
 
 def validate_visionzip(visionzip: Any) -> None:
@@ -112,23 +109,6 @@ def validate_visionzip(visionzip: Any) -> None:
         )
     if method == "random" and parameters["seed"] < 0:
         raise ReductionError(f"visionzip: method random: seed is {parameters['seed']}; at least 0 is needed")
-
-
-def validate_fastv(fastv: Any) -> None:
-    """What can be said of the `fastv` key without a model: None, or a layer and a share.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if fastv is None:
-        return
-    form = "fastv must be null or {layer: layers passed before pruning, keep: share of visual tokens kept, above 0}"
-    if not isinstance(fastv, dict) or set(fastv) != {"layer", "keep"}:
-        raise ReductionError(f"{form}, like {{layer: 2, keep: 0.5}}; got {fastv!r}")
-    if not _is_whole(fastv["layer"]) or fastv["layer"] < 1:
-        raise ReductionError(f"{form}; got layer: {fastv['layer']!r}, at least 1 is needed")
-    if not isinstance(fastv["keep"], (int, float)) or isinstance(fastv["keep"], bool) or not 0 < fastv["keep"] <= 1:
-        raise ReductionError(f"{form}; got keep: {fastv['keep']!r}, at most 1 is needed")
 
 
 def validate_shortv(shortv: Any) -> None:
@@ -219,7 +199,8 @@ class ReducedLlavaConfig(LlavaConfig):
         visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one and the method
             keeps it. With a `method` of selectors.METHODS, and its parameters, tokens are chosen in another way.
         shortv: {"layers": [int, ...]}, the frozen layers.
-        fastv: {"layer": int, "keep": float}, the baseline that prunes in the language model (fastv.py).
+        fastv: {"layer": int, "keep": float}, or another `method` of pruning in the language model
+            (configuration_pruning.py).
         positions: "compact" or "original": where tokens stand once `visionzip` leaves others out (positions.py).
         base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
 

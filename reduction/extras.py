@@ -1,4 +1,4 @@
-"""Code that a checkpoint needs only where its config asks for it: selectors, the baselines, and FastV."""
+"""Code that a checkpoint needs only where its config asks for it: selectors, baselines, and pruning inside the LLM."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from .divprune import DivPrune  # noqa: F401
     from .dpp import DeterminantalPoints  # noqa: F401
     from .duet import Duet  # noqa: F401
-    from .fastv import FastVLayer  # noqa: F401
+    from .fastv import FastV  # noqa: F401
     from .prumerge import PruMergePlus  # noqa: F401
+    from .pruning import PrunedLayer  # noqa: F401
+    from .pyramiddrop import PyramidDrop  # noqa: F401
     from .scope import Scope  # noqa: F401
+    from .sparsevlm import SparseVLM  # noqa: F401
     from .visionzip import VisionZip  # noqa: F401
     from .vispruner import VisPruner  # noqa: F401
 

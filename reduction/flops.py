@@ -14,13 +14,16 @@ softmax and the LM head, as the papers do.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.configuration_reduced_llava import DECODERS, TOWER_HAS_CLS
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.pruning import method_of
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 
 # ---------------------------------------------------------------------------------------------- the papers' formulas
 
@@ -80,11 +83,25 @@ def llm_prefill_flops_fastv(
     text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, layer: int, keep: float
 ) -> int:
     """As :func:`llm_prefill_flops_grouped`, with FastV: ``keep`` of the visual tokens go on after ``layer`` layers."""
+    return llm_prefill_flops_pruned(text_config, text_tokens, visual_tokens, {"layer": layer, "keep": keep})
+
+
+def llm_prefill_flops_pruned(
+    text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int, fastv: Mapping[str, Any]
+) -> int:
+    """As :func:`llm_prefill_flops_grouped`, pruned inside as a `fastv` key says. What ranks is left out: attention of
+    a few queries in a few layers."""
     depth = text_config.num_hidden_layers
-    kept = max(round(visual_tokens * keep), min(1, visual_tokens))
-    before = llm_prefill_flops_grouped(text_config, text_tokens, visual_tokens)
-    after = llm_prefill_flops_grouped(text_config, text_tokens, kept)
-    return (before * layer + after * (depth - layer)) // depth
+    layers = visual_tokens_by_layer(fastv, visual_tokens, depth)
+    return sum(llm_prefill_flops_grouped(text_config, text_tokens, visual) // depth for visual in layers)
+
+
+def visual_tokens_by_layer(fastv: Mapping[str, Any], visual_tokens: int, depth: int) -> list[int]:
+    """How many of a prompt's visual tokens each of `depth` layers computes, pruned as a `fastv` key says."""
+    method = method_of(fastv)
+    counts = [visual_tokens, *method.counts(visual_tokens)]
+    done = [sum(at < layer + method.before for at in method.layers) for layer in range(depth)]
+    return [counts[stages] for stages in done]
 
 
 def lm_head_flops(text_config: PreTrainedConfig, positions: int) -> int:
@@ -121,6 +138,18 @@ def vision_tower_flops(config: PreTrainedConfig, tiles: int = 1) -> int:
     block = 2 * n * (4 * d + 2 * m) * d + 4 * n * n * d
     embedding = 2 * side * side * 3 * vision.patch_size**2 * d
     return tiles * (embedding + tower_blocks_run(config) * block)
+
+
+def selection_flops(config: PreTrainedConfig, visionzip: Mapping[str, Any], tiles: int = 1) -> int:
+    """FLOPs of what a method reads beside the tower's output, for ``tiles`` images or tiles: queries and keys of the
+    selected block once more, and attention from CLS, or of every token where there is none; every patch through the
+    projector. The choice itself is left out: at most 5 % of the tower's time (scripts/benchmarks/selection.py)."""
+    side, special = visual_grid(config)
+    n, d = side * side + special, config.vision_config.hidden_size
+    reads = frozenset() if visionzip.get("method", VISIONZIP) in BASELINES else selector_of(visionzip).reads
+    queries = 1 if special else n
+    scores = 2 * (n + queries) * d * d + 2 * queries * n * d if reads & {"attention", "keys"} else 0
+    return tiles * (scores + (projector_flops(config, side * side) if "projected" in reads else 0))
 
 
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:

@@ -128,7 +128,10 @@ class LayerContributionMeter:
             embeds = nn.utils.rnn.pad_sequence([prompt.embeds[start:] for prompt in prompts], batch_first=True)
             visual = nn.utils.rnn.pad_sequence([prompt.visual[start:] for prompt in prompts], batch_first=True)
             last = torch.tensor([len(prompt.embeds) - start - 1 for prompt in prompts], device=embeds.device)
-            full, visual_frozen, text_frozen = self._walk(beginning, embeds, visual[..., None], last)
+            kept = [prompt.positions[start:] for prompt in prompts if prompt.positions is not None]
+            positions = nn.utils.rnn.pad_sequence(kept, batch_first=True) if kept else None
+            places = _Places(self.decoder, start, embeds, positions)
+            full, visual_frozen, text_frozen = self._walk(beginning, embeds, visual[..., None], last, places)
         finally:
             for module in was_training:
                 module.training = True
@@ -139,14 +142,13 @@ class LayerContributionMeter:
         )
 
     def _walk(
-        self, beginning: _Beginning, embeds: Tensor, visual: Tensor, last: Tensor
+        self, beginning: _Beginning, embeds: Tensor, visual: Tensor, last: Tensor, places: _Places
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states at the last token: full [S, H], with frozen visual and with frozen text tokens [L, S, H] each.
 
         `embeds` [S, n, H] begins with a visual token, `visual` is [S, n, 1] bool, `last` [S] the last token's place.
         """
         depth, samples = len(self.decoder.layers), torch.arange(len(embeds), device=embeds.device)
-        places = _Places(self.decoder, len(beginning.embeds), embeds)
         # Row 0 is the full model, row i + 1 its variant with visual tokens frozen in layer i; of the variants with
         # frozen text, row i is variant i.
         states = embeds.new_empty(depth, *embeds.shape)
@@ -209,7 +211,7 @@ class LayerContributionMeter:
             arguments: dict[str, Any] = {
                 "attention_mask": places.mask(index),
                 "past_key_values": cache,
-                "position_embeddings": places.position_embeddings,
+                "position_embeddings": places.rotary(torch.arange(start, start + len(chunk)) % states.shape[1]),
             }
             try:
                 if last is None:
@@ -290,15 +292,23 @@ class _Beginning:
 
 
 class _Places:
-    """Positions and attention masks of n tokens that follow `before` others; `embeds` is [S, n, H]."""
+    """Positions and attention masks of n tokens that follow `before` others; `embeds` is [S, n, H].
 
-    def __init__(self, decoder: Any, before: int, embeds: Tensor) -> None:
+    `positions` [S, n] int64: where the language model is told that they stand; None: as they are counted.
+    """
+
+    def __init__(self, decoder: Any, before: int, embeds: Tensor, positions: Tensor | None = None) -> None:
         length = embeds.shape[1]
         self.position_ids = torch.arange(before, before + length, device=embeds.device)[None]
-        self.position_embeddings = decoder.rotary_emb(embeds, self.position_ids)
+        self._rotary = decoder.rotary_emb(embeds, self.position_ids if positions is None else positions)
         self._windows, self._dtype = windows_of(decoder), embeds.dtype
         self._eager = decoder.config._attn_implementation == "eager"
         self._masks: dict[int | None, Tensor | None] = {}
+
+    def rotary(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for rows that are these `samples` [r], [r or 1, n, d] each."""
+        cos, sin = self._rotary
+        return (cos, sin) if len(cos) == 1 else (cos[samples], sin[samples])
 
     def mask(self, layer: int) -> Tensor | None:
         """[1, 1, n, before + n]: causal, within the layer's window; bool, for eager attention additive; None where

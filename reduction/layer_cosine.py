@@ -32,7 +32,11 @@ def cosine_changes(model: Any, samples: Sequence[CalibrationSample]) -> list[lis
 
         hooks = [layer.register_forward_hook(note) for layer in decoder.layers]
         try:
-            decoder(inputs_embeds=prompt.embeds[None], use_cache=False)
+            kept: dict[str, Tensor] = {}
+            if prompt.positions is not None:  # with a mask, for without one a jump would begin another text
+                mask = torch.ones(1, len(visual), dtype=torch.long, device=visual.device)
+                kept = {"position_ids": prompt.positions[None], "attention_mask": mask}
+            decoder(inputs_embeds=prompt.embeds[None], **kept, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -21,6 +21,7 @@ from .configuration_reduced_llava import (
     selected_block,
     validate,
 )
+from .engines import NamesItsModelMixin, WithoutHeadMixin, refuse_attention_of_engines
 from .errors import ReductionError
 from .extras import extra
 from .positions import (
@@ -47,7 +48,7 @@ from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
 
 
-class ReducedModelMixin:
+class ReducedModelMixin(WithoutHeadMixin):
     """What the reduced LLaVA and LLaVA-NeXT models have in common; goes before the transformers class."""
 
     config: Any
@@ -62,20 +63,13 @@ class ReducedModelMixin:
     def __init__(self, config: Any) -> None:
         validate(config)
         super().__init__(config)  # type: ignore[call-arg]
+        refuse_attention_of_engines(config, self.language_model.config)
         self.multi_modal_projector = DtypeProjector(config)
         self._reductions = copy.deepcopy(reductions_of(config))
         freeze_visual_tokens(self.language_model, [] if config.shortv is None else list(config.shortv["layers"]))
         if config.fastv is not None:
-            extra("fastv", "fastv").prune_in_decoder(self.language_model, config.fastv["layer"])
+            extra("pruning", "fastv").prune_in_decoder(self.language_model, config.fastv)
         self.post_init()
-
-    def set_budget(self, visionzip: dict[str, Any]) -> None:
-        """Has the next passes keep another budget, the config's key. Raises ValueError, and then changes nothing."""
-        config = copy.copy(self.config)
-        config.visionzip = dict(visionzip)
-        validate(config)
-        self.config.visionzip = config.visionzip
-        self._reductions = copy.deepcopy(reductions_of(config))
 
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
         """The visual tokens that are chosen, and where every patch went.
@@ -121,15 +115,20 @@ class ReducedModelMixin:
     ) -> Any:
         """As transformers' model.
 
-        `fastv_query` [B] int64: with FastV, the position whose attention decides what is kept; the last by default,
-        which in a prompt is right, and where answers follow it is given: the end of the first prompt.
+        `fastv_query` [B] int64: with `config.fastv`, the position whose attention decides what is kept; the last by
+        default, which in a prompt is right, and where answers follow it is given: the end of the first prompt. With
+        PyramidDrop also [B, S], the positions before S supervised spans, -1 for none.
+
+        `active_rows`: with ShortV, what `shortv.active_rows` gives of the visual positions, where that is known: then
+        nothing waits for the device.
 
         `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
         visual: ShortV, and `inputs_embeds` into which the image is merged already.
 
         Raises:
             ValueError: a row's placeholders are not filled by whole images, ShortV cannot know which positions are
-                visual, FastV cannot work with the cache, or the config's reductions are not those it was loaded with.
+                visual, pruning cannot work with the cache, or the config's reductions are not those it was loaded
+                with.
         """
         refuse_changed(self.config, self._reductions)
         in_decoder = self.config.shortv is not None or self.config.fastv is not None
@@ -163,10 +162,9 @@ class ReducedModelMixin:
                 if self.config.fastv is not None:
                     length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
                     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-                    keep = self.config.fastv["keep"]
-                    fastv = extra("fastv", "fastv")
-                    kwargs["fastv"] = fastv.pruning_of(keep, visual, fastv_query, length, mask, cache)
-                elif visual is not None:
+                    pruning, rotary = extra("pruning", "fastv"), self.language_model.rotary_emb
+                    kwargs["fastv"] = pruning.pruning_of(rotary, visual, fastv_query, length, mask, cache)
+                elif visual is not None and "active_rows" not in kwargs:
                     kwargs["active_rows"] = active_rows(visual)
         if moves:
             text: Any = self.language_model.config
@@ -209,7 +207,7 @@ class ReducedModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
 
-class ReducedForGenerationMixin(CountsPositions):
+class ReducedForGenerationMixin(CountsPositions, NamesItsModelMixin):
     """What the reduced models with a head have in common; goes before the transformers class.
 
     `from_pretrained` refuses a checkpoint that does not fill the model exactly, and lays a projector-only one over the
@@ -219,21 +217,21 @@ class ReducedForGenerationMixin(CountsPositions):
     config: Any
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' method. With FastV, the end of the prompt ranks the visual tokens in every pass that holds
-        them: also without a cache, and where guesses are appended to it (assisted decoding).
+        """As transformers' method. With `config.fastv`, the end of the prompt ranks the visual tokens in every pass
+        that holds them: also without a cache, and where guesses are appended to it (assisted decoding).
 
         Raises:
-            ValueError: FastV and `prefill_chunk_size`, whose chunks before the last do not hold the end.
+            ValueError: `config.fastv` and `prefill_chunk_size`, whose chunks before the last do not hold the end.
         """
         if self.config.fastv is not None:
             settings = self.generation_config if generation_config is None else generation_config  # type: ignore[attr-defined]
-            fastv = extra("fastv", "fastv")
-            fastv.refuse_chunks(kwargs.get("prefill_chunk_size", settings.prefill_chunk_size))
+            pruning = extra("pruning", "fastv")
+            pruning.refuse_chunks(kwargs.get("prefill_chunk_size", settings.prefill_chunk_size))
             if kwargs.get("fastv_query") is None:
                 ids = kwargs.get("input_ids", inputs)
                 embeds = kwargs.get("inputs_embeds")
                 mask = kwargs.get("attention_mask")
-                kwargs["fastv_query"] = fastv.prompt_end(ids, embeds, mask, settings.pad_token_id)
+                kwargs["fastv_query"] = pruning.prompt_end(ids, embeds, mask, settings.pad_token_id)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -397,4 +395,6 @@ def register_key_mapping(reduced: str, plain: str) -> None:
 
 register_key_mapping("ReducedLlavaModel", "LlavaModel")
 register_key_mapping("reduced_llava", "llava")
+ReducedLlavaModel.with_head = ReducedLlavaForConditionalGeneration
+ReducedLlavaModel.register_for_auto_class("AutoModel")
 ReducedLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

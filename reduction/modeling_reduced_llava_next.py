@@ -200,4 +200,6 @@ def _stack_tiles(pixel_values: Tensor, tiles: list[int]) -> Tensor:
 
 register_key_mapping("ReducedLlavaNextModel", "LlavaNextModel")
 register_key_mapping("reduced_llava_next", "llava_next")
+ReducedLlavaNextModel.with_head = ReducedLlavaNextForConditionalGeneration
+ReducedLlavaNextModel.register_for_auto_class("AutoModel")
 ReducedLlavaNextForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,4 +1,4 @@
-"""What users write for budgets, methods, frozen layers, FastV and memory, read the same way by every command."""
+"""What users write for budgets, methods, frozen layers, pruning and memory, read the same way by every command."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, parameters_of
+from shortzip.reduction.selectors import BUDGET_KEYS, VISIONZIP, merges, parameters_of, settled
 
 
 def parse_budget(text: str) -> dict[str, int]:
@@ -36,6 +37,15 @@ def parse_method(text: str) -> dict[str, Any]:
             )
         named[name] = parse_value(value)
     return named
+
+
+def budget_by(budget: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The `visionzip` key for as many tokens as `budget` by the method of a word: all of them dominant where it merges
+    nothing. Raises ValueError for a method that there is not, or that does not take its parameters."""
+    named = {"dominant": budget["dominant"], "contextual": budget["contextual"], **parse_method(method)}
+    if not merges(named):
+        named |= {"dominant": named["dominant"] + named["contextual"], "contextual": 0}
+    return settled(named)
 
 
 def parse_value(text: str) -> bool | int | float | str:
@@ -70,14 +80,58 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_fastv(text: str) -> dict[str, Any] | None:
-    """``"2+0.5"`` -> ``{"layer": 2, "keep": 0.5}``, ``"none"`` -> None. Raises ValueError for anything else."""
+    """The `fastv` key of ``"2+0.5"`` (FastV: layer, share), ``"pyramiddrop:8+16+24:0.5+0.25+0.125"`` (layers, what is
+    kept at each; ``:original`` keeps positions), ``"sparsevlm:2+6+15:66+30+17"`` or ``"sparsevlm+:…"``; None of
+    ``"none"``. Raises ValueError for anything else."""
     if text == "none":
         return None
+    method, *parts = text.strip().split(":")
+    if method in PRUNING_METHODS and parts:
+        return _parse_stages(text, method, parts)
     layer, _, keep = text.partition("+")
     try:
         return {"layer": int(layer), "keep": float(keep)}
     except ValueError as error:
-        raise ReductionError(f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none") from error
+        raise ReductionError(
+            f"fastv is {text!r}: write the layer and the share kept, like 2+0.5, or none; of other methods "
+            "METHOD:LAYERS:KEPT, like pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17"
+        ) from error
+
+
+def _parse_stages(text: str, method: str, parts: Sequence[str]) -> dict[str, Any]:
+    if method == "fastv":
+        return parse_fastv("+".join(parts)) or {}
+    number = float if method == "pyramiddrop" else int
+    try:
+        layers, keep, *positions = parts
+        fastv: dict[str, Any] = {
+            "method": method,
+            "layers": [int(layer) for layer in layers.split("+")],
+            "keep": [number(kept) for kept in keep.split("+")],
+        }
+        if len(positions) > 1:
+            raise ValueError(text)
+        return {**fastv, "positions": positions[0]} if positions else fastv
+    except ValueError as error:
+        form = "pyramiddrop:8+16+24:0.5+0.25+0.125" if method == "pyramiddrop" else f"{method}:2+6+15:66+30+17"
+        raise ReductionError(f"fastv is {text!r}: write METHOD:LAYERS:KEPT, like {form}, or none") from error
+
+
+def format_fastv(fastv: Mapping[str, Any] | None) -> str:
+    """What `parse_fastv` reads."""
+    if fastv is None:
+        return "none"
+    if "layer" in fastv:
+        return f"{fastv['layer']}+{float(fastv['keep'])}"
+    kept = map(float, fastv["keep"]) if fastv["method"] == "pyramiddrop" else fastv["keep"]
+    parts = [fastv["method"], "+".join(map(str, fastv["layers"])), "+".join(map(str, kept))]
+    return ":".join([*parts, "original"] if fastv.get("positions") == "original" else parts)
+
+
+def pruned_title(words: str) -> str:
+    """The words of a `fastv` key with its method's name in front: ``"2+0.5"`` -> ``"FastV 2+0.5"``."""
+    method, _, parts = words.partition(":")
+    return f"{PRUNING_METHODS[method].name} {parts}" if method in PRUNING_METHODS else f"FastV {words}"
 
 
 def parse_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of what VisionZip does to an image: which patches it keeps, which it merges, and what it looked at.
+"""Pictures of what is chosen of an image: which patches are kept, which are merged, and what was looked at.
 
 The pixels drawn are those that the vision tower was given (padded, resized, tiled), so the grid fits exactly.
 Needs matplotlib; nothing that travels to the Hub imports this file.
@@ -27,7 +27,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from .configuration_reduced_llava import TOWER_HAS_CLS, validate
 from .errors import ReductionError
-from .parsing import format_budget
+from .parsing import format_budget, format_method
+from .selectors import BASELINES, VISIONZIP, selector_of, settled
 
 INK = "#222222"
 
@@ -48,7 +49,9 @@ class TokenMap:
         targets: [C] int64, the patches that the contextual tokens grew from.
         visual_tokens: how many the language model gets for all this.
         cls_tokens: how many of them are CLS tokens, which have no place in the image.
-        name: of the budget, "54+10", and of a baseline's method.
+        from_cls: whether the attention is that from CLS.
+        title: of the method: VisionZip, SCOPE, baseline pool.
+        name: of the budget, "54+10", and of another method than VisionZip.
     """
 
     pixels: NDArray[np.uint8]
@@ -59,6 +62,8 @@ class TokenMap:
     targets: NDArray[np.int64]
     visual_tokens: int
     cls_tokens: int
+    from_cls: bool
+    title: str
     name: str
 
 
@@ -78,7 +83,7 @@ def under_budget(model: Any, budget: dict[str, Any]) -> Iterator[None]:
 def map_tokens(
     model: Any, processor: Any, image: Image.Image, budgets: Sequence[dict[str, Any]] | None = None
 ) -> list[list[TokenMap]]:
-    """What VisionZip does to `image`: per view (LLaVA-NeXT: base tile, then the mosaic) one map per budget.
+    """What becomes of `image`: per view (LLaVA-NeXT: base tile, then the mosaic) one map per budget.
 
     `model` is a reduced LLaVA or LLaVA-NeXT, `processor` its processor; `budgets` defaults to the model's own.
     Raises ValueError when there is no budget or one that the grid cannot fill.
@@ -126,15 +131,16 @@ def _one_map(
 ) -> TokenMap:
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
-    method = budget.get("method", "visionzip")
-    has_cls = TOWER_HAS_CLS[vision.model_type] and method == "visionzip"
+    method, from_cls = budget.get("method", VISIONZIP), TOWER_HAS_CLS[vision.model_type]
+    selector = None if method in BASELINES else selector_of(budget)
+    keeps_cls = from_cls and selector is not None and selector.keeps_cls
     kept = torch.zeros_like(found.groups[tiles], dtype=torch.bool).scatter(1, found.kept[tiles], True)
     is_target = torch.zeros_like(kept).scatter(1, found.targets[tiles], True)
     count, number = len(kept), int(found.groups.max()) + 1
     own = torch.arange(count, device=kept.device)[:, None] * number
     groups = torch.where(found.groups[tiles] < 0, -1, found.groups[tiles] + own)
     # With CLS the scores are sums over heads of a softmax, without it means: as shares, both add up to at most one.
-    heads = vision.num_attention_heads if has_cls else 1
+    heads = vision.num_attention_heads if from_cls else 1
 
     def mosaic(values: torch.Tensor) -> NDArray[Any]:
         rows, columns = shape
@@ -152,8 +158,10 @@ def _one_map(
         groups=mosaic(groups),
         targets=mosaic(is_target).nonzero()[0],
         visual_tokens=count * (budget["dominant"] + budget["contextual"]),
-        cls_tokens=count if has_cls else 0,
-        name=format_budget(budget) + ("" if method == "visionzip" else f" ({method})"),
+        cls_tokens=count if keeps_cls else 0,
+        from_cls=from_cls,
+        title=f"baseline {method}" if selector is None else selector.title,
+        name=format_budget(budget) + ("" if method == VISIONZIP else f" ({format_method(settled(budget))})"),
     )
 
 
@@ -171,12 +179,12 @@ def draw_images(maps: Sequence[TokenMap], path: str | Path, titles: Sequence[str
         _show_attention(sheet, sheet.panel(row, 1), item)
         _show_kept(sheet.panel(row, 2), item)
         _show_groups(sheet.panel(row, 3), item)
-    sheet.save(f"VisionZip with budget {maps[0].name}: {_reduction_of(maps[0])}", path)
+    sheet.save(f"{maps[0].title} with budget {maps[0].name}: {_reduction_of(maps[0])}", path)
 
 
 def draw_budgets(maps: Sequence[TokenMap], path: str | Path, title: str = "") -> None:
-    """A PNG of one image under several budgets side by side: kept patches above, merged groups below, and on the left
-    the image and the attention, which no budget changes. `title` stands above the image.
+    """A PNG of one image under several budgets or methods side by side: kept patches above, merged groups below, and
+    on the left the image and the attention, which none of them changes. `title` stands above the image.
 
     Raises ValueError without maps.
     """
@@ -184,12 +192,15 @@ def draw_budgets(maps: Sequence[TokenMap], path: str | Path, title: str = "") ->
         2, 1 + len(maps), maps, headings=["", *(f"{item.name} = {item.visual_tokens} visual tokens" for item in maps)]
     )
     _show_image(sheet.panel(0, 0), maps[0], title)
-    _show_attention(sheet, sheet.panel(1, 0), maps[0])
+    _show_attention(sheet, sheet.panel(1, 0), next((item for item in maps if item.attention is not None), maps[0]))
     for column, item in enumerate(maps, start=1):
         _show_kept(sheet.panel(0, column), item)
         _show_groups(sheet.panel(1, column), item)
     patches = maps[0].grid[0] * maps[0].grid[1]
-    sheet.save(f"What VisionZip makes of the {patches} patches of an image", path)
+    titles = list(dict.fromkeys(item.title for item in maps))
+    sheet.save(
+        f"What {', '.join(titles)} {'make' if len(titles) > 1 else 'makes'} of the {patches} patches of an image", path
+    )
 
 
 def _reduction_of(item: TokenMap) -> str:
@@ -305,7 +316,7 @@ def _show_attention(sheet: _Sheet, axes: Any, item: TokenMap) -> None:
     bar = sheet.figure.colorbar(shown, cax=sheet.bar(axes.row), ticks=ticks, format="%.2g%%")
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
-    _caption(axes, "share of the attention from CLS" if item.cls_tokens else "share of the attention received")
+    _caption(axes, "share of the attention from CLS" if item.from_cls else "share of the attention received")
 
 
 def _show_kept(axes: Any, item: TokenMap) -> None:
@@ -333,7 +344,8 @@ def _show_groups(axes: Any, item: TokenMap) -> None:
     if dropped and not number:
         _caption(axes, f"dropped: {dropped} patches")
     else:
-        _caption(axes, f"merged: {int((groups >= 0).sum())} patches into {number} tokens")
+        rest = f", dropped: {dropped}" if dropped else ""
+        _caption(axes, f"merged: {int((groups >= 0).sum())} patches into {number} tokens{rest}")
 
 
 def _blow_up(values: NDArray[Any], pixels: NDArray[np.uint8]) -> NDArray[Any]:

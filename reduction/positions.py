@@ -4,8 +4,8 @@ compact     what is left is numbered 0, 1, 2, … (VisionZip, DivPrune and most 
 original    every token has the position that it would have with all visual tokens (GAP, arXiv 2506.21873, which wins
             back what renumbering costs in grounding; SparseVLM+ keeps positions likewise)
 
-With `original`, the text behind an image stands where it would behind all of the image's tokens, and new tokens go on
-from there; a kept patch stands at its own place, a merged token at that of the patch that it grew from, a cell of a
+With `original`, the text behind an image stands where it would behind all of the image's tokens, and new tokens follow
+it; a kept patch stands at its own place, a merged token at that of the patch that it grew from, a cell of a
 grid (pool, downsample) at that of the patch in its middle, CLS at the image's first. GAP says nothing of merged tokens
 and CLS. Causality stays that of the order in which tokens come.
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from shortzip.reduction.cdpruner import choose_for_question, cut_text, embed_patches_with_text, embed_text
@@ -43,9 +43,11 @@ class QuestionReader:
         `kwargs` are transformers' (revision, cache_dir, dtype). Raises OSError as transformers does.
         """
         tokenizer: Any = CLIPTokenizer.from_pretrained(name, **kwargs)
-        vision: Any = CLIPVisionModelWithProjection.from_pretrained(name, **kwargs)
-        text_tower = CLIPTextModelWithProjection.from_pretrained(name, **kwargs).eval()
-        return cls(name, text_tower, vision.visual_projection, lambda text: tokenizer(text).input_ids)
+        clip: Any = CLIPModel.from_pretrained(name, **kwargs)
+        with torch.device("meta"):  # its parts are CLIP's
+            text_tower: Any = CLIPTextModelWithProjection(clip.config.text_config).eval()
+        text_tower.text_model, text_tower.text_projection = clip.text_model, clip.text_projection
+        return cls(name, text_tower, clip.visual_projection, lambda text: tokenizer(text).input_ids)
 
     @torch.no_grad()
     def embed_questions(self, questions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,9 @@ class QuestionReader:
         images = embed_patches_with_text(patches, tower.post_layernorm, self.visual_projection)
         texts, present = self.embed_questions(questions, patches.device)
         count = visionzip["dominant"] + visionzip["contextual"]
-        kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
+        # Autocast would bring back the rounding that float32 is here to avoid.
+        with torch.autocast(patches.device.type, enabled=False):
+            kept = choose_for_question(projected, images, texts, count, present).sort(dim=-1).values
         features: Any = list(take(projected, kept))
         return BaseModelOutputWithPooling(last_hidden_state=take(patches, kept), pooler_output=features)
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import (
     TOWER_HAS_CLS,
     validate_fastv,
@@ -23,9 +24,10 @@ from shortzip.reduction.configuration_reduced_llava import (
     validate_visionzip,
 )
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.flops import llm_prefill_flops_fastv, llm_prefill_flops_grouped, visual_tokens_per_image
+from shortzip.reduction.flops import llm_prefill_flops_grouped, llm_prefill_flops_pruned, visual_tokens_per_image
 from shortzip.reduction.parsing import (
     format_budget,
+    format_fastv,
     format_method,
     parse_budget,
     parse_fastv,
@@ -50,7 +52,8 @@ class Reductions:
     shortv: Mapping[str, Any] | None = None
     """{"layers": [0, 3]}: the frozen layers, counted from 0."""
     fastv: Mapping[str, Any] | None = None
-    """{"layer": 2, "keep": 0.5}: layers before the pruning, and the share of visual tokens that later ones see."""
+    """Pruning inside the language model. {"layer": 2, "keep": 0.5} is FastV: layers before the pruning, and the share
+    of visual tokens that later ones see; other methods: configuration_pruning.py."""
     positions: str = COMPACT
     """compact or original: where tokens stand once others are left out. Compact where none is."""
 
@@ -85,9 +88,10 @@ class Reductions:
         seed: int = 0,
         positions: str = COMPACT,
     ) -> Self:
-        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none). Raises ReductionError.
+        """Those of "54+10" (or all), "31+29+30" (or none) and "2+0.5" (or none; see `parse_fastv`).
 
         `method`, of a budget: its word, like "vispruner:important=0.25". `seed`: of random, where its word has none.
+        Raises ReductionError.
         """
         visionzip: dict[str, Any] | None = None
         if budget not in (ALL, NONE):
@@ -144,7 +148,26 @@ class Reductions:
     @property
     def fastv_words(self) -> str:
         """The pruning as commands take it: 2+0.5, or none."""
-        return NONE if self.fastv is None else f"{self.fastv['layer']}+{float(self.fastv['keep'])}"
+        return format_fastv(self.fastv)
+
+    @property
+    def pruning_name(self) -> str:
+        """What the method of pruning is called: FastV; none."""
+        return NONE if self.fastv is None else PRUNING_METHODS[pruning_method(self.fastv)].name
+
+    @property
+    def pruning_described(self) -> str:
+        """The pruning in words, as in: "FastV: 0.5 of them kept after layer 2"; none."""
+        if self.fastv is None:
+            return NONE
+        if pruning_method(self.fastv) == "fastv":
+            kept = f"{float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}"
+        else:
+            when = "before" if pruning_method(self.fastv) == "pyramiddrop" else "after"
+            shares, layers = (", ".join(f"{value:.3g}" for value in self.fastv[key]) for key in ("keep", "layers"))
+            kept = f"{shares} of them kept {when} layers {layers}"
+        original = ", positions kept" if self.fastv.get("positions") == "original" else ""
+        return f"{self.pruning_name}: {kept}{original}"
 
     def describe(self) -> str:
         """Everything that is reduced, in a line of a table or a card."""
@@ -157,7 +180,7 @@ class Reductions:
         if self.layers:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
-            parts.append(f"FastV: {float(self.fastv['keep']):.3g} of them kept after layer {self.fastv['layer']}")
+            parts.append(self.pruning_described)
         if self.positions != COMPACT:
             parts.append(f"{self.positions} positions")
         return ", ".join(parts)
@@ -173,7 +196,7 @@ class Reductions:
         return f"{tower} has no CLS: patches are scored by the attention that they receive"
 
     def tokens_per_image(self, config: PreTrainedConfig, tiles: int = 1) -> int:
-        """Visual tokens that the language model is given of one image (in LLaVA-NeXT of `tiles`), before FastV."""
+        """Visual tokens that the language model is given of one image (in LLaVA-NeXT of `tiles`), before pruning."""
         zipped = self.visionzip
         budget = None if zipped is None else (zipped["dominant"], zipped["contextual"])
         return visual_tokens_per_image(config, budget, tiles)
@@ -181,5 +204,5 @@ class Reductions:
     def prefill_flops(self, text_config: PreTrainedConfig, text_tokens: int, visual_tokens: int) -> int:
         """FLOPs of the language model for a prompt, of whose tokens `visual_tokens` are visual ones."""
         if self.fastv is not None:
-            return llm_prefill_flops_fastv(text_config, text_tokens, visual_tokens, **self.fastv)
+            return llm_prefill_flops_pruned(text_config, text_tokens, visual_tokens, self.fastv)
         return llm_prefill_flops_grouped(text_config, text_tokens, visual_tokens, self.layers)

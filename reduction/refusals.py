@@ -1,5 +1,6 @@
 """Inputs and settings that a reduced model refuses before it computes anything: what does not fit, and the cure."""
 
+import copy
 from itertools import accumulate
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_reduced_llava import reductions_of, validate
+from .engines import OFF
 from .errors import ReductionError
 from .shortv import SUPPORTED_ATTENTION
 
@@ -33,6 +35,20 @@ def refuse_changed(config: Any, loaded: dict[str, Any]) -> None:
                 f"{key}: config.{key} now says {'layers ' if key == 'shortv' else ''}{value}, but this model was "
                 f"loaded with {was}: load it again with from_pretrained(…, {key}=…)"
             )
+
+
+def change_budget(model: Any, visionzip: dict[str, Any]) -> None:
+    """Has a reduced model without a head keep another budget from now on, given as the config's key: the one change
+    that `refuse_changed` lets pass.
+
+    Raises:
+        ValueError: a budget that the model cannot take; then nothing is changed.
+    """
+    config = copy.copy(model.config)
+    config.visionzip = dict(visionzip)
+    validate(config)
+    model.config.visionzip = config.visionzip
+    model._reductions = copy.deepcopy(reductions_of(config))
 
 
 def refuse_mismatch(visionzip: Any, visual: Tensor, lengths: list[int], whole_images: bool) -> None:
@@ -126,7 +142,7 @@ def visual_of_token_types(key: str, mm_token_type_ids: Tensor | None, inputs_emb
     if mm_token_type_ids is None:
         raise ReductionError(
             f"{key}: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
-            "mm_token_type_ids (1 at visual tokens, else 0) of the same length"
+            f"mm_token_type_ids (1 at visual tokens, else 0) of the same length, or {OFF.format(key=key)}"
         )
     if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
         raise ReductionError(

@@ -76,15 +76,15 @@ def forward_active(
     def split_heads(states: Tensor) -> Tensor:
         return states.view(batch, states.shape[1], -1, attention.head_dim).transpose(1, 2)
 
-    keys = _rotate(split_heads(attention.k_proj(normed)), cos, sin)
+    keys = rotate(split_heads(attention.k_proj(normed)), cos, sin)
     values = split_heads(attention.v_proj(normed))
     if past_key_values is not None:
         keys, values = past_key_values.update(keys, values, attention.layer_idx)
     if rows.positions.shape[1] == 0:
         return hidden_states
 
-    cos, sin = (_take(part.expand(batch, -1, -1), rows.positions) for part in (cos, sin))
-    queries = _rotate(split_heads(attention.q_proj(_take(normed, rows.positions))), cos, sin)
+    cos, sin = (take(part.expand(batch, -1, -1), rows.positions) for part in (cos, sin))
+    queries = rotate(split_heads(attention.q_proj(take(normed, rows.positions))), cos, sin)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     attended, _ = attend(
         attention,
@@ -96,7 +96,7 @@ def forward_active(
         scaling=attention.scaling,
         **kwargs,
     )
-    before = _take(hidden_states, rows.positions)
+    before = take(hidden_states, rows.positions)
     states = before + attention.o_proj(attended.reshape(batch, rows.positions.shape[1], -1))
     states = states + layer.mlp(layer.post_attention_layernorm(states))
     states = torch.where(rows.is_active.unsqueeze(-1), states, before)
@@ -165,12 +165,12 @@ def _mask_of_rows(mask: Tensor | None, index: Tensor, length: int, key_length: i
     return index[:, None, :, None] >= torch.arange(key_length, device=index.device)
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: states [B, heads, N, d], cos and sin [B or 1, N, d]."""
     return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
 
 
-def _take(states: Tensor, index: Tensor) -> Tensor:
+def take(states: Tensor, index: Tensor) -> Tensor:
     """states [B, N, X] at index [B, A] → [B, A, X]."""
     return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 

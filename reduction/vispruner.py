@@ -21,7 +21,7 @@ from .selectors import Selection, TowerStates
 from .tensors import by_score, check_count, check_number, unit_rows
 
 DROPPED_A_ROUND = 8
-ROWS = 64  # of float64 held at once
+ROWS = 192  # of float64 held at once
 
 
 @torch.no_grad()
@@ -59,8 +59,8 @@ def _likeness(features: Tensor) -> Tensor:
     result = torch.empty(*features.shape[:2], features.shape[1], dtype=torch.int32, device=features.device)
     for rows, out in zip(features, result, strict=True):
         unit = unit_rows(rows.to(finest))
-        for some, integers in zip(unit.split(ROWS), out.split(ROWS), strict=True):
-            integers.copy_((some @ unit.T).mul_(2**30).round_())
+        for some, integers in zip((unit * 2**30).split(ROWS), out.split(ROWS), strict=True):
+            integers.copy_((some @ unit.T).round_())
     return result
 
 

@@ -73,6 +73,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "what a run takes: memory, FLOPs, time",
         ),
         Verb(
+            "rehearse",
+            "scripts.rehearse_memory",
+            "commands.RehearseConfig",
+            "a step's code at full size on tensors that hold nothing: where its memory goes",
+        ),
+        Verb(
             "prepare",
             "scripts.prepare_subset",
             "commands.PrepareConfig",
@@ -116,6 +122,20 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "comparing.FrontierConfig",
             "accuracy against tokens for every method and budget",
             recipe="frontier-demo",
+        ),
+    ),
+    "Answer": (
+        Verb(
+            "answer",
+            "scripts.answer",
+            "serving.AnswerConfig",
+            "a file of questions, continued where it was interrupted",
+        ),
+        Verb(
+            "serve",
+            "scripts.serve",
+            "serving.ServeConfig",
+            "OpenAI's interface: images here, the language model in an engine",
         ),
     ),
     "Publish": (

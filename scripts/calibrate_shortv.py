@@ -31,6 +31,7 @@ from shortzip.reduction.layer_choice import pick_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS
 from shortzip.reduction.parsing import format_shortv
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.measuring import (
     ANEW_OR_ELSEWHERE,
     CalibrationSet,
@@ -61,6 +62,7 @@ def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
         "samples",
         "seed",
         "budget",
+        "method",
         "compare_full",
         "dtype",
         "text_tokens",
@@ -84,8 +86,9 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     result = read_measured(settings.output) if is_there else None
     check_outputs(settings, result)
     if result is not None:
-        refuse_other_settings({"load_in_4bit": False, **result["settings"]}, matters, settings.output)
-    budget = None if settings.budget is None else Reductions.parse(settings.budget)
+        then = {"load_in_4bit": False, "method": VISIONZIP, **result["settings"]}
+        refuse_other_settings(then, matters, settings.output)
+    budget = None if settings.budget is None else Reductions.parse(settings.budget, method=settings.method)
     calibration = calibration_set(settings, budget)
     if settings.compare_full and calibration.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")

@@ -135,7 +135,10 @@ class Layout:
     """The page's components, as they stand on it; made inside a `gradio.Blocks`."""
 
     def __init__(self, gr: Any, models: Models, paths: dict[str, str]) -> None:
-        gr.Markdown("# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector.")
+        gr.Markdown(
+            "# ShortZip\nWhat a tenth of the visual tokens still sees, before and after tuning the projector. They "
+            f"are chosen by {models.title}."
+        )
         self.image = gr.State(next(iter(paths.values()), None))
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
@@ -166,7 +169,8 @@ class Layout:
         self.choice = gr.Dropdown(names, value=next(iter(names), None), label="image", elem_id="choose")
         self.file = gr.File(label="or upload one", type="filepath", height=110, elem_id="upload")
         self.keep = gr.Slider(models.cls or 1, most, dominant, step=1, label="dominant", elem_id="dominant")
-        self.merge = gr.Slider(0, models.patches, contextual, step=1, label="contextual", elem_id="contextual")
+        merged = {"label": "contextual", "elem_id": "contextual", "visible": models.merges}
+        self.merge = gr.Slider(0, models.patches, contextual, step=1, **merged)
         self.freeze = gr.Slider(0, models.depth, frozen, step=1, label="frozen layers", elem_id="frozen")
 
 
@@ -175,7 +179,7 @@ def build_page(models: Models, gallery: Sequence[Path], scratch: Path) -> Any:
     import gradio as gr
 
     replies = Replies(models, gallery, scratch)
-    with gr.Blocks(title="ShortZip", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"ShortZip: {models.title}", analytics_enabled=False) as page:
         on = Layout(gr, models, replies.paths)
         budget = [on.keep, on.merge]
         page.load(replies.look, [on.image, *budget], [on.picture, on.status])

@@ -19,8 +19,10 @@ from shortzip.data.errors import UserError
 from shortzip.data.pixels import squared
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.parsing import budget_by
 from shortzip.reduction.pictures import draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.lineage import check_tuned, check_untuned
 from shortzip.train.release.loading import load_release, share_weights
@@ -33,6 +35,7 @@ from shortzip.train.settings.commands import AppConfig
 ALL, REDUCED, TUNED = "all tokens", "reduced", "tuned"
 DEMO_RUN = "checkpoints/demo"
 PREFILLS = 3
+BUDGET, ONE_TOKEN = ("dominant", "contextual"), {"dominant": 1, "contextual": 0}
 
 
 class TokenTimes(BaseStreamer):
@@ -55,13 +58,10 @@ def open_tuned(name: str, release: Release) -> Release:
     tuned = open_release(name)
     saved = tuned.saved_reductions
     if saved.visionzip is None or saved.fastv:
-        method = "FastV" if saved.fastv else "all visual tokens"
-    else:
-        method = saved.method
-    if method != "visionzip":
+        method = saved.pruning_name if saved.fastv else "all visual tokens"
         raise ConfigError(
-            f"tuned {tuned.name} was tuned with {method}: this page shows VisionZip and ShortV; for other methods "
-            f"there is shortzip evaluate --model {tuned.name}"
+            f"tuned {tuned.name} was tuned with {method}: this page shows "
+            f"budgets and ShortV; for others there is shortzip evaluate --model {tuned.name}"
         )
     check_tuned(tuned, release)
     return tuned
@@ -79,20 +79,35 @@ class Models:
         release = open_release(ReleaseSpec(config.model, config.revision, dtype=dtype))
         check_untuned(release)
         tuned = self._tuned(config, release)
+        self.saved = Reductions() if tuned is None else tuned.saved_reductions
+        self.chosen_by = self._chosen_by(config.method)
         self.base, self.processor = load_release(release, Reductions())
         self.base.to(device)
         self.max_new_tokens = config.max_new_tokens
         self.seconds = config.seconds
         vision: Any = self.base.config.vision_config
-        self.cls = int(TOWER_HAS_CLS[vision.model_type])
         self.patches = (vision.image_size // vision.patch_size) ** 2
         self.depth = int(self.base.config.text_config.num_hidden_layers)
         self.tuned_projector: dict[str, torch.Tensor] | None = None
-        self.saved = Reductions()
         if tuned is not None:
             self.tuned_projector = release_projector(tuned)
-            self.saved = tuned.saved_reductions
+        method, selector = self.chosen_by.get("method", VISIONZIP), None
+        if method not in BASELINES:
+            selector = selector_of({"dominant": 1, "contextual": 0, **self.chosen_by})
+        self.merges = selector is not None and selector.merges
+        self.cls = int(TOWER_HAS_CLS[vision.model_type] and selector is not None and selector.keeps_cls)
+        self.title = f"baseline {method}" if selector is None else selector.title
         self.ranking = self._ranking(config, None if tuned is None else tuned.name)
+
+    def _chosen_by(self, method: str | None) -> dict[str, Any]:
+        """The method and its parameters, beside a budget: those asked for, or of the tuned run."""
+        saved = {key: value for key, value in (self.saved.visionzip or {}).items() if key not in BUDGET}
+        if method is None:
+            return saved
+        asked = {key: value for key, value in budget_by(ONE_TOKEN, method).items() if key not in BUDGET}
+        if self.saved.visionzip is not None and asked != saved:
+            raise ConfigError(f"method is {method!r}, and the tuned run has {self.saved.method_words}: leave it out")
+        return asked
 
     def _tuned(self, config: AppConfig, release: Release) -> Release | None:
         if config.tuned is not None:
@@ -126,19 +141,21 @@ class Models:
         """Dominant, contextual and number of frozen layers to begin with."""
         visionzip = self.saved.visionzip or {
             "dominant": max(2, round(0.094 * self.patches)),
-            "contextual": max(1, round(0.017 * self.patches)),
+            "contextual": max(1, round(0.017 * self.patches)) if self.merges else 0,
         }
         return int(visionzip["dominant"]), int(visionzip["contextual"]), len(self.saved.layers)
 
     def build(self, kind: str, dominant: int, contextual: int, frozen: int) -> tuple[Any, Supervision]:
         """The model of a kind and how it is prompted. Raises ValueError for a budget or layers that cannot be."""
-        visionzip = None if kind == ALL else {"dominant": dominant, "contextual": contextual}
+        budget = {"dominant": dominant, "contextual": contextual, **self.chosen_by}
+        visionzip = None if kind == ALL else budget
         processor = copy.copy(self.processor)
         processor.visionzip = visionzip
         if kind == ALL:
             return self.base, Supervision(processor, max_length=None)
         layers = sorted(self.ranking[:frozen])
-        reductions = Reductions(visionzip, {"layers": layers} if layers else None)
+        # A tuned checkpoint's untuned neighbour differs from it in the projector alone.
+        reductions = Reductions(visionzip, {"layers": layers} if layers else None, positions=self.saved.positions)
         projector = self.tuned_projector if kind == TUNED else None
         return share_weights(self.base, reductions, projector), Supervision(processor, max_length=None)
 

@@ -11,9 +11,10 @@ for one device that holds the whole model: `train/step/memory.py` says what is c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     CLIPVisionConfig,
@@ -27,7 +28,9 @@ from transformers import (
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json, refuse_to_replace, write_atomically, writing
 from shortzip.reduction import flops
-from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
+from shortzip.reduction.parsing import budget_by, parse_budget, parse_bytes, parse_freeze
+from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.step import memory as training_cost
@@ -50,7 +53,7 @@ class CostRow:
     frozen_layers: int
     prefill_flops: int  # the LLM, ShortV's formula
     prefill_flops_grouped: int  # the LLM, with the key heads that are there
-    tower_flops: int  # vision tower and projector
+    tower_flops: int  # vision tower, what the method reads beside its output, and projector
     kv_cache_bytes: int
     training_flops: int
     training_bytes: int
@@ -130,29 +133,35 @@ def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]
     config = read_config(settings.model)
     num_layers = config.text_config.num_hidden_layers
     own_budget, own_shortv = config.to_dict().get("visionzip"), config.to_dict().get("shortv")
-    budget = own_budget if own_budget and settings.budget is None else parse_budget(settings.budget or DEFAULT_BUDGET)
+    if settings.budget is None:
+        by = settings.method or VISIONZIP
+        budget = own_budget if own_budget and settings.method is None else budget_by(parse_budget(DEFAULT_BUDGET), by)
+    else:
+        budget = Reductions.parse(settings.budget, method=settings.method or VISIONZIP).visionzip
     frozen: int | list[int]
     if own_shortv and settings.freeze is None:
         frozen = list(own_shortv["layers"])
     else:
         frozen = parse_freeze(settings.freeze or DEFAULT_FREEZE, num_layers)
     frozen = frozen if isinstance(frozen, int) else len(frozen)
-    both = (budget["dominant"], budget["contextual"])
-    reduced = f"VisionZip {both[0]}+{both[1]}"
+    both = Reductions(budget)
+    reduced = f"{'VisionZip' if both.method == VISIONZIP else both.method_words} {both.budget_words}"
     return config, [
         _row(config, settings, "none", None, 0),
-        _row(config, settings, reduced, both, 0),
+        _row(config, settings, reduced, both.visionzip, 0),
         _row(config, settings, f"ShortV {frozen} of {num_layers}", None, frozen),
-        _row(config, settings, "both", both, frozen),
+        _row(config, settings, "both", both.visionzip, frozen),
     ]
 
 
 def _row(
-    config: PreTrainedConfig, settings: EstimateConfig, name: str, budget: tuple[int, int] | None, frozen: int
+    config: PreTrainedConfig, settings: EstimateConfig, name: str, visionzip: Mapping[str, Any] | None, frozen: int
 ) -> CostRow:
     tiles = flops.usual_tiles(config) if settings.tiles is None else settings.tiles
     text, prompt = config.text_config, settings.text_tokens
+    budget = None if visionzip is None else (visionzip["dominant"], visionzip["contextual"])
     visual = flops.visual_tokens_per_image(config, budget, tiles)
+    selection = 0 if visionzip is None else flops.selection_flops(config, visionzip, tiles)
     step = training_cost.TrainingStep(
         text_tokens=settings.training_text_tokens,
         visual_tokens=visual,
@@ -175,7 +184,7 @@ def _row(
         frozen_layers=frozen,
         prefill_flops=flops.llm_prefill_flops(text, prompt, visual, frozen),
         prefill_flops_grouped=flops.llm_prefill_flops_grouped(text, prompt, visual, frozen),
-        tower_flops=flops.vision_tower_flops(config, tiles) + flops.projector_flops(config, visual),
+        tower_flops=flops.vision_tower_flops(config, tiles) + selection + flops.projector_flops(config, visual),
         kv_cache_bytes=flops.kv_cache_bytes(text, prompt + visual, step.bytes_per_value),
         training_flops=training_flops,
         training_bytes=sum(parts.values()),

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from shortzip.data.drops import DropLog
+from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.instructions import PLACEHOLDER
 from shortzip.data.kept import Kept, conversations_digest
@@ -305,6 +306,8 @@ def run(config: FrontierConfig) -> None:
             tuned = tuned_points(config, points) if config.tune else []
             entries = known_entries([*points, *tuned], config)
             say(f"{len(entries)} of {len(points) + len(tuned)} points are measured")
+            if not entries:
+                raise UserError(f"nothing is measured in {config.output} yet: leave out --report_only")
         else:
             entries = measure(points, config, recipe)
         write(entries, costs, config, recipe)

@@ -1,17 +1,18 @@
-"""Draws what VisionZip does to images: the kept patches, the merged groups, the attention.
+"""Draws what is chosen of images: the kept patches, the merged groups, the attention.
 
     python scripts/show_tokens.py photo.jpg --model checkpoints/demo-llava --budget 14+2,28+4 --output tokens.png
 
-One image under one or several budgets, side by side; or several images under one budget, one below the other. Works
-with any release, reduced checkpoint or run's folder. A LLaVA-NeXT image gives two pictures: its base tile, and the
-mosaic of the other tiles (`-tiles` is added to the name).
+One image under one or several budgets and methods, side by side; or several images under one, one below the other.
+Works with any release, reduced checkpoint or run's folder. A LLaVA-NeXT image gives two pictures: its base tile, and
+the mosaic of the other tiles (`-tiles` is added to the name).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +20,10 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace, replace_file, writing
 from shortzip.data.images import open_image
 from shortzip.data.pixels import squared
-from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.parsing import budget_by, parse_budget
 from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.release.loading import load_viewer
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
@@ -47,7 +49,10 @@ def show(settings: ShowConfig) -> list[Path]:
             raise UserError(f"output {output}: a PNG is drawn, so its name must end with .png")
         output = output.with_name(output.name + ".png") if not output.is_dir() else output
     refuse_to_replace(output, overwrite=settings.overwrite, inputs=[*settings.images, settings.model])
-    budgets = [parse_budget(text) for text in settings.budget.split(",")] if settings.budget else None
+    budgets: list[dict[str, Any]] | None = None
+    if settings.budget:
+        budgets = [dict(parse_budget(text)) for text in settings.budget.split(",")]
+        budgets = _by_methods(budgets, settings.method or VISIONZIP)
     images = [open_image(name) for name in settings.images]
     release = open_release(ReleaseSpec(settings.model, settings.revision))
     model, processor = load_viewer(release, Reductions(budgets[0]) if budgets else None)
@@ -55,6 +60,7 @@ def show(settings: ShowConfig) -> list[Path]:
         vision = model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         budgets = [model.config.visionzip] if model.config.visionzip else default_budgets(patches)
+        budgets = _by_methods(budgets, settings.method) if settings.method else budgets
     if len(images) > 1:
         budgets = budgets[:1]
     # Per image, per view, per budget.
@@ -68,6 +74,10 @@ def show(settings: ShowConfig) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, partial(_draw, having))
     return written
+
+
+def _by_methods(budgets: Sequence[Mapping[str, Any]], methods: str) -> list[dict[str, Any]]:
+    return [budget_by(budget, method) for budget in budgets for method in methods.split(",")]
 
 
 def _draw(images: list[tuple[str, list[TokenMap]]], path: Path) -> None:

@@ -58,6 +58,8 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     if schedule is not None and not 0 < budget < schedule.start:  # there is nothing to come down to
         schedule = None
     features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
+    kept = features if schedule is None and is_cacheable(point.reductions) else None
+    said = lessons if recipe.distill is not None else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
@@ -65,12 +67,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
         budget_schedule=schedule,
-        data=replace(
-            recipe.data,
-            cache_features=features if schedule is None and is_cacheable(point.reductions) else None,
-            cache_teacher=lessons if recipe.distill is not None else None,
-            cache_dir=tokens,
-        ),
+        data=replace(recipe.data, cache_features=kept, cache_teacher=said, cache_dir=tokens),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
         output_dir=str(Path(config.output) / "runs" / point.name),

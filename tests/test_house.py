@@ -11,8 +11,8 @@ PACKAGES = ("reduction", "data", "train", "scripts")
 # Rooms of train/, each of which imports only those before it. What comes before a run's first step is as long as its
 # loop, and asks every room: it has a file of its own between them and the run.
 ORDER = (
-    "settings", "run", "release", "step", "inputs", "calibration", "evaluation", "publish", "preparation", "finish",
-    "tune_projector",
+    "settings", "run", "release", "step", "inputs", "rehearsal", "calibration", "evaluation", "publish", "serving",
+    "preparation", "finish", "tune_projector",
 )  # fmt: skip
 MOST_LINES = 400
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

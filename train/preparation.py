@@ -23,6 +23,7 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.inputs.budgets import Budgets, budget_of
 from shortzip.train.inputs.feature_filling import known_tower, store_features
@@ -181,11 +182,11 @@ def loosest(config: TuneConfig, subject: Subject) -> Any:
     model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
     try:
         for tokens in range(start, own["dominant"] + own["contextual"], -1):
-            model.set_budget(budget_of(own, tokens))
+            change_budget(model, budget_of(own, tokens))
     except ReductionError as error:
         raise ConfigError(f"budget_schedule.start is {start}: of {tokens} tokens, {error}") from error
     finally:
-        model.set_budget(own)
+        change_budget(model, own)
     processor = copy.copy(subject.processor)
     processor.visionzip = budget_of(own, start)
     return processor

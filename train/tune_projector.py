@@ -25,6 +25,7 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
+from shortzip.reduction.refusals import change_budget
 from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from shortzip.train.inputs.loading import loader_of, step_inputs
@@ -170,7 +171,7 @@ class Loop:
     def set_budget(self, step: int) -> None:
         """Has the model keep the budget of a step, counted from 0."""
         if self.start.budgets is not None:
-            self.start.subject.model.model.set_budget(self.start.budgets.at(step))
+            change_budget(self.start.subject.model.model, self.start.budgets.at(step))
 
     def step(self) -> Step | None:
         """Gradient, update and schedule of the next global batch; None, and nothing done, where memory ran out."""

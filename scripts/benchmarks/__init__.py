@@ -1,1 +1,1 @@
-"""What a step, LC, loading and memory cost, beside what they could cost."""
+"""What a step, LC, loading, memory and choosing tokens cost, beside what they could cost."""

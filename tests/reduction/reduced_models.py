@@ -32,6 +32,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "prumerge+": {"dominant": 5, "contextual": 0, "method": "prumerge+"},
     "projected": {"dominant": 5, "contextual": 0, "method": "divprune", "space": "projected"},
 }
+# Every way to a budget, for where its tokens stand.
+WAYS: dict[str, dict[str, Any]] = {
+    "visionzip": {"dominant": 4, "contextual": 2},
+    "dominant only": {"dominant": 5, "contextual": 0},
+    "random": {"dominant": 5, "contextual": 0, "method": "random", "seed": 1},
+    "grid": {"dominant": 6, "contextual": 0, "method": "grid"},
+    "pool": {"dominant": 6, "contextual": 0, "method": "pool"},
+    "all": {"dominant": 16, "contextual": 0, "method": "grid"},
+    "downsample": {"dominant": 6, "contextual": 0, "method": "downsample"},
+}
+NEXT_SIZES = [[32, 32], [20, 40], [44, 18], [9, 60], [30, 33]]  # height, width; the second and third lose patches
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip_vision_model", "initializer_range": 0.5, "hidden_act": "quick_gelu"},
     "siglip": {"model_type": "siglip_vision_model"},
@@ -122,6 +133,18 @@ def build(
     with torch.no_grad():
         model.lm_head.weight[IMAGE_TOKEN] = 0
     return model.to(dtype).eval()
+
+
+def original(method: str = "visionzip", **options: Any) -> Any:
+    """A model that keeps positions."""
+    return build(reduction="none", visionzip=METHODS[method], positions="original", **options)
+
+
+def images(model: Any, sizes: list[list[int]], seed: int = 0) -> dict[str, Tensor]:
+    """Flat tiles of images of these sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = sum(model.model._tiles(sizes))
+    return {"pixel_values": torch.randn(tiles, 3, 16, 16, generator=generator), "image_sizes": torch.tensor(sizes)}
 
 
 def tokens_per_image(model: Any) -> int:

@@ -17,6 +17,7 @@ from transformers import (
 
 from shortzip.reduction import flops
 from shortzip.train.step import memory as training_cost
+from shortzip.train.step.activations import layer_activation_bytes
 
 SIZES_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -186,7 +187,7 @@ def test_layer_activations_are_what_autograd_keeps(dtype):
             return sum(storage.nbytes() for storage in storages.values())
 
     text = LlamaConfig(vocab_size=50, num_key_value_heads=2, **SMALL)
-    expected = 2 * training_cost.layer_activation_bytes(text, 50, 50, torch.finfo(dtype).bits // 8)
+    expected = 2 * layer_activation_bytes(text, 50, 50, torch.finfo(dtype).bits // 8)
     assert kept_bytes(3) - kept_bytes(2) == expected
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from reduced_models import DECODERS, IMAGE_TOKEN, build, make_row
+from reduced_models import DECODERS, IMAGE_TOKEN, build, make_row, original
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shortzip.reduction.calibration_prompts import CalibrationSample, EmbeddedPrompt, embed_prompt, plan_batches
 from shortzip.reduction.layer_choice import pick_layers, rank_layers
 from shortzip.reduction.layer_contribution import LayerContributionMeter, measure_layer_contributions
+from shortzip.reduction.layer_cosine import cosine_changes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shortv"
 
@@ -106,6 +107,29 @@ def test_naive_loop(decoder, attention):
         assert_equal_lc(found.visual[index], naive_lc(plain, sample))
         assert_equal_lc(found.text[index], naive_lc(plain, sample, freeze_text=True))
     assert found.visual[:, :, 0].min() > 1e-4  # there was something to measure
+
+
+@pytest.mark.parametrize("method", ["visionzip", "pool"])
+def test_with_original_positions(method):
+    model = original(method)
+    samples = [sample_of(make_row(model, layout, seed=0)) for layout in ["tttIttt", "tttIt", "ttItIt"]]
+    found = measure_layer_contributions(model, samples, text_tokens=True, samples_per_batch=3, tokens_per_pass=30)
+    for index, sample in enumerate(samples):
+        assert_equal_lc(found.visual[index], naive_lc(model, sample))
+        assert_equal_lc(found.text[index], naive_lc(model, sample, freeze_text=True))
+
+
+def test_cosines_with_original_positions():
+    model = original()
+    row, seen = make_row(model, "tttItItt"), []
+    visual = row["input_ids"][0] == IMAGE_TOKEN
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(lambda _, given, output: seen.append((given[0][0, visual], output[0, visual])))
+    with torch.no_grad():
+        model(**row)
+    expected = [1 - torch.nn.functional.cosine_similarity(*pair, dim=-1).mean().item() for pair in seen]
+    (found,) = cosine_changes(model, [sample_of(row)])
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 60, 100_000])

@@ -9,6 +9,7 @@ from test_families import SIZES, next_inputs
 from test_layer_contribution import naive_lc, sample_of
 
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.layer_contribution import measure_layer_contributions
 from shortzip.reduction.selectors import selector_of
 
@@ -94,6 +95,20 @@ def assert_in_order(model: Any) -> None:
     expected += [token for tile in range(4) for token in projected[tile + 1, :cls]]
     expected += [token for tile in range(4) for token in projected[tile + 1, last:]]
     assert torch.equal(packed, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("visionzip", "message"),
+    [({"dominant": 17, "contextual": 0, "method": "scope"}, "method scope: dominant 17 .* exceeds the 16 tokens"),
+     ({"dominant": 15, "contextual": 3, "method": "duet"}, "method duet: dominant 15 .* exceeds the 17 tokens .* CLS"),
+     ({"dominant": 4, "contextual": 1, "method": "scope"}, "method scope merges nothing: give all 5"),
+     ({"dominant": 4, "contextual": 0, "method": "scope", "beta": 1}, "no parameter 'beta': it takes alpha"),
+     ({"dominant": 4, "contextual": 0, "method": "cdpruner"}, "method is 'cdpruner'; it must be one of")],
+    ids=str,
+)  # fmt: skip
+def test_what_a_model_cannot_take_is_refused_by_name(visionzip: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReductionError, match=message):
+        build(visionzip=visionzip)
 
 
 @methods

@@ -5,27 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from reduced_models import DECODERS, IMAGE_TOKEN, PAD, TOWERS, build, make_batch, make_row, rows_of
+from reduced_models import (
+    DECODERS,
+    IMAGE_TOKEN,
+    PAD,
+    TOWERS,
+    WAYS,
+    build,
+    make_batch,
+    make_row,
+    original,
+    rows_of,
+)
 from torch import Tensor
 from transformers import DynamicCache
 
 from shortzip.reduction.errors import ReductionError
 
 PATCHES = 16
-METHODS: dict[str, dict[str, Any]] = {
-    "visionzip": {"dominant": 4, "contextual": 2},
-    "dominant only": {"dominant": 5, "contextual": 0},
-    "random": {"dominant": 5, "contextual": 0, "method": "random", "seed": 1},
-    "grid": {"dominant": 6, "contextual": 0, "method": "grid"},
-    "pool": {"dominant": 6, "contextual": 0, "method": "pool"},
-    "downsample": {"dominant": 6, "contextual": 0, "method": "downsample"},
-}
-LAYOUTS = {"one image": "ttIttt", "two images": "tItttItt", "side by side": "tIIt", "first": "Itt", "last": "tttI"}
-
-
-def original(method: str = "visionzip", **options: Any) -> Any:
-    """A model that keeps positions."""
-    return build(reduction="none", visionzip=METHODS[method], positions="original", **options)
+LAYOUTS = {"two images": "tItttItt", "side by side": "tIIt", "first": "Itt", "last": "tttI"}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,13 @@ def greedy(model: Any, batch: dict[str, Tensor], count: int = 5, **more: Any) ->
     return model.generate(**batch, **settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        *((method, "two images") for method in WAYS),
+        *(("visionzip", layout) for layout in LAYOUTS if layout != "two images"),
+    ],
+)
 def test_logits_and_greedy_ids(method: str, layout: str) -> None:
     model = original(method)
     row = make_row(model, LAYOUTS[layout], seed=3)
@@ -106,8 +109,9 @@ def test_logits_and_greedy_ids(method: str, layout: str) -> None:
     assert greedy(model, row)[0, row["input_ids"].shape[1] :].tolist() == expected_ids(model, row, 5)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("decoder", "attention"), [*((decoder, "sdpa") for decoder in DECODERS), ("mistral-window", "eager")]
+)
 def test_every_decoder(decoder: str, attention: str) -> None:
     model = original(decoder=decoder, attention=attention)
     row = make_row(model, "tttItttItt", seed=5)
@@ -277,7 +281,7 @@ def test_with_reductions_inside_the_language_model(reduction: dict[str, Any]) ->
     with torch.no_grad():
         torch.testing.assert_close(model(**row).logits, inside(**row).logits, rtol=0, atol=1e-5)
     assert torch.equal(greedy(model, row), greedy(inside, row))
-    both = build(**keys, visionzip=METHODS["visionzip"], positions="original")
+    both = build(**keys, visionzip=WAYS["visionzip"], positions="original")
     rows = [make_row(both, layout, seed) for seed, layout in enumerate(("ttItt", "tIttttItt"))]
     batch = make_batch(rows, "left")
     said = greedy(both, batch)

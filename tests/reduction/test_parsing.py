@@ -3,7 +3,9 @@
 import pytest
 
 from shortzip.reduction.parsing import (
+    budget_by,
     format_budget,
+    format_fastv,
     format_method,
     format_shortv,
     parse_budget,
@@ -12,6 +14,7 @@ from shortzip.reduction.parsing import (
     parse_freeze,
     parse_layers,
     parse_method,
+    pruned_title,
     read_freeze,
 )
 
@@ -99,6 +102,21 @@ def test_fastv_is_a_layer_and_a_share() -> None:
             parse_fastv(bad)
 
 
+def test_other_methods_of_pruning_have_a_name_layers_and_what_is_kept() -> None:
+    pyramid = {"method": "pyramiddrop", "layers": [8, 16, 24], "keep": [0.5, 0.25, 0.125]}
+    assert parse_fastv("pyramiddrop:8+16+24:0.5+0.25+0.125") == pyramid
+    assert parse_fastv("pyramiddrop:8+16+24:.5+.25+.125:original") == {**pyramid, "positions": "original"}
+    assert format_fastv(pyramid) == "pyramiddrop:8+16+24:0.5+0.25+0.125"
+    assert parse_fastv("sparsevlm:2+6:66+30") == {"method": "sparsevlm", "layers": [2, 6], "keep": [66, 30]}
+    assert parse_fastv("fastv:2:0.5") == {"layer": 2, "keep": 0.5}
+    assert pruned_title("sparsevlm+:2:66") == "SparseVLM+ 2:66"
+    for bad in ("pyramiddrop:8", "sparsevlm:2:0.5", "pyramiddrop:a:b", "pyramiddrop:8:0.5:original:more"):
+        with pytest.raises(ValueError, match=r"write METHOD:LAYERS:KEPT, like (pyramiddrop|sparsevlm):"):
+            parse_fastv(bad)
+    with pytest.raises(ValueError, match="of other methods METHOD:LAYERS:KEPT"):
+        parse_fastv("dart:2:0.5")
+
+
 def test_freeze_of_any_model() -> None:
     assert [read_freeze(text) for text in ("19", "60%", "[3]", "31, 29")] == [19, 0.6, [3], [31, 29]]
     for text in ("250%", "100.5 %"):
@@ -124,6 +142,14 @@ def test_methods():
 def test_methods_refused(bad):
     with pytest.raises(ValueError, match="several joined by"):
         parse_method(bad)
+
+
+def test_a_budget_by_another_method_has_as_many_tokens():
+    budget = {"dominant": 5, "contextual": 3}
+    assert budget_by(budget, "visionzip") == budget
+    assert budget_by(budget, "duet") == {**budget, "method": "duet", "window": 4}
+    assert budget_by(budget, "scope:alpha=2") == {"dominant": 8, "contextual": 0, "method": "scope", "alpha": 2.0}
+    assert budget_by(budget, "pool") == {"dominant": 8, "contextual": 0, "method": "pool"}
 
 
 def test_a_method_is_written_as_it_is_read():

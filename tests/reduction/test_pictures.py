@@ -110,9 +110,27 @@ def test_baselines_have_no_attention_and_no_cls(method, kept, merged, photograph
     draw_images([item], tmp_path / f"{method}.png")
 
 
+@pytest.mark.parametrize(
+    ("budget", "kept", "cls", "merged", "title"),
+    [({"dominant": 6, "contextual": 0, "method": "scope", "alpha": 0.5}, 6, 0, 0, "SCOPE"),
+     ({"dominant": 4, "contextual": 2, "method": "duet", "window": 2}, 3, 1, 4, "DUET-VLM"),
+     ({"dominant": 6, "contextual": 0, "method": "divprune"}, 6, 0, 0, "DivPrune")],
+    ids=str,
+)  # fmt: skip
+def test_every_method_is_named_and_shown(budget, kept, cls, merged, title, photograph, tmp_path):
+    ((item,),) = map_tokens(build(reduction="visionzip"), PROCESSOR, photograph, [budget])
+    assert (int(item.kept.sum()), item.cls_tokens, int((item.groups >= 0).sum())) == (kept, cls, merged)
+    assert (item.attention is None) == (title == "DivPrune")
+    if item.attention is not None:
+        assert item.attention.sum() <= 1
+    assert (item.title, item.name) == (title, {"SCOPE": "6+0 (scope:alpha=0.5)", "DUET-VLM": "4+2 (duet:window=2)",
+                                               "DivPrune": "6+0 (divprune)"}[title])  # fmt: skip
+    draw_images([item], tmp_path / "images.png")
+
+
 def test_files_are_pictures(photograph, tmp_path):
     model = build(reduction="visionzip")
-    budgets = [BUDGET, {"dominant": 5, "contextual": 0}, {"dominant": 1, "contextual": 2}]
+    budgets = [BUDGET, {"dominant": 5, "contextual": 0}, {"dominant": 1, "contextual": 2, "method": "duet"}]
     (maps,) = map_tokens(model, PROCESSOR, photograph, budgets)
     draw_budgets(maps, tmp_path / "new" / "budgets.png", "a photograph")
     draw_images([maps[0], maps[0], maps[0]], tmp_path / "images.png", ["one", "two", "three"])

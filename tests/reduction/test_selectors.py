@@ -241,7 +241,7 @@ def test_a_model_fills_the_budget_with_every_method(name: str, tower: str) -> No
     [
         ({"method": "divprune", "space": "keys"}, "divprune: space is 'keys'; it must be one of"),
         ({"method": "vispruner", "important": 1.5}, "vispruner: important is 1.5; it must be a number from 0 to 1"),
-        ({"method": "vispruner", "important": "half"}, "vispruner: important is 'half'; it must be a number from 0"),
+        ({"method": "vispruner", "important": "half"}, "vispruner: important is 'half'; "),
         ({"method": "vispruner", "important": True}, "vispruner: important is True"),
         ({"method": "scope", "alpha": -0.5}, "scope: alpha is -0.5; it must be a number from 0"),
         ({"method": "scope", "alpha": float("nan")}, "scope: alpha is nan"),

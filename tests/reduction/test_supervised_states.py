@@ -8,7 +8,7 @@ from reduced_models import DECODERS, IMAGE_TOKEN, REDUCTIONS, VISIONZIP, build, 
 from torch import Tensor, nn
 
 from shortzip.reduction.shortv import freeze_visual_tokens
-from shortzip.train.step.memory import needed_activation_bytes
+from shortzip.train.step.activations import needed_activation_bytes
 from shortzip.train.step.places import needed_tokens, place_tokens, shared_beginning
 from shortzip.train.step.supervised_states import can_walk, compute_fixed_text, supervised_states
 

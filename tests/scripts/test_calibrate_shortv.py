@@ -200,8 +200,13 @@ def test_other_settings_are_refused(settings):
     calibrate(settings)
     with pytest.raises(ValueError, match=r"layers.json is of other settings: samples was 12 and is 10.*--overwrite"):
         calibrate(changed(settings, samples=10))
-    replaced = calibrate(changed(settings, samples=10, overwrite=True))
+    with pytest.raises(ValueError, match=r"method was 'visionzip' and is 'duet:window=2'"):
+        calibrate(changed(settings, method="duet:window=2"))
+    replaced = calibrate(changed(settings, samples=10, method="duet:window=2", overwrite=True))
     assert replaced["samples"] == 10
+    (measured,) = replaced["measurements"]
+    assert measured["budget"] == {"dominant": 5, "contextual": 3, "method": "duet", "window": 2}
+    assert budget_name(measured["budget"]) == "budget 5+3, duet:window=2"
 
 
 def test_partial_of_other_settings_or_other_weights_is_refused(settings, tmp_path):
@@ -255,6 +260,7 @@ def test_no_images_at_all(settings, tmp_path):
         ({"freeze": "1,2"}, "LC picks the layers"),
         ({"freeze": "many"}, "a number of layers"),
         ({"compare_full": True, "budget": "none"}, "give a budget"),
+        ({"method": "scope"}, "method 'scope': give the budget that is met by it"),
     ],
 )
 def test_settings_refused(values, message):

@@ -65,11 +65,18 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_release: Path, tiny_hel
 
 
 COMMANDS = {
+    "answer": [
+        "{at}/none.jsonl --model {release}", "{broken_json} --model {release}", "{empty_json} --model {release}",
+        "{rows}", "{rows} --model {at}/nowhere", "{rows} --model {release} --output {held}",
+        "{rows} --model {release} --output {rows} --overwrite true", "{rows} --model {release} --output {file}/said",
+        "{rows} --model {release} --batch_size 0",
+    ],
     "benchmarks.step": [
         "--shape huge", "--output {folder}", "--output {held}", "--memory_limit 1GiB", "--rounds many",
     ],
     "benchmarks.lc": ["--output {folder}", "--prompts x", "--nothing 1"],
     "benchmarks.selection": ["--output {folder}", "--methods [none]"],
+    "benchmarks.serving": ["--output {folder}", "--budget x", "--rounds many"],
     "calibrate_shortv": [
         "--model {at}/nowhere", "--model {broken}", "--model {deep}", "--model {file}",
         "--budget 1+2+3", "--seed -1", "--seed 4294967296", "--samples 0",
@@ -137,6 +144,13 @@ COMMANDS = {
         "{at}/nowhere --repo_id a/b", "{folder} --repo_id a/b", "{file} --repo_id a/b",
         "{folder} --repo_id a/b/c", "", "{folder}", "{folder} {file} --repo_id a/b", "{folder} --repoid a/b",
         "{folder} --repo_id a/b --shape gguf",
+    ],
+    "serve": [
+        "--model {release}", "--model {release} --engine ftp://x", "--model {file} --engine http://x/v1",
+        "--model {broken} --engine http://x/v1", "--model {release} --engine http://x/v1 --port 70000",
+        "--model {release} --engine http://x/v1 --images {at}/none", "--model {release}@99+9 --engine http://x/v1",
+        "--model {release} --engine http://x/v1 --seconds nan",
+        "--model {release} --engine http://x/v1 --host 1.2.3.4",
     ],
     "show_tokens": [
         "", "{at}/none.png --model {release}", "{rows} --model {release}", "{folder} --model {release}",

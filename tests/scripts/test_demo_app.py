@@ -120,6 +120,32 @@ def test_an_answers_time_holds_its_prefill_and_no_hiccup(models: Models, photogr
     assert 0 < prefill <= answer < 800
 
 
+@pytest.mark.parametrize(
+    ("visionzip", "title"),
+    [({"dominant": 9, "contextual": 0, "method": "divprune"}, "DivPrune"),
+     ({"dominant": 6, "contextual": 3, "method": "duet", "window": 2}, "DUET-VLM"),
+     ({"dominant": 9, "contextual": 0, "method": "pool"}, "baseline pool")],
+    ids=str,
+)  # fmt: skip
+def test_a_tuned_run_of_another_method_is_shown_by_it(
+    visionzip: dict[str, Any], title: str, tiny_release: Path, tmp_path: Path, photograph: Image.Image
+) -> None:
+    folder = write_tuned(tmp_path / "final", tiny_release, visionzip=visionzip)
+    models = Models(AppConfig(model=str(tiny_release), tuned=str(folder), device="cpu"))
+    assert (models.title, models.merges, models.defaults[1]) == (title, title == "DUET-VLM", visionzip["contextual"])
+    model, _ = models.build(TUNED, *models.defaults)
+    assert model.config.visionzip == Reductions(visionzip).visionzip
+    models.draw(photograph, *models.defaults[:2], tmp_path / "picture.png")
+    with pytest.raises(ConfigError, match=f"method is 'scope', and the tuned run has {visionzip['method']}"):
+        Models(AppConfig(model=str(tiny_release), tuned=str(folder), device="cpu", method="scope"))
+
+
+def test_a_release_is_shown_by_the_method_that_is_asked_for(tiny_release: Path) -> None:
+    models = Models(AppConfig(model=str(tiny_release), device="cpu", method="scope:alpha=0.5"))
+    assert (models.title, models.merges, models.cls) == ("SCOPE", False, 0)
+    assert models.build(REDUCED, 4, 0, 0)[0].config.visionzip["alpha"] == 0.5
+
+
 def test_the_picture_changes_with_the_budget(
     models: Models, photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,14 +243,11 @@ def test_a_tuned_checkpoint_of_another_release_is_refused(tiny_release: Path, tu
 @pytest.mark.parametrize(
     ("keys", "method"),
     [
-        ({"visionzip": {"dominant": 9, "contextual": 0, "method": "pool"}}, "pool"),
         ({"shortv": None, "fastv": {"layer": 2, "keep": 0.5}}, "FastV"),
         ({"visionzip": None}, "all visual tokens"),
     ],
 )
-def test_what_is_not_visionzip_is_refused(
-    tiny_release: Path, tmp_path: Path, keys: dict[str, Any], method: str
-) -> None:
+def test_what_has_no_budget_is_refused(tiny_release: Path, tmp_path: Path, keys: dict[str, Any], method: str) -> None:
     folder = write_tuned(tmp_path / "final", tiny_release, **keys)
     with pytest.raises(ConfigError, match=f"was tuned with {method}.*shortzip evaluate --model {folder}"):
         Models(AppConfig(model=str(tiny_release), tuned=str(folder), device="cpu"))

@@ -30,6 +30,24 @@ def test_papers_figures_for_known_releases():
         assert rows[3].prefill_flops < min(rows[1].prefill_flops, rows[2].prefill_flops)
 
 
+def test_equal_tokens_cost_the_same_but_for_what_a_method_reads_of_the_tower():
+    rows = {
+        method: estimate(EstimateConfig(budget="64+0", freeze="19", method=method))[1][1]
+        for method in ("visionzip", "scope:alpha=0.5", "divprune", "divprune:space=projected", "pool")
+    }
+    zipped, scope, divprune, projected, pool = rows.values()
+    assert [row.name for row in (zipped, scope)] == ["VisionZip 64+0", "scope:alpha=0.5 64+0"]
+    assert len({(row.visual_tokens, row.prefill_flops, row.training_bytes) for row in rows.values()}) == 1
+    assert zipped.tower_flops == scope.tower_flops > divprune.tower_flops == pool.tower_flops
+    assert projected.tower_flops - divprune.tower_flops == 9 * (
+        divprune.tower_flops - flops.vision_tower_flops(read_config("llava-1.5-7b"))
+    ), "the projector on all patches, not on 64 alone"
+    assert scope.tower_flops < 1.01 * divprune.tower_flops
+    assert estimate(EstimateConfig(method="scope"))[1][1].visual_tokens == 64
+    with pytest.raises(ValueError, match="method scope merges nothing"):
+        estimate(EstimateConfig(budget="54+10", method="scope"))
+
+
 def test_rows_of_llava_1_5_7b():
     config, (none, visionzip, shortv, both) = estimate(EstimateConfig(budget="54+10", freeze="19"))
     assert round(flops.parameter_counts(config).total / 1e9, 2) == 7.06

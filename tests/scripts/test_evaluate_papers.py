@@ -56,6 +56,7 @@ from shortzip.train.settings.comparing import ALL, NONE, TRAINING_FREE, TUNED, P
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / "configs" / "eval" / "llava-1.5-7b.yaml"
 SHORTV = ROOT / "configs" / "eval" / "shortv-llava-1.5-7b.yaml"
+METHODS = ROOT / "configs" / "eval" / "methods-llava-1.5-7b.yaml"
 
 # VisionZip (arXiv 2412.04467), Table 1, LLaVA-1.5-7B, the benchmarks in the order of PAPERS.
 FULL = [61.9, 64.7, 1862, 85.9, 69.5, 78.5, 58.2, 36.3, 58.6, 31.1, 66.8]
@@ -160,7 +161,8 @@ def test_lmms_eval_knows_every_task_and_metric(papers: PapersConfig, shortv: Pap
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
     package = Path(lmms_eval.__file__).parent / "tasks"
-    tasks = [*papers.tasks, *shortv.tasks]
+    methods = parse_config(PapersConfig, ["--config", str(METHODS)], default=None, program="test")
+    tasks = [*papers.tasks, *shortv.tasks, *methods.tasks]
     known: dict[str, set[str]] = {}
     for file in [*package.rglob("*.yaml"), *(ROOT / "configs" / "eval" / "tasks").glob("*.yaml")]:
         text = file.read_text(encoding="utf-8")
@@ -203,6 +205,25 @@ def test_rows_are_budgets_by_layers_by_kind() -> None:
     assert arguments[10] == "pretrained=run,dtype=float32"  # as it was saved
     assert arguments[11] == "pretrained=base,dtype=float32,budget=all,layers=none,fastv=2+0.5"
     assert len(set(arguments)) == len(arguments)
+
+
+def test_rows_of_both_positions() -> None:
+    tuned = Tuned("run", "8+2", positions="original")
+    config = PapersConfig(
+        "base", [Task("t", "t", ["m"])], "out", budgets=["all", "8+2"], positions=["compact", "original"],
+        tuned=[tuned], device="cpu",
+    )  # fmt: skip
+    rows = rows_of(config)
+    kept = Row(TRAINING_FREE, "base", "8+2", "none", positions="original")
+    assert rows == [
+        Row(TRAINING_FREE, "base", "all", "none"), Row(TRAINING_FREE, "base", "8+2", "none"), kept,
+        Row(TUNED, "run", "8+2", "none", positions="original"),
+    ]  # fmt: skip
+    assert kept.title == "original positions, training-free"
+    assert kept.settings == "budget: 8+2, layers: none, positions: original"
+    assert Row.saved("run", kept.reductions) == rows[-1]
+    said = "pretrained=base,dtype=float32,budget=8+2,layers=none,fastv=none,positions=original"
+    assert model_arguments(kept, config) == said
 
 
 def test_every_tuned_checkpoint_of_a_budget_has_its_row() -> None:

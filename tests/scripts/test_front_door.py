@@ -91,14 +91,15 @@ def test_what_is_mistyped_names_the_nearest(words: list[str], said: str, capsys:
 def test_the_same_thing_has_the_same_flag() -> None:
     """Each of them is a key or a short form of every command that has the thing."""
     model = {"tune", "demo", "evaluate", "papers", "estimate", "calibrate", "show", "app", "convert"}
+    model |= {"answer", "serve"}
     for flag, verbs in {
         "model": model,
         "instructions": {"tune", "demo", "evaluate", "calibrate", "prepare"},
-        "image_root": {"tune", "demo", "evaluate", "calibrate", "prepare"},
+        "image_root": {"tune", "demo", "evaluate", "calibrate", "prepare", "answer"},
         "budget": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "show"},
         "freeze": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate"},
-        "output": VERBS.keys() - {"fetch", "publish", "app"},
-        "overwrite": {"tune", "demo", "evaluate", "estimate", "calibrate", "show", "prepare"},
+        "output": VERBS.keys() - {"fetch", "publish", "app", "serve"},
+        "overwrite": {"tune", "demo", "evaluate", "estimate", "calibrate", "show", "prepare", "answer"},
         "config": VERBS.keys(),
     }.items():
         having = {

@@ -1,17 +1,26 @@
 """The frontier's methods at equal tokens: points, comparison question by question, tables and picture."""
 
+import json
 import re
 from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.text import Text
 
+from shortzip.data.errors import UserError
+from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import BASELINES, SELECTORS
+from shortzip.scripts.frontier import main
 from shortzip.train.evaluation.frontier_points import Point, points_of, reductions_at, tuned_points
 from shortzip.train.evaluation.methods_picture import picture_of_methods
 from shortzip.train.evaluation.methods_table import method_rows, show_methods
-from shortzip.train.evaluation.selection_cost import SelectionCost
+from shortzip.train.evaluation.selection_cost import SelectionCost, selection_costs
+from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.comparing import FrontierConfig, Kind
 
@@ -122,3 +131,50 @@ def test_bad_settings_of_methods_are_refused() -> None:
             at_equal_tokens(**changes)
     with pytest.raises(ConfigError, match=r"kinds: place: '\(' is no regular expression"):
         Kind("place", "(")
+
+
+def test_what_choosing_costs_is_measured_beside_the_tower(tiny_release: Path) -> None:
+    model, _ = load_release(open_release(str(tiny_release)), Reductions())
+    methods = [*SELECTORS, *BASELINES]
+    reductions = [Reductions(), *(reductions_at(method, 9, 0.25) for method in methods)]
+    costs = selection_costs(model, reductions, torch.rand(2, 3, 24, 24), rounds=1)
+    assert len({cost.tower_ms for cost in costs}) == 1
+    assert costs[0].tower_ms > costs[0].selection_ms >= 0, "all tokens: nothing is chosen"
+    assert all(cost.selection_ms > 0 for cost in costs[1:])
+
+
+def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
+    data = {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "eval_samples": 3}
+    recipe = {
+        "model": str(tiny_release), "mixed_precision": "no", "max_new_tokens": 4, "output_dir": str(tmp_path / "run"),
+        "data": {**data, "num_workers": 0},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    settings = {
+        "recipe": str(tmp_path / "recipe.yaml"), "output": str(tmp_path / "out"), "tokens": [9],
+        "methods": ["visionzip", "scope", "downsample"], "positions": ["compact", "original"], "seeds": [0],
+        "kinds": [{"name": "colour", "pattern": "colour"}], "resamples": 100, "prefill_rounds": 1,
+    }  # fmt: skip
+    (tmp_path / "frontier.yaml").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"nothing is measured in .* yet"):
+        main(["--config", str(tmp_path / "frontier.yaml"), "--report_only", "true"])
+    main(["--config", str(tmp_path / "frontier.yaml")])
+    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["methods"]
+    assert [(row["method"], row["budget"], row["positions"]) for row in rows] == [
+        (method, budget, positions)
+        for method, budget in (("visionzip", "7+2"), ("scope", "9+0"), ("downsample", "9+0"))
+        for positions in ("compact", "original")
+    ]
+    assert rows[2]["difference"]["low"] <= rows[2]["difference"]["mean"] <= rows[2]["difference"]["high"]
+    assert rows[1]["to_compact"]
+    assert set(rows[0]["kinds"]) <= {"colour", "other"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "### 9 visual tokens" in table
+    assert "### Original positions" in table
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
+    points = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "points").glob("*.json")}
+    assert len(points) == 7
+    main(["--config", str(tmp_path / "frontier.yaml")])
+    main(["--config", str(tmp_path / "frontier.yaml"), "--report_only", "true"])
+    assert points == {path: path.stat().st_mtime_ns for path in points}
+    assert table == (tmp_path / "out" / "table.md").read_text(), "the same answers, the same intervals"

@@ -47,6 +47,12 @@ def test_several_budgets_several_images_and_the_command(tiny_release, photograph
     assert wide.height > square.height > 500
 
 
+def test_methods_stand_side_by_side(tiny_release, photograph, tmp_path):
+    settings = ShowConfig(images=[photograph], model=str(tiny_release), budget="5+3", method="visionzip,duet:window=2",
+                          output=tmp_path / "methods.png")  # fmt: skip
+    assert Image.open(show(settings)[0]).width > 500
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
@@ -54,6 +60,8 @@ def test_several_budgets_several_images_and_the_command(tiny_release, photograph
         ({"images": ["missing.jpg"]}, BadImage, "no such file"),
         ({"budget": "30+10"}, ValueError, "the sum must be 1 to 37"),
         ({"budget": "5+3,7"}, ValueError, r"54\+10"),
+        ({"method": "scop"}, ValueError, "method is 'scop'; it must be one of"),
+        ({"budget": "5+3", "method": "scope:beta=1"}, ValueError, "method scope has no parameter 'beta'"),
     ],
 )
 def test_refusals(values, error, message, tiny_release, photograph, tmp_path):

@@ -26,6 +26,7 @@ def finish(folder: Path, model: Path, reductions: Reductions, **settings: Any) -
         visionzip=VisionZipConfig.of(reductions.visionzip) if reductions.visionzip else None,
         shortv=ShortVConfig(layers=reductions.layers) if reductions.shortv else None,
         fastv=FastVConfig(**reductions.fastv) if reductions.fastv else None,
+        positions=reductions.positions,
         **settings,
     )
     folder.mkdir()

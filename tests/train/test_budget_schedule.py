@@ -19,6 +19,7 @@ from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Encoded, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.refusals import change_budget
 from shortzip.train.inputs.budgets import Budgets, budget_of, with_budget, with_placeholders
 from shortzip.train.inputs.loading import step_inputs
 from shortzip.train.release.loading import load_release
@@ -85,7 +86,7 @@ def test_rows_model_and_cut_have_the_budget_of_their_step(
     inputs = step_inputs(dataset, plan, Accelerator(cpu=True), config, 0, budgets)
     for step, tokens in enumerate((24, 15, 6, 6)):
         batch, micro_batches = next(inputs)
-        model.model.set_budget(budgets.at(step))
+        change_budget(model.model, budgets.at(step))
         expected = alone[tokens].lengths[batch.samples]
         assert plan.lengths_of(batch.position, batch.samples).tolist() == expected.tolist()
         assert sum(int(micro.inputs["attention_mask"].sum()) for micro in micro_batches) == expected.sum()
@@ -101,10 +102,10 @@ def test_rows_model_and_cut_have_the_budget_of_their_step(
 def test_a_model_takes_another_budget_in_one_way_only(tiny_release: Path) -> None:
     model, _ = load_release(str(tiny_release), Reductions(TARGET))
     pixels = torch.randn(1, 3, 24, 24)
-    model.model.set_budget({"dominant": 8, "contextual": 4})
+    change_budget(model.model, {"dominant": 8, "contextual": 4})
     assert len(model.model.get_image_features(pixel_values=pixels).pooler_output[0]) == 12
     with pytest.raises(ReductionError, match="dominant"):
-        model.model.set_budget({"dominant": 800, "contextual": 4})
+        change_budget(model.model, {"dominant": 800, "contextual": 4})
     assert len(model.model.get_image_features(pixel_values=pixels).pooler_output[0]) == 12
     model.config.visionzip = TARGET
     with pytest.raises(ReductionError, match="load it again"):

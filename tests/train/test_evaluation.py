@@ -110,6 +110,27 @@ def test_answers_are_those_of_plain_llava_asked_one_by_one(
     ]
 
 
+def test_with_pyramiddrop_only_a_single_answer_is_told_by_the_loss_s_pass(
+    learned_release: Path, held_out: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers of a row rank together in it: what is asked in several turns is generated."""
+    generated: list[int] = []
+
+    def counted(*arguments: Any) -> list[str]:
+        generated.append(len(arguments[2]))
+        return [""] * len(arguments[2])
+
+    monkeypatch.setattr("shortzip.train.evaluation.answers._generate", counted)
+    fastv = {"method": "pyramiddrop", "layers": [1], "keep": [1.0]}  # the greedy tokens are those of the plain model
+    rows = json.loads(held_out.read_text())
+    single = {row["id"] for row in rows if len(row["conversations"]) == 2}
+    _, answers = run(learned_release, held_out, accelerator, batch_size=12, fastv=fastv)
+    told = [answer for answer in answers if answer.answer]
+    assert sum(generated) + len(told) == len(answers)
+    assert {answer.id for answer in told} <= single < {row["id"] for row in rows}
+    assert told
+
+
 @pytest.mark.parametrize(
     "reductions", [{}, {"visionzip": {"dominant": 4, "contextual": 2}, "shortv": {"layers": [2]}}]
 )
@@ -243,7 +264,9 @@ def test_side_by_side_with_answers_in_files(
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=4)
     candidates = [
         Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),
-        Candidate("reduced, untuned", ReleaseSpec(str(learned_release)), Reductions({"dominant": 2, "contextual": 1})),
+        Candidate(
+            "reduced, untuned", ReleaseSpec(str(learned_release)), Reductions.parse("3+0", method="scope:alpha=.5")
+        ),
     ]
     results, answers = compare(candidates, data, accelerator, batch_size=4, max_new_tokens=4)
     write_evaluation(tmp_path, results, answers, recovered_share=None)
@@ -252,7 +275,8 @@ def test_side_by_side_with_answers_in_files(
     lines = (tmp_path / "answers" / "reduced--untuned.jsonl").read_text().splitlines()
     assert len(lines) == results[1].questions
     assert sum(json.loads(line)["correct"] for line in lines) == results[1].exact_match * len(lines)
-    assert table_of(results, "title").row_count == 2
+    table = table_of(results, "title")
+    assert list(table.columns[3].cells) == ["36", "3, scope:alpha=0.5"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["loss"] == results[0].loss
 
 

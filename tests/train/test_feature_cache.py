@@ -70,6 +70,23 @@ def gradient(model: Any, dataset: ConversationDataset, plain: bool) -> tuple[tor
     return loss.detach(), torch.cat([p.grad.flatten() for p in projector_parameters(model).values()])
 
 
+@pytest.mark.parametrize(
+    "budget", [BUDGET, {"dominant": 6, "contextual": 0, "method": "pool"}], ids=["visionzip", "pool"]
+)
+def test_original_positions_are_kept_with_the_features(
+    tmp_path: Path, tiny_release: Path, tiny_instructions: Path, budget: dict[str, Any]
+) -> None:
+    loaded = load_release(str(tiny_release), Reductions(budget, FROZEN, positions="original"))
+    train_only_projector(loaded[0], torch.float32)
+    dataset = dataset_of(tiny_instructions, loaded[1])
+    expected = gradient(loaded[0], dataset, False)
+    dataset.features = filled(tmp_path, loaded, dataset)
+    loaded[0].model.vision_tower = torch.nn.Identity()
+    torch.testing.assert_close(gradient(loaded[0], dataset, False), expected, rtol=1e-4, atol=1e-6)
+    loaded[0].config.positions = "compact"
+    assert abs(gradient(loaded[0], dataset, False)[0] - expected[0]) > 1e-3
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_loss_and_gradient_equal_the_uncached_ones_without_a_tower(
     tmp_path: Path, loaded: tuple[Any, Any], tiny_instructions: Path, plain: bool
@@ -128,6 +145,9 @@ def test_another_tower_budget_or_processor_has_its_own_features(tmp_path: Path, 
     FeatureCache(tmp_path, features_identity(model, other))
     assert len(list(tmp_path.iterdir())) == 5, "projector and frozen layers do not matter"
     assert json.loads((next(iter(folders)) / "identity.json").read_text())["processor"]["class"]
+    model.config.positions = "original"
+    FeatureCache(tmp_path, features_identity(model, other))
+    assert len(list(tmp_path.iterdir())) == 6, "and what is kept for original positions is more"
     model.config.visionzip = None
     with pytest.raises(ValueError, match="Set visionzip"):
         features_identity(model, processor)

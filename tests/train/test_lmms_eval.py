@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from shortzip.data.images import open_image
 from shortzip.data.instructions import Conversation, read_instructions
@@ -352,6 +353,12 @@ def test_numbers_that_lmms_eval_reads_are_refused_as_text_is(tiny_release: Path,
         ({"batch_size": "auto"}, "a number of prompts"),
         ({"dtype": "int8"}, "choose one of auto, float32"),
         ({"trust_remote_code": True}, "is no reduced checkpoint"),
+        ({"text_tower": "some/clip"}, "with no budget: CDPruner takes a budget and no other method"),
+        (
+            {"text_tower": "some/clip", "budget": "4+0", "method": "scope"},
+            "with method scope: CDPruner takes a budget",
+        ),
+        ({"text_tower": "/nowhere/clip", "budget": "4+0"}, "text_tower is '/nowhere/clip': it must be a CLIP release"),
     ],
 )
 def test_bad_arguments_are_refused(tiny_release: Path, arguments: dict[str, Any], message: str) -> None:
@@ -363,6 +370,9 @@ def test_baselines_are_arguments_too(tiny_release: Path) -> None:
     drawn = ReducedLlava(str(tiny_release), budget="9+0", method="random", seed=3, fastv="2+0.5", device="cpu")
     assert drawn.model.config.visionzip == {"dominant": 9, "contextual": 0, "method": "random", "seed": 3}
     assert drawn.model.config.fastv == {"layer": 2, "keep": 0.5}
+    assert drawn.model.config.positions == "compact"
+    kept = ReducedLlava(str(tiny_release), budget="9+0", positions="original", device="cpu")
+    assert kept.model.config.positions == "original"
 
 
 def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:
@@ -370,6 +380,44 @@ def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:
     chosen = ReducedLlava.create_from_arg_string(words, {"device": "cpu"})
     expected = {"dominant": 9, "contextual": 0, "method": "vispruner", "important": 0.25}
     assert chosen.model.config.visionzip == expected
+
+
+@pytest.fixture(scope="module")
+def clip(model: ReducedLlava, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIP release with a tower of the tiny release's width, whose questions are letters."""
+    vision = {**model.model.config.vision_config.to_dict(), "projection_dim": 12}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 60, "max_position_embeddings": 8, "initializer_range": 1.0,
+            "projection_dim": 12}  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return str(folder)
+
+
+def test_cdpruner_chooses_by_the_question(tiny_release: Path, documents: list[dict[str, Any]], clip: str) -> None:
+    how: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    asking = ReducedLlava(str(tiny_release), budget="4+0", text_tower=clip, batch_size=4, **how)
+    asked: list[str] = []
+    embed = asking._reader.embed_questions
+    object.__setattr__(asking._reader, "embed_questions", lambda words, to: (asked.extend(words), embed(words, to))[1])
+    together = Asked(asking, documents).ask("generate_until", max_new_tokens=6)
+    assert sorted(asked) == ["is it  or ?"] * 2 + ["name the colour", "what colour is the picture?"]
+    assert [Asked(asking, [one]).ask("generate_until", max_new_tokens=6)[0] for one in documents] == together
+    chat = ReducedLlavaChat(str(tiny_release), budget="4+0", text_tower=clip, batch_size=4, **how)
+    assert Asked(chat, documents[:3]).ask("generate_until", max_new_tokens=6) == together[:3]
+    # With all patches there is nothing to choose: the answers and losses are those of any method.
+    every = ReducedLlava(str(tiny_release), budget="36+0", text_tower=clip, batch_size=4, **how)
+    plain = ReducedLlava(str(tiny_release), budget="36+0", method="fastervlm", batch_size=4, **how)
+    assert _answers(every, documents) == _answers(plain, documents)
+
+
+def _answers(model: ReducedLlava, documents: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    losses = [result.text[0] for result in Asked(model, documents).ask("loglikelihood")]
+    return Asked(model, documents).ask("generate_until", max_new_tokens=6), [pytest.approx(loss) for loss in losses]
 
 
 def test_videos_are_refused(model: ReducedLlava) -> None:

@@ -176,6 +176,24 @@ def test_computing_only_what_is_needed_changes_neither_loss_nor_gradient(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    "fastv",
+    [
+        {"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]},
+        {"method": "sparsevlm", "layers": [0, 2], "keep": [5, 3]},
+    ],
+)
+def test_pruning_inside_the_language_model_trains_whatever_the_cut(
+    tiny_release: Path, tiny_instructions: Path, fastv: dict[str, Any]
+) -> None:
+    module, dataset = loaded(tiny_release, tiny_instructions, shortv=None, fastv=fastv)
+    assert module.plain
+    expected = gradient(module, dataset, [range(8)])
+    assert expected.abs().max() > 0
+    found = gradient(module, dataset, [range(3), range(3, 4), range(4, 8)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 def test_the_text_before_the_image_is_computed_once_for_a_run(
     reduced: tuple[SupervisedLoss, ConversationDataset],
 ) -> None:

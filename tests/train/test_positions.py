@@ -49,6 +49,17 @@ def test_evaluation_names_the_row_and_the_models_limit(release: tuple[Any, Any],
         evaluate("x", model, held_out, Accelerator(), batch_size=2, max_new_tokens=4)
 
 
+def test_original_positions_reach_further_than_tokens(tiny_release: Path, rows: Path) -> None:
+    """By the 32 of 36 that an image leaves out."""
+    for positions, limit in (("compact", 512), ("original", 480)):
+        reductions = Reductions({"dominant": 3, "contextual": 1}, positions=positions)
+        model, processor = load_release(str(tiny_release), reductions)
+        check_positions(model.config, training_set(DataConfig(str(rows), max_length=limit), processor, 0))
+        said = rf"1 of 3 rows.* 512 .*'endless' has 513.*max_length \(now {limit + 1}\) to {limit} or less"
+        with pytest.raises(ValueError, match=said):
+            check_positions(model.config, training_set(DataConfig(str(rows), max_length=limit + 1), processor, 0))
+
+
 def test_scaled_positions_reach_further(release: tuple[Any, Any], rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = release
     held_out = held_out_set(DataConfig(str(rows), eval_instructions=str(rows)), processor)

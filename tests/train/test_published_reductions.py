@@ -28,7 +28,11 @@ from shortzip.train.settings.command_line import load_config
 COMMIT = "5" * 40
 REDUCTIONS = {
     "fastv": Reductions({"dominant": 5, "contextual": 3}, None, {"layer": 2, "keep": 0.5}),
-    "random": Reductions({"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}),
+    "pyramiddrop": Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]}),
+    "random": Reductions(
+        {"dominant": 7, "contextual": 0, "method": "random", "seed": 3}, {"layers": [0, 2]}, None, "original"
+    ),
+    "scope": Reductions({"dominant": 7, "contextual": 0, "method": "scope", "alpha": 0.5}),
     "nothing": Reductions(),
 }
 
@@ -64,18 +68,29 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
             assert "8 of 36 visual tokens per image (5 dominant, CLS counted among them, and 3 contextual)" in part
             assert "FastV, 0.5 of the visual tokens kept after 2 of 4 layers" in part
         assert "arxiv.org/abs/2504.00502" not in introduction, "no layer is frozen"
+    elif name == "pyramiddrop":
+        for part in (introduction, recipe):
+            assert "PyramidDrop: 0.5, 0.25 of the visual tokens kept before layers 1, 3 of 4" in part
+        assert "The pruning is [PyramidDrop](https://arxiv.org/abs/2410.17247)'s." in introduction
     elif name == "random":
         for part in (introduction, recipe):
-            assert "7 of 36 visual tokens per image (chosen by the baseline random:seed=3, not by VisionZip)" in part
+            drawn = "chosen by the baseline random:seed=3, not by VisionZip; original positions"
+            assert f"7 of 36 visual tokens per image ({drawn})" in part
             assert "2 of 4 (layers 0, 2)" in part
         assert "are chosen by [VisionZip]" not in introduction
+    elif name == "scope":
+        for part in (introduction, recipe):
+            assert "7 of 36 visual tokens per image (patches as they are, chosen by SCOPE: scope:alpha=0.5)" in part
+        assert "are chosen by [SCOPE](https://arxiv.org/abs/2510.24214)." in introduction
+        assert "- scope\n" in card.split("---")[1]
+        assert "--visionzip.alpha 0.5" in card
     else:
         assert "on all visual tokens" in introduction
         assert "arxiv.org" not in introduction
 
 
 def test_conversion_to_llavas_layout_keeps_every_part(runs: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("fastv", "random"):
+    for name in ("fastv", "pyramiddrop", "random"):
         target = tmp_path / f"llava-{name}"
         options = ["--base", "maker/llava", "--vision_tower", "openai/clip", "--output", str(target)]
         convert([str(runs[name]), "--to", "llava", *options])

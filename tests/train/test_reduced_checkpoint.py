@@ -109,10 +109,17 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
     tuned.image.save(tmp_path / "image.png")
     compared = {
         "fastv": Reductions(VISIONZIP, None, {"layer": 2, "keep": 0.5}),
-        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "grid"}, SHORTV),
+        "sparsevlm": Reductions(VISIONZIP, None, {"method": "sparsevlm", "layers": [0, 2], "keep": [5, 3]}),
+        "baselines": Reductions({"dominant": 16, "contextual": 0, "method": "pool"}, SHORTV, None, "original"),
         "duet": Reductions({**VISIONZIP, "method": "duet", "window": 2}, SHORTV),
     }
-    optional = {"fastv", "baselines", *(file for method, (file, _) in SELECTORS.items() if method != "visionzip")}
+    optional = {
+        "fastv",
+        "sparsevlm",
+        "pyramiddrop",
+        "baselines",
+        *(file for method, (file, _) in SELECTORS.items() if method != "visionzip"),
+    }
     logits = dict.fromkeys(("full", "projector"), tuned.logits)
     for name, reductions in compared.items():
         write_reduced_checkpoint(tmp_path / name, tuned.release, tuned.projector, tuned.processor, reductions)
@@ -130,6 +137,7 @@ def test_three_lines_of_transformers_where_shortzip_is_not_installed(tuned: Tune
         for folder in (name, f"{name}-saved"):
             files = {path.stem for path in Path(folder).glob("*.py")}
             assert files & optional == {shape} & set(compared), "code travels where it is used"
+            assert ("pruning" in files) == ("pruned_caches" in files) == (shape in ("fastv", "sparsevlm"))
         # What that process saved is whole: it names no base any more, and loads on its own.
         assert json.loads(Path(f"{name}-saved/config.json").read_text()).get("base_release") is None
         saved = ReducedLlavaForConditionalGeneration.from_pretrained(f"{name}-saved", dtype=torch.float32)
@@ -142,7 +150,9 @@ def test_of_the_methods_code_what_is_used_travels(method: str, tmp_path: Path) -
     shutil.copytree(ROOT / "reduction", tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
     leave_out_extras(tmp_path / "code", Reductions({"dominant": 9, "contextual": 0, "method": method}))
     wanted = SELECTORS[method][0] if method in SELECTORS else "baselines"
-    optional = {"fastv", "baselines", *(file for file, _ in SELECTORS.values())} - {"visionzip"}
+    optional = {"fastv", "sparsevlm", "pyramiddrop", "baselines", *(file for file, _ in SELECTORS.values())} - {
+        "visionzip"
+    }
     files = {path.stem for path in (tmp_path / "code").glob("*.py")}
     assert files & optional == {wanted} - {"visionzip"}
     for entry in ("configuration_reduced_llava", "modeling_reduced_llava", "processing_reduced_llava"):

@@ -23,8 +23,9 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.calibration_prompts import embed_prompt, plan_batches
 from shortzip.reduction.layer_choice import rank_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS, LayerContributionMeter
-from shortzip.reduction.parsing import format_budget
+from shortzip.reduction.parsing import format_budget, format_method
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.choosing import CalibrationPrompt, choose_prompts, dataset_of, load_sample
 from shortzip.train.inputs.samples import demo_folder, draw_demo_scenes, folder_of
 from shortzip.train.release.loading import load_processor, load_release
@@ -38,8 +39,11 @@ ANEW_OR_ELSEWHERE = "give --overwrite true to measure anew, or another --output"
 
 
 def budget_name(visionzip: Mapping[str, Any] | None) -> str:
-    """How a budget is written: dominant+contextual."""
-    return f"budget {format_budget(visionzip)}" if visionzip else "all visual tokens"
+    """How a budget is written: dominant+contextual, and the method where it is another than VisionZip's."""
+    if not visionzip:
+        return "all visual tokens"
+    words = format_method(visionzip)
+    return f"budget {format_budget(visionzip)}" + ("" if words == VISIONZIP else f", {words}")
 
 
 @dataclass

@@ -24,7 +24,10 @@ from shortzip.data.drops import Drop, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import writing
 from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.configuration_pruning import pruning_method
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.choosing import with_prompt
 from shortzip.train.inputs.samples import check_positions
 from shortzip.train.run.report import synchronise
@@ -67,7 +70,11 @@ class Evaluation:
     seconds: float
     """Time that loss and answers took."""
     fastv: str = NONE
-    """FastV's pruning inside the language model, like 2+0.5; none."""
+    """Pruning inside the language model, like 2+0.5 (FastV); none."""
+    method: str = VISIONZIP
+    """How the visual tokens are chosen, with parameters, like scope:alpha=0.5."""
+    positions: str = COMPACT
+    """Where tokens stand: compact or original."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,8 @@ def evaluate(
         prefill_batch=len(inputs["input_ids"]) if inputs else 0,
         seconds=seconds,
         fastv=reductions.fastv_words,
+        method=reductions.method_words,
+        positions=reductions.positions,
     )
     return evaluation, in_order
 
@@ -189,8 +198,8 @@ def _read_answers(
                 sums.prompts += 1
                 sums.placeholders += placeholders
                 sums.text += len(question.prompt) - placeholders
-                # FastV chooses by the question, so what it keeps for the first tells nothing of a later one's answer.
-                is_known = question.turn == 0 or config.fastv is None
+                # Pruning chooses by the question: what it keeps for the first tells nothing of a later one's answer.
+                is_known = config.fastv is None or (question.turn == 0 and _ranks_by_first(config.fastv, sample))
                 if is_known and end - begin - 1 <= max_new_tokens and greedy[row, begin:end].all():
                     # Each token is the greedy choice after the true ones before it: greedy decoding gives just this.
                     answers.append((index, _answer(question, question.expected)))
@@ -215,7 +224,7 @@ def held_out_loss(loss_module: nn.Module, batches: Iterable[MicroBatch], session
             moved = batch.to(device)
             total[0] += loss_module(moved).double()
             total[1] += count_supervised(moved.inputs["labels"])
-    loss, tokens, stopped = session.total(*total)
+    loss, tokens, stopped = session.total(*total.tolist())
     return loss / tokens if tokens and not stopped else None
 
 
@@ -253,6 +262,11 @@ def _questions(
         yield _Question(index, sample.id, turn, ids[:start], _text(dataset, ids[start:end])), (start, end)
 
 
+def _ranks_by_first(fastv: Any, sample: Sample) -> bool:
+    """Whether the loss's pass ranks by the first question alone, as answering it does; PyramidDrop's by all."""
+    return pruning_method(fastv) != "pyramiddrop" or len(sample.encoded.answers) == 1
+
+
 def _answer(question: _Question, text: str) -> Answer:
     return Answer(question.id, question.turn, question.expected, text, text == question.expected)
 
@@ -265,16 +279,18 @@ def _text(dataset: ConversationDataset, ids: Sequence[int]) -> str:
 @torch.no_grad()
 def _teacher_forced(model: Llava, batch: MicroBatch) -> tuple[float, int, Tensor]:
     """Summed cross-entropy, number of supervised tokens, and [B, L] bool: is the token the greedy choice?"""
-    inputs = {key: batch.inputs[key] for key in MODEL_INPUTS if key in batch.inputs}
-    chosen_by = fastv_query(model, batch.inputs["labels"])
+    device = model.lm_head.weight.device
+    labels = batch.inputs["labels"]  # on the CPU, as all integers of a micro-batch
+    inputs = {key: batch.inputs[key].to(device) for key in MODEL_INPUTS if key in batch.inputs}
+    chosen_by = {key: query.to(device) for key, query in fastv_query(model, labels).items()}
+    targets, supervised = labels[:, 1:], labels[:, 1:] != IGNORE_INDEX
+    wanted, ends = targets[supervised].to(device), supervised.flatten().nonzero()[:, 0].to(device)
     hidden = model.model(**inputs, use_cache=False, **chosen_by).last_hidden_state[:, :-1]
-    targets = batch.inputs["labels"][:, 1:]
-    supervised = targets != IGNORE_INDEX
-    logits = model.lm_head(hidden[supervised]).float()
-    loss = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
-    greedy = torch.zeros_like(batch.inputs["labels"], dtype=torch.bool)
-    greedy[:, 1:][supervised] = logits.argmax(-1) == targets[supervised]
-    return loss.item(), int(supervised.sum()), greedy.cpu()
+    logits = model.lm_head(hidden.flatten(0, 1)[ends]).float()
+    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    greedy = torch.zeros_like(labels, dtype=torch.bool)
+    greedy[:, 1:][supervised] = (logits.argmax(-1) == wanted).cpu()
+    return loss.item(), len(wanted), greedy
 
 
 def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequence[_Question]) -> dict[str, Tensor]:

@@ -21,7 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
+from shortzip.reduction.parsing import pruned_title
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import NONE, Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.evaluation.answers import (
     Answer,
     Evaluation,
@@ -206,12 +209,19 @@ def table_of(results: Sequence[Evaluation], title: str) -> Table:
             literal(row.name),
             f"{row.exact_match:.1%}",
             f"{row.loss:.4f}",
-            tokens if row.fastv == NONE else f"{tokens}, FastV {row.fastv}",
+            ", ".join([tokens, *_chosen(row)]),
             str(row.frozen_layers),
             f"{_flops(row.llm_flops)} ({row.llm_flops / first.llm_flops:.0%})",
             f"{row.prefill_ms:.1f} ms ({row.prefill_ms / first.prefill_ms:.0%})",
         )
     return table
+
+
+def _chosen(row: Evaluation) -> list[str]:
+    """How a row's visual tokens are chosen, where it is not VisionZip's way, pruned, and where they stand."""
+    words = [] if row.method == VISIONZIP else [row.method]
+    words += [] if row.fastv == NONE else [pruned_title(row.fastv)]
+    return words if row.positions == COMPACT else [*words, f"{row.positions} positions"]
 
 
 def _flops(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shortzip.reduction.errors import ReductionError
@@ -56,8 +56,10 @@ class Point:
     def name(self) -> str:
         """A folder's name, unlike every other point's."""
         pruned = self.reductions.fastv
-        fastv = f"-{pruned['layer']}-{pruned['keep']:g}" if pruned else ""
-        parts = [self.series + fastv, self.budget, f"{self.frozen} frozen"]
+        words = self.reductions.fastv_words
+        if pruned and "layer" in pruned:
+            words = f"{pruned['layer']}-{pruned['keep']:g}"
+        parts = [f"{self.series}-{words}" if pruned else self.series, self.budget, f"{self.frozen} frozen"]
         parts += [] if self.positions == COMPACT else [f"{self.positions} positions"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
@@ -82,7 +84,8 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
                 points.append(Point(GRID_OF_POINTS, reductions))
     for tokens in config.tokens or [sum(parse_budget(budget).values()) for budget in config.budgets[:1]]:
         points += _methods_at(config, tokens)
-    points += [Point("FastV", Reductions(fastv=asdict(fastv))) for fastv in config.fastv]
+    for pruned in (Reductions(fastv=fastv.as_key()) for fastv in config.fastv):
+        points.append(Point(pruned.pruning_name, pruned))
     for ranking in config.rankings:
         freeze = config.freeze[-1]
         for seed in config.seeds if ranking == "random" else [None]:
@@ -107,7 +110,7 @@ def reductions_at(method: str, tokens: int, contextual_share: float, seed: int =
     """
     if method == DOMINANT_ONLY:
         return Reductions.parse(f"{tokens}+0")
-    merging = merges(parse_method(method))
+    merging = merges({**parse_budget(f"{tokens}+0"), **parse_method(method)})
     contextual = round(tokens * contextual_share) if merging else 0
     return Reductions.parse(f"{tokens - contextual}+{contextual}", method=method, seed=seed)
 

@@ -36,6 +36,9 @@ COLOURS = [
     "#4d4d4d",
     "#b5a62a",
     "#3ea7b5",
+    "#2e7d32",
+    "#c2185b",
+    "#8d9db6",
 ]
 STROKES = {False: {True: "-", False: ":"}, True: {True: "--", False: "-."}}
 """By whether layers are frozen, then by whether it is tuned."""
@@ -86,7 +89,8 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:
         timed = [entry["evaluation"] for entry in groups.get((series, budget, frozen, fastv, False), group)]
         settings = group[0]["point"]["reductions"]["fastv"]
         if settings is not None:
-            series = f"FastV, K = {settings['layer']}, {100 * settings['keep']:g} % kept"
+            named = "layer" in settings and f"FastV, K = {settings['layer']}, {100 * settings['keep']:g} % kept"
+            series = named or Reductions(fastv=settings).pruning_described
         rows.append(
             Summary(
                 series,

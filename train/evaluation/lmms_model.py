@@ -29,6 +29,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.images import open_image
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import Supervision
+from shortzip.reduction.question_tokens import QuestionReader
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
@@ -58,6 +59,8 @@ class _Question:
     """One prompt, and the continuation whose loss is wanted; without one, an answer is."""
 
     prompt: Prompt
+    text: str
+    """What the user asked last, which CDPruner chooses by."""
     continuation: tuple[int, ...] = ()
 
 
@@ -79,8 +82,11 @@ class ReducedLlava(lmms):
         budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
         method: with `budget`, another way to choose them, like scope or vispruner:important=0.25.
         seed: with method random, its seed.
+        text_tower: CDPruner: tokens chosen by the question, read with this CLIP, a Hub id or folder (the one that the
+            vision tower comes from, like openai/clip-vit-large-patch14-336); with a budget, given or saved.
         layers: frozen layers, like 31+29+30, or `none`; absent: as the checkpoint was saved.
-        fastv: the FastV baseline instead, like 2+0.5 (prune after layer 2, keep half), or `none`.
+        fastv: pruning inside the language model instead: FastV like 2+0.5 (after layer 2, keep half), another method
+            like pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17, or `none`.
         positions: compact or original (reduction/positions.py); absent: as the checkpoint was saved.
         dtype: float32, bfloat16 or float16 of everything but the projector (float32); auto: bfloat16 on a GPU.
         device: where one process computes; several processes take theirs from Accelerate.
@@ -104,6 +110,7 @@ class ReducedLlava(lmms):
         budget: str | int | None = None,
         method: str | None = None,
         seed: int = 0,
+        text_tower: str | None = None,
         layers: str | int | Sequence[int] | None = None,
         fastv: str | float | None = None,
         positions: str | None = None,
@@ -139,6 +146,7 @@ class ReducedLlava(lmms):
         if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
             raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
         reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv, positions)
+        self._reader = None if text_tower is None else _reader(text_tower, method, reductions)
         self._model, processor = load_release(release, reductions)
         self._model.to(self._device)
         self.batch_size = int(batch_size)
@@ -190,7 +198,7 @@ class ReducedLlava(lmms):
     ) -> _Question:
         images = [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
         turns = [("user", _with_images(context, len(images)))]
-        return _Question(encode_prompt(self.supervision, turns, images))
+        return _Question(encode_prompt(self.supervision, turns, images), _words(context))
 
     def _continued(
         self,
@@ -207,7 +215,8 @@ class ReducedLlava(lmms):
         turns = (("user", _with_images(context, len(sizes))), ("assistant", str(continuation).strip()))
         encoded = self.supervision.encode(Conversation("", ("",) * len(sizes), turns), sizes)
         start, end = encoded.answers[-1]
-        return _Question(replace(prompt, input_ids=encoded.input_ids[:start]), tuple(encoded.input_ids[start:end]))
+        prompt = replace(prompt, input_ids=encoded.input_ids[:start])
+        return _Question(prompt, _words(context), tuple(encoded.input_ids[start:end]))
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -229,6 +238,15 @@ class ReducedLlava(lmms):
                 bar.update(len(batch))
         return results
 
+    def _inputs(self, batch: list[_Question], prompts: list[Prompt]) -> dict[str, Any]:
+        """What the model is given; with CDPruner, the visual tokens in place of the images."""
+        inputs: dict[str, Any] = batch_prompts(self.supervision, prompts, self.device)
+        if self._reader is not None and "pixel_values" in inputs:
+            questions = [question.text for question in batch for _ in question.prompt.image_sizes]
+            features = self._reader.image_features(self.model, inputs.pop("pixel_values"), questions)
+            inputs["mm_encoder_outputs"] = {"image": features}
+        return inputs
+
     @torch.inference_mode()
     def _generate(self, batch: list[_Question], generation: Mapping[str, Any]) -> list[str]:
         strange = sorted(generation.keys() - {*GENERATION_KEYS, *OTHER_KEYS})
@@ -239,7 +257,7 @@ class ReducedLlava(lmms):
         settings["do_sample"] = temperature != 0 and settings.get("do_sample", temperature is not None)
         if not settings["do_sample"]:
             settings = {key: value for key, value in settings.items() if key not in ("temperature", "top_p", "top_k")}
-        inputs = batch_prompts(self.supervision, [question.prompt for question in batch], self.device)
+        inputs = self._inputs(batch, [question.prompt for question in batch])
         output = self.model.generate(
             **inputs,
             **{"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings},
@@ -254,8 +272,8 @@ class ReducedLlava(lmms):
     @torch.inference_mode()
     def _score(self, batch: list[_Question], _: Mapping[str, Any]) -> list[tuple[float, bool]]:
         rows = [replace(item.prompt, input_ids=[*item.prompt.input_ids, *item.continuation]) for item in batch]
-        inputs = batch_prompts(self.supervision, rows, self.device)
-        # FastV chooses by the question's last token, as it does before an answer is generated.
+        inputs = self._inputs(batch, rows)
+        # Pruning chooses by the question's last token, as it does before an answer is generated.
         last = [inputs["input_ids"].shape[1] - len(item.continuation) - 1 for item in batch]
         query = torch.tensor(last, device=self.device)
         hidden = self.model.model(**inputs, use_cache=False, fastv_query=query).last_hidden_state
@@ -285,7 +303,7 @@ class ReducedLlavaChat(ReducedLlava):
 
     def _conversation(self, doc_to_messages: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Question:
         turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
-        return _Question(encode_prompt(self.supervision, turns, images))
+        return _Question(encode_prompt(self.supervision, turns, images), _words(turns[-1][1]))
 
 
 def _reductions(
@@ -314,6 +332,22 @@ def _reductions(
         saved.fastv if fastv is None else reductions.fastv,
         saved.positions if positions is None else positions,
     )
+
+
+def _reader(text_tower: str, method: str | None, reductions: Reductions) -> QuestionReader:
+    if method is not None or reductions.visionzip is None:
+        given = "no budget" if method is None else f"method {method}"
+        raise UserError(f"text_tower is {text_tower!r}, with {given}: CDPruner takes a budget and no other method")
+    try:
+        return QuestionReader.from_pretrained(text_tower)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"text_tower is {text_tower!r}: it must be a CLIP release; {reason}") from error
+
+
+def _words(text: str) -> str:
+    """A user's turn without its images."""
+    return text.replace(PLACEHOLDER, "").strip()
 
 
 def _as_image(visual: Any) -> Image.Image:

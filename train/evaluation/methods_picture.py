@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -12,31 +13,39 @@ from shortzip.train.evaluation.frontier_report import COLOURS
 from shortzip.train.evaluation.methods_table import MethodRow
 
 MARKS = "*oHsD^vPX<>phd8"
+ALL_TOKENS = "all tokens"
 GAP = 1.35  # of the labels' height: so far apart do two of them stand at least
 
 
 def picture_of_methods(rows: Sequence[MethodRow], full: float | None = None) -> Figure:
-    """One panel for untuned and, where there are any, one for tuned; a line per method, named at its right end.
+    """A panel for untuned and, where there are any, for tuned, of compact and of original positions.
 
-    Lines with original positions are dashed. `full`: exact match with all tokens (untuned), drawn as a line.
+    A line per method is named at its right end. `full`: exact match with all tokens (untuned), drawn as a line.
     """
-    states = [tuned for tuned in (False, True) if any(row.tuned is tuned for row in rows)]
-    figure = Figure(figsize=(6.4 * len(states), 7.2), layout="constrained")
+    panels = list(dict.fromkeys((row.tuned, row.positions) for row in sorted(rows, key=_panel)))
+    down = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(6.4 * min(len(panels), 2), 6 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(states), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(down, min(len(panels), 2), sharey=True, squeeze=False).flatten()
     names = list(dict.fromkeys(row.method for row in rows))
-    for axis, tuned in zip(axes, states, strict=True):
-        _draw(axis, [row for row in rows if row.tuned is tuned], names)
+    for axis, (tuned, positions) in zip(axes, panels, strict=False):
+        _draw(axis, [row for row in rows if (row.tuned, row.positions) == (tuned, positions)], names)
         if full is not None:
             axis.axhline(100 * full, color="0.5", linewidth=0.8)
-            axis.annotate("all tokens", (0, 100 * full), (4, 3), xycoords=("axes fraction", "data"),
+            axis.annotate(ALL_TOKENS, (0, 100 * full), (4, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", fontsize=9, color="0.4")  # fmt: skip
-        axis.set_title("tuned" if tuned else "untuned", fontsize=12)
-    axes[0].set_ylabel("exact match, %", fontsize=11)
+        axis.set_title(f"{'tuned' if tuned else 'untuned'}, {positions} positions", fontsize=12)
+        axis.set_ylabel("exact match, %", fontsize=11)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     figure.draw_without_rendering()  # now everything has its place, and names can be parted
-    for axis in axes:
+    for axis in axes[: len(panels)]:
         _part(axis)
     return figure
+
+
+def _panel(row: MethodRow) -> tuple[bool, str]:
+    return row.tuned, row.positions
 
 
 def _draw(axis: Axes, rows: Sequence[MethodRow], names: Sequence[str]) -> None:
@@ -47,27 +56,26 @@ def _draw(axis: Axes, rows: Sequence[MethodRow], names: Sequence[str]) -> None:
     axis.set_xlim(counts[0] / 1.15, counts[-1] * (counts[-1] / counts[0]) ** 0.45 * 1.3)  # room for the names
     axis.set_xlabel("visual tokens", fontsize=11)
     axis.grid(alpha=0.25)
-    for method, positions in dict.fromkeys((row.method, row.positions) for row in rows):
-        line = [row for row in rows if (row.method, row.positions) == (method, positions)]
-        line.sort(key=lambda row: row.tokens)
+    for method in dict.fromkeys(row.method for row in rows):
+        line = sorted((row for row in rows if row.method == method), key=lambda row: row.tokens)
         place = names.index(method)
-        colour, is_compact = COLOURS[place % len(COLOURS)], positions == "compact"
+        colour = COLOURS[place % len(COLOURS)]
         axis.errorbar(
             [row.tokens for row in line],
             [100 * row.mean for row in line],
             yerr=[100 * row.spread for row in line] if any(row.spread for row in line) else None,
-            fmt=MARKS[place % len(MARKS)] + ("-" if is_compact else "--"),
+            fmt=MARKS[place % len(MARKS)] + "-",
             color=colour,
-            markerfacecolor=colour if is_compact else "white",
+            markerfacecolor=colour if rows[0].tuned else "white",
             markersize=7,
             linewidth=1.2,
             capsize=3,
             alpha=0.9,
         )
         axis.annotate(
-            method if is_compact else f"{method}, original",
+            method,
             (line[-1].tokens, 100 * line[-1].mean),
-            (14, 0),
+            (18, 0),
             textcoords="offset points",
             fontsize=9,
             color=colour,
@@ -78,7 +86,7 @@ def _draw(axis: Axes, rows: Sequence[MethodRow], names: Sequence[str]) -> None:
 
 def _part(axis: Axes) -> None:
     """Moves the names at the lines' ends apart, keeping their order."""
-    names = [text for text in axis.texts if text.get_text() != "all tokens"]
+    names = [text for text in axis.texts if text.get_text() != ALL_TOKENS]
     names.sort(key=lambda text: text.xy[1])  # type: ignore[attr-defined]  # annotations all
     if not names:
         return

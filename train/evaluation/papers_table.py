@@ -9,10 +9,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.flops import usual_tiles
-from shortzip.reduction.parsing import parse_budget, parse_layers, parse_method
+from shortzip.reduction.parsing import (
+    budget_by,
+    format_budget,
+    parse_budget,
+    parse_layers,
+    pruned_title,
+)
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, NONE, Reductions
-from shortzip.reduction.selectors import merges
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Published
 
@@ -49,7 +54,7 @@ class Row:
         if self == Row(TRAINING_FREE, self.model, ALL, NONE):
             title = "all tokens"
         if self.fastv != NONE:
-            title = f"FastV {self.fastv}, {title}"
+            title = f"{pruned_title(self.fastv)}, {title}"
         if self.positions != COMPACT:
             title = f"{self.positions} positions, {title}"
         return title if self.method == VISIONZIP else f"{self.method}, {title}"
@@ -70,7 +75,7 @@ class Row:
 
 def rows_of(config: PapersConfig) -> list[Row]:
     """All tokens first, then every budget with every list of layers, each training-free and (where given) tuned; then
-    FastV, and the tuned checkpoints of other budgets and layers."""
+    pruning inside, and the tuned checkpoints of other budgets and layers."""
     rows = [Row(TRAINING_FREE, config.model, ALL, NONE)]
     tuned = [
         Row(TUNED, each.model, each.budget, each.layers, each.method, each.fastv, each.positions)
@@ -79,19 +84,12 @@ def rows_of(config: PapersConfig) -> list[Row]:
     for layers in config.layers:
         for budget in config.budgets or [ALL]:
             for method in config.methods if budget != ALL else [VISIONZIP]:
+                by = budget if budget == ALL else format_budget(budget_by(parse_budget(budget), method))
                 for positions in config.positions if budget != ALL else [COMPACT]:
-                    text = _as_method(budget, method)
-                    rows.append(Row(TRAINING_FREE, config.model, text, layers, method, positions=positions))
+                    rows.append(Row(TRAINING_FREE, config.model, by, layers, method, positions=positions))
             rows += [row for row in tuned if (row.budget, row.layers, row.fastv) == (budget, layers, NONE)]
     rows += [Row(TRAINING_FREE, config.model, ALL, NONE, fastv=fastv) for fastv in config.fastv]
     return list(dict.fromkeys([*rows, *tuned]))
-
-
-def _as_method(budget: str, method: str) -> str:
-    """The budget as the method takes it: all of it dominant where it merges nothing."""
-    if budget == ALL or merges({**parse_budget(budget), **parse_method(method)}):
-        return budget
-    return f"{sum(parse_budget(budget).values())}+0"
 
 
 def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:

@@ -17,7 +17,9 @@ from markupsafe import Markup
 from shortzip.data.errors import MissingFile
 from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
+from shortzip.reduction.parsing import pruned_title
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, Selector, selector_of
@@ -115,6 +117,8 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         selector=_selector(run),
         frozen=_frozen(run),
         pruning=_pruning(run),
+        pruning_paper=None if run.reductions.fastv is None else PRUNING_METHODS[pruning_method(run.reductions.fastv)],
+        pruned_title=pruned_title,
         dataset=_dataset_name(run) if run.evaluation else None,
         precision=_precision(run) if run.evaluation else None,
         tuned=_row(run, "tuned"),
@@ -224,6 +228,8 @@ def _pruning(run: RunRecord) -> str:
     fastv = run.reductions.fastv
     if fastv is None:
         return "none"
+    if "layer" not in fastv:
+        return f"{run.reductions.pruning_described.replace('of them', 'of the visual tokens')} of {_depth(run)}"
     return (
         f"FastV, {float(fastv['keep']):.3g} of the visual tokens kept after {fastv['layer']} of {_depth(run)} layers"
     )

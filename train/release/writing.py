@@ -20,6 +20,8 @@ from transformers.dynamic_module_utils import custom_object_save, get_relative_i
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_text, written_whole
 from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetch_base
+from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
+from shortzip.reduction.engines import name_model
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
@@ -90,6 +92,7 @@ def write_reduced_checkpoint(
         model = model_class(config)
     with written_whole(target) as folder:
         custom_object_save(model, folder, config=config)
+        name_model(config, type(model.model))
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / LINEAGE_FILE).write_text(json.dumps(descent, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +110,9 @@ def write_reduced_checkpoint(
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
     """Takes out the code of what a checkpoint does not use: lines of extras.py, and the files that nothing imports
     then."""
-    used = {"baselines": reductions.method in BASELINES, "fastv": reductions.fastv is not None}
+    prunes = None if reductions.fastv is None else PRUNING_METHODS[pruning_method(reductions.fastv)].module
+    used = {"baselines": reductions.method in BASELINES, "pruning": prunes is not None}
+    used |= {facts.module: facts.module == prunes for facts in PRUNING_METHODS.values()}
     for method, (name, _) in SELECTORS.items():
         used[name] = used.get(name, False) or method in (VISIONZIP, reductions.method)  # whose code others use
     unused = tuple(f"from .{name} import" for name in used if not used[name])

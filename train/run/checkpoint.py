@@ -33,6 +33,10 @@ from safetensors.torch import load_file, save_file
 from shortzip.data.errors import UserError
 from shortzip.data.files import flush_to_disk, sha256
 
+SINCE = {
+    "positions": "compact",
+    "distill": None,
+}  # settings that an older checkpoint does not name, and what they were then
 FILES = ("projector.safetensors", "optimizer.safetensors", "state.json")
 _OLDER_FILES = {*FILES, "rng.safetensors"}  # nothing reads the fourth any more
 CHECKSUMS = "SHA256SUMS"
@@ -214,7 +218,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
     """Raises `CheckpointError` naming each setting that shapes the result and differs from the checkpoint's."""
-    differing = differing_settings(saved, settings)
+    older = {key: value for key, value in SINCE.items() if key in settings}
+    differing = differing_settings({**older, **saved}, settings)
     if differing:
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {differing}. "

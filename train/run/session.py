@@ -22,8 +22,11 @@ class Session:
 
     def total(self, *values: float | Tensor) -> list[float]:
         """Each value summed over the processes, in float64. All of them call it, and get the same."""
-        local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(local).tolist()
+        if self.accelerator.num_processes == 1:
+            return [float(value) for value in values]
+        device = self.accelerator.device
+        parts = [torch.as_tensor(value, dtype=torch.float64).to(device, non_blocking=True) for value in values]
+        return self.accelerator.reduce(torch.stack(parts)).tolist()
 
     def asked_to_stop(self) -> bool:
         """Whether one of the processes was asked to stop. All of them call it, and get the same."""

@@ -1,11 +1,12 @@
-"""The budget, and the method by which it is met: the group `visionzip` of a run's settings."""
+"""The budget and the method by which it is met (`visionzip`), and pruning inside the language model (`fastv`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from shortzip.reduction.configuration_pruning import validate_fastv
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.selectors import VISIONZIP, refuse_to_keep, settled
 from shortzip.train.settings.checks import ConfigError, check_seed
@@ -93,3 +94,35 @@ class VisionZipConfig:
         if self.method == "random":
             key["seed"] = self.seed
         return {**key, **self.parameters}
+
+
+@dataclass(frozen=True)
+class FastVConfig:
+    """Visual tokens pruned inside the language model: FastV, or another method (reduction/README.md)."""
+
+    layer: int | None = None
+    """Of FastV, layers that all visual tokens pass before the pruning, counted from 1: the paper's K."""
+    keep: float | list[float] | None = None
+    """Of FastV, the share of the visual tokens that later layers see; of pyramiddrop such a share at each of `layers`;
+    of sparsevlm and sparsevlm+ the number that are kept at each."""
+    method: Literal["fastv", "pyramiddrop", "sparsevlm", "sparsevlm+"] = "fastv"
+    """How visual tokens are ranked."""
+    layers: list[int] | None = None
+    """Of the other methods, the layers that prune, counted from 0: pyramiddrop before them, sparsevlm after."""
+    positions: Literal["compact", "original"] | None = None
+    """Of pyramiddrop: whether what is left is renumbered (compact, the default)."""
+
+    def __post_init__(self) -> None:
+        try:
+            validate_fastv(self.as_key())
+        except ReductionError as error:
+            raise ConfigError(str(error)) from error
+
+    def as_key(self) -> dict[str, Any]:
+        """The `fastv` key of a model's config; what is not given is left out."""
+        key: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        if self.method == "fastv":
+            del key["method"]
+        if self.method.startswith("sparsevlm") and isinstance(self.keep, list):
+            key["keep"] = [int(kept) if kept == int(kept) else kept for kept in self.keep]
+        return key

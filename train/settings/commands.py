@@ -12,6 +12,7 @@ from typing import Literal
 from shortzip.data.errors import UserError
 from shortzip.reduction.layer_choice import Direction
 from shortzip.reduction.parsing import parse_budget, read_freeze
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.checks import ConfigError, check_seed
 from shortzip.train.settings.config import DEMO
 from shortzip.train.settings.flags import POSITIONAL
@@ -33,6 +34,9 @@ class ShowConfig:
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, several separated by commas. Default: the
     model's own, or 54+10,108+20,162+30 scaled to its grid."""
+    method: str | None = None
+    """How tokens are chosen, with parameters as in vispruner:important=0.25; several separated by commas. Default:
+    with budget visionzip, else the model's own."""
     output: Path = Path("tokens.png")
     """The PNG; without an ending it gets .png."""
     overwrite: bool = False
@@ -49,10 +53,13 @@ class AppConfig:
     model: str = "checkpoints/demo-llava"
     """A release that is neither reduced nor tuned: folder or Hub id."""
     tuned: str | None = None
-    """A run's folder or reduced checkpoint tuned from it with VisionZip; null: checkpoints/demo where it is finished,
+    """A run's folder or reduced checkpoint tuned from it with a budget; null: checkpoints/demo where it is finished,
     else none."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    method: str | None = None
+    """How tokens are chosen, with parameters as in vispruner:important=0.25; null: as in the tuned run, else
+    visionzip."""
     images: str | None = None
     """Folder of images to choose from; null: the demo's held-out scenes."""
     ranking: list[int] | None = None
@@ -90,6 +97,9 @@ class EstimateConfig:
     folder with a config.json, or a Hub id (its config.json is downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    method: str | None = None
+    """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
+    model's own."""
     freeze: str | None = None
     """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
     memory: str = "24GiB"
@@ -114,6 +124,64 @@ class EstimateConfig:
     """A JSON file to write the figures to."""
     overwrite: bool = False
     """Replace the file that is there already."""
+
+
+@dataclass(frozen=True)
+class RehearseConfig:
+    """What `scripts/rehearse_memory.py` takes.
+
+    shortzip rehearse llava-1.5-7b-3090
+    shortzip rehearse --model llava-1.5-13b --budget 54+10 --freeze 24 --rows 4 --text_tokens 200
+    """
+
+    recipe: str | None = field(default=None, metadata=POSITIONAL)
+    """A recipe: its name, or a YAML file. Default: none, and bf16 with the settings below."""
+    model: str | None = None
+    """Instead of the recipe's: a known release, a folder with a config.json or a Hub id, as of `estimate`. Default:
+    llava-1.5-7b."""
+    budget: str | None = None
+    """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the recipe's, the
+    model's own, or 54+10."""
+    freeze: str | None = None
+    """Frozen layers: a number (19), a share (60%) or a list. Default: the recipe's, the model's own, or 60%."""
+    memory: str = "24GiB"
+    """What the card has; the micro-batch is chosen for it, or for the recipe's max_memory where that is less."""
+    rows: int | None = None
+    """Conversations in a micro-batch. Default: as many as the run would choose for `memory`."""
+    text_tokens: int | None = None
+    """Text tokens of each of them. Default: what the recipe's max_length leaves beside the image."""
+    supervised_tokens: int | None = None
+    """How many of these are supervised, the last ones. Default: all that follow the image."""
+    shared_tokens: int = 35
+    """How many stand before the image, alike in every conversation: 35 in Vicuna's prompt."""
+    conversations: bool = False
+    """Instead of lengths: the recipe's own conversations, cut as the run would cut them; the micro-batch with most
+    tokens of its first 100 steps is rehearsed. Needs the release's tokenizer and the instructions."""
+    processes: int = 1
+    """Also with the language model spread over so many processes by FSDP2."""
+    variants: bool = True
+    """Also the other ways: recomputed or kept, cached features, 4 bits (where bitsandbytes is installed)."""
+    output: Path | None = None
+    """A JSON file to write the figures to."""
+    overwrite: bool = False
+    """Replace the file that is there already."""
+
+    def __post_init__(self) -> None:
+        for key in ("rows", "text_tokens", "supervised_tokens", "processes"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key} is {value}: at least 1 is needed")
+        if self.shared_tokens < 0:
+            raise ConfigError(f"shared_tokens is {self.shared_tokens}: at least 0 is needed")
+        if self.text_tokens is not None and self.text_tokens <= self.shared_tokens:
+            raise ConfigError(
+                f"text_tokens is {self.text_tokens}, of which {self.shared_tokens} stand before the image "
+                "(shared_tokens): give more text, or fewer shared tokens"
+            )
+        if self.conversations and (self.recipe is None or self.text_tokens is not None or self.rows is not None):
+            raise ConfigError(
+                "conversations takes lengths from a recipe's own data: give a recipe, no rows or text_tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -201,6 +269,8 @@ class CalibrateConfig:
     """Which conversations are drawn."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the model's own."""
+    method: str = VISIONZIP
+    """With budget: how they are chosen, with parameters as in vispruner:important=0.25."""
     compare_full: bool = False
     """With a budget: also measure with all visual tokens, and show both."""
     freeze: str | None = None
@@ -235,6 +305,8 @@ class CalibrateConfig:
         check_seed("seed", self.seed)
         if self.budget not in (None, "none"):
             parse_budget(str(self.budget))
+        if self.method != VISIONZIP and self.budget in (None, "none"):
+            raise UserError(f"method {self.method!r}: give the budget that is met by it")
         if self.compare_full and self.budget == "none":
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(read_freeze(self.freeze), list):

@@ -57,8 +57,9 @@ class EvaluateConfig:
     """Also evaluate each release with these frozen layers. shortv.layers: their indices, from 0. (shortv.freeze and
     shortv.calibration_samples: only when tuning.)"""
     fastv: FastVConfig | None = None
-    """Also evaluate each release with FastV, instead of shortv. fastv.layer: layers passed before the pruning;
-    fastv.keep: share of the visual tokens kept."""
+    """Also evaluate each release with pruning inside the language model, instead of shortv. FastV by fastv.layer:
+    layers passed before the pruning, and fastv.keep: share of the visual tokens kept; or another fastv.method
+    (pyramiddrop with fastv.positions, sparsevlm, sparsevlm+) by fastv.layers and fastv.keep."""
     positions: Literal["compact", "original"] = "compact"
     """Where the tokens of such a reduced release stand: numbered anew, or where they would with all visual tokens."""
     mixed_precision: Literal["no", "bf16"] | None = None
@@ -153,7 +154,8 @@ class Tuned:
     method: str = VISIONZIP
     """How tokens are chosen, with parameters as in random:seed=3."""
     fastv: str = NONE
-    """The layer and the share of FastV, like 2+0.5."""
+    """Pruning inside the language model: FastV's layer and share, like 2+0.5, or
+    pyramiddrop:8+16+24:0.5+0.25+0.125."""
     positions: Literal["compact", "original"] = "compact"
     """Where tokens stand."""
 
@@ -225,7 +227,8 @@ class PapersConfig:
     positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
     """Where the tokens of budgets stand: numbered anew (compact), or where they would with all visual tokens."""
     fastv: list[str] = field(default_factory=list)
-    """FastV baselines on all tokens: the layer that prunes and the share kept, like 2+0.5."""
+    """Pruning inside the language model, on all tokens: FastV's layer and share kept, like 2+0.5; other methods like
+    pyramiddrop:8+16+24:0.5+0.25+0.125 or sparsevlm:2+6+15:66+30+17."""
     tuned: list[Tuned] = field(default_factory=list)
     """Tuned checkpoints, as further rows."""
     published: list[Published] = field(default_factory=list)
@@ -324,7 +327,7 @@ class FrontierConfig:
     resamples: int = 10_000
     """How often questions and seeds are drawn for an interval (bootstrap)."""
     fastv: list[FastVConfig] = field(default_factory=list)
-    """FastV baselines, on all tokens."""
+    """Pruning inside the language model, on all tokens."""
     rankings: list[str] = field(default_factory=list)
     """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.budget import BudgetScheduleConfig, VisionZipConfig
+from shortzip.train.settings.budget import BudgetScheduleConfig, FastVConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.distill import DistillConfig, check_teacher
 from shortzip.train.settings.method_parameters import flat_settings
@@ -28,19 +28,6 @@ FREE_KEYS = (
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
 SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
-
-
-@dataclass(frozen=True)
-class FastVConfig:
-    """FastV, to compare with: visual tokens pruned inside the language model (reduction/fastv.py)."""
-
-    layer: int
-    """Layers that all visual tokens pass before the pruning, counted from 1: the paper's K."""
-    keep: float
-    """Share of the visual tokens that later layers see."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, "fastv.", layer=1, keep=0)
 
 
 @dataclass(frozen=True)
@@ -169,8 +156,10 @@ class TuneConfig:
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
     starts on shortv.calibration_samples training conversations."""
     fastv: FastVConfig | None = None
-    """Instead of shortv, to compare with: FastV. fastv.layer: layers passed before the pruning; fastv.keep: share of
-    the visual tokens kept."""
+    """Instead of shortv, pruning inside the language model. FastV by fastv.layer: layers passed before the pruning,
+    and fastv.keep: share of the visual tokens kept; or another fastv.method (pyramiddrop, sparsevlm, sparsevlm+) by
+    fastv.layers, those that prune, and fastv.keep: what is kept at each (reduction/README.md); fastv.positions: those
+    of pyramiddrop, where they are not `positions`."""
     positions: Literal["compact", "original"] = "compact"
     """Where tokens stand once visual tokens are left out: numbered anew, or where they would with all of them
     (reduction/positions.py)."""
@@ -365,8 +354,6 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
-        if self.positions == "compact":  # as in runs of before there were others
-            del settings["positions"]
         if self.data.cache_teacher is not None:
             settings["distill.from data.cache_teacher"] = True  # its likeliest tokens, not all
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
@@ -21,6 +20,6 @@ def reductions_of(
     return Reductions(
         visionzip.as_key() if visionzip else None,
         None if layers is None else {"layers": list(layers)},
-        asdict(fastv) if fastv else None,
+        fastv.as_key() if fastv else None,
         positions,
     )

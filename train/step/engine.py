@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,9 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.train.run.checkpoint import optimizer_tensors, restore_optimizer
 from shortzip.train.run.launcher import is_sharded
 from shortzip.train.step.objective import SupervisedLoss
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def weights_share(accelerator: Accelerator) -> float | None:
@@ -37,6 +40,17 @@ def weights_share(accelerator: Accelerator) -> float | None:
         offloaded = (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme")
         return 0.0 if offloaded else 1 / accelerator.num_processes
     return 1 / accelerator.num_processes if is_sharded() else None
+
+
+def spread(module: SupervisedLoss, mesh: DeviceMesh) -> None:
+    """Spreads LLM layers, embeddings and head over a mesh of processes by FSDP2; tower and projector stay whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    module.plain, inner = True, module.model.model
+    whole = (inner.vision_tower, inner.multi_modal_projector)
+    for layer in inner.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params={weight for part in whole for weight in part.parameters()})
 
 
 class WholeEngine:
@@ -123,17 +137,11 @@ class ShardedEngine(WholeEngine):
 
     def prepare(self, module: SupervisedLoss) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
-        module.plain = True
         device, inner = self.accelerator.device, module.model.model
-        mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
-        whole = (inner.vision_tower, inner.multi_modal_projector)
-        for part in whole:
+        for part in (inner.vision_tower, inner.multi_modal_projector):
             part.to(device)
-        for layer in inner.language_model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(module, mesh=mesh, ignored_params={weight for part in whole for weight in part.parameters()})
+        spread(module, init_device_mesh(device.type, (self.accelerator.num_processes,)))
         self.module: Any = module
         self.optimizer: Any = self.adamw
 

@@ -20,9 +20,10 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
+from shortzip.train.step.activations import tower_activation_bytes
 from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
-from shortzip.train.step.memory import TrainingStep, tower_activation_bytes, training_step_memory
+from shortzip.train.step.memory import TrainingStep, pixel_bytes, training_step_memory
 from shortzip.train.step.supervised_states import can_walk
 from shortzip.train.step.teaching_cost import teacher_bytes
 
@@ -91,6 +92,7 @@ class StepEstimate:
         limits = MicroBatchLimits(None, low, gradient_checkpointing)
         # Short conversations are many, and each has its images; the tower runs while nothing of the LLM is kept.
         per_row = tower_activation_bytes(self.config, self.row.tiles, self.row.bytes_per_value)
+        per_row += pixel_bytes(self.config, self.row.tiles)
         rows = self.most_rows if self.row.cached_features else (memory - self.fixed) // per_row
         return replace(limits, rows=max(1, min(self.most_rows, rows)))
 
@@ -194,7 +196,7 @@ def estimate_of(
         text_tokens=longest - visual,
         visual_tokens=visual,
         tiles=counted.tiles,
-        frozen_layers=len(counted.frozen),
+        frozen_layers=tuple(counted.frozen),
         micro_batch_size=1,
         weights="4bit" if config.load_in_4bit else "float32" if config.mixed_precision == "no" else "bfloat16",
         every_token=share is not None or not can_walk(model.model.language_model),

@@ -15,13 +15,17 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
+from shortzip.reduction.shortv import ActiveRows
 from shortzip.train.settings.distill import DistillConfig
+from shortzip.train.step.lean_autograd import Take
 from shortzip.train.step.memory import LOGITS_AT_ONCE
-from shortzip.train.step.places import FullRows, LayOut, Layout, Rows, keep_positions, taught_positions
+from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
+from shortzip.train.step.visual_features import visual_features
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -35,13 +39,22 @@ def count_supervised(labels: Tensor) -> int:
 
 
 def fastv_query(model: Llava, labels: Tensor) -> dict[str, Tensor]:
-    """With FastV, the position [B] whose attention decides what is kept: the end of the first prompt, as when it is
-    answered; nothing otherwise. (The end of the row would see the answers.)"""
+    """With pruning inside the language model, the positions whose attention decides what is kept; nothing otherwise.
+
+    [B], the end of the first prompt, as when it is answered (the end of the row would see the answers). Of
+    PyramidDrop, as in its authors' training, [B, S]: the positions just before every supervised span, -1 filling up; a
+    row without such is not pruned.
+    """
     config: Any = model.config
     if config.fastv is None:
         return {}
     supervised = labels != IGNORE_INDEX
     length = labels.shape[1]
+    if pruning_method(config.fastv) == "pyramiddrop":
+        ends = torch.nn.functional.pad(supervised[:, 1:] & ~supervised[:, :-1], (0, 1))
+        count = max(int(ends.sum(dim=1).max()), 1)
+        places = ends.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return {"fastv_query": places.where(ends.gather(1, places), -1)}
     first = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), length)
     return {"fastv_query": (first - 1).clamp(min=0)}
 
@@ -54,7 +67,8 @@ class SupervisedLoss(nn.Module):
 
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
-    trained, and where the weights lie, is to be settled before. `plain` turns it off.
+    trained, and where the weights lie, is to be settled before. `plain` turns it off. `logits_at_once`: values; None
+    takes what suits the device.
 
     With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
     train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
@@ -66,11 +80,12 @@ class SupervisedLoss(nn.Module):
         model: Llava,
         *,
         plain: bool = False,
+        logits_at_once: int | None = None,
         teacher: Teacher | None = None,
         distill: DistillConfig | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.logits_at_once = model, logits_at_once
         self.teacher, self.distill = teacher, distill
         self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
         self.plain = plain or not can_walk(model.model.language_model)
@@ -93,29 +108,28 @@ class SupervisedLoss(nn.Module):
         layout = batch.layout
         if layout is not None and self.distill is None:
             layout = replace(layout, taught=False)
-        if self.plain:
-            return self._plain_loss(batch.inputs, layout if layout is not None and layout.taught else None)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
             layout = LayOut(self.model.config.image_token_id)(integers)
-        return self._needed_loss(batch.inputs, layout)
+        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor], taught: Layout | None) -> Tensor:
-        """Every token through every layer. `taught`: the micro-batch's layout, if a teacher's word counts in it.
+    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """Every token through every layer.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
         engines that gather sharded weights when a module is called would wait for one that does not for ever.
         """
         inner: Any = self.model.model
         embedding = inner.get_input_embeddings()
+        device = embedding.weight.device
         ids, mask, labels = (
-            batch[key].to(embedding.weight.device) for key in ("input_ids", "attention_mask", "labels")
+            batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         )
-        visual = ids == self.model.config.image_token_id
+        every, visual = layout.every_token.to(device), ids == self.model.config.image_token_id
         features, images = visual_features(self.model, batch)
-        _refuse_mismatch(int(visual.sum()), 0 if features is None else len(features))
+        _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         if features is None:
-            unused = self._no_features(visual.device)
+            unused = self._no_features(device)
             embeds = embedding(ids)
             embeds = embeds + 0 * unused.sum().to(embeds)
         else:
@@ -131,21 +145,21 @@ class SupervisedLoss(nn.Module):
             mm_token_type_ids=visual.long(),
             use_cache=False,
             **moved,
+            **self._frozen_rows(every),
             **fastv_query(self.model, labels),
         )
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        states = outputs.last_hidden_state[:, :-1][supervised]
-        if taught is None:
-            logits = self.model.lm_head(states)
-            return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        if taught.full is not None:
-            lesson, places = self._lesson(self._plain_teacher_states(batch, taught.full)), None
+        states = Take.apply(outputs.last_hidden_state.flatten(0, 1), every.ends)
+        if not layout.taught:
+            return nn.functional.cross_entropy(self.model.lm_head(states).float(), every.targets, reduction="sum")
+        if layout.full is not None:
+            lesson, taught = self._lesson(self._plain_teacher_states(batch, layout.full)), None
         else:
-            lesson = self._lesson(self._kept_lessons(batch, states.device))
-            rows = [batch[key].cpu() for key in ("input_ids", "attention_mask", "labels")]
-            places = taught_positions(rows[0], rows[1], rows[2], self.model.config.image_token_id).to(states.device)
-        return plain_lesson_loss(self.model.lm_head, states, targets[supervised], lesson, places)
+            lesson, taught = self._lesson(self._kept_lessons(batch, device)), every.taught
+        return plain_lesson_loss(self.model.lm_head, states, every.targets, lesson, taught)
+
+    def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
+        frozen = self.model.config.shortv is not None
+        return {"active_rows": ActiveRows(every.active, every.is_active)} if frozen else {}
 
     def teacher_states(self, batch: MicroBatch) -> Tensor:
         """[S, H], the teacher's hidden states at the supervised positions of a micro-batch whose rows all answer an
@@ -169,7 +183,7 @@ class SupervisedLoss(nn.Module):
             assert self.teacher is not None
             self.teacher.features(self._no_image(embeds.device))
         outputs = inner.language_model(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False)
-        return outputs.last_hidden_state[:, :-1][rows.labels[:, 1:] != IGNORE_INDEX]
+        return Take.apply(outputs.last_hidden_state.flatten(0, 1), rows.layout.every_token.ends)
 
     def _teacher_features(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         assert self.teacher is not None
@@ -220,7 +234,7 @@ class SupervisedLoss(nn.Module):
         rows = layout.with_image
         assert rows is not None
         features = _used(self._teacher_features(batch, layout), layout)
-        fixed, places = self._fixed_text(rows.beginning, keep=True), rows.places.to(self._device)
+        fixed, places = self._fixed_text(rows, keep=True), rows.places.to(self._device)
         return supervised_states(self.model.model.language_model, features, places, fixed, frozen=False)
 
     def _loss_of(
@@ -229,36 +243,35 @@ class SupervisedLoss(nn.Module):
         """Summed loss of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
         micro-batch's images stand, if not where they are counted."""
         decoder: Any = self.model.model.language_model
-        fixed = self._fixed_text(rows.beginning, keep=visual is not None)
+        fixed = self._fixed_text(rows, keep=visual is not None)
         places, again = rows.places.to(self._device), decoder.layers[0].gradient_checkpointing
         if images is not None:
             places = keep_positions(places, images)
         states = supervised_states(decoder, visual, places, fixed, again)
         if lesson is not None:
             return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson)
-        return summed_cross_entropy(self.model.lm_head, states, places.targets)
+        return summed_cross_entropy(self.model.lm_head, states, places.targets, self.logits_at_once)
 
     @property
     def _device(self) -> torch.device:
         embedding: Any = self.model.model.language_model.embed_tokens
         return embedding.weight.device
 
-    def _fixed_text(self, beginning: Tensor, *, keep: bool) -> FixedText | None:
+    def _fixed_text(self, rows: Rows, *, keep: bool) -> FixedText | None:
         """The text [p] that rows begin with; `keep` it for the next rows that begin with the very same.
 
         A longer or shorter one that is known already is of no use: its rounding would make a micro-batch's result
         depend on those before it, and a resumed run would differ from one that was never interrupted.
         """
-        if not len(beginning):
+        if not rows.key:
             return None
-        key = beginning.numpy().tobytes()
-        fixed = self._fixed.get(key)
+        fixed = self._fixed.get(rows.key)
         if fixed is None:
-            fixed = compute_fixed_text(self.model.model.language_model, beginning)
+            fixed = compute_fixed_text(self.model.model.language_model, rows.beginning)
             if keep:
                 while len(self._fixed) >= FIXED_TEXTS:
                     del self._fixed[next(iter(self._fixed))]
-                self._fixed[key] = fixed
+                self._fixed[rows.key] = fixed
         return fixed
 
     def _no_token(self, device: torch.device) -> Tensor:
@@ -299,32 +312,17 @@ def _refuse_mismatch(placeholders: int, features: int) -> None:
         )
 
 
-def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ImagePositions | None]:
-    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders, and where
-    they stand, if not where they are counted.
-
-    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
-    """
-    inner: Any = model.model
-    sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-    if "visual_tokens" in batch:
-        features = torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
-        if "visual_targets" not in batch:
-            return features, None
-        return features, inner.image_positions(batch["visual_kept"], batch["visual_targets"], **sizes)
-    if "pixel_values" not in batch:
-        return None, None
-    images = inner.get_image_features(pixel_values=batch["pixel_values"], **sizes)
-    return torch.cat(list(images.pooler_output)), images.get("positions")
-
-
-def summed_cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(
+    lm_head: nn.Module, states: Tensor, targets: Tensor, logits_at_once: int | None = None
+) -> Tensor:
     """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
 
-    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them.
+    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them:
+    `logits_at_once` values; None takes what suits the device.
     """
     if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
-        return _SummedCrossEntropy.apply(states, lm_head, targets)
+        values = logits_at_once or (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8)
+        return _SummedCrossEntropy.apply(states, lm_head, targets, values)
     return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
 
 
@@ -332,9 +330,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, values: int) -> Tensor:
         weight = lm_head.weight
-        values = LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8
         total = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, len(states), max(1, values // len(weight))):
@@ -347,13 +344,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits.sub_(normalizer).exp_()
                 logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
                 torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
+            del logits  # before the next ones are made
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (of_states,) = ctx.saved_tensors
-        return of_states * gradient, None, None
+        return of_states * gradient, None, None, None
 
 
 def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:

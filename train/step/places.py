@@ -17,6 +17,7 @@ from torch import Tensor
 from shortzip.data.supervision import IGNORE_INDEX, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.positions import ImagePositions, packed_shifts
+from shortzip.reduction.shortv import active_rows
 
 
 class _Laid:
@@ -105,10 +106,31 @@ class Places(_Laid):
 
 @dataclass(frozen=True)
 class Rows(_Laid):
-    """Rows that are computed together: the text [p] that all begin with, p ≥ 0, and the places of the rest."""
+    """Rows that are computed together: the text [p] that all begin with, p ≥ 0, its bytes, by which it is known again,
+    and the places of the rest."""
 
     beginning: Tensor
+    key: bytes
     places: Places
+
+
+@dataclass(frozen=True)
+class EveryToken(_Laid):
+    """What is looked up where every token goes through every layer, of rows [B, L].
+
+    Attributes:
+        ends: [S] int64, the supervised positions, counted through all rows.
+        targets: [S] int64, the token that follows each of them.
+        active: [B, A] int64 and
+        is_active: [B, A] bool, positions that are not visual (shortzip.reduction.shortv.ActiveRows).
+        taught: [T] int64, which of the supervised positions are those of rows that answer an image.
+    """
+
+    ends: Tensor
+    targets: Tensor
+    active: Tensor
+    is_active: Tensor
+    taught: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,6 +138,7 @@ class Layout(_Laid):
     """What a training step computes of a micro-batch.
 
     Attributes:
+        every_token: where all of it is computed.
         placeholders: visual tokens that the images must give.
         used: [U] int64, which of them are computed further; None: all.
         with_image: rows with a supervised position after an image; None without such.
@@ -125,6 +148,7 @@ class Layout(_Laid):
         full: the rows with all visual tokens, as a teacher reads them; None where none is asked.
     """
 
+    every_token: EveryToken
     placeholders: int
     used: Tensor | None
     with_image: Rows | None
@@ -231,12 +255,6 @@ def answers_image(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, ima
     return (needed_tokens(attention_mask, labels) & (input_ids == image_token_id)).any(1)
 
 
-def taught_positions(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
-    """[T] int64, which of the supervised positions of rows [B, L] are those of rows that answer an image."""
-    sees = answers_image(input_ids, attention_mask, labels, image_token_id)
-    return sees.repeat_interleave(predicting(labels).sum(1)).nonzero()[:, 0]
-
-
 def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_token_id: int) -> Layout:
     """The layout of a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
 
@@ -252,10 +270,15 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
             return None
         rows = (input_ids[chosen], attention_mask[chosen], labels[chosen])
         shared = shared_beginning(rows[0], needed[chosen], rows[2], image_token_id)
-        return Rows(rows[0][0, :shared].clone(), place_tokens(*rows, image_token_id, shared, before[chosen]))
+        beginning = rows[0][0, :shared].clone()
+        places = place_tokens(*rows, image_token_id, shared, before[chosen])
+        return Rows(beginning, beginning.numpy().tobytes(), places)
 
     used = (needed & sees[:, None])[visual]
+    taught = sees.repeat_interleave(predicting(labels).sum(1)).nonzero()[:, 0]
+    ends, active = predicting(labels).flatten().nonzero()[:, 0], active_rows(input_ids == image_token_id)
     return Layout(
+        every_token=EveryToken(ends, labels.flatten()[ends + 1], *active, taught),
         placeholders=len(used),
         used=None if bool(used.all()) else used.nonzero()[:, 0],
         with_image=rows_of(sees),

@@ -37,6 +37,7 @@ from shortzip.train.step.lean_autograd import GatedSilu, LeanRmsNorm, Put, Take
 from shortzip.train.step.places import Padded, Places
 
 RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
+MASK_ALIGNMENT = 8  # mem_eff_alignment in aten/src/ATen/native/transformers/attention.cpp
 KeysValues = tuple[Tensor, Tensor]
 
 
@@ -237,7 +238,8 @@ class _Walk:
     def mask(self, queries: _Queries, layer: int) -> Tensor:
         """[B, 1, Q, shared + K] to be added to the scores: SDPA would make as much of a bool mask in every layer.
 
-        Finite, for an empty slot may see nothing: a softmax over nothing is NaN, and 0 * NaN reaches gradients.
+        Finite, for an empty slot may see nothing: a softmax over nothing is NaN, and 0 * NaN reaches gradients. Each
+        row begins at a multiple of `MASK_ALIGNMENT` values: of any other mask, CUDA's kernel makes a copy per layer.
         """
         window = self.windows[layer]
         if window not in queries.masks:
@@ -245,8 +247,9 @@ class _Walk:
             hidden = keys > at
             if window is not None:
                 hidden = hidden | (keys <= at - window)
-            mask = torch.zeros_like(hidden, dtype=self.dtype)
-            queries.masks[window] = mask.masked_fill_(hidden, torch.finfo(self.dtype).min)
+            width = hidden.shape[-1]
+            mask = hidden.new_zeros(*hidden.shape[:-1], -(-width // MASK_ALIGNMENT) * MASK_ALIGNMENT, dtype=self.dtype)
+            queries.masks[window] = mask[..., :width].masked_fill_(hidden, torch.finfo(self.dtype).min)
         return queries.masks[window]
 
     def normed(self, norm: Any, states: Tensor) -> Tensor:

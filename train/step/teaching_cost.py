@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from shortzip.reduction.flops import attention_widths, parameter_counts
-from shortzip.train.step.memory import LOGITS_AT_ONCE, TrainingStep, tower_activation_bytes
+from shortzip.train.step.activations import tower_activation_bytes
+from shortzip.train.step.memory import LOGITS_AT_ONCE, TrainingStep
 
 
 def teacher_bytes(config: Any, step: TrainingStep, visual_tokens: int, student: int) -> int:

@@ -1,0 +1,219 @@
+"""A training step at full size on fake tensors: its real code, and every byte that it would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from shortzip.data.dataset import MicroBatch
+from shortzip.data.errors import UserError
+from shortzip.reduction.flops import visual_grid
+from shortzip.train.rehearsal.as_cuda import AttentionAsOnCuda
+from shortzip.train.rehearsal.counting import CUDA_BLOCK, Peak, StorageCounter
+from shortzip.train.rehearsal.fake_models import FakeLinear4bit, fake_model
+from shortzip.train.rehearsal.rows import Integers
+from shortzip.train.step.engine import spread
+from shortzip.train.step.memory import LOGITS_AT_ONCE
+from shortzip.train.step.objective import SupervisedLoss, projector_parameters, recompute_layers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "4bit": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepToRehearse:
+    """A micro-batch and how it is computed.
+
+    Attributes:
+        config: of a reduced LLaVA or LLaVA-NeXT.
+        integers: of the micro-batch.
+        image_sizes: height and width of its images before tiling; for LLaVA-NeXT.
+        tiles: images, or tiles of all images.
+        weights: bfloat16, float32 or 4bit (the language model's layers in NF4, the rest in bfloat16).
+        recomputed: LLM layers are computed again in the backward pass.
+        cached_features: what the tower and VisionZip make of the images comes from a file.
+        every_token: transformers' modules take every token through every layer, as under FSDP2 and ZeRO-3.
+        processes: that FSDP2 spreads the language model over; with 1 it is whole.
+        accumulates: a step has more than one micro-batch.
+        on_cuda: kernels and block sizes of a CUDA device; else of a CPU.
+    """
+
+    config: Any
+    integers: Integers
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    tiles: int = 1
+    weights: str = "bfloat16"
+    recomputed: bool = False
+    cached_features: bool = False
+    every_token: bool = False
+    processes: int = 1
+    accumulates: bool = True
+    on_cuda: bool = True
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step holds, in bytes.
+
+    Attributes:
+        peak: where it is most.
+        phases: where it is most in each phase, in their order.
+        resting: by part, what is there between two steps.
+    """
+
+    peak: Peak
+    phases: dict[str, Peak]
+    resting: dict[str, int]
+
+
+def rehearse(step: StepToRehearse) -> Rehearsal:
+    """A run's first step and its second one, on fake tensors.
+
+    The first makes the optimizer's moments, and computes what the rows' fixed text gives; the second has all that a
+    later one has: moments, and where gradients accumulate those of the micro-batch before.
+    """
+    with ExitStack() as modes:
+        mesh = modes.enter_context(_processes(step.processes)) if step.processes > 1 else None
+        fake = modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = fake_model(
+            step.config, DTYPES[step.weights], four_bit=step.weights == "4bit", cached_features=step.cached_features
+        )
+        if step.on_cuda:
+            modes.enter_context(AttentionAsOnCuda())
+        counter = modes.enter_context(StorageCounter(CUDA_BLOCK if step.on_cuda else 1, gathers=mesh is not None))
+        return _counted_steps(model, step, counter, lambda: _fake_batch(step, fake), mesh)
+
+
+def _counted_steps(
+    model: Any,
+    step: StepToRehearse,
+    counter: StorageCounter,
+    micro_batch: Callable[[], MicroBatch],
+    mesh: DeviceMesh | None = None,
+) -> Rehearsal:
+    """Two steps of a model on whatever its tensors are."""
+    if step.recomputed:
+        recompute_layers(model)
+    trained = projector_parameters(model)
+    loss = SupervisedLoss(model, plain=step.every_token, logits_at_once=LOGITS_AT_ONCE if step.on_cuda else None)
+    if mesh is not None:
+        spread(loss, mesh)
+    counter.add(trained.values(), "projector")
+    counter.add(weights_of(model, trained.values()), "weights")
+    adamw = torch.optim.AdamW(trained.values(), foreach=step.on_cuda)  # as torch chooses there
+    with _phases_told(model, counter):
+        for micro_batches in (1, 2 if step.accumulates else 1):
+            for _ in range(micro_batches):
+                with counter.during("inputs", "inputs"):
+                    batch = micro_batch()
+                with counter.during("tower", "activations"):
+                    value = loss(batch)
+                with counter.during("backward", "working"):
+                    value.backward()
+                del value, batch
+                counter.add((p.grad for p in trained.values() if p.grad is not None), "gradients")
+            with counter.during("optimizer", "working"):
+                nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                adamw.step()
+            counter.add((moment for state in adamw.state.values() for moment in state.values()), "moments")
+            adamw.zero_grad()
+    resting = {part: size for part, size in counter.held.items() if size}
+    return Rehearsal(counter.peak, {name: peak for name, peak in counter.peaks.items() if name}, resting)
+
+
+def weights_of(model: nn.Module, trained: Any) -> Iterator[Tensor]:
+    """All that a model holds beside what is trained: weights, buffers, and what stands beside 4-bit ones."""
+    others = set(map(id, trained))
+    for parameter in model.parameters():
+        if id(parameter) not in others:
+            yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, FakeLinear4bit):
+            yield from module.beside
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[DeviceMesh]:
+    """A group of processes of which only the first is there, and whose collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.distributed.is_initialized():
+        raise UserError("a rehearsal of several processes is one process: start it without a launcher")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield init_device_mesh("cpu", (count,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _phases_told(model: Any, counter: StorageCounter) -> Iterator[None]:
+    """Has a forward pass name its phases: tower, projector, language model, logits."""
+
+    def enter(phase: str) -> Callable[..., None]:
+        def told(*_: Any) -> None:
+            if counter.phase not in ("backward", "optimizer"):
+                counter.phase = phase
+
+        return told
+
+    projector = model.model.multi_modal_projector
+    hooks = [
+        projector.register_forward_pre_hook(enter("projector")),
+        projector.register_forward_hook(enter("language model")),
+        model.lm_head.register_forward_pre_hook(enter("logits")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fake_batch(step: StepToRehearse, fake: FakeTensorMode) -> MicroBatch:
+    config, vision = step.config, step.config.vision_config
+    layout = step.integers.layout
+    inputs: dict[str, Any] = {"labels": step.integers.labels}
+    if step.cached_features:
+        dtype, kept = DTYPES[step.weights], _kept(config)
+        inputs["visual_tokens"] = torch.zeros(step.tiles, sum(_budget(config)), vision.hidden_size, dtype=dtype)
+        inputs["visual_kept"] = torch.zeros(step.tiles, kept, dtype=torch.int64)
+    elif layout.placeholders:
+        inputs["pixel_values"] = torch.zeros(step.tiles, 3, vision.image_size, vision.image_size)
+    if step.image_sizes:
+        inputs["image_sizes"] = step.image_sizes
+    if step.every_token:
+        integers = vars(step.integers)
+        inputs |= {key: fake.from_tensor(integers[key]) for key in ("input_ids", "attention_mask", "labels")}
+    return MicroBatch(inputs, [], layout=faked(layout, fake))
+
+
+def _budget(config: Any) -> tuple[int, int]:
+    return config.visionzip["dominant"], config.visionzip["contextual"]
+
+
+def _kept(config: Any) -> int:
+    return config.visionzip["dominant"] - visual_grid(config)[1]
+
+
+def faked(layout: Any, fake: FakeTensorMode) -> Any:
+    """A layout whose places are fake; what rows begin with stays: the loss knows it by its content."""
+
+    def of(rows: Any) -> Any:
+        return None if rows is None else replace(rows, places=rows.places.each(fake.from_tensor))
+
+    return replace(
+        layout,
+        every_token=layout.every_token.each(fake.from_tensor),
+        used=None if layout.used is None else fake.from_tensor(layout.used),
+        with_image=of(layout.with_image),
+        text_only=of(layout.text_only),
+    )

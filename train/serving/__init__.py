@@ -1,0 +1,1 @@
+"""Answers for others: an endpoint in front of an engine, and files of questions."""
