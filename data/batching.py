@@ -5,7 +5,7 @@ A run is a stream of samples: epoch after epoch, each a permutation of all sampl
 batch depend on (seed, position) alone, on no process count, micro-batch size or machine.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,9 @@ class BatchPlan:
         max_tokens_per_micro_batch: most tokens in a micro-batch, padding included; a row longer than that stands
             alone. Give one of the two or both.
 
+    Attributes:
+        in_time: what gives the lengths [n] int64 of samples at a position, where they change in the course of a run.
+
     Raises:
         ValueError: no samples, no limit on the micro-batch, or a number below 1.
     """
@@ -88,6 +91,7 @@ class BatchPlan:
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens_per_micro_batch
         self.total_samples = None if num_epochs is None else max(1, round(len(lengths) * num_epochs))
+        self.in_time: Callable[[int, Sequence[int]], np.ndarray] | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -118,7 +122,7 @@ class BatchPlan:
         if position < 0 or left <= 0:
             raise UserError(f"position {position} is outside the run of {self.total_samples} samples")
         samples = self.samples(position, left)
-        return GlobalBatch(position, samples, self._cut(samples))
+        return GlobalBatch(position, samples, self._cut(samples, self.lengths_of(position, samples)))
 
     def batches(self, position: int = 0) -> Iterator[GlobalBatch]:
         """Every global batch from a position on, to the end of the run."""
@@ -127,13 +131,16 @@ class BatchPlan:
             yield batch
             position = batch.next_position
 
+    def lengths_of(self, position: int, samples: Sequence[int]) -> np.ndarray:
+        """Tokens of samples in the global batch that begins at a position: [n] int64."""
+        return self.lengths[samples] if self.in_time is None else self.in_time(position, samples)
+
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, permutation(len(self.lengths), self.seed, epoch))
         return self._order[1]
 
-    def _cut(self, samples: list[int]) -> list[list[list[int]]]:
-        lengths = self.lengths[samples]
+    def _cut(self, samples: list[int], lengths: np.ndarray) -> list[list[list[int]]]:
         order = np.argsort(-lengths, kind="stable")
         groups = cut_into_groups(
             lengths[order], self.micro_batch_size, self.max_tokens, multiple_of=self.num_processes

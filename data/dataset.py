@@ -1,12 +1,10 @@
 """The torch side: a dataset of conversations and the micro-batches that a training loop takes."""
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +26,9 @@ from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
+from shortzip.data.row_lengths import Counted, encode_unread, lengths_depend_on
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
-_CACHE_FORMAT = 4
 LayOut = Callable[[dict[str, torch.Tensor]], Any]
 
 
@@ -51,6 +49,7 @@ class Sample:
         pixels: per image a float32 tensor: [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
         image_sizes: (height, width) of each image in pixels, before it was resized.
         features: instead of pixels, what is known of each image: tensors [tiles, …] by name.
+        lesson: what a teacher says at the row's supervised positions: tensors [positions, …] by name.
     """
 
     id: str
@@ -58,16 +57,18 @@ class Sample:
     pixels: list[torch.Tensor]
     image_sizes: list[tuple[int, int]]
     features: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    lesson: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Counted(NamedTuple):
-    """A row that can be used: its place among all rows, tokens, supervised tokens, images left, and `Encoded.cut`."""
+class LessonSource(Protocol):
+    """Where what a teacher says of rows is kept."""
 
-    number: int
-    tokens: int
-    supervised: int
-    images: int
-    cut: str | None
+    def find(self, sample: Sample, images: Sequence[ImageSource], dataset: "ConversationDataset") -> dict[str, Any]:
+        """The lesson of a row of the dataset, loaded from these images; empty for one that answers none.
+
+        Raises:
+            BadImage: there is no lesson for this row.
+        """
 
 
 @dataclass(slots=True)
@@ -77,7 +78,8 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model: input_ids, attention_mask, labels, each [B, L] int64 and padded on the
             right; pixel_values [N, 3, H, W] float32 (LLaVA-NeXT: [N, tiles, 3, H, W]) and, for LLaVA-NeXT, image_sizes
-            [N, 2] int64 — both absent without images. `labels` are -100 where nothing is supervised, not shifted.
+            [N, 2] int64 — both absent without images. `labels` are -100 where nothing is supervised, not shifted. And
+            the rows' lessons, one behind the other.
         sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
         dropped: rows of this micro-batch that could not be read: hand them to `DropLog.extend`.
         layout: what the collator was told to make of the integers, for the loss.
@@ -127,8 +129,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
         conversations: the rows that are left.
         lengths: [n] int64, tokens of each, visual tokens included.
         supervised: [n] int64, supervised tokens of each.
+        images: [n] int64, images left of each.
         cut: rows cut off at `max_length`, by what: {"turn": …, "answer": …}.
         features: where images' features are taken from instead of their pixels; None, the default: nowhere.
+        lessons: where what a teacher says of the rows is taken from; None, the default: nowhere.
 
     Raises:
         BadSample: a bad row, where `drops` does not skip them.
@@ -150,6 +154,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.image_root = image_root
         self.known_images = known_images or KnownImages()
         self.features: FeatureSource | None = None
+        self.lessons: LessonSource | None = None
         self.drops = DropLog() if drops is None else drops
         counted, unusable = self._counted(conversations, cache_dir, progress or (lambda done, total: None))
         self.drops.extend(unusable)
@@ -161,6 +166,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.drops.placed = sum(conversation.is_placed for conversation in self.conversations)
         self.lengths = np.asarray([row.tokens for row in rows], dtype=np.int64)
         self.supervised = np.asarray([row.supervised for row in rows], dtype=np.int64)
+        self.images = np.asarray([row.images for row in rows], dtype=np.int64)
         self.cut = dict(Counter(row.cut for row in rows if row.cut))
 
     def __len__(self) -> int:
@@ -184,13 +190,23 @@ class ConversationDataset(Dataset[Sample | Drop]):
             return Drop.of(error)
 
     def load(self, conversation: Conversation) -> Sample:
-        """A conversation as tokens and pixels.
+        """A conversation as tokens and pixels, or features, with its lesson.
 
         Raises:
             BadSample: it, or an image of it, cannot be used.
         """
         if self.features is not None:
-            return self._load_features(conversation, self.features)
+            sample = self._load_features(conversation, self.features)
+        else:
+            sample = self._load_pixels(conversation)
+        if self.lessons is not None:
+            try:
+                sample.lesson = self.lessons.find(sample, conversation.images[: sample.encoded.images], self)
+            except BadImage as error:
+                raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+        return sample
+
+    def _load_pixels(self, conversation: Conversation) -> Sample:
         images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
         try:
@@ -335,6 +351,9 @@ class Collator:
         if features:
             inputs |= {name: torch.cat([of_image[name] for of_image in features]) for name in features[0]}
             inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
+        lessons = [sample.lesson for sample in samples if sample.lesson]
+        if lessons:
+            inputs |= {name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]}
         layout = None if self.lay_out is None else self.lay_out(inputs)
         return MicroBatch(inputs, [sample.id for sample in samples], dropped, layout)
 
@@ -345,55 +364,3 @@ def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
     if pixels[0].dim() == 4 and any(image.shape[0] != most for image in pixels):
         pixels = [torch.cat([image, image.new_zeros(most - len(image), *image.shape[1:])]) for image in pixels]
     return torch.stack(pixels).to(torch.float32)
-
-
-def encode_unread(
-    conversation: Conversation,
-    supervision: Supervision,
-    image_root: str | os.PathLike[str] | None,
-    known_images: KnownImages,
-) -> Encoded:
-    """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter.
-
-    Raises BadSample for a bad row or image.
-    """
-    if not supervision.needs_image_sizes:
-        return supervision.encode(conversation)
-    try:
-        sizes = [known_images.size(source, image_root) for source in conversation.images]
-    except BadImage as error:
-        raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-    return supervision.encode(conversation, sizes)
-
-
-def lengths_depend_on(
-    conversations: Sequence[Conversation],
-    supervision: Supervision,
-    image_root: str | os.PathLike[str] | None,
-    known_images: KnownImages,
-) -> dict[str, Any]:
-    """All that `Supervision.encode` reads of conversations, as the parts of an identity.
-
-    Of an image that is the number of its placeholders, which processor, budget and (of LLaVA-NeXT) its size decide.
-    """
-    tokenizer, digest = supervision.tokenizer, hashlib.sha256()
-    for conversation in conversations:
-        images: list[int | str] = []
-        for source in conversation.images:
-            try:
-                size = known_images.size(source, image_root) if supervision.needs_image_sizes else (0, 0)
-                images.append(supervision.placeholders(size))
-            except BadImage as error:
-                images.append(error.problem)
-        digest.update(json.dumps([conversation.id, images, conversation.turns]).encode() + b"\n")
-    return {
-        "format": _CACHE_FORMAT,
-        "conversations and placeholders": digest.hexdigest(),
-        "template": supervision.template,
-        "max_length": supervision.max_length,
-        "image token": [supervision.processor.image_token, supervision.processor.image_token_id],
-        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "opening": tokenizer("x").input_ids[:1],
-        "splits special tokens": tokenizer.split_special_tokens,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-    }

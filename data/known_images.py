@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from shortzip.data.images import ImageSource, image_size, resolve_image_path
@@ -55,6 +55,11 @@ class KnownImages:
         """(height, width), as `image_size`. Raises BadImage."""
         height, width = self.get("size", source, root, lambda *image: list(image_size(*image)))
         return height, width
+
+    def of(self, sources: Iterable[ImageSource], root: Root) -> dict[str, dict[str, Any]]:
+        """What is known of some images' files, as `learn` takes it."""
+        places = (_file_of(source, root) for source in sources)
+        return {file[0]: self.files[file[0]] for file in places if file and file[0] in self.files}
 
     def learn(self, others: dict[str, dict[str, Any]]) -> None:
         """Takes in the `files` of another one, such as another process's."""

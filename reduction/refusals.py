@@ -1,5 +1,6 @@
 """Inputs and settings that a reduced model refuses before it computes anything: what does not fit, and the cure."""
 
+import copy
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +35,20 @@ def refuse_changed(config: Any, loaded: dict[str, Any]) -> None:
                 f"{key}: config.{key} now says {'layers ' if key == 'shortv' else ''}{value}, but this model was "
                 f"loaded with {was}: load it again with from_pretrained(…, {key}=…)"
             )
+
+
+def change_budget(model: Any, visionzip: dict[str, Any]) -> None:
+    """Has a reduced model without a head keep another budget from now on, given as the config's key: the one change
+    that `refuse_changed` lets pass.
+
+    Raises:
+        ValueError: a budget that the model cannot take; then nothing is changed.
+    """
+    config = copy.copy(model.config)
+    config.visionzip = dict(visionzip)
+    validate(config)
+    model.config.visionzip = config.visionzip
+    model._reductions = copy.deepcopy(reductions_of(config))
 
 
 def refuse_mismatch(visionzip: Any, visual: Tensor, lengths: list[int], whole_images: bool) -> None:

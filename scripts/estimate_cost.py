@@ -34,6 +34,8 @@ from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.step import memory as training_cost
+from shortzip.train.step.flops import RowShape, teacher_flops
+from shortzip.train.step.teaching_cost import teacher_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
@@ -170,7 +172,12 @@ def _row(
         gradient_checkpointing=settings.gradient_checkpointing,
         weights=settings.weights,
     )
-    memory = training_cost.training_step_memory(config, step)
+    parts = _memory_parts(config, settings, step)
+    training_flops = training_cost.training_step_flops(config, step)
+    if settings.distill:
+        whole = flops.visual_tokens_per_image(config, None, tiles)
+        row = RowShape(settings.training_text_tokens, whole, settings.training_text_tokens, tiles)
+        training_flops += settings.global_batch_size * teacher_flops(config, row)
     return CostRow(
         name=name,
         visual_tokens=visual,
@@ -179,19 +186,33 @@ def _row(
         prefill_flops_grouped=flops.llm_prefill_flops_grouped(text, prompt, visual, frozen),
         tower_flops=flops.vision_tower_flops(config, tiles) + selection + flops.projector_flops(config, visual),
         kv_cache_bytes=flops.kv_cache_bytes(text, prompt + visual, step.bytes_per_value),
-        training_flops=training_cost.training_step_flops(config, step),
-        training_bytes=memory.total,
-        memory=asdict(memory),
-        largest_micro_batch=_largest_micro_batch(config, step, parse_bytes(settings.memory)),
+        training_flops=training_flops,
+        training_bytes=sum(parts.values()),
+        memory=parts,
+        largest_micro_batch=_largest_micro_batch(config, settings, step),
     )
 
 
-def _largest_micro_batch(config: PreTrainedConfig, step: training_cost.TrainingStep, card_bytes: int) -> int:
-    """The most samples, up to the global batch, whose training step fits into ``card_bytes``; 0: none."""
+def _memory_parts(
+    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep
+) -> dict[str, int]:
+    """The parts of the memory at a step's peak; with `distill` the teacher's too."""
+    memory = training_cost.training_step_memory(config, step)
+    if not settings.distill:
+        return asdict(memory)
+    whole = flops.visual_tokens_per_image(config, None, step.tiles)
+    student = memory.activations + memory.working
+    return {**asdict(memory), "teacher": teacher_bytes(config, step, whole, student)}
+
+
+def _largest_micro_batch(config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep) -> int:
+    """The most samples, up to the global batch, whose training step fits into ``memory``; 0: none."""
+    card_bytes = parse_bytes(settings.memory)
     low, high = 0, step.global_batch_size
     while low < high:
         middle = (low + high + 1) // 2
-        fits = training_cost.training_step_memory(config, replace(step, micro_batch_size=middle)).total <= card_bytes
+        parts = _memory_parts(config, settings, replace(step, micro_batch_size=middle))
+        fits = sum(parts.values()) <= card_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 

@@ -36,7 +36,8 @@ from shortzip.train.tune_projector import run as tune
 
 FORMAT = 2  # of what is kept of a point: to be raised when that changes
 POINTS = "points.json"  # beside the YAML: those to be measured
-CACHES = ("features", "tokens")  # folders in `output` that runs share: of the tower's features, and of token counts
+# Folders in `output` that runs share: of the tower's features, of token counts, and of what a teacher says.
+CACHES = ("features", "tokens", "lessons")
 
 
 def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
@@ -54,15 +55,20 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     all of it, and token counts.
     """
     zipped = point.reductions.visionzip
-    features, tokens = (str(Path(config.output) / name) for name in CACHES)
-    kept = features if is_cacheable(point.reductions) and recipe.distill is None else None
+    schedule, budget = recipe.budget_schedule, 0 if zipped is None else zipped["dominant"] + zipped["contextual"]
+    if schedule is not None and not 0 < budget < schedule.start:  # there is nothing to come down to
+        schedule = None
+    features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
+    kept = features if schedule is None and is_cacheable(point.reductions) else None
+    said = lessons if recipe.distill is not None else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
         shortv=ShortVConfig(layers=point.reductions.layers) if point.reductions.shortv else None,
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
-        data=replace(recipe.data, cache_features=kept, cache_dir=tokens),
+        budget_schedule=schedule,
+        data=replace(recipe.data, cache_features=kept, cache_teacher=said, cache_dir=tokens),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
         output_dir=str(Path(config.output) / "runs" / point.name),

@@ -84,6 +84,7 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         shortv=None,
         fastv=None,
         positions="compact",
+        budget_schedule=None,
         data=replace(config.data, cache_features=None),
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,

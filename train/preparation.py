@@ -7,6 +7,7 @@ of the images, how global batches are cut, optimizer, schedule and engine. Until
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop
+from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
+from shortzip.train.inputs.budgets import Budgets, budget_of
 from shortzip.train.inputs.feature_filling import known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
+from shortzip.train.inputs.lesson_filling import store_lessons
 from shortzip.train.inputs.loading import check_shared_memory
 from shortzip.train.inputs.preflight import check_learns, conversations_in_words
 from shortzip.train.inputs.samples import (
@@ -44,14 +49,15 @@ from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.report import component_table
 from shortzip.train.run.run_start import RunFolder
 from shortzip.train.run.session import Session
+from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.reduced import reductions_of
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
+from shortzip.train.step.components import describe_components
 from shortzip.train.step.engine import WholeEngine
 from shortzip.train.step.micro_batch import plan_micro_batches
 from shortzip.train.step.objective import (
     SupervisedLoss,
-    describe_components,
     projector_parameters,
     recompute_layers,
     train_only_projector,
@@ -99,7 +105,7 @@ class Subject:
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name; fp32."""
     teacher: Teacher | None
-    """The release itself, with all visual tokens; None: labels alone."""
+    """The release itself, with all visual tokens; None: labels alone, or lessons that are kept."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Prepared:
     schedule: LRScheduler
     record: dict[str, Any]
     """What each of the run's checkpoints says of what it belongs to."""
+    budgets: Budgets | None
+    """Those of the steps; None: the run's own in each."""
 
 
 def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
@@ -135,27 +143,53 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     run.check_base(release.config.get("base_release"))
     rows = training_rows(config.data, config.seed)
     subject = load_subject(config, run, release, rows, checkpoint, session)
-    training = training_set(config.data, subject.processor, config.seed, rows)
+    training = training_set(config.data, loosest(config, subject), config.seed, rows)
     held_out = held_out_set(config.data, subject.processor) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
-    check_positions(subject.model.config, training)
+    check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
-    if config.data.cache_features is not None:
+    if config.data.cache_teacher is not None:
         run.accept(state.step)  # what follows may take hours
+        store_lessons(config, subject.release, subject.model, training, session)
+    if config.data.cache_features is not None:
+        run.accept(state.step)
         datasets = [dataset for dataset in (training, held_out) if dataset is not None]
         store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
     plan, total_steps = plan_batches(config, subject, training, state, session)
+    budgets = None
+    if config.budget_schedule is not None:
+        budgets = Budgets(
+            subject.model.config.visionzip, config.budget_schedule, total_steps, config.global_batch_size, training
+        )
+        plan.in_time = budgets.lengths_of
     adamw, schedule = make_optimizer(config, subject.parameters, total_steps)
     check_learns(schedule, plan, training, total_steps)
     check_shared_memory(training, plan, config.data.num_workers)
     if checkpoint:
         restore(checkpoint, subject.parameters, adamw, schedule, accelerator)
-    loss = SupervisedLoss(subject.model, teacher=subject.teacher)
+    loss = SupervisedLoss(subject.model, teacher=subject.teacher, distill=config.distill)
     engine = start_engine(accelerator, loss, adamw, subject.parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
-    return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record)
+    return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
+
+
+def loosest(config: TuneConfig, subject: Subject) -> Any:
+    """The processor of the loosest budget that a step has. Raises ConfigError for one that no image has."""
+    if config.budget_schedule is None:
+        return subject.processor
+    model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
+    try:
+        for tokens in range(start, own["dominant"] + own["contextual"], -1):
+            change_budget(model, budget_of(own, tokens))
+    except ReductionError as error:
+        raise ConfigError(f"budget_schedule.start is {start}: of {tokens} tokens, {error}") from error
+    finally:
+        change_budget(model, own)
+    processor = copy.copy(subject.processor)
+    processor.visionzip = budget_of(own, start)
+    return processor
 
 
 def load_subject(
@@ -185,8 +219,8 @@ def load_subject(
         del loaded  # and with it a tower that is not needed
     train_only_projector(model, dtype)  # until the samples' lengths are known
     teacher = None
-    if config.distill is not None:
-        teacher = Teacher(model, config.distill.weight, config.distill.temperature, dtype)
+    if config.distill is not None and config.data.cache_teacher is None:
+        teacher = Teacher(model, dtype)
     adapter = None
     if config.tuning != "full":
         adapter = ProjectorAdapter(model, adapter_config(config.tuning, r=config.lora_r, lora_alpha=config.lora_alpha))

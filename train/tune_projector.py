@@ -25,6 +25,7 @@ from shortzip.data.dataset import MicroBatch
 from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
+from shortzip.reduction.refusals import change_budget
 from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from shortzip.train.inputs.loading import loader_of, step_inputs
@@ -159,16 +160,23 @@ class Loop:
         self.metrics = Metrics(folder, self.state.step, run.warn)
         self.trackers = Trackers(self.accelerator, config, run.path, session.report.warn)
         self.inputs = self.inputs_from_here()
-        self.flops = StepFlops(start.subject.model, start.training)
+        self.flops = StepFlops(start.subject.model, start.training, taught=start.subject.teacher is not None)
         peak = matmul_speed(self.device, dtype_of(config.mixed_precision))
         self.speed = Speed(self.accelerator.num_processes * peak)
 
     def inputs_from_here(self) -> Iterator[tuple[GlobalBatch, list[MicroBatch]]]:
-        return step_inputs(self.start.training, self.plan, self.accelerator, self.config, self.state.samples_seen)
+        start, position = self.start, self.state.samples_seen
+        return step_inputs(start.training, self.plan, self.accelerator, self.config, position, start.budgets)
+
+    def set_budget(self, step: int) -> None:
+        """Has the model keep the budget of a step, counted from 0."""
+        if self.start.budgets is not None:
+            change_budget(self.start.subject.model.model, self.start.budgets.at(step))
 
     def step(self) -> Step | None:
         """Gradient, update and schedule of the next global batch; None, and nothing done, where memory ran out."""
         started = time.perf_counter()
+        self.set_budget(self.state.step)
         batch, micro_batches = next(self.inputs)
         waited = time.perf_counter() - started
 
@@ -258,8 +266,12 @@ class Loop:
     def show(self, step: Step) -> None:
         """Writes a line of metrics.jsonl, if it is time for one, and shows how far the run is."""
         samples, steps_left = step.batch.samples, self.start.total_steps - self.state.step
-        tokens, seconds = int(self.plan.lengths[samples].sum()), time.perf_counter() - step.started
-        self.speed.add(len(samples), tokens, seconds, step.waited, self.flops(samples))
+        budgets, lengths = self.start.budgets, self.plan.lengths_of(step.batch.position, samples)
+        visual = None
+        if budgets is not None:
+            visual = budgets.supervision(budgets.step_at(step.batch.position)).placeholders(self.flops.size)
+        tokens, seconds = int(lengths.sum()), time.perf_counter() - step.started
+        self.speed.add(len(samples), tokens, seconds, step.waited, self.flops(samples, visual))
         if self.is_due(self.config.logging_steps):
             values = self.measured(step, seconds, steps_left)
             self.metrics.write("train", self.state.step, **values)
@@ -303,6 +315,7 @@ class Loop:
         """Measures the held-out loss, unless asked to stop meanwhile: then it stays due."""
         held_out, step = self.start.held_out, self.state.step
         assert held_out is not None
+        self.set_budget(self.start.total_steps)  # the run's own
         plan = BatchPlan(
             held_out.lengths.tolist(),
             len(held_out),

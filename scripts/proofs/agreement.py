@@ -28,6 +28,7 @@ from shortzip.scripts.proofs.subjects import (
     scenes,
     small,
 )
+from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
@@ -146,9 +147,9 @@ def loss_and_gradient(subject: Subject, way: Way, dtype: torch.dtype = torch.flo
     """The mean loss, and the projector's gradient, float64 on the CPU."""
     model = subject.model
     train_only_projector(model, dtype)
-    teacher = Teacher(model, 0.5, 2.0, dtype) if way.taught else None
+    teacher, distill = (Teacher(model, dtype), DistillConfig(0.5, 2.0)) if way.taught else (None, None)
     recompute_layers(model, way.recomputed)
-    loss_module = SupervisedLoss(model, plain=way.plain, teacher=teacher).to(model.device)
+    loss_module = SupervisedLoss(model, plain=way.plain, teacher=teacher, distill=distill).to(model.device)
     batch = subject.batch(taught=way.taught).to(model.device)
     count = count_supervised(batch.inputs["labels"])
     loss = loss_module(with_features(model, batch) if way.cached else batch) / count

@@ -23,7 +23,7 @@ from shortzip.train.inputs.loading import layout_of
 from shortzip.train.release.loading import load_release
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
-from shortzip.train.settings.config import DistillConfig
+from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
@@ -44,7 +44,7 @@ def taught(request: Any, tiny_release: Path, tiny_instructions: Path, tmp_path_f
         release = write_next_release(tmp_path_factory.mktemp("next"))
     model, processor = load_release(str(release), Reductions(BUDGET, FROZEN))
     train_only_projector(model, torch.float32)
-    module = SupervisedLoss(model, teacher=Teacher(model, WEIGHT, HEAT, torch.float32))
+    module = SupervisedLoss(model, teacher=Teacher(model, torch.float32), distill=DistillConfig(WEIGHT, HEAT))
     with torch.no_grad():
         for parameter in projector_parameters(model).values():
             parameter.add_(torch.full_like(parameter, 0.01))
@@ -112,7 +112,7 @@ def test_with_nothing_reduced_an_untrained_student_has_nothing_to_learn_from_it(
 ) -> None:
     model, processor = load_release(str(tiny_release), Reductions())
     train_only_projector(model, torch.float32)
-    module = SupervisedLoss(model, teacher=Teacher(model, 1.0, 1.0, torch.float32))
+    module = SupervisedLoss(model, teacher=Teacher(model, torch.float32), distill=DistillConfig(1.0, 1.0))
     rows = read_instructions(tiny_instructions)
     dataset = ConversationDataset(rows, Supervision(processor), tiny_instructions.parent)
     loss = module(batch_of(dataset, range(4)))
@@ -233,13 +233,4 @@ def test_fastv_and_a_teacher_are_refused_together(tiny_release: Path, tiny_instr
         tmp_path / "r.yaml", tiny_release, tiny_instructions, shortv=None, fastv=fastv, distill={"weight": 0.5}
     )
     with pytest.raises(ConfigError, match="distill and fastv"):
-        load_config(["--config", str(recipe)])
-
-
-def test_cached_features_and_a_teacher_are_refused_together(
-    tiny_release: Path, tiny_instructions: Path, tmp_path: Path
-) -> None:
-    data = {"cache_features": str(tmp_path / "features")}
-    recipe = write_recipe(tmp_path / "r.yaml", tiny_release, tiny_instructions, data=data, distill={"weight": 0.5})
-    with pytest.raises(ConfigError, match=r"distill and data\.cache_features do not go together"):
         load_config(["--config", str(recipe)])

@@ -238,12 +238,22 @@ def test_micro_batches_are_sized_for_the_engine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("how", ["asked", "kept", "kept, on a schedule"])
 def test_every_engine_hears_the_same_teacher(
-    zero: Mapping[str, dict[str, str]], recipe: Path, tmp_path: Path, engine: str
+    zero: Mapping[str, dict[str, str]],
+    recipe: Path,
+    tmp_path: Path,
+    engine: str,
+    how: str,
 ) -> None:
+    """Asked in every step, or before the first one by all processes together; also while the budget falls."""
     keys = ("--distill.weight", "0.5", "--distill.temperature", "2.0", "--max_steps", "4", "--eval_steps", "null")
-    expected = read_metrics(run_here(recipe, tmp_path / "alone", *keys) / "metrics.jsonl")
+    keys += ("--budget_schedule.start", "20", "--budget_schedule.share", "0.8") if "schedule" in how else ()
+    kept_at = [
+        ("--data.cache_teacher", str(tmp_path / name)) if "kept" in how else () for name in ("alone's", "run's")
+    ]
+    expected = read_metrics(run_here(recipe, tmp_path / "alone", *keys, *kept_at[0]) / "metrics.jsonl")
     variables = {"ddp": {"ACCELERATE_USE_CPU": "true"}, **zero}[engine]
-    run_under(variables, recipe, tmp_path / "run", *keys)
+    run_under(variables, recipe, tmp_path / "run", *keys, *kept_at[1])
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-4)

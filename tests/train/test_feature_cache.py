@@ -25,8 +25,9 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import METHODS, parameters_of
-from shortzip.train.inputs.feature_cache import DamagedShard, FeatureCache, features_identity, image_key
+from shortzip.train.inputs.feature_cache import FeatureCache, features_identity, image_key
 from shortzip.train.inputs.feature_filling import fill_cache
+from shortzip.train.inputs.shards import DamagedShard
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import StopRequest
@@ -185,7 +186,7 @@ def test_what_a_live_writer_writes_stays_however_old_it_looks(
             left.append(dead)
             filled(tmp_path, loaded, dataset)
 
-    monkeypatch.setattr("shortzip.train.inputs.feature_cache.save_file", fill_meanwhile)
+    monkeypatch.setattr("shortzip.train.inputs.shards.save_file", fill_meanwhile)
     cache.write({"a": (torch.ones(1, 8, 24), torch.zeros(1, 5, dtype=torch.int64))})
     assert foreign.exists()
     assert not left[0].exists()
@@ -211,7 +212,7 @@ def test_a_damaged_shard_is_computed_anew_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("shortzip.train.inputs.feature_filling.SHARD_IMAGES", 9)
+    monkeypatch.setattr("shortzip.train.inputs.shards.SHARD_ENTRIES", 9)
     dataset = dataset_of(tiny_instructions, loaded[1])
     cache = filled(tmp_path, loaded, dataset, batch_size=3, num_workers=workers)
     expected = {key: cache.get(key)["visual_tokens"].clone() for key in cache._places}
@@ -337,7 +338,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from shortzip.train.inputs.feature_cache import FeatureCache
-import shortzip.train.inputs.feature_cache as module
+import shortzip.train.inputs.shards as module
 cache = FeatureCache(sys.argv[1], {"of": "a test"})
 cache.write({"a": (torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))})
 def die(tensors, path, metadata):

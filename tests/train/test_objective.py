@@ -14,10 +14,10 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.spec import ReleaseSpec
+from shortzip.train.step.components import describe_components
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
-    describe_components,
     projector_parameters,
     recompute_layers,
     train_only_projector,

@@ -104,6 +104,7 @@ def test_the_recipes_that_must_be_there() -> None:
     assert RECIPES == [
         "llava-1.5-13b-3090-4bit.yaml",
         "llava-1.5-7b-3090.yaml",
+        "llava-1.5-7b-distill.yaml",
         "llava-1.5-7b.yaml",
         "llava-interleave-qwen-0.5b.yaml",
         "llava-next-7b.yaml",
@@ -136,6 +137,7 @@ def test_a_recipe_runs_at_toy_size(
         "--data.image_root", str(tiny_instructions.parent), "--data.num_workers", "0", "--data.fraction", "1",
         "--max_steps", "2", "--num_train_epochs", "null", "--global_batch_size", "8",
         *(["--shortv.calibration_samples", "4"] if "freeze" in keys["shortv"] else []),
+        *(part for key in keys["data"] if key.startswith("cache_") for part in (f"--data.{key}", str(tmp_path / key))),
     )  # fmt: skip
     final = open_release(str(folder))
     assert final.saved_reductions.visionzip == keys["visionzip"]

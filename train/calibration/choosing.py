@@ -17,12 +17,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from shortzip.data.batching import permutation
-from shortzip.data.dataset import Collator, ConversationDataset, Sample, encode_unread
+from shortzip.data.dataset import Collator, ConversationDataset, Sample
 from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import write_atomically
 from shortzip.data.instructions import Conversation
 from shortzip.data.known_images import KnownImages
+from shortzip.data.row_lengths import encode_unread
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.calibration_prompts import CalibrationSample
 from shortzip.reduction.layer_choice import pick_layers, rank_layers

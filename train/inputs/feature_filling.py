@@ -4,13 +4,10 @@ full."""
 from __future__ import annotations
 
 import copy
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,16 +24,12 @@ from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
 from shortzip.reduction.positions import keeps_positions
-from shortzip.train.inputs.feature_cache import FeatureCache, features_identity
+from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity
+from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
 from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
-
-logger = logging.getLogger(__name__)
-
-SHARD_IMAGES = 256
-SHARD_SECONDS = 60.0
 
 
 class _ReadImage(NamedTuple):
@@ -99,13 +92,13 @@ def fill_cache(
     """
     accelerator, known_images = session.accelerator, cache.known_images
     sweep(cache.folder)
-    _leave_out_damaged(cache, accelerator)
+    leave_out_damaged(cache, accelerator)
     own = _sources(datasets)[accelerator.process_index :: accelerator.num_processes]
     share = [image for image in own if not (known_images.has("key", *image) and cache.key_of(*image) in cache)]
     loader: Any = DataLoader(
         _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
     )
-    computed, shard, files = 0, _Shard(cache), {}
+    computed, shard, files = 0, OpenShard(cache), {}
     for number, batch in enumerate(loader):
         session.report.progress("features", number * batch_size, len(share))
         images = [image for image in batch if image is not None]
@@ -115,7 +108,8 @@ def fill_cache(
         if pixels:
             prepare()
             computed += len(pixels)
-            shard.add(dict(zip(pixels, _visual_tokens(model, list(pixels.values())), strict=True)))
+            tokens = map(by_name, _visual_tokens(model, list(pixels.values())))
+            shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
         if session.stop.signal is not None:
@@ -128,45 +122,6 @@ def fill_cache(
     cache.refresh()
     cache.drop([])  # what was written since it was looked at is whole
     return int(session.total(computed)[0])
-
-
-class _Shard:
-    """Features that wait to be written to the cache together."""
-
-    def __init__(self, cache: FeatureCache) -> None:
-        self.cache, self.begun = cache, time.monotonic()
-        self.features: dict[str, tuple[Tensor, ...]] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.features
-
-    def add(self, features: dict[str, tuple[Tensor, ...]]) -> None:
-        self.features.update(features)
-
-    def is_due(self) -> bool:
-        is_old = time.monotonic() - self.begun > SHARD_SECONDS
-        return len(self.features) >= SHARD_IMAGES or (is_old and bool(self.features))
-
-    def write(self) -> None:
-        if self.features:
-            self.cache.write(self.features)
-            self.features, self.begun = {}, time.monotonic()
-
-
-def _leave_out_damaged(cache: FeatureCache, accelerator: Accelerator) -> None:
-    """Has every process count as not there what one of them, each reading its share, found damaged; says so."""
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    damaged = sorted(gather_object(cache.damaged(share)))
-    cache.drop(damaged)
-    if damaged and accelerator.is_main_process:
-        logger.warning(
-            "%d of the shards in %s are damaged (%s): their images are computed anew",
-            len(damaged),
-            cache.folder,
-            ", ".join(damaged[:3]),
-        )
-        for name in damaged:
-            (cache.folder / name).unlink(missing_ok=True)
 
 
 def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from shortzip.data.batching import BatchPlan, GlobalBatch, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
-from shortzip.data.drops import Drop
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import Supervision
+from shortzip.train.inputs.budgets import Budgets, CollatorInTime, RowsInTime
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
-from shortzip.train.step.places import LayOut
+from shortzip.train.step.places import LayOut, unreduced
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # micro-batches that each worker has under way: DataLoader's default
@@ -36,13 +36,23 @@ def loader_of(
     accelerator: Accelerator,
     config: TuneConfig,
     taught: bool = False,
+    budgets: Budgets | None = None,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of global batches; `taught`: with the rows as a teacher reads them."""
+    """This process's micro-batches of global batches; `taught`: what a teacher says counts in their loss. `budgets`:
+    those of the steps, where they change."""
     workers, patience = config.data.num_workers, config.data.worker_timeout if config.data.num_workers else 0
+    lay_out_of = partial(layout_of, taught=taught, asked=taught and dataset.lessons is None)
+    process, supervision = accelerator.process_index, dataset.supervision
+    rows: Any = dataset
+    collate: Any = Collator.of(supervision, lay_out_of(supervision))
+    sampler: Any = micro_batches_of(batches, process)
+    if budgets is not None:
+        rows, collate = RowsInTime(budgets), CollatorInTime(budgets, lay_out_of)
+        sampler = _in_time(batches, process, budgets)
     loader: DataLoader[MicroBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # its samples become micro-batches in the collator
-        batch_sampler=micro_batches_of(batches, accelerator.process_index),
-        collate_fn=SharingCollator(Collator.of(dataset.supervision, layout_of(dataset.supervision, taught))),
+        rows,  # samples become micro-batches in the collator
+        batch_sampler=sampler,
+        collate_fn=SharingCollator(collate),
         num_workers=workers,
         timeout=patience,
         pin_memory=accelerator.device.type == "cuda",
@@ -51,26 +61,37 @@ def loader_of(
     return _told_of_shared_memory(micro_batches) if workers else micro_batches
 
 
-def layout_of(supervision: Supervision, taught: bool = False) -> LayOut:
-    """What lays out the integers of a micro-batch; `taught`: also as a model reads them that reduces nothing."""
+def _in_time(batches: Iterable[GlobalBatch], process: int, budgets: Budgets) -> Iterator[list[tuple[int, int]]]:
+    """As `micro_batches_of`, each row with its step."""
+    for batch in batches:
+        step = budgets.step_at(batch.position)
+        for rows in batch.micro_batches[process]:
+            yield [(row, step) for row in rows]
+
+
+def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True) -> LayOut:
+    """What lays out the integers of a micro-batch. `taught`: what a teacher says counts; if it is `asked` in the step,
+    also as it reads the rows: with all their visual tokens."""
     image_token_id = supervision.processor.image_token_id
-    if not taught:
-        return LayOut(image_token_id)
-    processor: Any = copy.copy(supervision.processor)
-    processor.visionzip = None
-    unreduced = Supervision(processor, supervision.template, supervision.max_length)
-    return LayOut(image_token_id, supervision.placeholders, unreduced.placeholders)
+    if not (taught and asked):
+        return LayOut(image_token_id, taught=taught)
+    return LayOut(image_token_id, supervision.placeholders, unreduced(supervision).placeholders, taught=True)
 
 
 def step_inputs(
-    dataset: ConversationDataset, plan: BatchPlan, accelerator: Accelerator, config: TuneConfig, position: int
+    dataset: ConversationDataset,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    config: TuneConfig,
+    position: int,
+    budgets: Budgets | None = None,
 ) -> Iterator[tuple[GlobalBatch, list[MicroBatch]]]:
     """Each global batch of the plan from a position on, with this process's micro-batches of it.
 
     A global batch is cut once: when data workers are told of it, some steps ahead.
     """
     ahead, batches = tee(plan.batches(position))
-    micro_batches = loader_of(dataset, ahead, accelerator, config, taught=config.distill is not None)
+    micro_batches = loader_of(dataset, ahead, accelerator, config, config.distill is not None, budgets)
     process = accelerator.process_index
     return ((batch, list(islice(micro_batches, len(batch.micro_batches[process])))) for batch in batches)
 
@@ -82,10 +103,10 @@ class SharingCollator:
     waited for until data.worker_timeout.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Sample | Drop]], MicroBatch]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], MicroBatch]) -> None:
         self.collate = collate
 
-    def __call__(self, rows: Sequence[Sample | Drop]) -> MicroBatch:
+    def __call__(self, rows: Sequence[Any]) -> MicroBatch:
         micro_batch = self.collate(rows)
         if get_worker_info() is not None:
             for tensor in micro_batch.inputs.values():

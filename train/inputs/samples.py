@@ -51,7 +51,7 @@ def training_set(
     """
     conversations, root, drops = rows or training_rows(config, seed)
     supervision = Supervision(processor, max_length=config.max_length)
-    known_images = KnownImages(config.cache_features)
+    known_images = KnownImages(config.cache_features or config.cache_teacher)
     dataset = ConversationDataset(
         conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known_images
     )
@@ -113,8 +113,11 @@ def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Con
     return conversations[: config.eval_samples], root
 
 
-def check_positions(model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False) -> None:
-    """Refuses rows of more tokens than the language model has positions: what it says there means nothing.
+def check_positions(
+    model_config: Any, dataset: ConversationDataset | None, *, held_out: bool = False, taught: bool = False
+) -> None:
+    """Refuses rows of more tokens than the language model has positions: what it says there means nothing. `taught`: a
+    teacher reads them too, with all their visual tokens.
 
     Raises `UserError`, naming the longest row, the limit and the cure.
     """
@@ -126,7 +129,7 @@ def check_positions(model_config: Any, dataset: ConversationDataset | None, *, h
     factor = rope.get("factor", 1) if rope.get("rope_type") in ("linear", "dynamic", "yarn") else 1
     limit = int(text.max_position_embeddings * factor)
     kept = keeps_positions(model_config)
-    left_out = _positions_left_out(dataset) if kept else 0 * dataset.lengths
+    left_out = left_out_tokens(dataset) if kept or taught else 0 * dataset.lengths
     lengths = dataset.lengths + left_out
     longest = int(lengths.argmax())
     if lengths[longest] <= limit:
@@ -135,15 +138,17 @@ def check_positions(model_config: Any, dataset: ConversationDataset | None, *, h
     cure = f"set data.max_length (now {dataset.supervision.max_length}) to {lower} or less"
     if held_out:
         cure = "held-out rows are not cut: leave them out of data.eval_instructions"
+    counted = " that positions: original counts" if kept else " that the teacher reads (distill)" if taught else ""
     raise UserError(
         f"{int((lengths > limit).sum())} of {len(dataset)} rows are longer than the language model's {limit} "
         f"positions (max_position_embeddings); {dataset.conversations[longest].id!r} has {lengths[longest]} "
-        f"tokens, visual ones included{' that positions: original counts' if kept else ''}: {cure}"
+        f"tokens, visual ones included{counted}: {cure}"
     )
 
 
-def _positions_left_out(dataset: ConversationDataset) -> np.ndarray:
-    """How many positions the images of each row take beyond their visual tokens where these keep theirs: [n] int64."""
+def left_out_tokens(dataset: ConversationDataset) -> np.ndarray:
+    """How many visual tokens the images of each row have beyond those of the budget, [n] int64: the positions that
+    they take where tokens keep theirs, and what a teacher reads besides."""
     supervision = dataset.supervision
     every: Any = copy.copy(supervision.processor)
     every.visionzip = None  # every visual token

@@ -81,6 +81,7 @@ def refuse_own_inputs(config: TuneConfig, folder: Path) -> None:
             "data.chat_template": data.chat_template,
             "data.cache_dir": data.cache_dir,
             "data.cache_features": data.cache_features,
+            "data.cache_teacher": data.cache_teacher,
             "data.demo_scenes.folder": data.demo_scenes.folder if is_demo else None,
         },
     )

@@ -14,6 +14,33 @@ from shortzip.train.settings.flags import PARAMETERS
 
 
 @dataclass(frozen=True)
+class BudgetScheduleConfig:
+    """From a loose budget to the run's own, linear in tokens (train/inputs/budgets.py)."""
+
+    start: int
+    """Visual tokens per image (per tile in LLaVA-NeXT) in the first step: more than the budget."""
+    share: float = 0.5
+    """Share of the steps after which the budget is the run's own."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"budget_schedule.share is {self.share}: a share between 0 and 1 is needed")
+
+    def check(self, visionzip: VisionZipConfig | None, cache_features: str | None) -> None:
+        """Raises `ConfigError` where there is no budget to come to, or one budget's features would be kept."""
+        if visionzip is None:
+            raise ConfigError("budget_schedule ends with the budget, and visionzip is null: set visionzip")
+        tokens = visionzip.dominant + visionzip.contextual
+        if self.start <= tokens:
+            raise ConfigError(f"budget_schedule.start is {self.start}: more than the budget's {tokens} is needed")
+        if cache_features is not None:
+            raise ConfigError(
+                f"budget_schedule and data.cache_features ({cache_features!r}) do not go together: features are kept "
+                "for one budget. Set data.cache_features to null"
+            )
+
+
+@dataclass(frozen=True)
 class VisionZipConfig:
     """The budget: visual tokens per image (per tile in LLaVA-NeXT)."""
 

@@ -118,6 +118,8 @@ class EstimateConfig:
     """How the untrained weights are stored (4bit: decoder layers in NF4, the rest in bfloat16)."""
     gradient_checkpointing: bool = True
     """Whether each LLM layer is computed again in the backward pass instead of being kept."""
+    distill: bool = False
+    """Count a teacher that is asked in every step (distill without data.cache_teacher)."""
     output: Path | None = None
     """A JSON file to write the figures to."""
     overwrite: bool = False

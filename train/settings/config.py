@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
-from shortzip.train.settings.budget import FastVConfig, VisionZipConfig
+from shortzip.train.settings.budget import BudgetScheduleConfig, FastVConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
+from shortzip.train.settings.distill import DistillConfig, check_teacher
 from shortzip.train.settings.method_parameters import flat_settings
 
 DEMO = "demo"  # the value of data.instructions that stands for the drawn scenes
@@ -49,24 +50,6 @@ class ShortVConfig:
         if self.freeze is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(self.freeze)):
             raise ConfigError(f"shortv.freeze is {self.freeze!r}: a number of layers (19) or a share (60%) is needed")
         _at_least(self, "shortv.", calibration_samples=1)
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """The untrained model, reading all visual tokens, teaches (train/step/teacher.py)."""
-
-    weight: float = 0.5
-    """w, above 0 and up to 1: the loss of a token is (1 - w) cross-entropy + w temperature² KL(teacher ‖ student)."""
-    temperature: float = 1.0
-    """By which both models' logits are divided in the divergence."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise ConfigError(
-                f"distill.weight is {self.weight}: a share above 0 and up to 1 is needed (no teacher: distill: null)"
-            )
-        if not 0 < self.temperature <= 100:
-            raise ConfigError(f"distill.temperature is {self.temperature}: more than 0, up to 100, is needed")
 
 
 @dataclass(frozen=True)
@@ -123,6 +106,9 @@ class DataConfig:
     cache_features: str | None = None
     """Folder where each image's visual tokens are kept, computed once before the first step: neither this run's steps
     nor later runs with the same tower, budget and images run the tower; null computes them in every step."""
+    cache_teacher: str | None = None
+    """With distill: folder where what the teacher says of each row (its likeliest tokens) is kept, computed once
+    before the first step: neither this run's steps nor later runs ask a teacher; null asks it in every step."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a bad row or image gets: an error, or being left out, counted and listed in the run's folder."""
     max_bad_fraction: float = 0.05
@@ -162,6 +148,9 @@ class TuneConfig:
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
     visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, another published
     selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random)."""
+    budget_schedule: BudgetScheduleConfig | None = None
+    """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
+    visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
@@ -315,11 +304,9 @@ class TuneConfig:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
         if self.distill is not None and self.fastv is not None:
             raise ConfigError("distill and fastv do not go together: set one of them to null")
-        if self.distill is not None and self.data.cache_features is not None:
-            raise ConfigError(
-                "distill and data.cache_features do not go together: the teacher reads all visual tokens, "
-                "and the cache has those of the budget: set one of them to null"
-            )
+        check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
+        if self.budget_schedule is not None:
+            self.budget_schedule.check(self.visionzip, self.data.cache_features)
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(
@@ -367,6 +354,8 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
+        if self.data.cache_teacher is not None:
+            settings["distill.from data.cache_teacher"] = True  # its likeliest tokens, not all
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}
         return {**settings, **data}
 

@@ -9,7 +9,7 @@ matrix costs its forward once more (the gradient of its input) and attention twi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,11 +18,13 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.reduction.flops import (
     llm_layer_flops_grouped,
     lm_head_flops,
+    projector_flops,
     projector_training_flops,
     tower_blocks_run,
     usual_tiles,
     vision_tower_flops,
 )
+from shortzip.train.step.places import unreduced
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,29 @@ def needed_flops(
     return total
 
 
+def teacher_flops(config: Any, row: RowShape, *, shared: int = 0) -> int:
+    """FLOPs of its forward pass over a row: tower, projector, every layer, logits at supervised positions.
+
+    `row`: with all its visual tokens; one without an image is not read. `shared`: as of `needed_flops`.
+    """
+    if not row.visual:
+        return 0
+    text = config.text_config
+    tokens = row.text - min(shared, row.text) + row.visual
+    attended = row.text + row.visual
+    every = sum(llm_layer_flops_grouped(text, tokens, tokens, attended))
+    last = sum(llm_layer_flops_grouped(text, row.supervised, tokens, attended))
+    llm = (text.num_hidden_layers - 1) * every + last + lm_head_flops(text, row.supervised)
+    return llm + projector_flops(config, row.visual) + vision_tower_flops(config, row.tiles)
+
+
 class StepFlops:
     """The FLOPs that a step over samples of `dataset` needs with `model`, for MFU.
 
-    LLaVA-NeXT's images, whose tiles differ, are counted as five each.
+    LLaVA-NeXT's images, whose tiles differ, are counted as five each. `taught`: a teacher is asked in the step.
     """
 
-    def __init__(self, model: Any, dataset: ConversationDataset) -> None:
+    def __init__(self, model: Any, dataset: ConversationDataset, taught: bool = False) -> None:
         supervision, config = dataset.supervision, model.config
         self.config, self.dataset = config, dataset
         self.tower = not isinstance(model.model.vision_tower, nn.Identity)
@@ -102,9 +120,11 @@ class StepFlops:
         self.tiles = usual_tiles(config)
         if supervision.needs_image_sizes:
             side = config.vision_config.image_size
-            self.visual = supervision.placeholders((2 * side, 2 * side))
+            size = (2 * side, 2 * side)
         else:
-            self.visual = supervision.placeholders((0, 0))
+            size = (0, 0)
+        self.size, self.visual = size, supervision.placeholders(size)
+        self.taught = unreduced(supervision).placeholders(size) if taught else None
         self.shared = 0
         if self.tiles == 1:
             with_image = (conversation for conversation in dataset.conversations if conversation.images)
@@ -114,11 +134,17 @@ class StepFlops:
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
 
-    def __call__(self, samples: Sequence[int]) -> int:
-        return sum(map(self._of, samples))
+    def __call__(self, samples: Sequence[int], visual: int | None = None) -> int:
+        """`visual`: tokens of an image in this step, where they are others than the dataset's."""
+        return sum(self._of(sample, self.visual if visual is None else visual) for sample in samples)
 
-    def _of(self, sample: int) -> int:
+    def _of(self, sample: int, of_image: int) -> int:
         length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
         visual = min(length, images * self.visual)
-        row = RowShape(length - visual, visual, int(self.dataset.supervised[sample]), max(1, images) * self.tiles)
-        return needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+        seen, supervised = min(visual, images * of_image), int(self.dataset.supervised[sample])
+        row = RowShape(length - visual, seen, supervised, max(1, images) * self.tiles)
+        needed = needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+        if self.taught is None:
+            return needed
+        whole = replace(row, visual=images * self.taught)
+        return needed + teacher_flops(self.config, whole, shared=self.shared)

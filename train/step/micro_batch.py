@@ -25,6 +25,7 @@ from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.memory import TrainingStep, pixel_bytes, training_step_memory
 from shortzip.train.step.supervised_states import can_walk
+from shortzip.train.step.teaching_cost import teacher_bytes
 
 MARGIN = 0.1  # of a device's memory is left free: for fragments, and for what the estimate does not know
 CPU_ROWS = 8
@@ -50,12 +51,14 @@ class StepEstimate:
     """What the memory of a micro-batch depends on, beside its size.
 
     `config`: of a LLaVA. `row`: a conversation as long as the longest, with one image; its `micro_batch_size` and
-    `gradient_checkpointing` are not read. `most_rows`: conversations of a global batch on one device.
+    `gradient_checkpointing` are not read. `most_rows`: conversations of a global batch on one device. `taught`: visual
+    tokens of that conversation as a teacher reads it in the step; None: none does.
     """
 
     config: Any
     row: TrainingStep
     most_rows: int
+    taught: int | None = None
 
     @property
     def longest(self) -> int:
@@ -72,7 +75,10 @@ class StepEstimate:
         step = replace(
             self.row, text_tokens=text, micro_batch_size=rows, gradient_checkpointing=limits.gradient_checkpointing
         )
-        return training_step_memory(self.config, step).total
+        parts = training_step_memory(self.config, step)
+        if self.taught is None:
+            return parts.total
+        return parts.total + teacher_bytes(self.config, step, self.taught, parts.activations + parts.working)
 
     def largest(self, memory: int, gradient_checkpointing: bool) -> MicroBatchLimits | None:
         """The largest micro-batch whose estimate is within `memory` bytes; None if one row of the longest is not."""
@@ -182,7 +188,8 @@ def estimate_of(
 
     `share`: what `weights_share` gives.
     """
-    counted = StepFlops(model, dataset)
+    is_taught = config.distill is not None and config.data.cache_teacher is None
+    counted = StepFlops(model, dataset, taught=is_taught)
     longest = int(dataset.lengths.max())
     visual = min(counted.visual, longest - 1)
     row = TrainingStep(
@@ -196,7 +203,7 @@ def estimate_of(
         cached_features=not counted.tower,
         weights_share=1.0 if share is None else share,
     )
-    estimate = StepEstimate(model.config, row, -(-config.global_batch_size // num_processes))
+    estimate = StepEstimate(model.config, row, -(-config.global_batch_size // num_processes), counted.taught)
     training_step_memory(model.config, row)  # refuses families that it does not know
     return estimate
 

@@ -4,6 +4,7 @@ divergence (train/step/teacher.py); and what is trained to do so."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
 from shortzip.reduction.shortv import ActiveRows
+from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.lean_autograd import Take
 from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
-from shortzip.train.step.teacher import Lesson, Teacher, plain_lesson_loss, summed_lesson_loss
+from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
+from shortzip.train.step.visual_features import visual_features
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
@@ -67,16 +70,23 @@ class SupervisedLoss(nn.Module):
     trained, and where the weights lie, is to be settled before. `plain` turns it off. `logits_at_once`: values; None
     takes what suits the device.
 
-    With a `teacher` the cross-entropy is replaced, in micro-batches laid out for one, by the sum that
-    train/step/teacher.py describes; without (held-out conversations), labels alone count.
+    With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
+    train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
+    (train/inputs/lesson_cache.py). In others (held-out conversations) labels alone count.
     """
 
     def __init__(
-        self, model: Llava, *, plain: bool = False, logits_at_once: int | None = None, teacher: Teacher | None = None
+        self,
+        model: Llava,
+        *,
+        plain: bool = False,
+        logits_at_once: int | None = None,
+        teacher: Teacher | None = None,
+        distill: DistillConfig | None = None,
     ) -> None:
         super().__init__()
         self.model, self.logits_at_once = model, logits_at_once
-        self.teacher = teacher
+        self.teacher, self.distill = teacher, distill
         self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
         self.plain = plain or not can_walk(model.model.language_model)
         self._fixed: dict[bytes, FixedText] = {}
@@ -84,7 +94,8 @@ class SupervisedLoss(nn.Module):
     def forward(self, batch: MicroBatch) -> Tensor:
         """float32 scalar. `batch.inputs`: input_ids, attention_mask, labels [B, L], and pixel_values (with image_sizes
         for LLaVA-NeXT) or visual_tokens (with visual_kept and image_sizes; for original positions visual_targets) if
-        it has images. `batch.layout`: the `Layout` of its integers; without one, they are laid out here.
+        it has images, and taught_log_probs, taught_ids [T, k] if it has lessons. `batch.layout`: the `Layout` of its
+        integers; without one, they are laid out here.
 
         A micro-batch, not its tensors: DDP would move all of these to the device, and the integers be waited for.
 
@@ -95,6 +106,8 @@ class SupervisedLoss(nn.Module):
             ValueError: placeholders and visual tokens do not match.
         """
         layout = batch.layout
+        if layout is not None and self.distill is None:
+            layout = replace(layout, taught=False)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
             layout = LayOut(self.model.config.image_token_id)(integers)
@@ -136,14 +149,25 @@ class SupervisedLoss(nn.Module):
             **fastv_query(self.model, labels),
         )
         states = Take.apply(outputs.last_hidden_state.flatten(0, 1), every.ends)
-        if self.teacher is not None and layout.full is not None:
-            lesson = self._lesson(self._plain_teacher_states(batch, layout.full))
-            return plain_lesson_loss(self.model.lm_head, states, every.targets, lesson)
-        return nn.functional.cross_entropy(self.model.lm_head(states).float(), every.targets, reduction="sum")
+        if not layout.taught:
+            return nn.functional.cross_entropy(self.model.lm_head(states).float(), every.targets, reduction="sum")
+        if layout.full is not None:
+            lesson, taught = self._lesson(self._plain_teacher_states(batch, layout.full)), None
+        else:
+            lesson, taught = self._lesson(self._kept_lessons(batch, device)), every.taught
+        return plain_lesson_loss(self.model.lm_head, states, every.targets, lesson, taught)
 
     def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
         frozen = self.model.config.shortv is not None
         return {"active_rows": ActiveRows(every.active, every.is_active)} if frozen else {}
+
+    def teacher_states(self, batch: MicroBatch) -> Tensor:
+        """[S, H], the teacher's hidden states at the supervised positions of a micro-batch whose rows all answer an
+        image, laid out for a teacher."""
+        full: FullRows = batch.layout.full
+        if self.plain:
+            return self._plain_teacher_states(batch.inputs, full)
+        return self._teacher_states(batch.inputs, full.layout)
 
     @torch.no_grad()
     def _plain_teacher_states(self, batch: Mapping[str, Tensor], full: FullRows) -> Tensor:
@@ -167,9 +191,16 @@ class SupervisedLoss(nn.Module):
         _refuse_mismatch(layout.placeholders, len(features))
         return features
 
-    def _lesson(self, states: Tensor) -> Lesson:
-        assert self.teacher is not None
-        return Lesson(states, self.teacher.weight, self.teacher.temperature)
+    def _lesson(self, said: Tensor | TopTokens) -> Lesson:
+        assert self.distill is not None
+        return Lesson(said, self.distill.weight, self.distill.temperature)
+
+    def _kept_lessons(self, batch: Mapping[str, Tensor], device: torch.device) -> TopTokens:
+        """The lessons [T, k] of the rows that answer an image; [0, 1] of a micro-batch without such."""
+        if "taught_ids" not in batch:
+            return TopTokens(torch.zeros(0, 1, device=device), torch.zeros(0, 1, dtype=torch.int64, device=device))
+        ids = batch["taught_ids"].to(device, non_blocking=True).long()
+        return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         features, images = visual_features(self.model, batch)
@@ -179,8 +210,10 @@ class SupervisedLoss(nn.Module):
         if layout.with_image is not None:
             assert features is not None
             lesson = None
-            if self.teacher is not None and layout.full is not None:
-                lesson = self._lesson(self._teacher_states(batch, layout.full.layout))
+            if layout.taught:
+                full = layout.full
+                said = self._kept_lessons(batch, device) if full is None else self._teacher_states(batch, full.layout)
+                lesson = self._lesson(said)
             loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson)
         else:
             projector = self.model.model.multi_modal_projector
@@ -189,8 +222,9 @@ class SupervisedLoss(nn.Module):
         if layout.text_only is not None:
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
-            if self.teacher is not None and layout.full is not None:
-                reported = (1 - self.teacher.weight) * reported  # from text alone the teacher says the same
+            if layout.taught:
+                assert self.distill is not None
+                reported = (1 - self.distill.weight) * reported  # from text alone the teacher says the same
             loss = loss + reported
         return loss
 
@@ -278,25 +312,6 @@ def _refuse_mismatch(placeholders: int, features: int) -> None:
         )
 
 
-def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ImagePositions | None]:
-    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders, and where
-    they stand, if not where they are counted.
-
-    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
-    """
-    inner: Any = model.model
-    sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-    if "visual_tokens" in batch:
-        features = torch.cat(list(inner.project(batch["visual_tokens"], batch.get("visual_kept"), **sizes)))
-        if "visual_targets" not in batch:
-            return features, None
-        return features, inner.image_positions(batch["visual_kept"], batch["visual_targets"], **sizes)
-    if "pixel_values" not in batch:
-        return None, None
-    images = inner.get_image_features(pixel_values=batch["pixel_values"], **sizes)
-    return torch.cat(list(images.pooler_output)), images.get("positions")
-
-
 def summed_cross_entropy(
     lm_head: nn.Module, states: Tensor, targets: Tensor, logits_at_once: int | None = None
 ) -> Tensor:
@@ -373,21 +388,3 @@ def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:
     """The trained parameters under the names that the release gives them."""
     prefix = "model.multi_modal_projector."
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}
-
-
-def describe_components(model: Llava) -> list[tuple[str, int, str, bool]]:
-    """(component, parameters, dtypes, is it trained) of every part of the model, for the report at the start."""
-    parts = {
-        "vision tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language model": model.model.language_model,
-        "LM head": model.lm_head,
-    }
-    rows = []
-    for name, part in parts.items():
-        parameters = list(part.parameters())
-        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-        for trained in sorted({parameter.requires_grad for parameter in parameters}):
-            count = sum(parameter.numel() for parameter in parameters if parameter.requires_grad is trained)
-            rows.append((name, count, ", ".join(dtypes), trained))
-    return rows

@@ -5,6 +5,7 @@ Data workers do it (`lay_out` is what the collator is given), so that no integer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.data.supervision import IGNORE_INDEX, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.positions import ImagePositions, packed_shifts
 from shortzip.reduction.shortv import active_rows
@@ -122,12 +123,14 @@ class EveryToken(_Laid):
         targets: [S] int64, the token that follows each of them.
         active: [B, A] int64 and
         is_active: [B, A] bool, positions that are not visual (shortzip.reduction.shortv.ActiveRows).
+        taught: [T] int64, which of the supervised positions are those of rows that answer an image.
     """
 
     ends: Tensor
     targets: Tensor
     active: Tensor
     is_active: Tensor
+    taught: Tensor
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class Layout(_Laid):
         with_image: rows with a supervised position after an image; None without such.
         text_only: rows with supervised positions and no image before the last of them, which give the projector no
             gradient; None without such.
-        full: the rows with all visual tokens, as a teacher reads them; None where there is no teacher.
+        taught: whether what a teacher says counts in the loss.
+        full: the rows with all visual tokens, as a teacher reads them; None where none is asked.
     """
 
     every_token: EveryToken
@@ -149,6 +153,7 @@ class Layout(_Laid):
     used: Tensor | None
     with_image: Rows | None
     text_only: Rows | None
+    taught: bool = False
     full: FullRows | None = None
 
 
@@ -162,6 +167,13 @@ class FullRows(_Laid):
     layout: Layout
 
 
+def unreduced(supervision: Supervision) -> Supervision:
+    """The same for a model that keeps every visual token."""
+    processor: Any = copy.copy(supervision.processor)
+    processor.visionzip = None
+    return Supervision(processor, supervision.template, supervision.max_length)
+
+
 @dataclass(frozen=True)
 class LayOut:
     """What a collator makes of a micro-batch's integers.
@@ -169,17 +181,19 @@ class LayOut:
     Attributes:
         image_token_id: of the placeholder.
         reduced: how many placeholders an image of (height, width) has in the rows.
-        full: how many it has with all visual tokens, where a teacher reads the rows; None: there is none.
+        full: how many it has with all visual tokens, where a teacher reads the rows; None: none does.
+        taught: whether what a teacher says counts in the loss.
     """
 
     image_token_id: int
     reduced: Callable[[tuple[int, int]], int] | None = None
     full: Callable[[tuple[int, int]], int] | None = None
+    taught: bool = False
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Layout:
         """The layout of input_ids, attention_mask, labels [B, L] and, where images differ in size, image_sizes."""
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        layout = lay_out(*rows, image_token_id=self.image_token_id)
+        layout = replace(lay_out(*rows, image_token_id=self.image_token_id), taught=self.taught)
         if self.full is None or self.reduced is None:
             return layout
         wide = expand_images(*rows, self._counts(inputs), image_token_id=self.image_token_id)
@@ -236,6 +250,11 @@ def expand_images(
     return ids, mask, targets
 
 
+def answers_image(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+    """[B] bool, the rows with a supervised position after a visual token. Arguments [B, L]."""
+    return (needed_tokens(attention_mask, labels) & (input_ids == image_token_id)).any(1)
+
+
 def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_token_id: int) -> Layout:
     """The layout of a micro-batch; every argument [B, L] int64 on the CPU, padded on either side.
 
@@ -243,7 +262,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
     """
     needed = needed_tokens(attention_mask, labels)
     visual = (input_ids == image_token_id) & attention_mask.bool()
-    sees = (needed & visual).any(1)
+    sees = answers_image(input_ids, attention_mask, labels, image_token_id)
     before = visual.flatten().cumsum(0).view_as(visual) - visual.long()
 
     def rows_of(chosen: Tensor) -> Rows | None:
@@ -256,9 +275,10 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
         return Rows(beginning, beginning.numpy().tobytes(), places)
 
     used = (needed & sees[:, None])[visual]
+    taught = sees.repeat_interleave(predicting(labels).sum(1)).nonzero()[:, 0]
     ends, active = predicting(labels).flatten().nonzero()[:, 0], active_rows(input_ids == image_token_id)
     return Layout(
-        every_token=EveryToken(ends, labels.flatten()[ends + 1], *active),
+        every_token=EveryToken(ends, labels.flatten()[ends + 1], *active, taught),
         placeholders=len(used),
         used=None if bool(used.all()) else used.nonzero()[:, 0],
         with_image=rows_of(sees),

@@ -49,13 +49,13 @@ class Lesson:
 class Teacher:
     """The model before it is trained, with all its visual tokens.
 
-    Made while the projector is still the release's. `projector` is a copy of it, untrained, in the compute dtype:
-    whoever holds the teacher has it moved to where the model goes.
+    Made while the projector is still the release's, or of that one. `projector` is a copy of it, untrained, in the
+    compute dtype: whoever holds the teacher has it moved to where the model goes.
     """
 
-    def __init__(self, model: Any, weight: float, temperature: float, dtype: torch.dtype) -> None:
-        self.weight, self.temperature = weight, temperature
-        self.projector: nn.Module = copy.deepcopy(model.model.multi_modal_projector).to(dtype).requires_grad_(False)
+    def __init__(self, model: Any, dtype: torch.dtype, projector: nn.Module | None = None) -> None:
+        own = model.model.multi_modal_projector if projector is None else projector
+        self.projector: nn.Module = copy.deepcopy(own).to(dtype).requires_grad_(False)
         # The model's own modules under a config that reduces nothing: no weight is held twice.
         self._view = copy.copy(model.model)
         self._view.__dict__["_modules"] = {**model.model._modules, "multi_modal_projector": self.projector}
@@ -72,6 +72,16 @@ class Teacher:
         return torch.cat(list(images))
 
 
+@torch.no_grad()
+def top_tokens(lm_head: nn.Module, states: Tensor, temperature: float, count: int) -> TopTokens:
+    """The `count` likeliest next tokens after a teacher's hidden states [S, H], the likeliest first."""
+    found = []
+    width = 1 if not len(states) else lm_head(states[:1]).shape[-1]
+    for chunk in states.split(max(1, LOGITS_AT_ONCE // 8 // width)):
+        found.append((lm_head(chunk).float() / temperature).log_softmax(-1).topk(count))
+    return TopTokens(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
+
+
 def summed_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson) -> Tensor:
     """Sum over S positions of (1 - w) CE + w τ² KL; float32.
 
@@ -84,14 +94,16 @@ def summed_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, less
     return plain_lesson_loss(lm_head, states, targets, lesson)
 
 
-def plain_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson) -> Tensor:
+def plain_lesson_loss(
+    lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson, taught: Tensor | None = None
+) -> Tensor:
     """As `summed_lesson_loss`, by autograd, the head called once for the student and once for the teacher's states:
-    as often in every process."""
+    as often in every process. `taught` [T] int64: the positions that the lesson is of; None: all."""
     logits = lm_head(states).float()
     cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="sum")
     with torch.no_grad():
-        taught = _taught(lm_head, lesson, slice(None))
-    divergence, _ = _divergence(logits / lesson.temperature, taught)
+        said = _said(lm_head, lesson, slice(None))
+    divergence, _ = _divergence((logits if taught is None else logits[taught]) / lesson.temperature, said)
     return (1 - lesson.weight) * cross_entropy + lesson.weight * lesson.temperature**2 * divergence
 
 
@@ -110,7 +122,7 @@ class _SummedLessonLoss(torch.autograd.Function):
             logits, target = lm_head(states[chunk]).float(), targets[chunk].unsqueeze(1)
             log_probs = logits.log_softmax(-1)
             total -= (1 - part) * log_probs.gather(1, target).sum()
-            divergence, of_scaled = _divergence(logits / heat, _taught(lm_head, lesson, chunk))
+            divergence, of_scaled = _divergence(logits / heat, _said(lm_head, lesson, chunk))
             total += part * heat**2 * divergence
             if gradient is not None:
                 probs = log_probs.exp_()
@@ -126,27 +138,27 @@ class _SummedLessonLoss(torch.autograd.Function):
         return of_states * gradient, None, None, None
 
 
-def _taught(lm_head: nn.Module, lesson: Lesson, chunk: slice) -> Tensor | TopTokens:
+def _said(lm_head: nn.Module, lesson: Lesson, chunk: slice) -> Tensor | TopTokens:
     """The teacher's log-probabilities [c, V] at some of the positions, or its top tokens."""
     if isinstance(lesson.outputs, TopTokens):
         return TopTokens(lesson.outputs.log_probs[chunk], lesson.outputs.ids[chunk])
     return (lm_head(lesson.outputs[chunk]).float() / lesson.temperature).log_softmax(-1)
 
 
-def _divergence(scaled: Tensor, taught: Tensor | TopTokens) -> tuple[Tensor, Tensor]:
+def _divergence(scaled: Tensor, said: Tensor | TopTokens) -> tuple[Tensor, Tensor]:
     """KL(teacher ‖ student), summed, and its gradient for `scaled`, the student's logits / τ [c, V], float32.
 
     Of top tokens, the KL between distributions over k tokens and one mass for all others: never more than the whole.
     """
     log_probs = scaled.log_softmax(-1)
-    if not isinstance(taught, TopTokens):
-        divergence = nn.functional.kl_div(log_probs, taught, reduction="sum", log_target=True)
-        return divergence, log_probs.detach().exp() - taught.exp()
-    rest = taught.log_probs.exp().sum(-1, keepdim=True).neg().add(1).clamp(min=0)
-    log_rest = log_probs.scatter(1, taught.ids, -torch.inf).logsumexp(-1, keepdim=True)
-    among = nn.functional.kl_div(log_probs.gather(1, taught.ids), taught.log_probs, reduction="sum", log_target=True)
+    if not isinstance(said, TopTokens):
+        divergence = nn.functional.kl_div(log_probs, said, reduction="sum", log_target=True)
+        return divergence, log_probs.detach().exp() - said.exp()
+    rest = said.log_probs.exp().sum(-1, keepdim=True).neg().add(1).clamp(min=0)
+    log_rest = log_probs.scatter(1, said.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    among = nn.functional.kl_div(log_probs.gather(1, said.ids), said.log_probs, reduction="sum", log_target=True)
     others = torch.xlogy(rest, rest) - rest * log_rest
     with torch.no_grad():
         gradient = log_probs.exp() * (1 - (rest.log() - log_rest).exp())
-        gradient.scatter_(1, taught.ids, log_probs.gather(1, taught.ids).exp() - taught.log_probs.exp())
+        gradient.scatter_(1, said.ids, log_probs.gather(1, said.ids).exp() - said.log_probs.exp())
     return among + others.sum(), gradient

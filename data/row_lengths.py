@@ -1,0 +1,77 @@
+"""How long rows are, without reading their images, and what that depends on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from shortzip.data.drops import BadSample
+from shortzip.data.images import BadImage
+from shortzip.data.instructions import Conversation
+from shortzip.data.known_images import KnownImages
+from shortzip.data.supervision import Encoded, Supervision
+
+_CACHE_FORMAT = 4
+
+
+class Counted(NamedTuple):
+    """A row that can be used: its place among all rows, tokens, supervised tokens, images left, and `Encoded.cut`."""
+
+    number: int
+    tokens: int
+    supervised: int
+    images: int
+    cut: str | None
+
+
+def encode_unread(
+    conversation: Conversation,
+    supervision: Supervision,
+    image_root: str | os.PathLike[str] | None,
+    known_images: KnownImages,
+) -> Encoded:
+    """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter.
+
+    Raises BadSample for a bad row or image.
+    """
+    if not supervision.needs_image_sizes:
+        return supervision.encode(conversation)
+    try:
+        sizes = [known_images.size(source, image_root) for source in conversation.images]
+    except BadImage as error:
+        raise BadSample(error.problem, conversation.id, str(error), error.file) from error
+    return supervision.encode(conversation, sizes)
+
+
+def lengths_depend_on(
+    conversations: Sequence[Conversation],
+    supervision: Supervision,
+    image_root: str | os.PathLike[str] | None,
+    known_images: KnownImages,
+) -> dict[str, Any]:
+    """All that `Supervision.encode` reads of conversations, as the parts of an identity.
+
+    Of an image that is the number of its placeholders, which processor, budget and (of LLaVA-NeXT) its size decide.
+    """
+    tokenizer, digest = supervision.tokenizer, hashlib.sha256()
+    for conversation in conversations:
+        images: list[int | str] = []
+        for source in conversation.images:
+            try:
+                size = known_images.size(source, image_root) if supervision.needs_image_sizes else (0, 0)
+                images.append(supervision.placeholders(size))
+            except BadImage as error:
+                images.append(error.problem)
+        digest.update(json.dumps([conversation.id, images, conversation.turns]).encode() + b"\n")
+    return {
+        "format": _CACHE_FORMAT,
+        "conversations and placeholders": digest.hexdigest(),
+        "template": supervision.template,
+        "max_length": supervision.max_length,
+        "image token": [supervision.processor.image_token, supervision.processor.image_token_id],
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "opening": tokenizer("x").input_ids[:1],
+        "splits special tokens": tokenizer.split_special_tokens,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
