@@ -119,8 +119,8 @@ class Parameter(NamedTuple):
 
 def parameters_of(method: str) -> dict[str, Parameter]:
     """The parameters of a method, by name. Raises ReductionError for an unknown method."""
-    if method not in METHODS:
-        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {list(METHODS)}")
+    if method not in SELECTORS and method not in BASELINES:
+        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {[*SELECTORS, *BASELINES]}")
     if method in BASELINES:
         return {name: Parameter(type(default), default) for name, default in BASELINES[method].items()}
     kind = _class_of(method)
@@ -155,7 +155,8 @@ def selector_of(visionzip: Mapping[str, Any]) -> Selector:
     Raises:
         ReductionError: as `settled`, and a value out of range.
     """
-    parameters = {key: value for key, value in settled(visionzip).items() if key not in BUDGET_KEYS}
+    budget = {"dominant": 1, "contextual": 0}  # what is chosen by asks for none
+    parameters = {key: value for key, value in settled({**budget, **visionzip}).items() if key not in BUDGET_KEYS}
     selector: Selector = _class_of(visionzip.get("method", VISIONZIP))(**parameters)
     return selector
 

@@ -27,20 +27,22 @@ class ActiveRows(NamedTuple):
         positions: [B, A] int64, A the largest number of active positions in a row: its active positions, ascending,
             then (to fill up) as many of its frozen ones.
         is_active: [B, A] bool, False where `positions` fills up.
+        fills_up: whether `is_active` may be False anywhere.
     """
 
     positions: Tensor
     is_active: Tensor
+    fills_up: bool = True
 
 
 def active_rows(frozen: Tensor) -> ActiveRows:
     """The complement of `frozen` [B, L] bool, in the form that `forward_active` takes. Waits for the device once."""
     active = ~frozen
-    count = int(active.sum(dim=1).max())
+    least, count = torch.stack(active.sum(dim=1).aminmax()).tolist()
     # Filling up with the row's own frozen positions keeps the indices of a row distinct, so that writing back needs no
     # mask and no row count but the largest.
     index = frozen.to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]
-    return ActiveRows(index, active.gather(1, index))
+    return ActiveRows(index, active.gather(1, index), fills_up=least < count)
 
 
 def forward_active(
@@ -69,7 +71,7 @@ def forward_active(
     if position_embeddings is None:
         raise ReductionError("a frozen layer needs position_embeddings (cos, sin), as every decoder passes them")
     attention = layer.self_attn
-    batch, length, width = hidden_states.shape
+    batch, length, _ = hidden_states.shape
     normed = layer.input_layernorm(hidden_states)
     cos, sin = position_embeddings
 
@@ -83,7 +85,7 @@ def forward_active(
     if rows.positions.shape[1] == 0:
         return hidden_states
 
-    cos, sin = (take(part.expand(batch, -1, -1), rows.positions) for part in (cos, sin))
+    cos, sin = (take(part, rows.positions) for part in (cos, sin))
     queries = rotate(split_heads(attention.q_proj(take(normed, rows.positions))), cos, sin)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     attended, _ = attend(
@@ -99,8 +101,11 @@ def forward_active(
     before = take(hidden_states, rows.positions)
     states = before + attention.o_proj(attended.reshape(batch, rows.positions.shape[1], -1))
     states = states + layer.mlp(layer.post_attention_layernorm(states))
-    states = torch.where(rows.is_active.unsqueeze(-1), states, before)
-    return hidden_states.scatter(1, rows.positions.unsqueeze(-1).expand(-1, -1, width), states)
+    if rows.fills_up:
+        states = torch.where(rows.is_active.unsqueeze(-1), states, before)
+    # Not index_copy, which keeps what is put there for a backward pass.
+    flat = hidden_states.flatten(0, 1).index_put((_flat(rows.positions, batch, length),), states.flatten(0, 1))
+    return flat.view(hidden_states.shape)
 
 
 class FrozenVisualTokens:
@@ -171,8 +176,16 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
-    """states [B, N, X] at index [B, A] → [B, A, X]."""
-    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    """states [B or 1, N, X] at index [B, A] → [B, A, X]. Row by row: gather would look up every single value."""
+    rows, length = states.shape[:2]
+    return states.flatten(0, 1).index_select(0, _flat(index, rows, length)).unflatten(0, index.shape)
+
+
+def _flat(index: Tensor, rows: int, length: int) -> Tensor:
+    """Where positions `index` [B, A] stand in rows of `length`, one after the other, or in one for all: [B * A]."""
+    if rows > 1:
+        index = index + length * torch.arange(rows, device=index.device)[:, None]
+    return index.flatten()
 
 
 def windows_of(decoder: Any) -> list[int | None]:

@@ -73,12 +73,12 @@ def converse(
     after = list(talks)
     try:
         image = open_image(path)
-        built = [models.build(kind, *budget) for kind in models.kinds]
+        chats = [models.chat(kind, *budget) for kind in models.kinds]
         for place, kind in enumerate(models.kinds):
             turns = [(turn["role"], _text(turn)) for turn in after[place] if not _is_note(turn)]
             turns.append(("user", text))
             turns[0] = ("user", f"{PLACEHOLDER}\n{turns[0][1]}")
-            answer, took = models.answer(*built[place], turns, image)
+            answer, took = models.answer(chats[place], turns, image)
             after[place] = [
                 *after[place],
                 {"role": "user", "content": text},

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from shortzip.data.dataset import Collator
-from shortzip.data.errors import UserError
 from shortzip.data.pixels import squared
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
@@ -23,7 +21,7 @@ from shortzip.reduction.parsing import budget_by
 from shortzip.reduction.pictures import draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
-from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.inputs.chat import Chat
 from shortzip.train.release.lineage import check_tuned, check_untuned
 from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release, open_release, release_projector
@@ -39,14 +37,15 @@ BUDGET, ONE_TOKEN = ("dominant", "contextual"), {"dominant": 1, "contextual": 0}
 
 
 class TokenTimes(BaseStreamer):
-    """When `generate` began, and when each of its tokens came."""
+    """When each token of an answer came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt, and then with each token: on the CPU, so what computes it is done."""
-        self.times.append(time.perf_counter())
+        if value.dim() == 1:
+            self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Called after the last token."""
@@ -97,6 +96,7 @@ class Models:
         self.merges = selector is not None and selector.merges
         self.cls = int(TOWER_HAS_CLS[vision.model_type] and selector is not None and selector.keeps_cls)
         self.title = f"baseline {method}" if selector is None else selector.title
+        self._chats: dict[str, tuple[tuple[int, int, int], Chat]] = {}
         self.ranking = self._ranking(config, None if tuned is None else tuned.name)
 
     def _chosen_by(self, method: str | None) -> dict[str, Any]:
@@ -145,6 +145,13 @@ class Models:
         }
         return int(visionzip["dominant"]), int(visionzip["contextual"]), len(self.saved.layers)
 
+    def chat(self, kind: str, dominant: int, contextual: int, frozen: int) -> Chat:
+        """The conversation with the model of a kind, which keeps what the last one computed. Raises as `build`."""
+        settings = (dominant, contextual, frozen)
+        if self._chats.get(kind, (None,))[0] != settings:
+            self._chats[kind] = (settings, Chat(*self.build(kind, *settings)))
+        return self._chats[kind][1]
+
     def build(self, kind: str, dominant: int, contextual: int, frozen: int) -> tuple[Any, Supervision]:
         """The model of a kind and how it is prompted. Raises ValueError for a budget or layers that cannot be."""
         budget = {"dominant": dominant, "contextual": contextual, **self.chosen_by}
@@ -159,38 +166,23 @@ class Models:
         projector = self.tuned_projector if kind == TUNED else None
         return share_weights(self.base, reductions, projector), Supervision(processor, max_length=None)
 
-    @torch.inference_mode()
-    def answer(
-        self, model: Any, supervision: Supervision, turns: Sequence[tuple[str, str]], image: Image.Image
-    ) -> tuple[str, str]:
-        """(answer, what it took) of what `build` gave, to `turns` that end with a question; the first shows the image.
+    def answer(self, chat: Chat, turns: Sequence[tuple[str, str]], image: Image.Image) -> tuple[str, str]:
+        """(answer, what it took) to `turns` that end with a question; the first shows the image.
 
-        The time of an answer is that of the median prefill and of the further tokens.
+        The time of an answer is that of the median prefill and of the further tokens. Of a conversation that goes on,
+        only what is new is computed.
         """
-        inputs = batch_prompts(supervision, [encode_prompt(supervision, turns, [image])], self.base.device)
-        longest = getattr(self.base.config.text_config, "max_position_embeddings", None)
-        if longest is not None and inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
-            raise UserError(f"the conversation is longer than the {longest} tokens of this model: begin a new one")
-        prefills, ids = [], torch.empty(0)
+        if len(turns) == 1:  # the same question again has to take as long as it did
+            chat.forget()
+        prefills: list[float] = []
         for limit in (*[1] * PREFILLS, self.max_new_tokens):
-            watch = TokenTimes()
-            ids = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=limit,
-                eos_token_id=supervision.tokenizer.eos_token_id,
-                pad_token_id=Collator.of(supervision).pad_token_id,
-                streamer=watch,
-                max_time=self.seconds,
-            )
-            prefills.append(watch.times[1] - watch.times[0])
+            watch, last = TokenTimes(), len(prefills) == PREFILLS
+            reply = chat.reply(turns, [image], limit, keep=last, streamer=watch, max_time=self.seconds)
+            prefills.append(watch.times[0] - reply.began)
         prefill = statistics.median(prefills[1:])  # the first sets up what a first batch needs
-        whole = prefill + watch.times[-1] - watch.times[1]
-        length = inputs["input_ids"].shape[1]
-        visual = int((inputs["input_ids"] == self.base.config.image_token_id).sum())
-        took = f"{visual} visual tokens, prefill {1000 * prefill:.0f} ms, answer {1000 * whole:.0f} ms"
-        text: Any = supervision.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-        return str(text).strip(), took
+        whole = prefill + watch.times[-1] - watch.times[0]
+        took = f"{reply.visual} visual tokens, prefill {1000 * prefill:.0f} ms, answer {1000 * whole:.0f} ms"
+        return reply.text, took
 
     def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:
         """The kept patches and merged groups over `image`, as a PNG. Raises ValueError for an impossible budget."""

@@ -100,21 +100,34 @@ def test_the_models_share_their_weights_and_are_what_loads(
 def test_answers_go_on_over_turns(models: Models, photograph: Image.Image) -> None:
     turns = [("user", "<image>\nname the colour"), ("assistant", "red"), ("user", "is it bright?")]
     for kind in models.kinds:
-        answer, took = models.answer(*models.build(kind, 6, 3, 1), turns, photograph)
+        answer, took = models.answer(models.chat(kind, 6, 3, 1), turns, photograph)
         assert isinstance(answer, str)
         assert took.startswith(f"{PATCHES if kind == ALL else 9} visual tokens, prefill ")
 
 
+def test_a_second_question_costs_no_tower(models: Models, photograph: Image.Image) -> None:
+    chat, turns, towers = models.chat(REDUCED, 6, 3, 1), [("user", "<image>\nname the colour")], []
+    hook = chat.model.model.vision_tower.embeddings.register_forward_hook(lambda *_: towers.append(1))
+    answer, _ = models.answer(chat, turns, photograph)
+    assert towers
+    towers.clear()
+    turns += [("assistant", answer), ("user", "is it bright?")]
+    models.answer(models.chat(REDUCED, 6, 3, 1), turns, photograph)
+    hook.remove()
+    assert not towers
+    assert models.chat(REDUCED, 7, 3, 1) is not chat
+
+
 def test_an_answers_time_holds_its_prefill_and_no_hiccup(models: Models, photograph: Image.Image) -> None:
-    model, supervision = models.build(REDUCED, 6, 3, 0)
+    chat = models.chat(REDUCED, 6, 3, 0)
     prefills = []
 
     def hiccup(projector: Any, given: Any) -> None:
         prefills.append(1)
         time.sleep(0.8 if len(prefills) == 2 else 0)
 
-    model.model.multi_modal_projector.register_forward_pre_hook(hiccup)
-    _, took = models.answer(model, supervision, [("user", "<image>\nname the colour")], photograph)
+    chat.model.model.multi_modal_projector.register_forward_pre_hook(hiccup)
+    _, took = models.answer(chat, [("user", "<image>\nname the colour")], photograph)
     prefill, answer = (float(part.split()[-2]) for part in took.split(", ")[1:])
     assert len(prefills) > 3
     assert 0 < prefill <= answer < 800
@@ -190,7 +203,7 @@ def test_conversations_stay_in_step_when_a_model_fails(photo: Path) -> None:
             raise RuntimeError("out of memory")
         return "red", "9 visual tokens"
 
-    failing: Any = SimpleNamespace(kinds=[ALL, REDUCED, TUNED], build=lambda kind, *budget: (kind,), answer=answer)
+    failing: Any = SimpleNamespace(kinds=[ALL, REDUCED, TUNED], chat=lambda kind, *budget: kind, answer=answer)
     talks = [talk_of("red"), talk_of("a star"), talk_of("")]
     *_, last = converse(failing, str(photo), "is it bright?", (6, 3, 1), talks)
     assert last == (talks, "is it bright?", "⚠️ out of memory")
@@ -203,7 +216,7 @@ def test_an_answer_without_words_is_shown_and_not_fed_back(photo: Path) -> None:
         heard.append(list(turns))
         return "", "9 visual tokens"
 
-    silent: Any = SimpleNamespace(kinds=[ALL], build=lambda kind, *budget: (kind,), answer=answer)
+    silent: Any = SimpleNamespace(kinds=[ALL], chat=lambda kind, *budget: kind, answer=answer)
     talks: Sequence[Any] = [[]]
     for question in ("what is there?", "and?"):
         *_, (talks, _, _) = converse(silent, str(photo), question, (6, 3, 1), talks)
@@ -570,12 +583,12 @@ def test_a_question_is_bounded_in_length_and_an_answer_in_time(models: Models, p
         ((after, left, said),) = converse(models, str(photo), question, (6, 3, 1), talks)
         assert (after, left) == (talks, question)
         assert "4,000 characters at most" in said
-    model, supervision = models.build(REDUCED, 6, 3, 1)
+    chat = models.chat(REDUCED, 6, 3, 1)
     with pytest.raises(UserError, match=r"longer than the .* tokens of this model: begin a new one"):
-        models.answer(model, supervision, [("user", f"<image>\n{'hello ' * 3000}")], Image.open(photo))
+        models.answer(chat, [("user", f"<image>\n{'hello ' * 3000}")], Image.open(photo))
     slow, models.seconds, models.max_new_tokens = models.seconds, 1e-9, 50
-    model.generation_config.eos_token_id = None
-    _, took = models.answer(model, supervision, [("user", "<image>\nwhat?")], Image.open(photo))
+    chat.model.generation_config.eos_token_id = None
+    _, took = models.answer(chat, [("user", "<image>\nwhat?")], Image.open(photo))
     models.seconds, models.max_new_tokens = slow, 4
     assert "answer" in took
     for key in ("seconds", "max_new_tokens", "port"):

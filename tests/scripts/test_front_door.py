@@ -91,7 +91,7 @@ def test_what_is_mistyped_names_the_nearest(words: list[str], said: str, capsys:
 def test_the_same_thing_has_the_same_flag() -> None:
     """Each of them is a key or a short form of every command that has the thing."""
     model = {"tune", "demo", "evaluate", "papers", "estimate", "calibrate", "show", "app", "convert"}
-    model |= {"answer", "serve"}
+    model |= {"answer", "serve", "rehearse"}
     for flag, verbs in {
         "model": model,
         "instructions": {"tune", "demo", "evaluate", "calibrate", "prepare"},
