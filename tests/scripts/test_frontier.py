@@ -19,7 +19,7 @@ from tiny import LLM_LAYERS
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.frontier import DEFAULT, PointsFailed, in_processes, layers_to_freeze, main
-from shortzip.scripts.tune_points import evaluate_point, tune_point
+from shortzip.scripts.tune_points import evaluate_point, run_of, tune_point
 from shortzip.train.evaluation.frontier_points import (
     FrontierConfig,
     Point,
@@ -30,9 +30,11 @@ from shortzip.train.evaluation.frontier_points import (
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS, Summary, picture, show, summarise
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.run_folder import read_status, write_status
+from shortzip.train.settings.budget import BudgetScheduleConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import MENDABLE, load_config, parse_config
-from shortzip.train.settings.config import FastVConfig, TuneConfig
+from shortzip.train.settings.config import DataConfig, FastVConfig, TuneConfig
+from shortzip.train.settings.distill import DistillConfig
 
 LAYERS = {("lc", "0", budget, 0): [] for budget in ("all", "6+3", "9+3")}
 LAYERS |= {("lc", "60%", "all", 0): [1, 2], ("lc", "60%", "6+3", 0): [0, 1], ("lc", "60%", "9+3", 0): [0, 2]}
@@ -65,6 +67,20 @@ def test_points_are_budgets_by_layers_and_the_baselines_at_equal_tokens() -> Non
     assert [visionzip and visionzip["seed"] for visionzip in drawn] == [0, 1]
     assert [point.reductions.layers for point in points if point.series == "random layers"] == [[0, 3], [1, 3]]
     assert len({point.name for point in points}) == len(points)
+
+
+def test_points_share_a_teacher_and_come_down_to_their_own_budget() -> None:
+    recipe = TuneConfig(
+        model="m", data=DataConfig("d.json"), visionzip=VisionZipConfig(6, 3), distill=DistillConfig(),
+        budget_schedule=BudgetScheduleConfig(12, 0.5),
+    )  # fmt: skip
+    runs = {point.budget: run_of(point, config(), recipe) for point in points_of(config(fastv=[]), LAYERS)}
+    assert {run.data.cache_teacher for run in runs.values()} == {str(Path("out") / "lessons")}
+    assert runs["6+3"].budget_schedule == recipe.budget_schedule
+    assert runs["6+3"].data.cache_features is None
+    assert runs["9+3"].budget_schedule is None, "it begins at that budget"
+    assert runs["9+3"].data.cache_features is not None
+    assert runs["all"].budget_schedule is None
 
 
 def test_what_is_described_twice_is_one_point() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import checkpoint_tensors, run_here, write_recipe
 from tiny import write_next_release
@@ -46,6 +46,7 @@ def test_the_budget_falls_linearly_and_ends_as_the_runs_own() -> None:
     }  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 6))
 def test_a_row_keeps_all_but_its_placeholders(turns: list[list[int]], there: int, wanted: int) -> None:
     """0 stands for an image; each turn is followed by an answer of two tokens."""
