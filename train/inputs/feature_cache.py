@@ -1,4 +1,4 @@
-"""An image's visual tokens, computed once: the tower is untrained and VisionZip does not read the text.
+"""An image's visual tokens, computed once: the tower is untrained and no cached selection reads the text.
 
 A folder holds shards, safetensors files of a few hundred images each. Their names and contents depend on what is in
 them alone; they are written beside and renamed, so that processes never see half of one and a kill loses at most the

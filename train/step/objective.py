@@ -282,7 +282,7 @@ def visual_features(model: Llava, batch: Mapping[str, Tensor]) -> tuple[Tensor |
     """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders, and where
     they stand, if not where they are counted.
 
-    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
+    Computed from pixel_values, or from visual_tokens (what tower and selection make of them); None without either.
     """
     inner: Any = model.model
     sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
