@@ -1,4 +1,4 @@
-"""What happens to visual tokens: VisionZip, ShortV and the transformers classes that carry them.
+"""What happens to visual tokens: selections, ShortV, pruning and the transformers classes that carry them.
 
 The classes are imported when they are first asked for: a command's --help reads budgets, and needs no torch for it.
 """

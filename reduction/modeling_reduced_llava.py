@@ -1,4 +1,4 @@
-"""LLaVA with VisionZip and ShortV in its forward pass, and what its LLaVA-NeXT sibling shares with it.
+"""LLaVA with its visual tokens reduced in its forward pass, and what its LLaVA-NeXT sibling shares with it.
 
 The weights have the names of transformers' LLaVA: a release loads here, and a reduced checkpoint loads there.
 """

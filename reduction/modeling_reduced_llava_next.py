@@ -1,4 +1,4 @@
-"""LLaVA-NeXT with VisionZip per tile and ShortV; what it shares with LLaVA is in modeling_reduced_llava."""
+"""LLaVA-NeXT with visual tokens reduced per tile; what it shares with LLaVA is in modeling_reduced_llava."""
 
 from typing import Any
 

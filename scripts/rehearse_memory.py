@@ -27,6 +27,7 @@ from shortzip.data.files import refuse_to_replace, write_atomically, writing
 from shortzip.reduction import flops
 from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.scripts.estimate_cost import read_config
 from shortzip.train.rehearsal.fake_models import reduced
 from shortzip.train.rehearsal.real_rows import integers_of_conversations, largest_micro_batch, recipe_conversations
@@ -210,17 +211,24 @@ def reduced_of(settings: RehearseConfig, recipe: TuneConfig | None) -> Any:
         shortv = {"layers": recipe.shortv.layers} if recipe.shortv and recipe.shortv.layers else None
         freeze = str(recipe.shortv.freeze) if recipe.shortv and recipe.shortv.freeze else None
         if recipe.fastv is not None:
-            raise UserError("fastv: FastV cannot be rehearsed: set it to null")
+            raise UserError("fastv: pruning inside the language model cannot be rehearsed: set it to null")
+        if recipe.distill is not None:
+            raise UserError(
+                "distill: what a teacher takes cannot be rehearsed: set it to null, and leave room for its pass, "
+                "which holds all visual tokens in one layer at a time"
+            )
     elif settings.model is None or not (visionzip or shortv):
         visionzip, freeze = parse_budget(DEFAULT_BUDGET), DEFAULT_FREEZE
     if settings.budget is not None:
-        visionzip = None if settings.budget == "none" else parse_budget(settings.budget)
+        visionzip = Reductions.parse(settings.budget, method=settings.method or VISIONZIP).visionzip
     if settings.freeze is not None:
         freeze, shortv = settings.freeze, None
     if freeze is not None and freeze != "none":
         layers = parse_freeze(freeze, depth)
         shortv = {"layers": list(range(layers)) if isinstance(layers, int) else layers}
-    return reduced(plain, Reductions(visionzip, shortv))
+    if visionzip and visionzip.get("method") == "random":
+        raise UserError("visionzip: method random draws by each image, and there are none: rehearse method grid")
+    return reduced(plain, Reductions(visionzip, shortv))  # positions are a few integers, whichever they are
 
 
 def limits_of(settings: RehearseConfig, recipe: TuneConfig | None, estimate: StepEstimate) -> MicroBatchLimits:

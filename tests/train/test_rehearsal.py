@@ -10,13 +10,18 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortzip.data.dataset import MicroBatch
+from shortzip.data.errors import UserError
 from shortzip.reduction import ReducedLlavaConfig
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.benchmarks.shapes import IMAGE_TOKEN, SHAPES
 from shortzip.scripts.estimate_cost import known_release
+from shortzip.scripts.rehearse_memory import reduced_of
 from shortzip.train.rehearsal.fake_models import fake_model, reduced
 from shortzip.train.rehearsal.rows import RowLengths, integers_of
 from shortzip.train.rehearsal.step import DTYPES, StepToRehearse, rehearse
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.commands import RehearseConfig
+from shortzip.train.settings.config import DataConfig, DistillConfig, TuneConfig
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, recompute_layers
 
@@ -164,6 +169,22 @@ def follows(name: str, rows: int, after: int, depth: int | None, **changes: Any)
 def test_the_estimate_follows_the_rehearsal(name: str, rows: int, after: int, changes: dict[str, Any]) -> None:
     """Full width, few layers: what is not the layers' weighs more, and it takes a second."""
     follows(name, rows, after, 3, **changes)
+
+
+def test_a_method_without_cls_is_rehearsed_and_what_cannot_be_is_refused() -> None:
+    config = reduced_of(RehearseConfig(model="llava-next-7b", budget="64+0", method="scope:alpha=2.0"), None)
+    assert config.visionzip == {"dominant": 64, "contextual": 0, "method": "scope", "alpha": 2.0}
+    config.text_config.num_hidden_layers, config.shortv = 1, None
+    integers = integers_of([RowLengths(BEFORE, 5 * 64, 40, 20)], config.image_token_id)
+    step = StepToRehearse(config, integers, image_sizes=[(672, 672)], tiles=5, cached_features=True)
+    assert "language model" in rehearse(step).phases
+    with pytest.raises(UserError, match="method random draws by each image"):
+        reduced_of(RehearseConfig(budget="64+0", method="random"), None)
+    with pytest.raises(ConfigError, match="give the budget that is met by it"):
+        RehearseConfig(method="scope")
+    recipe = TuneConfig("llava-1.5-7b", DataConfig("rows.json"), distill=DistillConfig())
+    with pytest.raises(UserError, match="distill: what a teacher takes cannot be rehearsed"):
+        reduced_of(RehearseConfig(), recipe)
 
 
 WAYS: list[dict[str, Any]] = [

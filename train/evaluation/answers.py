@@ -70,7 +70,7 @@ class Evaluation:
     seconds: float
     """Time that loss and answers took."""
     fastv: str = NONE
-    """Pruning inside the language model, like 2+0.5 (FastV); none."""
+    """Pruning inside the language model, like 2+0.5 (FastV) or pyramiddrop:1+3:0.5+0.25; none."""
     method: str = VISIONZIP
     """How the visual tokens are chosen, with parameters, like scope:alpha=0.5."""
     positions: str = COMPACT

@@ -74,7 +74,7 @@ class _Request:
 
 
 class ReducedLlava(lmms):
-    """LLaVA with VisionZip and ShortV, for lmms-eval's text-and-images protocol.
+    """A reduced LLaVA, for lmms-eval's text-and-images protocol.
 
     Args (each a key of `--model_args`):
         pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
@@ -289,7 +289,7 @@ class ReducedLlava(lmms):
 
 
 class ReducedLlavaChat(ReducedLlava):
-    """LLaVA with VisionZip and ShortV, for tasks that give chat messages: several turns, images anywhere."""
+    """A reduced LLaVA, for tasks that give chat messages: several turns, images anywhere."""
 
     is_simple = False
 

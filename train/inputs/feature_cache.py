@@ -1,5 +1,5 @@
-"""An image's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and VisionZip does not read
-the text. Another image has another key; another tower, processor or budget, another folder."""
+"""An image's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and no cached selection
+reads the text. Another image has another key; another tower, processor or budget, another folder."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.reduction.flops import visual_grid
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 from shortzip.train.rehearsal.as_cuda import AttentionAsOnCuda
 from shortzip.train.rehearsal.counting import CUDA_BLOCK, Peak, StorageCounter
 from shortzip.train.rehearsal.fake_models import FakeLinear4bit, fake_model
@@ -38,7 +39,7 @@ class StepToRehearse:
         tiles: images, or tiles of all images.
         weights: bfloat16, float32 or 4bit (the language model's layers in NF4, the rest in bfloat16).
         recomputed: LLM layers are computed again in the backward pass.
-        cached_features: what the tower and VisionZip make of the images comes from a file.
+        cached_features: what the tower and the selection make of the images comes from a file.
         every_token: transformers' modules take every token through every layer, as under FSDP2 and ZeRO-3.
         processes: that FSDP2 spreads the language model over; with 1 it is whole.
         accumulates: a step has more than one micro-batch.
@@ -183,9 +184,9 @@ def _fake_batch(step: StepToRehearse, fake: FakeTensorMode) -> MicroBatch:
     layout = step.integers.layout
     inputs: dict[str, Any] = {"labels": step.integers.labels}
     if step.cached_features:
-        dtype, kept = DTYPES[step.weights], _kept(config)
-        inputs["visual_tokens"] = torch.zeros(step.tiles, sum(_budget(config)), vision.hidden_size, dtype=dtype)
-        inputs["visual_kept"] = torch.zeros(step.tiles, kept, dtype=torch.int64)
+        dtype, (dominant, contextual) = DTYPES[step.weights], _budget(config)
+        inputs["visual_tokens"] = torch.zeros(step.tiles, dominant + contextual, vision.hidden_size, dtype=dtype)
+        inputs["visual_kept"] = torch.zeros(step.tiles, dominant - _has_cls(config), dtype=torch.int64)
     elif layout.placeholders:
         inputs["pixel_values"] = torch.zeros(step.tiles, 3, vision.image_size, vision.image_size)
     if step.image_sizes:
@@ -200,8 +201,10 @@ def _budget(config: Any) -> tuple[int, int]:
     return config.visionzip["dominant"], config.visionzip["contextual"]
 
 
-def _kept(config: Any) -> int:
-    return config.visionzip["dominant"] - visual_grid(config)[1]
+def _has_cls(config: Any) -> int:
+    """Whether CLS is counted among the dominant tokens."""
+    method = config.visionzip.get("method", VISIONZIP)
+    return visual_grid(config)[1] if method not in BASELINES and selector_of(config.visionzip).keeps_cls else 0
 
 
 def faked(layout: Any, fake: FakeTensorMode) -> Any:

@@ -142,6 +142,8 @@ class RehearseConfig:
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the recipe's, the
     model's own, or 54+10."""
+    method: str | None = None
+    """With budget: how they are chosen, with parameters as in vispruner:important=0.25. Default: visionzip."""
     freeze: str | None = None
     """Frozen layers: a number (19), a share (60%) or a list. Default: the recipe's, the model's own, or 60%."""
     memory: str = "24GiB"
@@ -171,6 +173,8 @@ class RehearseConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"{key} is {value}: at least 1 is needed")
+        if self.method is not None and self.budget in (None, "none"):
+            raise ConfigError(f"method {self.method!r}: give the budget that is met by it")
         if self.shared_tokens < 0:
             raise ConfigError(f"shared_tokens is {self.shared_tokens}: at least 0 is needed")
         if self.text_tokens is not None and self.text_tokens <= self.shared_tokens:

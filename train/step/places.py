@@ -278,7 +278,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, image_
     taught = sees.repeat_interleave(predicting(labels).sum(1)).nonzero()[:, 0]
     ends, active = predicting(labels).flatten().nonzero()[:, 0], active_rows(input_ids == image_token_id)
     return Layout(
-        every_token=EveryToken(ends, labels.flatten()[ends + 1], *active, taught),
+        every_token=EveryToken(ends, labels.flatten()[ends + 1], active.positions, active.is_active, taught),
         placeholders=len(used),
         used=None if bool(used.all()) else used.nonzero()[:, 0],
         with_image=rows_of(sees),
