@@ -36,7 +36,7 @@ class Verb:
     def run(self, argv: Sequence[str]) -> None:
         """Reads the command line, and then imports what does the work: --help waits for no torch."""
         from shortzip.train.settings.command_line import parse_config
-        from shortzip.train.settings.places import find_recipe
+        from shortzip.train.settings.recipes import find_recipe
 
         default = Path(find_recipe(self.recipe)) if self.recipe else None
         settings = parse_config(self.section, [*self.given, *argv], default=default, program=f"shortzip {self.name}")

@@ -21,7 +21,7 @@ from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.report import Reporter
 from shortzip.train.serving.answers_file import Answerer, PartialAnswers, answer_file, read_questions
-from shortzip.train.serving.placing import place
+from shortzip.train.serving.device import place
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.serving import AnswerConfig
 

@@ -25,7 +25,7 @@ from shortzip.data.subset_folder import SUBSET
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.settings.commands import FetchConfig
 from shortzip.train.settings.config import DataConfig
-from shortzip.train.settings.places import CONFIGS
+from shortzip.train.settings.recipes import CONFIGS
 
 EVERY_S = 5.0  # between lines where there is no terminal
 

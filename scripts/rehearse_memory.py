@@ -36,7 +36,7 @@ from shortzip.train.rehearsal.step import Rehearsal, StepToRehearse, rehearse
 from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.settings.commands import RehearseConfig
 from shortzip.train.settings.config import TuneConfig
-from shortzip.train.settings.places import find_recipe
+from shortzip.train.settings.recipes import find_recipe
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.micro_batch import MicroBatchLimits, StepEstimate, choose_limits
 

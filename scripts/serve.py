@@ -18,7 +18,7 @@ from typing import Any
 
 from shortzip.data.errors import MissingExtra, UserError
 from shortzip.reduction.positions import COMPACT
-from shortzip.train.serving.placing import place
+from shortzip.train.serving.device import place
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.serving import ServeConfig
 

@@ -55,6 +55,7 @@ from shortzip.train.settings.reduced import reductions_of
 from shortzip.train.step.adapters import ProjectorAdapter, adapter_config
 from shortzip.train.step.components import describe_components
 from shortzip.train.step.engine import WholeEngine
+from shortzip.train.step.engine_choice import start_engine
 from shortzip.train.step.micro_batch import plan_micro_batches
 from shortzip.train.step.objective import (
     SupervisedLoss,
@@ -62,7 +63,6 @@ from shortzip.train.step.objective import (
     recompute_layers,
     train_only_projector,
 )
-from shortzip.train.step.start import start_engine
 from shortzip.train.step.teacher import Teacher
 
 

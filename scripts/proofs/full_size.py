@@ -28,6 +28,7 @@ from shortzip.scripts.proofs.agreement import gradient_of
 from shortzip.scripts.proofs.section import Proof, Skipped
 from shortzip.train.run.report import matmul_speed, synchronise
 from shortzip.train.settings.checks import ConfigError
+from shortzip.train.step.engine_choice import start_engine
 from shortzip.train.step.flops import RowShape, needed_flops
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.micro_batch import (
@@ -40,7 +41,6 @@ from shortzip.train.step.micro_batch import (
 )
 from shortzip.train.step.objective import SupervisedLoss, count_supervised, projector_parameters, recompute_layers
 from shortzip.train.step.places import LayOut
-from shortzip.train.step.start import start_engine
 
 TINY = ModelShape(
     {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},

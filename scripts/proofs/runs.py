@@ -25,7 +25,7 @@ from shortzip.train.run.run_folder import is_finished, read_metrics
 from shortzip.train.run.session import Session
 from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.config import DataConfig, DistillConfig, FastVConfig, ShortVConfig, TuneConfig
-from shortzip.train.settings.places import DEMO_MODEL
+from shortzip.train.settings.recipes import DEMO_MODEL
 from shortzip.train.tune_projector import held_folder, tune
 
 STEPS, ROWS = 3, 8

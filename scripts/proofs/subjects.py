@@ -21,7 +21,7 @@ from shortzip.train.release.opening import open_release
 from shortzip.train.release.processors import release_processor
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.config import DataConfig, DemoScenesConfig
-from shortzip.train.settings.places import DEMO_MODEL
+from shortzip.train.settings.recipes import DEMO_MODEL
 
 BUDGET, LAYERS = {"dominant": 12, "contextual": 4}, {"layers": [4, 5, 6]}
 FASTV: dict[str, Any] = {"layer": 2, "keep": 0.5}

@@ -3,7 +3,7 @@
 import pytest
 
 from shortzip.scripts.benchmarks.serving import PLAIN, REDUCED, ServingConfig, benchmark
-from shortzip.train.settings.places import DEMO_MODEL
+from shortzip.train.settings.recipes import DEMO_MODEL
 
 
 @pytest.mark.slow

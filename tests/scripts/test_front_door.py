@@ -24,7 +24,7 @@ from shortzip.train.settings.commands import (
 from shortzip.train.settings.comparing import EvaluateConfig, FrontierConfig, PapersConfig
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.flags import Flags
-from shortzip.train.settings.places import find_recipe
+from shortzip.train.settings.recipes import find_recipe
 
 WITHOUT_THEM = """
 import sys

@@ -21,8 +21,8 @@ from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.processes import start_accelerator
 from shortzip.train.settings.config import DataConfig, TuneConfig
 from shortzip.train.step.engine import WholeEngine
+from shortzip.train.step.engine_choice import start_engine
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, train_only_projector
-from shortzip.train.step.start import start_engine
 
 State = dict[str, torch.Tensor]
 

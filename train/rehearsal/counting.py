@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shortzip.train.settings.places import HOME
+from shortzip.train.settings.recipes import HOME
 
 CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds a tensor up to (c10/cuda/CUDACachingAllocator.h)
 GATHERED = "gathered weights"

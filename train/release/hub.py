@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 
 from shortzip.data.errors import MissingFile, UserError
-from shortzip.train.settings.places import DEMO_MODEL, DEMO_NAMES
+from shortzip.train.settings.recipes import DEMO_MODEL, DEMO_NAMES
 
 _SMALL_FILES = (
     "README.md",

@@ -29,7 +29,7 @@ from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.flags import PARAMETERS, Flags
 from shortzip.train.settings.method_parameters import ParametersRead, flat_settings, with_parameters
-from shortzip.train.settings.places import CONFIGS, find_recipe
+from shortzip.train.settings.recipes import CONFIGS, find_recipe
 from shortzip.train.settings.yaml_files import read_settings
 
 MENDABLE = (UserError, ReductionError)  # what the user can mend: two, since reduction/ travels without data/
