@@ -214,8 +214,8 @@ def reduced_of(settings: RehearseConfig, recipe: TuneConfig | None) -> Any:
             raise UserError("fastv: pruning inside the language model cannot be rehearsed: set it to null")
         if recipe.distill is not None:
             raise UserError(
-                "distill: what a teacher takes cannot be rehearsed: set it to null, and leave room for its pass, "
-                "which holds all visual tokens in one layer at a time"
+                "distill: what a teacher takes cannot be rehearsed: set it to null, and leave the room that "
+                "shortzip estimate --distill true says"
             )
     elif settings.model is None or not (visionzip or shortv):
         visionzip, freeze = parse_budget(DEFAULT_BUDGET), DEFAULT_FREEZE
