@@ -1,4 +1,4 @@
-"""Image files to the RGB a person sees, and to the pixels LLaVA was trained on."""
+"""Image files to the RGB a person sees; pixels.py makes of it what a tower reads."""
 
 import errno
 import io

@@ -55,10 +55,10 @@ def build_image_processor(settings: Mapping[str, Any], model_type: str, where: s
 
 def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """What a release's image processor makes of an RGB image: float32 [3, H, W], for LLaVA-NeXT [tiles, 3, H, W]."""
-    return image_processor(squared(image, image_processor), return_tensors="pt")["pixel_values"][0]
+    return image_processor(shrunk(image, image_processor), return_tensors="pt")["pixel_values"][0]
 
 
-def squared(image: Image.Image, image_processor: Any) -> Image.Image:
+def shrunk(image: Image.Image, image_processor: Any) -> Image.Image:
     """The image as it is; where padding it to a square would take more than `MAX_PIXELS`, padded and resized.
 
     `image_processor` makes the same pixels of both, without the gigabytes of the square: of a wide image exactly, of a

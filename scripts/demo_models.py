@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from shortzip.data.pixels import squared
+from shortzip.data.pixels import shrunk
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from shortzip.reduction.parsing import budget_by
@@ -187,5 +187,5 @@ class Models:
     def draw(self, image: Image.Image, dominant: int, contextual: int, path: Path) -> None:
         """The kept patches and merged groups over `image`, as a PNG. Raises ValueError for an impossible budget."""
         model, supervision = self.build(REDUCED, dominant, contextual, 0)
-        views = map_tokens(model, supervision.processor, squared(image, supervision.processor.image_processor))
+        views = map_tokens(model, supervision.processor, shrunk(image, supervision.processor.image_processor))
         draw_images([view[0] for view in views], path)

@@ -19,7 +19,7 @@ import torch
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace, replace_file, writing
 from shortzip.data.images import open_image
-from shortzip.data.pixels import squared
+from shortzip.data.pixels import shrunk
 from shortzip.reduction.parsing import budget_by, parse_budget
 from shortzip.reduction.pictures import TokenMap, draw_budgets, draw_images, map_tokens
 from shortzip.reduction.reductions import Reductions
@@ -64,7 +64,7 @@ def show(settings: ShowConfig) -> list[Path]:
     if len(images) > 1:
         budgets = budgets[:1]
     # Per image, per view, per budget.
-    maps = [map_tokens(model, processor, squared(image, processor.image_processor), budgets) for image in images]
+    maps = [map_tokens(model, processor, shrunk(image, processor.image_processor), budgets) for image in images]
     names = [Path(name).name for name in settings.images]
     written = [output, output.with_stem(output.stem + "-tiles")][: max(len(views) for views in maps)]
     refuse_to_replace(*written, overwrite=settings.overwrite, inputs=[*settings.images, settings.model])

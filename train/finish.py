@@ -12,7 +12,7 @@ import torch
 
 from shortzip.data.errors import shown
 from shortzip.data.images import open_image
-from shortzip.data.pixels import squared
+from shortzip.data.pixels import shrunk
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
 from shortzip.train.inputs.samples import held_out_set
@@ -183,7 +183,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
     images = [open_image(conversation.images[0], dataset.image_root) for conversation in pictured]
     if images:
         (folder / PICTURES).mkdir(exist_ok=True)
-        maps = [map_tokens(model, processor, squared(image, processor.image_processor))[0][0] for image in images]
+        maps = [map_tokens(model, processor, shrunk(image, processor.image_processor))[0][0] for image in images]
         draw_images(maps, folder / PICTURES / HELD_OUT_PICTURE, [conversation.id for conversation in pictured])
 
 

@@ -15,7 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import shortzip.data.images
 from shortzip.data.images import BadImage, image_size, open_image
-from shortzip.data.pixels import build_image_processor, pixel_values, squared
+from shortzip.data.pixels import build_image_processor, pixel_values, shrunk
 
 CLIP = build_image_processor(
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).to_dict(), "llava"
@@ -43,10 +43,10 @@ def test_padding_without_the_square_gives_the_same_pixels(
 ) -> None:
     image = noise(*size)
     expected = CLIP(image, return_tensors="pt")["pixel_values"][0]
-    assert squared(image, CLIP) is image
+    assert shrunk(image, CLIP) is image
     assert torch.equal(pixel_values(image, CLIP), expected)
     monkeypatch.setattr(shortzip.data.images, "MAX_PIXELS", 100_000)
-    assert squared(image, CLIP).size == (56, 56)
+    assert shrunk(image, CLIP).size == (56, 56)
     found = pixel_values(image, CLIP)
     if size[0] > size[1]:
         assert torch.equal(found, expected)
@@ -60,7 +60,7 @@ def test_other_processors_and_squares_see_the_picture_as_it_is(monkeypatch: pyte
     monkeypatch.setattr(shortzip.data.images, "MAX_PIXELS", 100)
     siglip = SiglipImageProcessorPil(size={"height": 48, "width": 48})
     for image, processor in ((noise(70, 30), siglip), (noise(30, 30), CLIP)):
-        assert squared(image, processor) is image
+        assert shrunk(image, processor) is image
 
 
 @pytest.mark.parametrize("size", [(20_000, 1_000), (1_000, 20_000)])

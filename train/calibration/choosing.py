@@ -1,4 +1,6 @@
-"""Which prompts LC is measured on: one choice behind scripts/calibrate_shortv.py and shortv.freeze of a run.
+"""How frozen layers are chosen: the prompts that LC is measured on, and the layers that a run freezes by it.
+
+One choice of prompts stands behind scripts/calibrate_shortv.py and `shortv.freeze` of a run.
 
 With the same conversations, number and seed both measure the same prompts, and so freeze the same layers.
 """

@@ -1,4 +1,4 @@
-"""From the config to what a run starts from: training and held-out conversations, and the layers LC chooses."""
+"""From the config to what a run starts from: training and held-out conversations."""
 
 from __future__ import annotations
 
