@@ -96,10 +96,10 @@ def test_the_same_thing_has_the_same_flag() -> None:
         "model": model,
         "instructions": {"tune", "demo", "evaluate", "calibrate", "prepare"},
         "image_root": {"tune", "demo", "evaluate", "calibrate", "prepare", "answer"},
-        "budget": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "show"},
-        "freeze": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate"},
+        "budget": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "show", "rehearse"},
+        "freeze": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "rehearse"},
         "output": VERBS.keys() - {"fetch", "publish", "app", "serve"},
-        "overwrite": {"tune", "demo", "evaluate", "estimate", "calibrate", "show", "prepare", "answer"},
+        "overwrite": {"tune", "demo", "evaluate", "estimate", "calibrate", "show", "prepare", "answer", "rehearse"},
         "config": VERBS.keys(),
     }.items():
         having = {
