@@ -119,8 +119,9 @@ class Parameter(NamedTuple):
 
 def parameters_of(method: str) -> dict[str, Parameter]:
     """The parameters of a method, by name. Raises ReductionError for an unknown method."""
-    if method not in SELECTORS and method not in BASELINES:
-        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {[*SELECTORS, *BASELINES]}")
+    methods = [*SELECTORS, *BASELINES]  # a list: what is asked for may be anything
+    if method not in methods:
+        raise ReductionError(f"visionzip: method is {method!r}; it must be one of {methods}")
     if method in BASELINES:
         return {name: Parameter(type(default), default) for name, default in BASELINES[method].items()}
     kind = _class_of(method)

@@ -151,7 +151,7 @@ def modules_own() -> Iterator[None]:
 
 @contextmanager
 def whole_logits() -> Iterator[None]:
-    def loss(lm_head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    def loss(lm_head: nn.Module, states: Tensor, targets: Tensor, _: int | None = None) -> Tensor:
         return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
 
     with mock.patch.object(objective, "summed_cross_entropy", loss):

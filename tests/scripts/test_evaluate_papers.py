@@ -643,6 +643,7 @@ JUDGES = ("OPENAI_API_KEY", "AZURE_API_KEY", "AZURE_ENDPOINT", "API_TYPE")
 
 
 def test_scores_that_a_judge_gives_need_one(monkeypatch: pytest.MonkeyPatch, papers: PapersConfig) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)  # whose client asks for OpenAI's key even where Azure judges
     for given, is_judge in (
         ({}, False),
         ({"OPENAI_API_KEY": "a key"}, True),

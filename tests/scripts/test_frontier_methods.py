@@ -185,7 +185,8 @@ def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Pa
 def test_a_recipe_that_distills_or_keeps_positions_is_a_points(
     tiny_release: Path, tiny_held_out: Path, tmp_path: Path
 ) -> None:
-    """A teacher reads pixels, which no cache of features has; layers are chosen as the points' positions have it."""
+    """What a teacher says is kept, for a cache of features has no pixels; layers are chosen as the points' positions
+    have it."""
     data = {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "num_workers": 0}
     path, budget = tmp_path / "recipe.yaml", {"dominant": 4, "contextual": 2}
     recipe = {"model": str(tiny_release), "data": {**data, "cache_features": str(tmp_path)}, "visionzip": budget}
@@ -201,7 +202,7 @@ def test_a_recipe_that_distills_or_keeps_positions_is_a_points(
     path.write_text(json.dumps({**recipe, "data": data, "distill": {"weight": 0.5}}))
     taught = run_of(point, asked, load_config(["--config", str(path)]))
     assert taught.distill is not None
-    assert taught.data.cache_features is None
+    assert taught.data.cache_teacher is not None
     config = {**asdict(asked), "fastv": [{"layer": 1, "keep": 0.5}], "tune": True}
     (tmp_path / "frontier.yaml").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="distills, which pruned points cannot"):
