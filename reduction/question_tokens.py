@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, 
 from shortzip.reduction.cdpruner import choose_for_question, cut_text, embed_patches_with_text, embed_text
 from shortzip.reduction.configuration_reduced_llava import selected_block
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.positions import ImagePositions, PlacedFeatures, keeps_positions
+from shortzip.reduction.positions import ImagePositions, PlacedFeatures, keeps_positions, takes_encoded_images
 from shortzip.reduction.tensors import take
 from shortzip.reduction.tower import embed_patches
 
@@ -96,6 +96,8 @@ class QuestionReader:
         return PlacedFeatures(last_hidden_state=tokens, pooler_output=features, positions=positions)
 
     def _check(self, model: Any, tower: Any, images: int, questions: int) -> None:
+        if not takes_encoded_images():
+            raise ReductionError("cdpruner: this transformers takes pixels only: version 5.18 or later is needed")
         if model.config.visionzip is None:
             raise ReductionError("cdpruner: visionzip is null: load the model with a budget")
         if model.config.model_type != "reduced_llava":

@@ -119,3 +119,11 @@ def test_what_does_not_fit_is_refused(reader: QuestionReader, model: Any) -> Non
         narrow.image_features(model, pixels, ["what"])
     with pytest.raises(ReductionError, match="1 images and 2 questions"):
         reader.image_features(model, pixels, QUESTIONS)
+
+
+def test_a_transformers_that_would_swallow_its_tokens_is_refused(
+    reader: QuestionReader, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortzip.reduction.question_tokens.takes_encoded_images", lambda: False)
+    with pytest.raises(ReductionError, match=r"version 5\.18 or later is needed"):
+        reader.image_features(model, torch.zeros(1, 3, 16, 16), ["what is it"])
