@@ -145,6 +145,7 @@ def test_what_choosing_costs_is_measured_beside_the_tower(tiny_release: Path) ->
     assert all(cost.selection_ms > 0 for cost in costs[1:])
 
 
+@pytest.mark.slow
 def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
     data = {"instructions": str(tiny_held_out), "eval_instructions": str(tiny_held_out), "eval_samples": 3}
     recipe = {

@@ -43,6 +43,7 @@ def run_elsewhere(folder: Path, *arguments: str) -> dict[str, dict]:
     return {section["name"]: section for section in report["sections"]}
 
 
+@pytest.mark.slow
 def test_the_step_is_proven_from_a_clone_with_little_more_than_torch_and_transformers(tmp_path: Path) -> None:
     """The cheapest sections, which import what all others do."""
     found = run_elsewhere(tmp_path, "--sections", "device,step-7b,4bit")

@@ -20,6 +20,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them_to_its_checkpoint(tiny_release: Path, tiny_instructions: Path, tmp_path: Path) -> None:
     keys = {"max_steps": 3, "final_evaluation": False, "positions": "original"}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, **keys)
