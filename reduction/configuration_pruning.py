@@ -71,7 +71,7 @@ def _validate_single(fastv: Any) -> None:
     form = _FORMS["fastv"]
     if not isinstance(fastv, dict) or set(fastv) - {"method"} != {"layer", "keep"}:
         raise ReductionError(f"{form}; got {fastv!r}")
-    if not _is_whole(fastv["layer"]) or fastv["layer"] < 1:
+    if not is_whole(fastv["layer"]) or fastv["layer"] < 1:
         raise ReductionError(f"{form}; got layer: {fastv['layer']!r}, at least 1 is needed")
     if not _is_share(fastv["keep"]) or fastv["keep"] == 0:
         raise ReductionError(f"{form}; got keep: {fastv['keep']!r}, at most 1 is needed")
@@ -85,7 +85,7 @@ def _validate_stages(fastv: dict[str, Any], method: str) -> None:
         raise ReductionError(f"{form}; got {fastv!r}")
     layers, keep = fastv["layers"], fastv["keep"]
     least = 1 if shares else 0
-    if not isinstance(layers, (list, tuple)) or not all(_is_whole(layer) and layer >= least for layer in layers):
+    if not isinstance(layers, (list, tuple)) or not all(is_whole(layer) and layer >= least for layer in layers):
         raise ReductionError(f"{form}; got layers: {layers!r}")
     if not layers or any(later <= layer for layer, later in pairwise(layers)):
         raise ReductionError(f"{form}; got layers: {list(layers)}, at least one and ascending ones are needed")
@@ -121,12 +121,13 @@ def check_pruned_layers(fastv: Any, depth: int) -> None:
         )
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value >= 1
+    return is_whole(value) and value >= 1
 
 
 def _is_share(value: Any) -> bool:

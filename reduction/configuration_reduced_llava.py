@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
-from .configuration_pruning import check_pruned_layers, validate_fastv
+from .configuration_pruning import check_pruned_layers, is_whole, validate_fastv
 from .errors import ReductionError
 from .extras import extra
 from .positions import COMPACT, validate_positions
@@ -49,7 +49,7 @@ def validate(config: Any) -> None:
         keeps_cls = method not in BASELINES and selector_of(config.visionzip).keeps_cls
         cls = int(TOWER_HAS_CLS[tower.model_type] and keeps_cls)
         for key, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
-            if not _is_whole(value) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ReductionError(f"visionzip: the tower's {key} is {value!r}; it must be a whole number from 1")
         side = tower.image_size // tower.patch_size
         limit = side * side + cls
@@ -99,7 +99,7 @@ def validate_visionzip(visionzip: Any) -> None:
         raise ReductionError(f"{form}; got {visionzip!r}")
     for key, least in (("dominant", 1), ("contextual", 0)):
         value = visionzip[key]
-        if not _is_whole(value) or value < least:
+        if not is_whole(value) or value < least:
             raise ReductionError(f"{form}; got {key}: {value!r}")
     method, parameters = visionzip.get("method", VISIONZIP), settled(visionzip)
     if not merges(visionzip) and visionzip["contextual"]:
@@ -123,7 +123,7 @@ def validate_shortv(shortv: Any) -> None:
     if not isinstance(shortv, dict) or set(shortv) != {"layers"}:
         raise ReductionError(f"{form}; got {shortv!r}")
     layers = shortv["layers"]
-    if not isinstance(layers, (list, tuple)) or not all(_is_whole(layer) for layer in layers):
+    if not isinstance(layers, (list, tuple)) or not all(is_whole(layer) for layer in layers):
         raise ReductionError(f"{form}; got layers: {layers!r}")
     if not layers:
         raise ReductionError(f"{form}; got an empty list: to freeze no layer, set shortv to null")
@@ -138,7 +138,7 @@ def selected_block(vision_feature_layer: Any, depth: int) -> int:
     Raises:
         ValueError: a list of layers, or an index that no block's output has.
     """
-    if not _is_whole(vision_feature_layer):
+    if not is_whole(vision_feature_layer):
         raise ReductionError(
             f"visionzip: vision_feature_layer is {vision_feature_layer!r}; tokens can be chosen in one layer only: "
             "make it a single whole number, or set visionzip to null"
@@ -149,10 +149,6 @@ def selected_block(vision_feature_layer: Any, depth: int) -> int:
             f"choose {-depth} to -1 or 1 to {depth}"
         )
     return (vision_feature_layer - 1) if vision_feature_layer > 0 else (depth + vision_feature_layer)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_parts(name: Any, config_dict: Mapping[str, Any]) -> None:
@@ -174,7 +170,7 @@ def check_parts(name: Any, config_dict: Mapping[str, Any]) -> None:
             )
         for key in keys:
             value: Any = values.get(key)
-            if _is_whole(value) and value < 1:
+            if is_whole(value) and value < 1:
                 raise ReductionError(f"{name}: {part}.{key} in config.json is {value}, needed is at least 1")
 
 

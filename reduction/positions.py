@@ -24,11 +24,11 @@ from transformers import LlavaModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .configuration_pruning import POSITIONS
 from .errors import ReductionError
 from .extras import extra
 
-COMPACT, ORIGINAL = "compact", "original"
-POSITIONS = (COMPACT, ORIGINAL)
+COMPACT, ORIGINAL = POSITIONS
 ON_CELLS = ("pool", "downsample")
 ATTENTION = ("eager", "sdpa")
 _KEY = "_moved_by_images"  # what a cache's rows have moved, kept in the cache itself: copies of it have it too

@@ -17,6 +17,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.evaluation.paired import OverSeeds
 from shortzip.train.run.report import print_table
 
 GRID_OF_POINTS = "VisionZip + ShortV"
@@ -50,7 +51,7 @@ LABEL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(OverSeeds):
     """Points that differ in their seed alone: a row of the table, a mark of the picture."""
 
     series: str
@@ -63,16 +64,6 @@ class Summary:
     prefill_ms: float
     """Median of the seeds. A tuned row has that of the same model untuned: tuning changes weights, not work."""
     visual_tokens: float
-
-    @property
-    def mean(self) -> float:
-        """Mean exact match."""
-        return statistics.fmean(self.exact_match)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds; 0 for one."""
-        return statistics.stdev(self.exact_match) if len(self.exact_match) > 1 else 0.0
 
 
 def summarise(entries: Sequence[Mapping[str, Any]]) -> list[Summary]:

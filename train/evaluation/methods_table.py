@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortzip.train.evaluation.frontier_points import COMPACT, Point, point_of
-from shortzip.train.evaluation.paired import OTHER, Difference, kinds_of, paired_difference, share_of
+from shortzip.train.evaluation.paired import OTHER, Difference, OverSeeds, kinds_of, paired_difference, share_of
 from shortzip.train.evaluation.selection_cost import SelectionCost
 from shortzip.train.run.report import print_table
 from shortzip.train.settings.comparing import FrontierConfig
@@ -21,7 +20,7 @@ Key = tuple[str, int, str, bool]  # method, tokens, positions, tuned
 
 
 @dataclass(frozen=True)
-class MethodRow:
+class MethodRow(OverSeeds):
     """A method at so many visual tokens, untuned or tuned, over its seeds."""
 
     method: str
@@ -42,16 +41,6 @@ class MethodRow:
     difficult_questions: int
     kinds: dict[str, float] = field(default_factory=dict)
     """Exact match by the kind of question."""
-
-    @property
-    def mean(self) -> float:
-        """Mean exact match."""
-        return statistics.fmean(self.exact_match)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds; 0 for one."""
-        return statistics.stdev(self.exact_match) if len(self.exact_match) > 1 else 0.0
 
 
 def method_rows(

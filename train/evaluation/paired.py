@@ -1,8 +1,9 @@
-"""What two models' answers to the same questions tell: the difference in exact match, and how sure it is."""
+"""What two models' answers to the same questions tell: the difference, how sure it is, and means over seeds."""
 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,22 @@ SEED = 0  # of the drawing: the same answers give the same interval
 LEVEL = 0.95
 OTHER = "other"  # the kind of a question that fits none
 AT_ONCE = 1 << 22  # drawn counts held in memory
+
+
+class OverSeeds:
+    """A row of a table whose `exact_match` has a value per seed."""
+
+    exact_match: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean exact match."""
+        return statistics.fmean(self.exact_match)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 for one."""
+        return statistics.stdev(self.exact_match) if len(self.exact_match) > 1 else 0.0
 
 
 @dataclass(frozen=True)
