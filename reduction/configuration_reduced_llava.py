@@ -63,6 +63,8 @@ def validate(config: Any) -> None:
             )
         if method in BASELINES:
             extra("baselines", f"visionzip: method {method}").check_grid(method, dominant, side)
+        if config.visionzip.get("per_image") is not None:
+            extra("image_budgets", "visionzip.per_image").refuse_beside(config.visionzip, config.fastv, limit)
     if config.shortv is not None:
         text: Any = config.text_config
         if text.model_type not in DECODERS:
@@ -101,6 +103,8 @@ def validate_visionzip(visionzip: Any) -> None:
         value = visionzip[key]
         if not is_whole(value) or value < least:
             raise ReductionError(f"{form}; got {key}: {value!r}")
+    if visionzip.get("per_image") is not None:
+        extra("image_budgets", "visionzip.per_image").validate_per_image(visionzip)
     method, parameters = visionzip.get("method", VISIONZIP), settled(visionzip)
     if not merges(visionzip) and visionzip["contextual"]:
         raise ReductionError(
@@ -193,7 +197,8 @@ class ReducedLlavaConfig(LlavaConfig):
 
     Args:
         visionzip: {"dominant": int, "contextual": int}; `dominant` counts CLS when the tower has one and the method
-            keeps it. With a `method` of selectors.METHODS, and its parameters, tokens are chosen in another way.
+            keeps it. With a `method` of selectors.METHODS, and its parameters, tokens are chosen in another way; with
+            `per_image`, as many as an image asks for (image_budgets.py).
         shortv: {"layers": [int, ...]}, the frozen layers.
         fastv: {"layer": int, "keep": float}, or another `method` of pruning in the language model
             (configuration_pruning.py).

@@ -1,4 +1,5 @@
-"""Code that a checkpoint needs only where its config asks for it: selectors, baselines, and pruning inside the LLM."""
+"""Code that a checkpoint needs only where its config asks for it: selectors, baselines, budgets per image, and pruning
+inside the LLM."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .dpp import DeterminantalPoints  # noqa: F401
     from .duet import Duet  # noqa: F401
     from .fastv import FastV  # noqa: F401
+    from .image_budgets import budget_of  # noqa: F401
     from .prumerge import PruMergePlus  # noqa: F401
     from .pruning import PrunedLayer  # noqa: F401
     from .pyramiddrop import PyramidDrop  # noqa: F401

@@ -1,5 +1,7 @@
 """Processors that write as many placeholders as the reduced models fill."""
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .configuration_reduced_llava import validate_visionzip
 from .errors import ReductionError
+from .extras import extra
 from .weight_files import check_json
 
 _FILES = (
@@ -21,6 +24,8 @@ _FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+
+_PIXELS = ("pixel_values", "image_sizes")
 
 
 def _as_bytes(images: Any) -> tuple[Any, bool]:
@@ -49,19 +54,135 @@ def _check_patch_size(patch_size: Any) -> None:
 class ReducedProcessorMixin:
     """What the reduced processors have in common; goes before the transformers class."""
 
-    visionzip: dict[str, int] | None
+    visionzip: dict[str, Any] | None
+    image_processor: Any
+    image_token: str
+    patch_size: int | None
+    num_additional_image_tokens: int
+    _choose: Callable[[Any], tuple[list[int], list[int]]] | None = None
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, images: Any = None, text: Any = None, *, budgets: Any = None, model: Any = None, **kwargs: Any
+    ) -> Any:
         """As transformers' method. Pictures may be PIL images, tensors or arrays of 0 to 255, and also of floats from
-        0 to 1, with `do_rescale=False` or without it."""
-        whole, scaled = _as_bytes(images)
-        if not scaled:
-            return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
-        kwargs = {key: value for key, value in kwargs.items() if key != "do_rescale"}
-        if "images_kwargs" in kwargs:
-            within = kwargs["images_kwargs"].items()
-            kwargs["images_kwargs"] = {key: value for key, value in within if key != "do_rescale"}
-        return super().__call__(images=whole, text=text, **kwargs)  # type: ignore[misc]
+        0 to 1, with `do_rescale=False` or without it.
+
+        Where budgets are per image, what is returned tells the model of them: it holds `image_budgets` [N] int64, or,
+        with a `model`, `mm_encoder_outputs` in the place of pixels.
+
+        Args:
+            budgets: visual tokens of each of the N images (in LLaVA-NeXT, of each of its tiles), over all texts in
+                the order of their placeholders; None: as `visionzip` says.
+            model: with `per_image` chooser coverage, the model whose tower finds them. It runs once, on the model's
+                device: its tokens are among what is returned.
+
+        Raises:
+            ReductionError: `budgets` are not one whole number in range for each image, or `visionzip` is None; chooser
+                coverage without a `model`.
+        """
+        called, encoded = self._for_call(images, budgets, model)
+        images, scaled = _as_bytes(images)
+        if scaled:
+            kwargs = {key: value for key, value in kwargs.items() if key != "do_rescale"}
+            if "images_kwargs" in kwargs:
+                within = kwargs["images_kwargs"].items()
+                kwargs["images_kwargs"] = {key: value for key, value in within if key != "do_rescale"}
+        made = super(ReducedProcessorMixin, called).__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+        if encoded:
+            made = type(made)({key: made[key] for key in made if key not in _PIXELS})
+            made["mm_encoder_outputs"] = {"image": encoded[0]}
+        return made
+
+    def _for_call(self, images: Any, budgets: Any, model: Any) -> tuple[Any, list[Any]]:
+        """This processor, or a copy that gives the images of one call their budgets; and a list that holds their
+        features afterwards, where a model has encoded them."""
+        encoded: list[Any] = []
+        if budgets is not None and self.visionzip is None:
+            raise ReductionError(f"budgets is {budgets!r}, and visionzip is null, which keeps every visual token")
+        if self.visionzip is None or images is None:
+            if budgets:
+                raise ReductionError(f"budgets is {budgets!r}, and there are no images")
+            return self, encoded
+        if budgets is None and self.visionzip.get("per_image") is None:
+            return self, encoded
+        by_image = extra("image_budgets", "budgets" if budgets is not None else "visionzip.per_image")
+        chooser = by_image.chooser_of(self.visionzip)
+        if budgets is None and chooser == by_image.FIXED:
+            return self, encoded
+        called = copy.copy(self)
+        if budgets is not None:
+            called._choose = lambda processed: self._given(by_image, budgets, processed)
+        elif chooser == by_image.IMAGE:
+            called._choose = lambda processed: self._by_detail(by_image, processed)
+        elif model is None:
+            raise ReductionError(
+                "visionzip.per_image: chooser coverage finds an image's budget in a pass of the tower, and the prompt "
+                "is written before that: call the processor with model=…, with budgets=[…], or choose chooser image"
+            )
+        else:
+            called._choose = lambda processed: self._encoded_by(model, processed, encoded)
+        return called, encoded
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        if self._choose is None:
+            return super()._process_images(images, **kwargs)  # type: ignore[misc]
+        processed = self.image_processor(images, **kwargs)
+        budgets, counts = self._choose(processed)
+        if budgets:
+            processed["image_budgets"] = budgets
+        return processed, [self.image_token * count for count in counts]
+
+    def _given(self, by_image: Any, budgets: Any, processed: Any) -> tuple[list[int], list[int]]:
+        """Budgets and placeholders of images by the budgets of a call."""
+        if self.patch_size is None:
+            raise ReductionError("processor: patch_size is null, and budgets is given: set it to the tower's")
+        side = int(torch.as_tensor(processed["pixel_values"][0]).shape[-1]) // self.patch_size
+        limit = by_image.most_tokens(self.visionzip, side, self.num_additional_image_tokens > 0)
+        values = by_image.check_budgets(budgets, len(processed["pixel_values"]), limit)
+        by_image.check_shapes(self.visionzip, values, side)
+        return values, self._placeholders(processed, values)
+
+    def _by_detail(self, by_image: Any, processed: Any) -> tuple[list[int], list[int]]:
+        """Budgets and placeholders of images by what is to be seen in them."""
+        assert self.visionzip is not None
+        pixels = [torch.as_tensor(image) for image in processed["pixel_values"]]
+        whole = torch.stack([image[0] if image.dim() == 4 else image for image in pixels])
+        values = by_image.budgets_by_detail(by_image.detail(whole).tolist(), self.visionzip["per_image"])
+        return values, self._placeholders(processed, values)
+
+    def _encoded_by(self, model: Any, processed: Any, encoded: list[Any]) -> tuple[list[int], list[int]]:
+        """Placeholders of images as a model's tower and its chooser find them; what they give goes to `encoded`."""
+        if model.config.visionzip != self.visionzip:
+            raise ReductionError(
+                f"model: its visionzip is {model.config.visionzip}, the processor's is {self.visionzip}: take the "
+                "processor that belongs to the model"
+            )
+        pixels = [torch.as_tensor(image) for image in processed["pixel_values"]]
+        stacked = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)  # of LLaVA-NeXT, whose tiles differ
+        sizes = {"image_sizes": torch.as_tensor(processed["image_sizes"])} if "image_sizes" in processed else {}
+        with torch.no_grad():
+            pixels_there = stacked.to(model.device, model.dtype)
+            encoded.append(model.get_image_features(pixels_there, **sizes, return_dict=True))
+        return [], [len(image) for image in encoded[0].pooler_output]
+
+    def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
+        """Placeholders of each image of these budgets."""
+        raise NotImplementedError
+
+    def _budgets_of_sizes(self, image_sizes: Sequence[Any], budgets: Sequence[int] | None) -> list[int]:
+        """The budget of each image of which no more than its size is known."""
+        assert self.visionzip is not None
+        if budgets is not None:
+            return list(budgets)
+        if self.visionzip.get("per_image") is not None:
+            by_image = extra("image_budgets", "visionzip.per_image")
+            if by_image.chooser_of(self.visionzip) != by_image.FIXED:
+                raise ReductionError(
+                    f"visionzip.per_image: {self.visionzip['per_image']} gives an image a number of tokens that its "
+                    "size alone does not tell, which is all that is known here (as engines ask that build the model "
+                    "themselves): have shortzip serve send them embeddings, or set visionzip.per_image to null"
+                )
+        return [self.visionzip["dominant"] + self.visionzip["contextual"]] * len(image_sizes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +217,7 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
     """LlavaProcessor that writes `dominant + contextual` placeholders per image; without `visionzip`, as it.
 
     Args:
-        visionzip: the model's, {"dominant": int, "contextual": int} or None; saved in processor_config.json.
+        visionzip: the model's, {"dominant": int, "contextual": int, …} or None; saved in processor_config.json.
 
     Raises:
         ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
@@ -111,7 +232,7 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         chat_template: str | None = None,
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
-        visionzip: dict[str, int] | None = None,
+        visionzip: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_patch_size(patch_size)
@@ -133,19 +254,24 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
             return super().replace_image_token(image_inputs, image_idx, **kwargs)
         return self.image_token * (self.visionzip["dominant"] + self.visionzip["contextual"])
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+    def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
+        return list(budgets)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, budgets: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """As transformers' method. `budgets`: of each image, where they are per image."""
         if self.visionzip is None or image_sizes is None:
             return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
-        budget = self.visionzip["dominant"] + self.visionzip["contextual"]
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[budget] * count, num_image_patches=[1] * count)
+        counts = self._budgets_of_sizes(image_sizes, budgets)
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
 
 class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
     """LlavaNextProcessor that writes `dominant + contextual` placeholders per tile; without `visionzip`, as it.
 
     Args:
-        visionzip: the model's, {"dominant": int, "contextual": int} or None; saved in processor_config.json.
+        visionzip: the model's, {"dominant": int, "contextual": int, …} or None; saved in processor_config.json.
 
     Raises:
         ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
@@ -160,7 +286,7 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
         chat_template: str | None = None,
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
-        visionzip: dict[str, int] | None = None,
+        visionzip: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_patch_size(patch_size)
@@ -181,21 +307,28 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
         if self.visionzip is None:
             return super().replace_image_token(image_inputs, image_idx, **kwargs)
         side = image_inputs["pixel_values"][image_idx].shape[-1]
-        return self.image_token * self._count(image_inputs["image_sizes"][image_idx], side)
+        budget = self.visionzip["dominant"] + self.visionzip["contextual"]
+        return self.image_token * self._count(image_inputs["image_sizes"][image_idx], side, budget)
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+    def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
+        side = processed["pixel_values"][0].shape[-1]
+        sizes = processed["image_sizes"]
+        return [self._count(size, side, budget) for size, budget in zip(sizes, budgets, strict=True)]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, budgets: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """As transformers' method. `budgets`: of each image, where they are per image."""
         if self.visionzip is None or image_sizes is None:
             return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
-        side = self.image_processor.crop_size["height"]
-        counts = [self._count(size, side) for size in image_sizes]
+        side, of_images = self.image_processor.crop_size["height"], self._budgets_of_sizes(image_sizes, budgets)
+        counts = [self._count(size, side, budget) for size, budget in zip(image_sizes, of_images, strict=True)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
-    def _count(self, image_size: Any, side: int) -> int:
-        """Placeholders of an image (height, width) cut into tiles of `side` pixels."""
-        assert self.visionzip is not None
+    def _count(self, image_size: Any, side: int, budget: int) -> int:
+        """Placeholders of an image (height, width) cut into tiles of `side` pixels, `budget` tokens each."""
         size = [int(length) for length in image_size]
         tiles = image_size_to_num_patches(size, self.image_processor.image_grid_pinpoints, side)
-        budget = self.visionzip["dominant"] + self.visionzip["contextual"]
         return tiles * budget + (tiles == 1)  # an image of one tile ends in image_newline
 
 

@@ -182,7 +182,7 @@ class Reductions:
         else:
             baseline = "baseline " if self.method in BASELINES else ""
             how = "" if self.method_words == VISIONZIP else f" ({baseline}{self.method_words})"
-            parts = [f"{self.budget_words} visual tokens{how}"]
+            parts = [f"{self.budget_words} visual tokens{how}{self._per_image_described}"]
         if self.layers:
             parts.append(f"{len(self.layers)} frozen layers")
         if self.fastv is not None:
@@ -190,6 +190,22 @@ class Reductions:
         if self.positions != COMPACT:
             parts.append(f"{self.positions} positions")
         return ", ".join(parts)
+
+    @property
+    def one_budget(self) -> Self:
+        """The same with one budget for all images, where they have one each."""
+        if self.visionzip is None or "per_image" not in self.visionzip:
+            return self
+        return replace(self, visionzip={key: value for key, value in self.visionzip.items() if key != "per_image"})
+
+    @property
+    def _per_image_described(self) -> str:
+        per_image = None if self.visionzip is None else self.visionzip.get("per_image")
+        if per_image is None or per_image["chooser"] == "fixed":
+            return ""
+        chooser, parameter = per_image["chooser"], next(key for key in per_image if key in ("coverage", "scale"))
+        named = chooser if chooser == parameter else f"{chooser}, {parameter}"
+        return f"' shares, {per_image['min']} to {per_image['max']} by {named} {per_image[parameter]:g}"
 
     def in_place_of_cls(self, config: Mapping[str, Any]) -> str | None:
         """What takes the place of the attention from CLS where a model's config.json names a tower without one, in

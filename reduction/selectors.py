@@ -35,7 +35,7 @@ SELECTORS = {
 # Ways to as few tokens that are there to compare with (baselines.py): their parameters, with the defaults.
 BASELINES: dict[str, dict[str, Any]] = {"random": {"seed": 0}, "grid": {}, "pool": {}, "downsample": {}}
 METHODS = (*SELECTORS, *BASELINES)
-BUDGET_KEYS = ("dominant", "contextual", "method")
+BUDGET_KEYS = ("dominant", "contextual", "per_image", "method")
 # What a selector may read and still choose the same of an image whenever it is asked; and what all else depends on.
 OF_THE_IMAGE = frozenset({"attention", "keys", "pixels"})
 MOVING = {"projected": "the projector, which is tuned"}
@@ -147,7 +147,9 @@ def settled(visionzip: Mapping[str, Any]) -> dict[str, Any]:
         for name, (kind, default) in known.items()
     }
     named = {} if method == VISIONZIP else {"method": method}
-    return {"dominant": visionzip["dominant"], "contextual": visionzip["contextual"], **named, **values}
+    per_image = {} if visionzip.get("per_image") is None else {"per_image": dict(visionzip["per_image"])}
+    budget = {"dominant": visionzip["dominant"], "contextual": visionzip["contextual"], **per_image}
+    return {**budget, **named, **values}
 
 
 def selector_of(visionzip: Mapping[str, Any]) -> Selector:

@@ -93,6 +93,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "commands.CalibrateConfig",
             "measure which layers of the language model may freeze",
         ),
+        Verb(
+            "calibrate_budget",
+            "scripts.calibrate_budget",
+            "calibrating.CalibrateBudgetConfig",
+            "find what gives each image its own budget, for a mean of so many tokens",
+        ),
     ),
     "Tune": (
         Verb(

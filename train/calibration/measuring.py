@@ -32,6 +32,7 @@ from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import Release, open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import differing_settings
+from shortzip.train.settings.calibrating import CalibrateBudgetConfig
 from shortzip.train.settings.commands import CalibrateConfig
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
@@ -112,7 +113,7 @@ def calibration_set(settings: CalibrateConfig, budget: Reductions | None) -> Cal
     processor = load_processor(release, budget)
     supervision = Supervision(processor, max_length=None)
     drops = DropLog(settings.on_bad_sample)
-    conversations, root = _conversations(settings, drops)
+    conversations, root = calibration_conversations(settings, drops)
     prompts = choose_prompts(
         conversations,
         supervision,
@@ -199,7 +200,10 @@ def _measure_batch(
     }
 
 
-def _conversations(settings: CalibrateConfig, drops: DropLog) -> tuple[list[Conversation], str | None]:
+def calibration_conversations(
+    settings: CalibrateConfig | CalibrateBudgetConfig, drops: DropLog
+) -> tuple[list[Conversation], str | None]:
+    """The conversations that are calibrated on, and the folder that image paths start from."""
     if settings.instructions != DEMO:
         root = settings.image_root or folder_of(settings.instructions)
         return read_instructions(settings.instructions, drops=drops), root

@@ -112,6 +112,7 @@ def leave_out_extras(folder: Path, reductions: Reductions) -> None:
     then."""
     prunes = None if reductions.fastv is None else PRUNING_METHODS[pruning_method(reductions.fastv)].module
     used = {"baselines": reductions.method in BASELINES, "pruning": prunes is not None}
+    used["image_budgets"] = reductions.visionzip is not None and "per_image" in reductions.visionzip
     used |= {facts.module: facts.module == prunes for facts in PRUNING_METHODS.values()}
     for method, (name, _) in SELECTORS.items():
         used[name] = used.get(name, False) or method in (VISIONZIP, reductions.method)  # whose code others use

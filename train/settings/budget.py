@@ -41,6 +41,27 @@ class BudgetScheduleConfig:
 
 
 @dataclass(frozen=True)
+class PerImageConfig:
+    """A budget for each image (reduction/image_budgets.py); the keys that a chooser does not take are null."""
+
+    chooser: Literal["fixed", "coverage", "image"]
+    """fixed: the budget for all; coverage: as many as hold a share of the image's attention; image: by the detail of
+    the picture alone."""
+    coverage: float | None = None
+    """Of chooser coverage: the share of the image's total score that its dominant patches reach, above 0 to 1."""
+    scale: float | None = None
+    """Of chooser image: the budget of an image is this many times its detail. scripts/calibrate_budget.py finds it."""
+    min: int | None = None
+    """The smallest budget of an image (of a tile in LLaVA-NeXT)."""
+    max: int | None = None
+    """The largest."""
+
+    def as_key(self) -> dict[str, Any]:
+        """`visionzip.per_image` of a model's config; what is not given is left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class VisionZipConfig:
     """The budget: visual tokens per image (per tile in LLaVA-NeXT)."""
 
@@ -53,6 +74,9 @@ class VisionZipConfig:
     what each takes). visionzip with contextual 0 is the baseline that keeps dominant patches only."""
     seed: int = 0
     """Seed of method random."""
+    per_image: PerImageConfig | None = None
+    """A budget for each image; null: this one for all. visionzip.per_image.chooser: fixed, coverage or image;
+    visionzip.per_image.coverage or .scale: its parameter; .min and .max: between which it chooses."""
     parameters: dict[str, Any] = field(default_factory=dict, metadata=PARAMETERS)
     """The method's own, each a key beside it (visionzip.alpha); those that are not given get their defaults."""
 
@@ -60,7 +84,7 @@ class VisionZipConfig:
         check_seed("visionzip.seed", self.seed)
         if self.seed and self.method != "random":
             raise ConfigError(f"visionzip.seed is {self.seed}: only method random draws anything")
-        if self.method == VISIONZIP and not self.parameters:
+        if self.method == VISIONZIP and not self.parameters and self.per_image is None:
             return
         from shortzip.reduction.configuration_reduced_llava import validate_visionzip  # torch: --help does not wait
 
@@ -84,7 +108,10 @@ class VisionZipConfig:
         """The settings of a model config's `visionzip` key."""
         own = [item.name for item in fields(cls)]
         parameters = {name: value for name, value in key.items() if name not in own}
-        return cls(**{name: value for name, value in key.items() if name in own}, parameters=parameters)
+        named = {name: value for name, value in key.items() if name in own}
+        if named.get("per_image") is not None:
+            named["per_image"] = PerImageConfig(**named["per_image"])
+        return cls(**named, parameters=parameters)
 
     def as_key(self) -> dict[str, Any]:
         """The `visionzip` key of a model's config; VisionZip's own method is left out."""
@@ -93,6 +120,8 @@ class VisionZipConfig:
             key["method"] = self.method
         if self.method == "random":
             key["seed"] = self.seed
+        if self.per_image is not None:
+            key["per_image"] = self.per_image.as_key()
         return {**key, **self.parameters}
 
 
