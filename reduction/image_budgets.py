@@ -9,8 +9,9 @@ A budget is visual tokens of an image, in LLaVA-NeXT of each of its tiles: one n
 dominant and contextual tokens have the shares that they have in `visionzip`. N is the number of images, P of patches.
 """
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ import transformers
 from torch import Tensor
 
 from .configuration_pruning import is_whole
+from .configuration_reduced_llava import TOWER_HAS_CLS, selected_block
 from .errors import ReductionError
 from .extras import extra
-from .positions import takes_encoded_images
+from .positions import ImagePositions, PlacedFeatures, takes_encoded_images
 from .selectors import BASELINES, VISIONZIP, selector_of
+from .visionzip import score_patches
+from .visual_tokens import VisualTokens, block_states, tokens_of_block
 
 FIXED, COVERAGE, IMAGE = "fixed", "coverage", "image"
 # Of each chooser, the keys beside its name: its parameter first (scripts/calibrate_budget.py finds it).
@@ -228,3 +232,120 @@ def budgets_by_detail(details: Sequence[float], per_image: Mapping[str, Any]) ->
     """Each image's budget by chooser `image`, of what `detail` gives (of LLaVA-NeXT's images, of the base tile)."""
     scaled = (round(value * per_image["scale"]) for value in details)
     return [min(max(value, per_image["min"]), per_image["max"]) for value in scaled]
+
+
+def with_budget(model: Any, visionzip: dict[str, Any]) -> Any:
+    """A reduced model without a head that has one budget for all images, and the weights of `model`."""
+    view = copy.copy(model)
+    view.config = copy.copy(model.config)
+    view.config.visionzip = visionzip
+    view._reductions = {**model._reductions, "visionzip": visionzip}
+    return view
+
+
+def features_of_images(
+    model: Any,
+    pixel_values: Tensor,
+    image_budgets: Any = None,
+    tiles: Sequence[int] | None = None,
+    image_sizes: Any = None,
+    *,
+    layer: Any = None,
+    strategy: str | None = None,
+) -> PlacedFeatures:
+    """As `get_image_features` of a reduced model, each image under a budget of its own; the tower runs once.
+
+    Args:
+        model: a reduced LLaVA without its head.
+        pixel_values: [tiles of all images, 3, S, S].
+        image_budgets: [N]; None: as the config's chooser finds them.
+        tiles: of each image; None: one each.
+        image_sizes: [N, 2], of LLaVA-NeXT's images before tiling.
+        layer, strategy: what a call says in the place of the config's `vision_feature_layer` and
+            `vision_feature_select_strategy`.
+
+    Raises ReductionError for budgets that are not in range, or without `visionzip` to keep fewer by.
+    """
+    budgets, of_rows = chosen_tokens(model, pixel_values, image_budgets, tiles, layer)
+    return placed(model, budgets, of_rows, tiles, image_sizes, strategy)
+
+
+Chosen = Callable[[Tensor, Any], VisualTokens]
+"""Of tiles [n] int64, and a model with their budget: their visual tokens."""
+
+
+def chosen_tokens(
+    model: Any, pixel_values: Tensor, image_budgets: Any = None, tiles: Sequence[int] | None = None, layer: Any = None
+) -> tuple[list[int], Chosen]:
+    """The budget of each image, and what gives tiles' tokens under it, after one pass of the tower.
+
+    Arguments and errors as of `features_of_images`.
+    """
+    zipped, tower = model.config.visionzip, model.vision_tower
+    if zipped is None:
+        raise ReductionError("image_budgets are given, and visionzip is null, which keeps every visual token")
+    tiles = tiles or [1] * len(pixel_values)
+    side, has_cls = tower.config.image_size // tower.config.patch_size, TOWER_HAS_CLS[tower.config.model_type]
+    budgets = None
+    if image_budgets is not None:
+        refuse_own_budgets(model.config.fastv, "image_budgets")
+        budgets = check_budgets(image_budgets, len(tiles), most_tokens(zipped, side, has_cls))
+        check_shapes(zipped, budgets, side)
+    elif chooser_of(zipped) == IMAGE:
+        first = [sum(tiles[:image]) for image in range(len(tiles))]
+        budgets = budgets_by_detail(detail(pixel_values[first]).tolist(), zipped["per_image"])
+    elif chooser_of(zipped) == FIXED:
+        budgets = [zipped["dominant"] + zipped["contextual"]] * len(tiles)
+    if budgets is not None and zipped.get("method") in BASELINES:
+        return budgets, lambda rows, view: view.get_visual_tokens(pixel_values[rows], layer)
+    selector = selector_of(zipped)
+    layer = model.config.vision_feature_layer if layer is None else layer
+    selected = selected_block(layer, len(tower.encoder.layers))
+    reads_attention = bool(selector.reads & {"attention", "keys"})
+    hidden, queries, keys, scale = block_states(tower, pixel_values, selected, has_cls, reads_attention)
+    if budgets is None:
+        assert queries is not None
+        assert keys is not None
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            attention = score_patches(queries, keys, scale, has_cls)
+        budgets = budgets_by_coverage(attention, zipped, int(has_cls and selector.keeps_cls), tiles)
+
+    def of_rows(rows: Tensor, view: Any) -> VisualTokens:
+        of_queries, of_keys = (None if part is None else part[rows] for part in (queries, keys))
+        key, projector, pixels = view.config.visionzip, model.multi_modal_projector, pixel_values[rows]
+        return tokens_of_block(hidden[rows], of_queries, of_keys, scale, selector, key, has_cls, projector, pixels)
+
+    return budgets, of_rows
+
+
+def placed(
+    model: Any,
+    budgets: Sequence[int],
+    of_rows: Chosen,
+    tiles: Sequence[int] | None = None,
+    image_sizes: Any = None,
+    strategy: str | None = None,
+) -> PlacedFeatures:
+    """Projected features of images, each of its budget, in their order. Arguments as of `features_of_images`."""
+    tiles = tiles or [1] * len(budgets)
+    starts = [sum(tiles[:image]) for image in range(len(tiles))]
+    device = model.multi_modal_projector.linear_1.weight.device
+    features: list[Any] = [None] * len(budgets)
+    places: list[Any] = [None] * len(budgets)
+    lengths = [0] * len(budgets)
+    for tokens in sorted(set(budgets)):
+        images = [image for image, budget in enumerate(budgets) if budget == tokens]
+        rows = [starts[image] + tile for image in images for tile in range(tiles[image])]
+        view = with_budget(model, budget_of(model.config.visionzip, tokens))
+        sizes = None if image_sizes is None else [image_sizes[image] for image in images]
+        visual: Any = of_rows(torch.tensor(rows, device=device), view)
+        positions = view.image_positions(visual.kept, visual.targets, sizes, strategy)
+        for number, (image, made) in enumerate(
+            zip(images, view.project(visual.tokens, visual.kept, sizes), strict=True)
+        ):
+            features[image] = made
+            if positions is not None:
+                places[image], lengths[image] = positions.tokens[number], positions.lengths[number]
+    where = None if places and places[0] is None else ImagePositions(places, lengths)
+    joined: Any = features
+    return PlacedFeatures(last_hidden_state=torch.cat(features), pooler_output=joined, positions=where)

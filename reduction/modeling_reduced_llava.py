@@ -4,6 +4,7 @@ The weights have the names of transformers' LLaVA: a release loads here, and a r
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import can_return_tuple
 
 from .base_release import find_base, open_base
-from .configuration_reduced_llava import (
-    TOWER_HAS_CLS,
-    ReducedLlavaConfig,
-    reductions_of,
-    selected_block,
-    validate,
-)
+from .configuration_reduced_llava import TOWER_HAS_CLS, ReducedLlavaConfig, reductions_of, selected_block, validate
 from .engines import NamesItsModelMixin, WithoutHeadMixin, refuse_attention_of_engines
 from .errors import ReductionError
 from .extras import extra
@@ -42,7 +37,7 @@ from .refusals import (
     refuse_unmasked_attention,
     visual_of_token_types,
 )
-from .selectors import BASELINES, VISIONZIP, selector_of
+from .selectors import BASELINES, VISIONZIP, has_own_budgets, selector_of
 from .shortv import active_rows, freeze_visual_tokens
 from .visual_tokens import VisualTokens, choose_tokens
 from .weight_files import check_json, check_weights
@@ -74,9 +69,7 @@ class ReducedModelMixin(WithoutHeadMixin):
     def get_visual_tokens(self, pixel_values: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
         """The visual tokens that are chosen, and where every patch went.
 
-        Args:
-            pixel_values: [N, 3, S, S].
-            vision_feature_layer: overrides the config's.
+        `pixel_values`: [N, 3, S, S]. `vision_feature_layer`: overrides the config's.
 
         Raises:
             ValueError: `visionzip` is None, or `vision_feature_layer` is a list or out of range.
@@ -85,9 +78,8 @@ class ReducedModelMixin(WithoutHeadMixin):
             raise ReductionError("visionzip is null: this model keeps every visual token and chooses none")
         validate(self.config)  # it may have been changed: pictures look at several budgets
         tower, zipped = self.vision_tower, self.config.visionzip
-        if vision_feature_layer is None:
-            vision_feature_layer = self.config.vision_feature_layer
-        selected = selected_block(vision_feature_layer, len(tower.encoder.layers))
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        selected = selected_block(layer, len(tower.encoder.layers))
         has_cls = TOWER_HAS_CLS[tower.config.model_type]
         method = zipped.get("method", VISIONZIP)
         if method in BASELINES:
@@ -111,9 +103,12 @@ class ReducedModelMixin(WithoutHeadMixin):
         image_sizes: Any = None,
         mm_token_type_ids: Tensor | None = None,
         fastv_query: Tensor | None = None,
+        image_budgets: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' model.
+
+        `image_budgets` [N]: visual tokens of each image (tile), as the processor gives them; None: as the config says.
 
         `fastv_query` [B] int64: with `config.fastv`, the position whose attention decides what is kept; the last by
         default, which in a prompt is right, and where answers follow it is given: the end of the first prompt. With
@@ -136,8 +131,9 @@ class ReducedModelMixin(WithoutHeadMixin):
             image_sizes = image_sizes.tolist()  # read several times, waited for once
         features = visual = shifts = None
         moves = keeps_positions(self.config)
-        if moves:
-            pixel_values = encode_first(self.get_image_features, pixel_values, image_sizes, kwargs)
+        if moves or image_budgets is not None or has_own_budgets(self.config.visionzip):
+            encode = partial(self.get_image_features, image_budgets=image_budgets)
+            pixel_values = encode_first(encode, pixel_values, image_sizes, kwargs)
         if self.config.visionzip is not None or in_decoder:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
@@ -151,7 +147,7 @@ class ReducedModelMixin(WithoutHeadMixin):
                     )
                     # A chunk of a prompt has been given its part of all images' tokens in one piece, and these alone.
                     in_pieces = features is not None and features.last_hidden_state is None
-                    refuse_mismatch(self.config.visionzip, visual, lengths, whole_images=not in_pieces)
+                    refuse_mismatch(self.config.visionzip, visual, lengths, not in_pieces, image_budgets)
             elif input_ids is not None:
                 refuse_missing_images(self.config, input_ids, kwargs.get("past_key_values"))
             if in_decoder:
@@ -240,10 +236,11 @@ class ReducedForGenerationMixin(CountsPositions, NamesItsModelMixin):
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         fastv_query: Tensor | None = None,
+        image_budgets: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`, and
-        `fastv_query`, a position of the whole prompt."""
+        """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`,
+        `fastv_query`, a position of the whole prompt, and `image_budgets`, which only the tower is told."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
         )
@@ -314,25 +311,28 @@ class ReducedLlavaModel(ReducedModelMixin, LlavaModel):
         vision_feature_layer: Any = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
+        image_budgets: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Projected visual tokens of N images: `pooler_output` is a list of N tensors [budget, H of the decoder].
 
-        Under VisionZip `vision_feature_select_strategy` plays no part but in original positions, which are those of
-        plain LLaVA: the budget counts CLS and always contains it.
+        `image_budgets`: see `forward`. Under VisionZip `vision_feature_select_strategy` plays no part but in original
+        positions, which are those of plain LLaVA: the budget counts CLS and always contains it.
         """
         refuse_changed(self.config, self._reductions)
+        layer, strategy = vision_feature_layer, vision_feature_select_strategy
+        if image_budgets is not None or has_own_budgets(self.config.visionzip):
+            own = extra("image_budgets", "image_budgets")
+            return own.features_of_images(self, pixel_values, image_budgets, layer=layer, strategy=strategy)
         if self.config.visionzip is None:
             return super().get_image_features(
                 pixel_values=pixel_values,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                **({} if image_sizes is None else {"image_sizes": image_sizes}),
-                **kwargs,
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+                **kwargs | ({} if image_sizes is None else {"image_sizes": image_sizes}),
             )
-        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
+        visual: Any = self.get_visual_tokens(pixel_values, layer)
         features: Any = self.project(visual.tokens)  # transformers types pooler_output as one tensor, reads a list
-        strategy = vision_feature_select_strategy
         return PlacedFeatures(
             last_hidden_state=visual.tokens,
             pooler_output=features,

@@ -14,9 +14,11 @@ from transformers.utils import can_return_tuple
 
 from .configuration_reduced_llava import ReducedLlavaNextConfig
 from .errors import ReductionError
+from .extras import extra
 from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin, register_key_mapping
 from .positions import ImagePositions, PlacedFeatures, keeps_positions, patches_of_tokens
 from .refusals import refuse_changed
+from .selectors import has_own_budgets
 
 
 class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
@@ -32,6 +34,7 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         image_sizes: Any = None,
         vision_feature_layer: Any = None,
         vision_feature_select_strategy: str | None = None,
+        image_budgets: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Projected visual tokens of N images: `pooler_output` is a list of N tensors [budget * tiles, H of decoder].
@@ -43,24 +46,30 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         Args:
             pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S].
             image_sizes: [N, 2] int, height and width of the images before tiling.
+            image_budgets: [N], visual tokens of each tile of an image; None: as the config says.
 
         Raises:
             ValueError: the tiles in `pixel_values` are not those that `image_sizes` says, or there are no sizes.
         """
         refuse_changed(self.config, self._reductions)
         tiles = self._tiles(image_sizes)
-        if self.config.visionzip is None:
+        layer, strategy = vision_feature_layer, vision_feature_select_strategy
+        if self.config.visionzip is None and image_budgets is None:
             return super().get_image_features(
                 pixel_values,
                 image_sizes,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
                 **kwargs,
             )
         pixel_values = _stack_tiles(pixel_values, tiles)
-        visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
+        if image_budgets is not None or has_own_budgets(self.config.visionzip):
+            own = extra("image_budgets", "image_budgets")
+            return own.features_of_images(
+                self, pixel_values, image_budgets, tiles, image_sizes, layer=layer, strategy=strategy
+            )
+        visual: Any = self.get_visual_tokens(pixel_values, layer)
         features: Any = self.project(visual.tokens, visual.kept, image_sizes)
-        strategy = vision_feature_select_strategy
         return PlacedFeatures(
             last_hidden_state=visual.tokens,
             pooler_output=features,

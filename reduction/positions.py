@@ -224,7 +224,7 @@ def encode_first(encode: Any, pixel_values: Tensor | None, image_sizes: Any, key
     """
     if pixel_values is None or not len(pixel_values) or keys.get("mm_encoder_outputs") is not None:
         return pixel_values
-    of_tower = ("vision_feature_layer", "vision_feature_select_strategy")
+    of_tower = ("vision_feature_layer", "vision_feature_select_strategy", "image_budgets")
     encoding = {key: keys[key] for key in of_tower if key in keys}
     images = encode(pixel_values, image_sizes=image_sizes, return_dict=True, **encoding)
     keys["mm_encoder_outputs"] = {"image": images}

@@ -11,6 +11,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from .configuration_reduced_llava import reductions_of, validate
 from .engines import OFF
 from .errors import ReductionError
+from .selectors import has_own_budgets
 from .shortv import SUPPORTED_ATTENTION
 
 
@@ -51,7 +52,9 @@ def change_budget(model: Any, visionzip: dict[str, Any]) -> None:
     model._reductions = copy.deepcopy(reductions_of(config))
 
 
-def refuse_mismatch(visionzip: Any, visual: Tensor, lengths: list[int], whole_images: bool) -> None:
+def refuse_mismatch(
+    visionzip: Any, visual: Tensor, lengths: list[int], whole_images: bool, image_budgets: Any = None
+) -> None:
     """Refuses prompts whose placeholders the images do not fill: in all, and row by row.
 
     Which image belongs to which row is nowhere said, so a row's placeholders must be those of whole images.
@@ -61,6 +64,7 @@ def refuse_mismatch(visionzip: Any, visual: Tensor, lengths: list[int], whole_im
         visual: [B, L] bool, the placeholders.
         lengths: visual tokens of each image, in the order of their placeholders.
         whole_images: False where a part of the images is all there is, and only the sum can be compared.
+        image_budgets: those of the call, for the message.
     """
     held, total = visual.sum(dim=1), sum(lengths)
     fits = held.sum() == total
@@ -70,10 +74,10 @@ def refuse_mismatch(visionzip: Any, visual: Tensor, lengths: list[int], whole_im
         else:
             ends = torch.tensor([0, *accumulate(lengths)]).to(held.device, non_blocking=True)
             fits = fits & torch.isin(held.cumsum(dim=0), ends).all()
-    torch_compilable_check(fits, lambda: _mismatch(visionzip, held.tolist(), lengths))
+    torch_compilable_check(fits, lambda: _mismatch(visionzip, held.tolist(), lengths, image_budgets))
 
 
-def _mismatch(visionzip: Any, held: list[int], lengths: list[int]) -> str:
+def _mismatch(visionzip: Any, held: list[int], lengths: list[int], image_budgets: Any) -> str:
     ends = [0, *accumulate(lengths)]
     said = f"the prompts hold {sum(held)} image placeholders, the images give {ends[-1]} visual tokens"
     start = 0
@@ -86,11 +90,12 @@ def _mismatch(visionzip: Any, held: list[int], lengths: list[int]) -> str:
             )
             break
         start += count
-    budget = (
-        "every visual token"
-        if visionzip is None
-        else f"{visionzip['dominant'] + visionzip['contextual']} per image (per tile in LLaVA-NeXT)"
-    )
+    if visionzip is None:
+        budget = "every visual token"
+    elif image_budgets is not None or has_own_budgets(visionzip):
+        budget = "as many of each image as its own budget says (image_budgets, or visionzip.per_image)"
+    else:
+        budget = f"{visionzip['dominant'] + visionzip['contextual']} per image (per tile in LLaVA-NeXT)"
     return (
         f"{said}: this model keeps {budget}. Build the inputs with the processor saved beside this model or with "
         f"from_pretrained(…, visionzip={visionzip})"

@@ -170,6 +170,12 @@ def merges(visionzip: Mapping[str, Any]) -> bool:
     return method not in BASELINES and selector_of(visionzip).merges
 
 
+def has_own_budgets(visionzip: Mapping[str, Any] | None) -> bool:
+    """Whether images of a config's `visionzip` key choose a budget each (image_budgets.py)."""
+    per_image = None if visionzip is None else visionzip.get("per_image")
+    return per_image is not None and per_image["chooser"] != "fixed"
+
+
 def refuse_to_keep(visionzip: Mapping[str, Any]) -> None:
     """Raises ReductionError for a method whose visual tokens cannot be computed once and kept: it chooses by more than
     the image."""

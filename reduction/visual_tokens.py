@@ -50,15 +50,25 @@ def choose_tokens(
         visionzip: the config's key, for its `dominant` and `contextual`.
         has_cls: whether the tower's token 0 is CLS.
     """
+    states = block_states(tower, pixel_values, selected, has_cls, bool(selector.reads & {"attention", "keys"}))
+    return tokens_of_block(*states, selector, visionzip, has_cls, projector, pixel_values)
+
+
+def block_states(
+    tower: Any, pixel_values: Tensor, selected: int, has_cls: bool, reads_attention: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    """What `tokens_of_block` takes of the tower's block `selected`: its output, queries, keys and scale.
+
+    `reads_attention` False: queries and keys are None.
+    """
     blocks = tower.encoder.layers
     hidden = embed_patches(tower, pixel_values)
     for block in blocks[:selected]:
         hidden = block(hidden, None)
     queries = keys = None
-    if selector.reads & {"attention", "keys"}:
+    if reads_attention:
         queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
-    scale, hidden = blocks[selected].self_attn.scale, blocks[selected](hidden, None)
-    return tokens_of_block(hidden, queries, keys, scale, selector, visionzip, has_cls, projector, pixel_values)
+    return blocks[selected](hidden, None), queries, keys, blocks[selected].self_attn.scale
 
 
 def tokens_of_block(

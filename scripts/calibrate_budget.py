@@ -27,8 +27,9 @@ def report(found: FoundBudgets, settings: CalibrateBudgetConfig) -> str:
     budgets = sorted(found.budgets)
     at_least, at_most = budgets.count(settings.min), budgets.count(settings.max)
     key = yaml.safe_dump(found.visionzip, default_flow_style=True, sort_keys=False, width=1000).strip()
+    described = Reductions(found.visionzip).describe()
     lines = [
-        f"{len(budgets)} images of {settings.instructions} (seed {settings.seed}): {Reductions(found.visionzip).describe()}",
+        f"{len(budgets)} images of {settings.instructions} (seed {settings.seed}): {described}",
         f"mean {found.mean:.2f} (asked: {settings.mean:g}), median {statistics.median(budgets):g}, "
         f"{budgets[0]} to {budgets[-1]}; {at_least} images at min, {at_most} at max",
     ]

@@ -16,7 +16,7 @@ from shortzip.train.settings.config import DEMO
 class CalibrateBudgetConfig:
     """What `scripts/calibrate_budget.py` takes.
 
-    shortzip calibrate_budget --model checkpoints/demo-llava --budget 12+4 --chooser coverage --mean 16 --min 4 --max 64
+    shortzip calibrate_budget --budget 12+4 --chooser coverage --mean 16 --min 4 --max 64
     """
 
     mean: float
