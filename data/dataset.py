@@ -25,8 +25,8 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import pixel_values
-from shortzip.data.row_lengths import Counted, encode_unread, lengths_depend_on
+from shortzip.data.pixels import joined, pixel_values, stacked
+from shortzip.data.row_lengths import BudgetSource, Counted, encode_unread, lengths_depend_on
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
 LayOut = Callable[[dict[str, torch.Tensor]], Any]
@@ -50,6 +50,7 @@ class Sample:
         image_sizes: (height, width) of each image in pixels, before it was resized.
         features: instead of pixels, what is known of each image: tensors [tiles, …] by name.
         lesson: what a teacher says at the row's supervised positions: tensors [positions, …] by name.
+        budgets: of each image, where it has its own.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Sample:
     image_sizes: list[tuple[int, int]]
     features: list[dict[str, torch.Tensor]] = field(default_factory=list)
     lesson: dict[str, torch.Tensor] = field(default_factory=dict)
+    budgets: list[int] = field(default_factory=list)
 
 
 class LessonSource(Protocol):
@@ -78,8 +80,8 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model: input_ids, attention_mask, labels, each [B, L] int64 and padded on the
             right; pixel_values [N, 3, H, W] float32 (LLaVA-NeXT: [N, tiles, 3, H, W]) and, for LLaVA-NeXT, image_sizes
-            [N, 2] int64 — both absent without images. `labels` are -100 where nothing is supervised, not shifted. And
-            the rows' lessons, one behind the other.
+            [N, 2] int64 — both absent without images; image_budgets [N] int64, where images have their own. `labels`
+            are -100 where nothing is supervised, not shifted. And the rows' lessons, one behind the other.
         sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
         dropped: rows of this micro-batch that could not be read: hand them to `DropLog.extend`.
         layout: what the collator was told to make of the integers, for the loss.
@@ -123,6 +125,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         cache_dir: where the lengths are kept for the next run with the same rows, tokenizer, template and limits, and
             as many placeholders for each image; None: nowhere.
         known_images: what is known of the images' files; None: nothing yet.
+        budget_of: the budget of an image, where each has its own; None: as the processor says.
         progress: called with the rows tokenized so far and with their number; not called for rows from the cache.
 
     Attributes:
@@ -148,11 +151,13 @@ class ConversationDataset(Dataset[Sample | Drop]):
         drops: DropLog | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         known_images: KnownImages | None = None,
+        budget_of: BudgetSource | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.supervision = supervision
         self.image_root = image_root
         self.known_images = known_images or KnownImages()
+        self.budget_of = budget_of
         self.features: FeatureSource | None = None
         self.lessons: LessonSource | None = None
         self.drops = DropLog() if drops is None else drops
@@ -171,6 +176,14 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    @property
+    def mean_budget(self) -> int | None:
+        """Of the images that rows hold, rounded; None where images have none of their own."""
+        images = [source for row in self.conversations for source in row.images]
+        if self.budget_of is None or not images:
+            return None
+        return round(sum(self.budget_of(source, self.image_root) for source in images) / len(images))
 
     def __getitem__(self, index: int) -> Sample | Drop:
         """A row with its images, or why it could not be read, where bad samples are skipped.
@@ -210,24 +223,33 @@ class ConversationDataset(Dataset[Sample | Drop]):
         images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
         try:
+            budgets = self._budgets(conversation)
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
-                encoded = self.supervision.encode(conversation, [(image.height, image.width) for image in images])
+                sizes = [(image.height, image.width) for image in images]
+                encoded = self.supervision.encode(conversation, sizes, budgets)
                 images = images[: encoded.images]
             else:
-                encoded = self.supervision.encode(conversation)
+                encoded = self.supervision.encode(conversation, None, budgets)
                 images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
             pixels = [pixel_values(image, processor) for image in images]
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        return Sample(conversation.id, encoded, pixels, [(image.height, image.width) for image in images])
+        sizes = [(image.height, image.width) for image in images]
+        return Sample(conversation.id, encoded, pixels, sizes, budgets=(budgets or [])[: encoded.images])
+
+    def _budgets(self, conversation: Conversation) -> list[int] | None:
+        if self.budget_of is None:
+            return None
+        return [self.budget_of(source, self.image_root) for source in conversation.images]
 
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
         try:
             sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
             if self.supervision.needs_image_sizes:
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
-            encoded = self.supervision.encode(conversation, sizes)
+            budgets = self._budgets(conversation)
+            encoded = self.supervision.encode(conversation, sizes, budgets)
             tensors = []
             for source in conversation.images[: encoded.images]:
                 stored = features.find(source, self.image_root)
@@ -238,7 +260,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 tensors.append(stored)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        return Sample(conversation.id, encoded, [], sizes[: encoded.images], tensors)
+        left = (budgets or [])[: encoded.images]
+        return Sample(conversation.id, encoded, [], sizes[: encoded.images], tensors, budgets=left)
 
     def _counted(
         self,
@@ -249,7 +272,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         """What `_count` gives: as kept in `cache_dir`, or counted now and kept there."""
         if cache_dir is None:
             return self._count(conversations, progress)
-        parts = lengths_depend_on(conversations, self.supervision, self.image_root, self.known_images)
+        images = self.image_root, self.known_images, self.budget_of
+        parts = lengths_depend_on(conversations, self.supervision, *images)
         store, name = Kept(cache_dir), f"lengths-{identity_of(parts)[:24]}"
         result = store.find(name, parts)
         if result is not None:
@@ -270,7 +294,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if number % 500 == 0:
                 progress(number, len(conversations))
             try:
-                encoded = encode_unread(conversation, self.supervision, self.image_root, self.known_images)
+                images = self.image_root, self.known_images, self.budget_of
+                encoded = encode_unread(conversation, self.supervision, *images)
             except BadSample as error:
                 drops.append(Drop.of(error))
             else:
@@ -344,23 +369,18 @@ class Collator:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         pixels = [image for sample in samples for image in sample.pixels]
         if pixels:
-            inputs["pixel_values"] = _stack(pixels)
+            inputs["pixel_values"] = stacked(pixels)
             if pixels[0].dim() == 4:
                 inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
         features = [of_image for sample in samples for of_image in sample.features]
         if features:
-            inputs |= {name: torch.cat([of_image[name] for of_image in features]) for name in features[0]}
+            inputs |= {name: joined([of_image[name] for of_image in features]) for name in features[0]}
             inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
+        budgets = [budget for sample in samples for budget in sample.budgets]
+        if budgets:
+            inputs["image_budgets"] = torch.tensor(budgets)
         lessons = [sample.lesson for sample in samples if sample.lesson]
         if lessons:
             inputs |= {name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]}
         layout = None if self.lay_out is None else self.lay_out(inputs)
         return MicroBatch(inputs, [sample.id for sample in samples], dropped, layout)
-
-
-def _stack(pixels: list[torch.Tensor]) -> torch.Tensor:
-    """Images to one tensor; LLaVA-NeXT's, which differ in their number of tiles, are filled up with zero tiles."""
-    most = max(image.shape[0] for image in pixels)
-    if pixels[0].dim() == 4 and any(image.shape[0] != most for image in pixels):
-        pixels = [torch.cat([image, image.new_zeros(most - len(image), *image.shape[1:])]) for image in pixels]
-    return torch.stack(pixels).to(torch.float32)

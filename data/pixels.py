@@ -102,3 +102,21 @@ def _padded_rows(image: Image.Image, side: int, colour: tuple[int, ...], resampl
         box = (first * scale - begin, 0, last * scale - begin, near.height)
         rows.paste(near.resize((last - first, near.height), resample, box=box), (0, top))
     return rows, first
+
+
+def joined(features: list[torch.Tensor]) -> torch.Tensor:
+    """Images' features [tiles, n, …] one behind the other, filled up with zeros where n differs."""
+    most = max(of_image.shape[1] for of_image in features)
+    filled = []
+    for of_image in features:
+        missing = of_image.new_zeros(len(of_image), most - of_image.shape[1], *of_image.shape[2:])
+        filled.append(torch.cat([of_image, missing], dim=1) if missing.shape[1] else of_image)
+    return torch.cat(filled)
+
+
+def stacked(pixels: list[torch.Tensor]) -> torch.Tensor:
+    """Images to one tensor; LLaVA-NeXT's, which differ in their number of tiles, are filled up with zero tiles."""
+    most = max(image.shape[0] for image in pixels)
+    if pixels[0].dim() == 4 and any(image.shape[0] != most for image in pixels):
+        pixels = [torch.cat([image, image.new_zeros(most - len(image), *image.shape[1:])]) for image in pixels]
+    return torch.stack(pixels).to(torch.float32)

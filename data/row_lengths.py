@@ -3,16 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from shortzip.data.drops import BadSample
-from shortzip.data.images import BadImage
+from shortzip.data.images import BadImage, ImageSource
 from shortzip.data.instructions import Conversation
 from shortzip.data.known_images import KnownImages
 from shortzip.data.supervision import Encoded, Supervision
 
 _CACHE_FORMAT = 4
+BudgetSource = Callable[[ImageSource, str | os.PathLike[str] | None], int]
+"""The budget of an image, where each has its own. Raises BadImage."""
 
 
 class Counted(NamedTuple):
@@ -30,18 +32,22 @@ def encode_unread(
     supervision: Supervision,
     image_root: str | os.PathLike[str] | None,
     known_images: KnownImages,
+    budget_of: BudgetSource | None = None,
 ) -> Encoded:
-    """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter.
+    """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter, and
+    what `budget_of` reads.
 
     Raises BadSample for a bad row or image.
     """
-    if not supervision.needs_image_sizes:
-        return supervision.encode(conversation)
+    sizes = budgets = None
     try:
-        sizes = [known_images.size(source, image_root) for source in conversation.images]
+        if supervision.needs_image_sizes:
+            sizes = [known_images.size(source, image_root) for source in conversation.images]
+        if budget_of is not None:
+            budgets = [budget_of(source, image_root) for source in conversation.images]
     except BadImage as error:
         raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-    return supervision.encode(conversation, sizes)
+    return supervision.encode(conversation, sizes, budgets)
 
 
 def lengths_depend_on(
@@ -49,6 +55,7 @@ def lengths_depend_on(
     supervision: Supervision,
     image_root: str | os.PathLike[str] | None,
     known_images: KnownImages,
+    budget_of: BudgetSource | None = None,
 ) -> dict[str, Any]:
     """All that `Supervision.encode` reads of conversations, as the parts of an identity.
 
@@ -60,7 +67,8 @@ def lengths_depend_on(
         for source in conversation.images:
             try:
                 size = known_images.size(source, image_root) if supervision.needs_image_sizes else (0, 0)
-                images.append(supervision.placeholders(size))
+                own = None if budget_of is None else budget_of(source, image_root)
+                images.append(supervision.placeholders(size, own))
             except BadImage as error:
                 images.append(error.problem)
         digest.update(json.dumps([conversation.id, images, conversation.turns]).encode() + b"\n")

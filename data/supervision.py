@@ -171,16 +171,17 @@ class Supervision:
         bare, spaced = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
         self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
         self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)
-        self._placeholders: dict[tuple[int, int], int] = {}
+        self._placeholders: dict[tuple[tuple[int, int], int | None], int] = {}
 
-    def placeholders(self, size: tuple[int, int]) -> int:
-        """Placeholders for an image of (height, width) pixels."""
+    def placeholders(self, size: tuple[int, int], budget: int | None = None) -> int:
+        """Placeholders for an image of (height, width) pixels. `budget`: its own, where each image has one."""
         if not self.needs_image_sizes:
             size = (336, 336)
-        if size not in self._placeholders:
-            counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])
-            self._placeholders[size] = int(counted["num_image_tokens"][0])
-        return self._placeholders[size]
+        if (size, budget) not in self._placeholders:
+            own = {} if budget is None else {"budgets": [budget]}
+            counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)], **own)
+            self._placeholders[size, budget] = int(counted["num_image_tokens"][0])
+        return self._placeholders[size, budget]
 
     def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The prompt text with one `<image>` per image, and the character ranges of the answers.
@@ -215,7 +216,12 @@ class Supervision:
                 spans.append((len(before), len(after)))
         return text, spans
 
-    def encode(self, conversation: Conversation, image_sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
+    def encode(
+        self,
+        conversation: Conversation,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        budgets: Sequence[int] | None = None,
+    ) -> Encoded:
         """Token ids and the answers' places.
 
         A row over `max_length` loses its last turns, question and answer together, until it fits. If the first
@@ -225,6 +231,7 @@ class Supervision:
         Args:
             conversation: what to encode.
             image_sizes: (height, width) of each image in pixels; needed where `needs_image_sizes`.
+            budgets: of each image, where it has its own.
 
         Raises:
             BadSample: "no_answer" without a single answer, "too_long" when not even the first question fits, or the
@@ -233,7 +240,7 @@ class Supervision:
         text, spans = self.render(conversation)
         if not spans:
             raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from")
-        ids, characters, images = self._tokenize(conversation, text, image_sizes)
+        ids, characters, images = self._tokenize(conversation, text, image_sizes, budgets)
         answers = [tokens for tokens in (_token_range(characters, span) for span in spans) if tokens[0] < tokens[1]]
         length, cut = len(ids), None
         if self.max_length is not None and length > self.max_length:
@@ -267,7 +274,11 @@ class Supervision:
             raise BadSample("template", conversation.id, str(error)) from error
 
     def _tokenize(
-        self, conversation: Conversation, text: str, image_sizes: Sequence[tuple[int, int]] | None
+        self,
+        conversation: Conversation,
+        text: str,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        budgets: Sequence[int] | None = None,
     ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
         """Ids, the character range of each in `text`, and the token range of each image."""
         expected = len(conversation.images)
@@ -291,7 +302,7 @@ class Supervision:
         at = 0
         for number, piece in enumerate(pieces):
             if number:
-                count = self.placeholders(image_sizes[number - 1])
+                count = self.placeholders(image_sizes[number - 1], budgets[number - 1] if budgets else None)
                 images.append((len(ids), len(ids) + count))
                 ids += [self.processor.image_token_id] * count
                 characters += [(at, at + len(mark))] * count

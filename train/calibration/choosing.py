@@ -109,9 +109,11 @@ def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> 
     """The sample with only the images that stand in `prompt`, a beginning of its tokens."""
     placeholders, images = prompt.count(supervision.processor.image_token_id), 0
     while placeholders > 0:
-        placeholders -= supervision.placeholders(sample.image_sizes[images])
+        budget = sample.budgets[images] if sample.budgets else None
+        placeholders -= supervision.placeholders(sample.image_sizes[images], budget)
         images += 1
-    return Sample(sample.id, sample.encoded, sample.pixels[:images], sample.image_sizes[:images])
+    of_images = sample.pixels[:images], sample.image_sizes[:images]
+    return Sample(sample.id, sample.encoded, *of_images, budgets=sample.budgets[:images])
 
 
 def choose_layers(
@@ -134,7 +136,8 @@ def choose_layers(
         count = int(release.config["text_config"]["num_hidden_layers"])
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
         return sorted(pick_layers(drawn, config.shortv.freeze)) or None, None
-    model, processor = load_release(release, reductions_of(config.visionzip, None, None, config.positions))
+    one_budget = reductions_of(config.visionzip, None, None, config.positions).one_budget
+    model, processor = load_release(release, one_budget)
     loaded_to = model.device
     model.to(accelerator.device)
     samples = _calibration_samples(config, processor, rows or training_rows(config.data, config.seed))

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,9 @@ def _read_answers(
         sums.loss, sums.tokens = sums.loss + loss, sums.tokens + tokens
         for row, (index, sample) in enumerate(samples.items()):
             sums.images += len(sample.image_sizes)
-            sums.visual += sum(map(dataset.supervision.placeholders, sample.image_sizes))
+            sums.visual += sum(
+                map(dataset.supervision.placeholders, sample.image_sizes, sample.budgets or repeat(None))
+            )
             for question, (begin, end) in _questions(dataset, sample, index):
                 placeholders = question.prompt.count(_placeholder(dataset))
                 sums.prompts += 1
@@ -307,7 +310,8 @@ def _prompt_inputs(model: Llava, dataset: ConversationDataset, questions: Sequen
         rows.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
     pictures = collator(rows).inputs
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    inputs.update({key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures})
+    of_images = ("pixel_values", "image_sizes", "image_budgets")
+    inputs.update({key: pictures[key] for key in of_images if key in pictures})
     return {key: tensor.to(model.device) for key, tensor in inputs.items()}
 
 

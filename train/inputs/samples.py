@@ -152,15 +152,16 @@ def left_out_tokens(dataset: ConversationDataset) -> np.ndarray:
     supervision = dataset.supervision
     every: Any = copy.copy(supervision.processor)
     every.visionzip = None  # every visual token
-    counts: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[tuple[int, int], int | None], int] = {}
 
     def left_out(source: ImageSource) -> int:
         needed = supervision.needs_image_sizes
         size = dataset.known_images.size(source, dataset.image_root) if needed else (336, 336)
-        if size not in counts:
+        own = None if dataset.budget_of is None else dataset.budget_of(source, dataset.image_root)
+        if (size, own) not in counts:
             whole = every._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0]
-            counts[size] = int(whole) - supervision.placeholders(size)
-        return counts[size]
+            counts[size, own] = int(whole) - supervision.placeholders(size, own)
+        return counts[size, own]
 
     return np.asarray([sum(map(left_out, row.images)) for row in dataset.conversations], dtype=np.int64)
 

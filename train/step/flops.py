@@ -109,7 +109,8 @@ def teacher_flops(config: Any, row: RowShape, *, shared: int = 0) -> int:
 class StepFlops:
     """The FLOPs that a step over samples of `dataset` needs with `model`, for MFU.
 
-    LLaVA-NeXT's images, whose tiles differ, are counted as five each. `taught`: a teacher is asked in the step.
+    LLaVA-NeXT's images, whose tiles differ, are counted as five each, and budgets per image as their mean. `taught`: a
+    teacher is asked in the step.
     """
 
     def __init__(self, model: Any, dataset: ConversationDataset, taught: bool = False) -> None:
@@ -123,14 +124,15 @@ class StepFlops:
             size = (2 * side, 2 * side)
         else:
             size = (0, 0)
-        self.size, self.visual = size, supervision.placeholders(size)
+        self.size, self.visual = size, supervision.placeholders(size, dataset.mean_budget)
         self.taught = unreduced(supervision).placeholders(size) if taught else None
         self.shared = 0
         if self.tiles == 1:
             with_image = (conversation for conversation in dataset.conversations if conversation.images)
             first = next(with_image, None)
             if first is not None:
-                ids = supervision.encode(first).input_ids
+                budgets = [dataset.mean_budget] * len(first.images) if dataset.mean_budget else None
+                ids = supervision.encode(first, None, budgets).input_ids
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
 

@@ -30,7 +30,7 @@ from shortzip.train.step.visual_features import visual_features
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_budgets")
 
 
 def count_supervised(labels: Tensor) -> int:
