@@ -33,6 +33,7 @@ from shortzip.train.evaluation.answers import (
     prefill_inputs,
     write_answers,
 )
+from shortzip.train.inputs.image_budgets import budgets_by_tower
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.release.lineage import shares_weights
 from shortzip.train.release.loading import load_processor, load_release, reduced_config, share_weights
@@ -83,7 +84,7 @@ def compare(
     for group in _groups(candidates):
         prefills: list[tuple[Any, Mapping[str, Tensor]]] = []
         for number, model, processor in _loaded(candidates, group, accelerator.device):
-            dataset = held_out_set(data, processor)
+            dataset = held_out_set(data, processor, budgets_by_tower(model, processor))
             results[number], answers[number] = evaluate(
                 candidates[number].name,
                 model,
@@ -118,7 +119,8 @@ def prefill_times(
     for group in _groups(candidates):
         timed = []
         for _, model, processor in _loaded(candidates, group, accelerator.device):
-            timed.append((model, prefill_inputs(model, held_out_set(data, processor), batch_size)))
+            dataset = held_out_set(data, processor, budgets_by_tower(model, processor))
+            timed.append((model, prefill_inputs(model, dataset, batch_size)))
         times.update(zip(group, _side_by_side(timed, rounds), strict=True))
         del model, timed
         _free_memory()

@@ -16,11 +16,13 @@ from shortzip.data.generated.scene_questions import write_scenes
 from shortzip.data.images import ImageSource
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.known_images import KnownImages
+from shortzip.data.row_lengths import BudgetSource
 from shortzip.data.strata import draw
 from shortzip.data.subset_folder import subset_report
 from shortzip.data.supervision import Supervision
 from shortzip.data.tables import check_source
 from shortzip.reduction.positions import keeps_positions
+from shortzip.train.inputs.image_budgets import budgets_by_picture
 from shortzip.train.inputs.preflight import check_sees_images
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
@@ -42,18 +44,29 @@ def training_rows(config: DataConfig, seed: int) -> TrainingRows:
 
 
 def training_set(
-    config: DataConfig, processor: Any, seed: int, rows: TrainingRows | None = None
+    config: DataConfig,
+    processor: Any,
+    seed: int,
+    rows: TrainingRows | None = None,
+    budget_of: BudgetSource | None = None,
 ) -> ConversationDataset:
     """The conversations to train on, `config.fraction` of them, as `processor` renders and tokenizes them.
 
     `rows`: those of `training_rows`, where they have been read already; the dataset goes on with their log.
+    `budget_of`: each image's budget, where the picture alone does not tell it.
     Raises `FileNotFoundError`, `shortzip.data.drops.BadSample` and `ValueError` for instructions that cannot be used.
     """
     conversations, root, drops = rows or training_rows(config, seed)
     supervision = Supervision(processor, max_length=config.max_length)
     known_images = KnownImages(config.cache_features or config.cache_teacher)
     dataset = ConversationDataset(
-        conversations, supervision, root, drops=drops, cache_dir=config.cache_dir, known_images=known_images
+        conversations,
+        supervision,
+        root,
+        drops=drops,
+        cache_dir=config.cache_dir,
+        known_images=known_images,
+        budget_of=budget_of or budgets_by_picture(processor, known_images),
     )
     check_sees_images(dataset)
     return dataset
@@ -87,15 +100,19 @@ def _refuse_a_part_of_a_subset(config: DataConfig) -> None:
         )
 
 
-def held_out_set(config: DataConfig, processor: Any) -> ConversationDataset:
-    """The held-out conversations, whole: `max_length` would cut them at other places for another budget.
+def held_out_set(config: DataConfig, processor: Any, budget_of: BudgetSource | None = None) -> ConversationDataset:
+    """The held-out conversations, whole: `max_length` would cut them at other places for another budget. `budget_of`:
+    as of `training_set`.
 
     Raises as `training_set` does.
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = held_out_conversations(config, drops)
     supervision, known_images = Supervision(processor, max_length=None), KnownImages(config.cache_features)
-    return ConversationDataset(conversations, supervision, root, drops=drops, known_images=known_images)
+    budget_of = budget_of or budgets_by_picture(processor, known_images)
+    return ConversationDataset(
+        conversations, supervision, root, drops=drops, known_images=known_images, budget_of=budget_of
+    )
 
 
 def held_out_conversations(config: DataConfig, drops: DropLog) -> tuple[list[Conversation], str]:

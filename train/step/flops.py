@@ -124,14 +124,15 @@ class StepFlops:
             size = (2 * side, 2 * side)
         else:
             size = (0, 0)
-        self.size, self.visual = size, supervision.placeholders(size, dataset.mean_budget)
+        own = dataset.mean_budget
+        self.size, self.visual = size, supervision.placeholders(size, own)
         self.taught = unreduced(supervision).placeholders(size) if taught else None
         self.shared = 0
         if self.tiles == 1:
             with_image = (conversation for conversation in dataset.conversations if conversation.images)
             first = next(with_image, None)
             if first is not None:
-                budgets = [dataset.mean_budget] * len(first.images) if dataset.mean_budget else None
+                budgets = None if own is None else [own] * len(first.images)
                 ids = supervision.encode(first, None, budgets).input_ids
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
