@@ -65,6 +65,8 @@ def _padded_rows(image: Image.Image, side: int, colour: tuple[int, ...], resampl
 
 def joined(features: list[torch.Tensor]) -> torch.Tensor:
     """Images' features [tiles, n, …] one behind the other, filled up with zeros where n differs."""
+    if len({of_image.shape[1:] for of_image in features}) == 1:
+        return torch.cat(features)
     most = max(of_image.shape[1] for of_image in features)
     filled = []
     for of_image in features:

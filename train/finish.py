@@ -15,6 +15,7 @@ from shortzip.data.images import open_image
 from shortzip.data.pixels import shrunk
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare, recovered_share, table_of, write_evaluation
+from shortzip.train.inputs.image_budgets import budgets_by_tower
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.publish.push import PublishError, publish_run
 from shortzip.train.release.lineage import base_revision, write_record
@@ -178,7 +179,7 @@ def draw_held_out(config: TuneConfig, folder: Path) -> None:
     )  # matplotlib takes as long to import as a small model to load
 
     model, processor = load_viewer(open_release(str(folder / FINAL)))
-    dataset = held_out_set(config.data, processor)
+    dataset = held_out_set(config.data, processor, budgets_by_tower(model, processor))
     pictured = [conversation for conversation in dataset.conversations if conversation.images][: config.pictures]
     images = [open_image(conversation.images[0], dataset.image_root) for conversation in pictured]
     if images:

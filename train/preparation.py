@@ -20,14 +20,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
-from shortzip.data.drops import Drop
+from shortzip.data.drops import Drop, DropLog
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.inputs.budgets import Budgets, budget_of
-from shortzip.train.inputs.feature_filling import known_tower, store_features
+from shortzip.train.inputs.feature_filling import ImageRows, known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
+from shortzip.train.inputs.image_budgets import BudgetsKept, budgets_by_tower
 from shortzip.train.inputs.lesson_filling import store_lessons
 from shortzip.train.inputs.loading import check_shared_memory
 from shortzip.train.inputs.preflight import check_learns, conversations_in_words
@@ -36,6 +37,7 @@ from shortzip.train.inputs.samples import (
     check_instructions,
     check_positions,
     draw_demo_scenes,
+    held_out_conversations,
     held_out_set,
     training_rows,
     training_set,
@@ -143,8 +145,9 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     run.check_base(release.config.get("base_release"))
     rows = training_rows(config.data, config.seed)
     subject = load_subject(config, run, release, rows, checkpoint, session)
-    training = training_set(config.data, loosest(config, subject), config.seed, rows)
-    held_out = held_out_set(config.data, subject.processor) if config.eval_steps is not None else None
+    kept = keep_budgets(config, subject, rows, session)
+    training = training_set(config.data, loosest(config, subject), config.seed, rows, kept)
+    held_out = held_out_set(config.data, subject.processor, kept) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
     check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
@@ -152,9 +155,12 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     if config.data.cache_teacher is not None:
         run.accept(state.step)  # what follows may take hours
         store_lessons(config, subject.release, subject.model, training, session)
-    if config.data.cache_features is not None:
+    datasets = [dataset for dataset in (training, held_out) if dataset is not None]
+    if kept is not None:
+        for dataset in datasets:
+            dataset.features, dataset.known_images = kept.features, kept.features.known_images
+    elif config.data.cache_features is not None:
         run.accept(state.step)
-        datasets = [dataset for dataset in (training, held_out) if dataset is not None]
         store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
     plan, total_steps = plan_batches(config, subject, training, state, session)
     budgets = None
@@ -173,6 +179,19 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
+
+
+def keep_budgets(config: TuneConfig, subject: Subject, rows: TrainingRows, session: Session) -> BudgetsKept | None:
+    """The budgets of a run's images, where the tower finds them: their features are kept in the same pass, so that the
+    steps do not run it again. None where it does not find them. Raises as `store_features`."""
+    if config.data.cache_features is None or budgets_by_tower(subject.model, subject.processor) is None:
+        return None
+    images = [ImageRows(rows.conversations, rows.image_root)]
+    if config.eval_steps is not None:
+        images.append(ImageRows(*held_out_conversations(config.data, DropLog("skip", 1))))
+    store_features(config, subject.release, subject.tower, subject.model, subject.processor, images, session)
+    assert images[0].features is not None
+    return BudgetsKept(images[0].features)
 
 
 def loosest(config: TuneConfig, subject: Subject) -> Any:

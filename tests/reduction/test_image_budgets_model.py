@@ -104,7 +104,9 @@ def test_with_frozen_layers_and_other_towers(options):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 2}, pytest.param({"use_cache": False}, marks=pytest.mark.slow)], ids=str
+)
 def test_generate_gives_what_each_row_gives_alone(settings, positions):
     model = build(reduction="none", visionzip=VISIONZIP, positions=positions)
     layouts = {"ttIt": [3], "tItt": [9], "Itt": [16]}

@@ -8,6 +8,7 @@ import json
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shortzip.data.errors import UserError
@@ -25,6 +26,7 @@ from shortzip.train.release.towers import tower_digest
 
 FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
 _KEPT = ("tokens", "kept", "targets")
+_WIDTHS = "widths"  # of an image that has its own budget: what of each is no filling, [tiles, parts] int64
 _NOT_OF_FEATURES = ("transformers_version", "_name_or_path", "dtype")  # the tower's digest holds its dtype
 
 
@@ -93,7 +95,11 @@ class FeatureCache(Shards):
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""
         held = self.tensors(key)
-        return {f"visual_{name}": held[name] for name in _KEPT if name in held}
+        names = [name for name in _KEPT if name in held]
+        if _WIDTHS in held:
+            widths = dict(zip(names, held[_WIDTHS][0].tolist(), strict=True))
+            held = {name: held[name][:, : widths[name]] for name in names}
+        return {f"visual_{name}": held[name] for name in names}
 
     def write(self, images: dict[str, tuple[Tensor, ...]]) -> None:
         """Stores (tokens, kept) or (tokens, kept, targets), as `find` gives them, by key, as one shard.
@@ -103,6 +109,10 @@ class FeatureCache(Shards):
         self.write_tensors({key: by_name(parts) for key, parts in images.items()})
 
 
-def by_name(parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """An image's (tokens, kept) or (tokens, kept, targets) under the names that shards have for them."""
-    return dict(zip(_KEPT, parts, strict=False))
+def by_name(parts: tuple[Tensor, ...], own_budget: bool = False) -> dict[str, Tensor]:
+    """An image's (tokens, kept) or (tokens, kept, targets) under the names that shards have for them. `own_budget`:
+    other images have another one."""
+    named = dict(zip(_KEPT, parts, strict=False))
+    if own_budget:
+        named[_WIDTHS] = torch.tensor([[part.shape[1] for part in parts]] * len(parts[0]))
+    return named

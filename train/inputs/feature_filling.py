@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,14 @@ from shortzip.data.images import (
     ImageSource,
     open_image,
 )
+from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import pixel_values
+from shortzip.reduction.image_budgets import budget_of, chosen_tokens, with_budget
 from shortzip.reduction.positions import keeps_positions
+from shortzip.reduction.selectors import has_own_budgets
+from shortzip.reduction.visual_tokens import VisualTokens
 from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
@@ -63,7 +68,7 @@ class _Images(Dataset[_ReadImage | None]):
         return _ReadImage(key, pixels if pixels.dim() == 4 else pixels[None], files)
 
 
-def _sources(datasets: Sequence[ConversationDataset]) -> list[tuple[ImageSource, Any]]:
+def _sources(datasets: Sequence[ConversationDataset | ImageRows]) -> list[tuple[ImageSource, Any]]:
     """Every image of the datasets once, in order."""
     sources: dict[Any, tuple[ImageSource, Any]] = {}
     for dataset in datasets:
@@ -78,7 +83,7 @@ def fill_cache(
     cache: FeatureCache,
     model: Any,
     image_processor: Any,
-    datasets: Sequence[ConversationDataset],
+    datasets: Sequence[ConversationDataset | ImageRows],
     session: Session,
     *,
     batch_size: int = 16,
@@ -91,6 +96,7 @@ def fill_cache(
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
     accelerator, known_images = session.accelerator, cache.known_images
+    own = has_own_budgets(model.config.visionzip)
     sweep(cache.folder)
     leave_out_damaged(cache, accelerator)
     own = _sources(datasets)[accelerator.process_index :: accelerator.num_processes]
@@ -108,7 +114,7 @@ def fill_cache(
         if pixels:
             prepare()
             computed += len(pixels)
-            tokens = map(by_name, _visual_tokens(model, list(pixels.values())))
+            tokens = (by_name(parts, own) for parts in _visual_tokens(model, list(pixels.values())))
             shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
@@ -128,10 +134,37 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
     """(tokens, kept), with original positions (tokens, kept, targets), of each image, given as [tiles, 3, S, S]."""
     tower = model.model.vision_tower
     weight = next(tower.parameters())
-    visual = model.model.get_visual_tokens(torch.cat(images).to(weight.device))
-    counts = [len(image) for image in images]
-    parts = [visual.tokens, visual.kept, *([visual.targets] if keeps_positions(model.config) else [])]
-    return zip(*(part.split(counts) for part in parts), strict=True)
+    pixels, counts = torch.cat(images).to(weight.device), [len(image) for image in images]
+    if not has_own_budgets(model.config.visionzip):
+        visual = model.model.get_visual_tokens(pixels)
+        yield from zip(*(part.split(counts) for part in _parts(model, visual)), strict=True)
+        return
+    budgets, of_rows = chosen_tokens(model.model, pixels, tiles=counts)
+    rows = torch.arange(len(pixels), device=pixels.device).split(counts)
+    for budget, of_image in zip(budgets, rows, strict=True):
+        view = with_budget(model.model, budget_of(model.config.visionzip, budget))
+        yield _parts(model, of_rows(of_image, view))
+
+
+def _parts(model: Any, visual: VisualTokens) -> tuple[Tensor, ...]:
+    assert visual.tokens is not None
+    assert visual.kept is not None
+    assert visual.targets is not None
+    placed = [visual.targets] if keeps_positions(model.config) else []
+    return (visual.tokens, visual.kept, *placed)
+
+
+@dataclass
+class ImageRows:
+    """Conversations that `store_features` takes as it does a dataset, before they are tokenized.
+
+    `features`: where those of their images are then taken from.
+    """
+
+    conversations: Sequence[Conversation]
+    image_root: str
+    known_images: KnownImages = field(default_factory=KnownImages)
+    features: FeatureCache | None = None
 
 
 class _TowerRecord(NamedTuple):
@@ -171,7 +204,7 @@ def store_features(
     tower: str | None,
     model: Any,
     processor: Any,
-    datasets: Sequence[ConversationDataset],
+    datasets: Sequence[ConversationDataset | ImageRows],
     session: Session,
 ) -> None:
     """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.

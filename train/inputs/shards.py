@@ -27,6 +27,7 @@ from torch import Tensor
 from shortzip.data.errors import UserError
 from shortzip.data.files import replace_file, write_atomically, writing
 from shortzip.data.kept import identity_of
+from shortzip.data.pixels import joined
 from shortzip.train.release.tensor_files import read_safetensors_specs
 from shortzip.train.release.towers import tensors_digest
 
@@ -99,10 +100,11 @@ class Shards:
         return {name: shard.get_slice(name)[start:stop] for name in shard.keys() if name != "offsets"}  # noqa: SIM118
 
     def write_tensors(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Stores entries of the same names, by key, as one shard. Raises `CannotWrite`."""
+        """Stores entries of the same names, by key, as one shard; what they differ in behind their first dimension is
+        filled up with zeros. Raises `CannotWrite`."""
         keys = sorted(entries)
         names = list(entries[keys[0]])
-        tensors = {name: torch.cat([entries[key][name] for key in keys]).cpu().contiguous() for name in names}
+        tensors = {name: joined([entries[key][name] for key in keys]).cpu().contiguous() for name in names}
         tensors["offsets"] = torch.tensor([0, *(len(entries[key][names[0]]) for key in keys)]).cumsum(0)
         # One entry: safetensors writes several in any order, and equal shards shall have equal bytes.
         metadata = {"shard": json.dumps({self.WHAT: keys, "digest": tensors_digest(tensors)})}

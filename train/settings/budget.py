@@ -103,6 +103,20 @@ class VisionZipConfig:
         except ReductionError as error:
             raise ConfigError(str(error)) from error
 
+    def check_per_image(self, cache_features: str | None, other: Mapping[str, object]) -> None:
+        """Raises `ConfigError` where a run cannot know its images' budgets before rows are tokenized, or something
+        else of it tells them. `other`: what does not go with budgets per image, by key; None where it is not asked."""
+        if self.per_image is None or self.per_image.chooser == "fixed":
+            return
+        for key in [key for key, value in other.items() if value is not None]:
+            raise ConfigError(f"visionzip.per_image and {key} do not go together: set one of them to null")
+        if self.per_image.chooser == "coverage" and cache_features is None:
+            raise ConfigError(
+                "visionzip.per_image.chooser is coverage, which the tower finds before rows are tokenized, and "
+                "data.cache_features is null, where what it gives is kept for the steps: set data.cache_features to a "
+                "folder, or choose chooser image"
+            )
+
     @classmethod
     def of(cls, key: Mapping[str, Any]) -> Self:
         """The settings of a model config's `visionzip` key."""

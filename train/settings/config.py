@@ -147,7 +147,8 @@ class TuneConfig:
     visionzip: VisionZipConfig | None = None
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
     visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, another published
-    selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random)."""
+    selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random);
+    visionzip.per_image: a budget for each image, with its chooser."""
     budget_schedule: BudgetScheduleConfig | None = None
     """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
     visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
@@ -313,6 +314,9 @@ class TuneConfig:
                 f"data.cache_features is {self.data.cache_features!r}, but with visionzip null there is nothing small "
                 "to keep of an image: set visionzip, or data.cache_features to null"
             )
+        if self.visionzip is not None:
+            others = {"fastv": self.fastv, "distill": self.distill, "budget_schedule": self.budget_schedule}
+            self.visionzip.check_per_image(self.data.cache_features, others)
         if self.data.cache_features is not None and self.visionzip is not None:
             self.visionzip.check_cacheable()
 

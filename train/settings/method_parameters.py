@@ -105,5 +105,9 @@ def flat_settings(config: Any) -> dict[str, Any]:
     settings = asdict(config)
     group = settings.get(GROUP)
     if isinstance(group, dict):
-        settings[GROUP] = {**{key: value for key, value in group.items() if key != FIELD}, **group[FIELD]}
+        own = {key: value for key, value in group.items() if key != FIELD and (key, value) != ("per_image", None)}
+        settings[GROUP] = {**own, **group[FIELD]}
+        if isinstance(own.get("per_image"), dict):
+            own_keys = {key: value for key, value in own["per_image"].items() if value is not None}
+            settings[GROUP]["per_image"] = own_keys
     return settings
