@@ -25,6 +25,7 @@ from shortzip.reduction.configuration_reduced_llava import (
 )
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.flops import llm_prefill_flops_grouped, llm_prefill_flops_pruned, visual_tokens_per_image
+from shortzip.reduction.image_budgets import budget_of
 from shortzip.reduction.parsing import (
     format_budget,
     format_fastv,
@@ -35,7 +36,7 @@ from shortzip.reduction.parsing import (
     parse_method,
 )
 from shortzip.reduction.positions import COMPACT, validate_positions
-from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of, settled
+from shortzip.reduction.selectors import BASELINES, VISIONZIP, has_own_budgets, selector_of, settled
 
 ALL, NONE = "all", "none"
 
@@ -197,6 +198,13 @@ class Reductions:
         if self.visionzip is None or "per_image" not in self.visionzip:
             return self
         return replace(self, visionzip={key: value for key, value in self.visionzip.items() if key != "per_image"})
+
+    @property
+    def largest_budget(self) -> Self:
+        """The same with the largest budget that an image can have for all of them."""
+        if self.visionzip is None or not has_own_budgets(self.visionzip):
+            return self.one_budget
+        return replace(self, visionzip=budget_of(self.visionzip, self.visionzip["per_image"]["max"]))
 
     @property
     def _per_image_described(self) -> str:

@@ -229,7 +229,9 @@ def reduced_of(settings: RehearseConfig, recipe: TuneConfig | None) -> Any:
         shortv = {"layers": list(range(layers)) if isinstance(layers, int) else layers}
     if visionzip and visionzip.get("method") == "random":
         raise UserError("visionzip: method random draws by each image, and there are none: rehearse method grid")
-    return reduced(plain, Reductions(visionzip, shortv))  # positions are a few integers, whichever they are
+    return reduced(
+        plain, Reductions(visionzip, shortv).largest_budget
+    )  # positions are a few integers, whichever they are
 
 
 def limits_of(settings: RehearseConfig, recipe: TuneConfig | None, estimate: StepEstimate) -> MicroBatchLimits:

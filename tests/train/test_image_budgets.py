@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runs import run_here, write_recipe
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shortzip.data.dataset import Collator
 from shortzip.data.errors import UserError
@@ -71,9 +73,20 @@ def test_code_of_budgets_travels_where_it_is_used(recipe_of: Any, tmp_path: Path
     recipe = recipe_of({"chooser": "fixed"}, eval_steps=None, final_evaluation=False)
     folder = run_here(recipe, tmp_path / "fixed", "--max_steps", "2")
     assert (folder / "final" / "image_budgets.py").is_file()
+    processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "final", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    pictures = [Image.new("RGB", (30, 20), (200, 40, 90)), Image.new("RGB", (20, 30))]
+    asked = {"images": pictures, "text": ["<image> what colour?", "<image> hello"], "padding": True}
+    inputs = processor(**asked, budgets=[3, 20], return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [3, 20]
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
     plain = run_here(recipe, tmp_path / "plain", "--max_steps", "2", "--visionzip.per_image", "null")
     assert not (plain / "final" / "image_budgets.py").exists()
     assert "per_image" not in (plain / "config.yaml").read_text()  # as runs wrote before
+    processor = AutoProcessor.from_pretrained(plain / "final", trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"without the code of this one \(image_budgets\.py\)"):
+        processor(**asked, budgets=[3, 20])
 
 
 @pytest.mark.parametrize("per_image", [BY_IMAGE, COVERAGE], ids=["image", "coverage"])

@@ -24,7 +24,7 @@ def recipe_conversations(config: TuneConfig) -> ConversationDataset:
     """The conversations that a recipe trains on. Raises what its run would."""
     release = open_release(ReleaseSpec.of(config))
     layers = config.shortv.layers if config.shortv else None
-    processor: Any = load_processor(release, reductions_of(config.visionzip, layers, None))
+    processor: Any = load_processor(release, reductions_of(config.visionzip, layers, None).largest_budget)
     return training_set(config.data, processor, config.seed)
 
 

@@ -17,6 +17,7 @@ from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import Encoded, Supervision
 from shortzip.reduction.projector import DtypeProjector
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import has_own_budgets
 from shortzip.train.release.loading import lay_projector, reduced_config
 from shortzip.train.release.opening import Release, model_classes, open_release, release_projector
 from shortzip.train.release.processors import release_processor
@@ -107,6 +108,11 @@ def load_encoders(listed: Sequence[Listed], device: torch.device, dtype: torch.d
             if not saved.is_empty:
                 raise ConfigError(f"model {entry.model}: it was saved with {saved.describe()}; @ is for releases")
             saved = Reductions(dict(entry.budget))
+        if has_own_budgets(saved.visionzip):
+            raise ConfigError(
+                f"model {entry.model}: its images have a budget each ({saved.describe()}), and prompts are measured here "
+                "before images are encoded: serve a checkpoint with one budget"
+            )
         encoder = _load(entry.name, release, saved, device, towers)
         for first in list(encoders.values())[:1]:
             _check_alike(first, encoder)
