@@ -271,7 +271,7 @@ def features_of_images(
 
 
 Chosen = Callable[[Tensor, Any], VisualTokens]
-"""Of tiles [n] int64, and a model with their budget: their visual tokens."""
+"""Of tiles [n] int64 on the CPU, and a model with their budget: their visual tokens."""
 
 
 def chosen_tokens(
@@ -329,7 +329,6 @@ def placed(
     """Projected features of images, each of its budget, in their order. Arguments as of `features_of_images`."""
     tiles = tiles or [1] * len(budgets)
     starts = [sum(tiles[:image]) for image in range(len(tiles))]
-    device = model.multi_modal_projector.linear_1.weight.device
     features: list[Any] = [None] * len(budgets)
     places: list[Any] = [None] * len(budgets)
     lengths = [0] * len(budgets)
@@ -338,7 +337,7 @@ def placed(
         rows = [starts[image] + tile for image in images for tile in range(tiles[image])]
         view = with_budget(model, budget_of(model.config.visionzip, tokens))
         sizes = None if image_sizes is None else [image_sizes[image] for image in images]
-        visual: Any = of_rows(torch.tensor(rows, device=device), view)
+        visual: Any = of_rows(torch.tensor(rows), view)
         positions = view.image_positions(visual.kept, visual.targets, sizes, strategy)
         for number, (image, made) in enumerate(
             zip(images, view.project(visual.tokens, visual.kept, sizes), strict=True)

@@ -179,8 +179,8 @@ class ReducedProcessorMixin:
             if by_image.chooser_of(self.visionzip) != by_image.FIXED:
                 raise ReductionError(
                     f"visionzip.per_image: {self.visionzip['per_image']} gives an image a number of tokens that its "
-                    "size alone does not tell, and no more is asked for here (engines that build the model themselves, "
-                    "a file of questions, a chat and lmms-eval do so): give all images one budget (per_image: null)"
+                    "size alone does not tell, and no more is known here (an engine that builds the model, a file "
+                    "of questions, a chat, lmms-eval): give all images one budget (visionzip.per_image: null)"
                 )
         return [self.visionzip["dominant"] + self.visionzip["contextual"]] * len(image_sizes)
 

@@ -15,8 +15,14 @@ from reduced_models import (
     make_batch,
     rows_of,
 )
+from tiny import write_next_release
 
-from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+from shortzip.reduction import (
+    ReducedLlavaForConditionalGeneration,
+    ReducedLlavaNextForConditionalGeneration,
+    ReducedLlavaNextProcessor,
+    ReducedLlavaProcessor,
+)
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.image_budgets import budget_of, budgets_by_detail, detail, with_budget
 
@@ -103,9 +109,16 @@ def test_with_frozen_layers_and_other_towers(options):
         torch.testing.assert_close(ours, alone(model, row, budgets), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_beams": 2}, pytest.param({"use_cache": False}, marks=pytest.mark.slow)], ids=str
+    ("settings", "positions"),
+    [
+        ({}, "compact"),
+        ({}, "original"),
+        ({"num_beams": 2}, "compact"),
+        pytest.param({"num_beams": 2}, "original", marks=pytest.mark.slow),
+        pytest.param({"use_cache": False}, "compact", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_generate_gives_what_each_row_gives_alone(settings, positions):
     model = build(reduction="none", visionzip=VISIONZIP, positions=positions)
@@ -247,3 +260,19 @@ def test_a_processor_with_the_model_writes_what_its_one_pass_finds(tiny_release)
     )
     with pytest.raises(ReductionError, match="take the processor that belongs to the model"):
         other(**asked, model=model)
+
+
+def test_a_processor_of_tiles_with_the_model(tmp_path):
+    release = write_next_release(tmp_path)
+    key = {"dominant": 6, "contextual": 2, "per_image": {**COVERAGE, "coverage": 0.4, "max": 30}}
+    model = ReducedLlavaNextForConditionalGeneration.from_pretrained(release, visionzip=key).eval()
+    processor = ReducedLlavaNextProcessor.from_pretrained(release, visionzip=key)
+    pictures = [Image.new("RGB", (50, 20), (9, 90, 200)), Image.new("RGB", (24, 24))]
+    asked = {"images": pictures, "text": ["<image> what is it?", "<image> hello"], "padding": True}
+    inputs = processor(**asked, return_tensors="pt", model=model)
+    counts = [len(image) for image in inputs["mm_encoder_outputs"]["image"].pooler_output]
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == counts
+    given = processor(**asked, return_tensors="pt", budgets=[6, 6])
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[0] == 2
+        assert model(**given).logits.shape[0] == 2

@@ -140,7 +140,7 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
         yield from zip(*(part.split(counts) for part in _parts(model, visual)), strict=True)
         return
     budgets, of_rows = chosen_tokens(model.model, pixels, tiles=counts)
-    rows = torch.arange(len(pixels), device=pixels.device).split(counts)
+    rows = torch.arange(len(pixels)).split(counts)
     for budget, of_image in zip(budgets, rows, strict=True):
         view = with_budget(model.model, budget_of(model.config.visionzip, budget))
         yield _parts(model, of_rows(of_image, view))

@@ -110,7 +110,7 @@ def load_encoders(listed: Sequence[Listed], device: torch.device, dtype: torch.d
             saved = Reductions(dict(entry.budget))
         if has_own_budgets(saved.visionzip):
             raise ConfigError(
-                f"model {entry.model}: its images have a budget each ({saved.describe()}), and prompts are measured here "
+                f"model {entry.model}: its images have a budget each ({saved.describe()}), and prompts are measured "
                 "before images are encoded: serve a checkpoint with one budget"
             )
         encoder = _load(entry.name, release, saved, device, towers)

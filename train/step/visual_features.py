@@ -43,10 +43,10 @@ def placed_features(inner: Any, batch: Mapping[str, Tensor]) -> PlacedFeatures:
     keeps_cls = most_tokens(zipped, 0, TOWER_HAS_CLS[inner.config.vision_config.model_type])
 
     def of_rows(rows: Tensor, view: Any) -> VisualTokens:
-        key, on_cpu = view.config.visionzip, rows.cpu()
-        tokens = batch["visual_tokens"][rows.to(batch["visual_tokens"].device), : key["dominant"] + key["contextual"]]
-        kept = batch["visual_kept"][on_cpu, : key["dominant"] - keeps_cls]
-        targets = batch["visual_targets"][on_cpu, : key["contextual"]] if "visual_targets" in batch else kept[:, :0]
+        key = view.config.visionzip
+        tokens = batch["visual_tokens"][rows, : key["dominant"] + key["contextual"]]
+        kept = batch["visual_kept"][rows, : key["dominant"] - keeps_cls]
+        targets = batch["visual_targets"][rows, : key["contextual"]] if "visual_targets" in batch else kept[:, :0]
         return VisualTokens(tokens=tokens, kept=kept, targets=targets)
 
     sizes = batch["image_sizes"].tolist() if "image_sizes" in batch else None
