@@ -91,15 +91,16 @@ def test_what_is_mistyped_names_the_nearest(words: list[str], said: str, capsys:
 def test_the_same_thing_has_the_same_flag() -> None:
     """Each of them is a key or a short form of every command that has the thing."""
     model = {"tune", "demo", "evaluate", "papers", "estimate", "calibrate", "show", "app", "convert"}
-    model |= {"answer", "serve", "rehearse"}
+    model |= {"answer", "serve", "rehearse", "calibrate_budget"}
+    calibrating = {"calibrate", "calibrate_budget"}
     for flag, verbs in {
         "model": model,
-        "instructions": {"tune", "demo", "evaluate", "calibrate", "prepare"},
-        "image_root": {"tune", "demo", "evaluate", "calibrate", "prepare", "answer"},
-        "budget": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "show", "rehearse"},
+        "instructions": {"tune", "demo", "evaluate", "calibrate", "calibrate_budget", "prepare"},
+        "image_root": {"tune", "demo", "evaluate", "calibrate", "calibrate_budget", "prepare", "answer"},
+        "budget": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "show", "rehearse"} | calibrating,
         "freeze": {"tune", "demo", "evaluate", "papers", "frontier", "estimate", "calibrate", "rehearse"},
         "output": VERBS.keys() - {"fetch", "publish", "app", "serve"},
-        "overwrite": {"tune", "demo", "evaluate", "estimate", "calibrate", "show", "prepare", "answer", "rehearse"},
+        "overwrite": {"tune", "demo", "evaluate", "estimate", "show", "prepare", "answer", "rehearse"} | calibrating,
         "config": VERBS.keys(),
     }.items():
         having = {

@@ -148,7 +148,8 @@ class TuneConfig:
     """The budget; null keeps every visual token. visionzip.dominant: patches kept as they are, CLS counted among them;
     visionzip.contextual: tokens that the other patches are merged into; visionzip.method: visionzip, another published
     selection or a baseline in its place, whose parameters are keys beside it (visionzip.seed of random);
-    visionzip.per_image: a budget for each image, with its chooser."""
+    visionzip.per_image: a budget for each image, by visionzip.per_image.chooser (fixed, coverage or image) with
+    visionzip.per_image.coverage or visionzip.per_image.scale, visionzip.per_image.min and visionzip.per_image.max."""
     budget_schedule: BudgetScheduleConfig | None = None
     """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
     visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
