@@ -25,7 +25,7 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import joined, pixel_values, stacked
+from shortzip.data.pixels import joined, pixels_of_row, stacked
 from shortzip.data.row_lengths import BudgetSource, Counted, encode_unread, lengths_depend_on
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
@@ -226,17 +226,18 @@ class ConversationDataset(Dataset[Sample | Drop]):
             budgets = self._budgets(conversation)
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
-                sizes = [(image.height, image.width) for image in images]
+                sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
                 encoded = self.supervision.encode(conversation, sizes, budgets)
                 images = images[: encoded.images]
             else:
                 encoded = self.supervision.encode(conversation, None, budgets)
                 images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
-            pixels = [pixel_values(image, processor) for image in images]
+                sizes = [(image.height, image.width) for image in images]
+            pixels = pixels_of_row(images, processor, several=len(conversation.images) > 1)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        sizes = [(image.height, image.width) for image in images]
-        return Sample(conversation.id, encoded, pixels, sizes, budgets=(budgets or [])[: encoded.images])
+        left = (budgets or [])[: encoded.images]
+        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images], budgets=left)
 
     def _budgets(self, conversation: Conversation) -> list[int] | None:
         if self.budget_of is None:
@@ -248,6 +249,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
             if self.supervision.needs_image_sizes:
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
+                sizes = self.supervision.sizes_in_row(sizes)
             budgets = self._budgets(conversation)
             encoded = self.supervision.encode(conversation, sizes, budgets)
             tensors = []

@@ -14,6 +14,7 @@ from .weight_files import check_json
 
 # Whether the tower's first token is CLS. A new family of towers belongs here and in embed_patches (tower).
 TOWER_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+BUDGETS_PER_IMAGE = ("reduced_llava", "reduced_llava_next")
 DECODERS = ("llama", "mistral", "qwen2")
 _SIZES = {
     "vision_config": ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -63,6 +64,11 @@ def validate(config: Any) -> None:
             )
         if method in BASELINES:
             extra("baselines", f"visionzip: method {method}").check_grid(method, dominant, side)
+        if config.visionzip.get("per_image") is not None and config.model_type not in BUDGETS_PER_IMAGE:
+            raise ReductionError(
+                f"visionzip.per_image: a {config.model_type} has one budget for all images: set it to null; it is for "
+                f"{', '.join(BUDGETS_PER_IMAGE)}"
+            )
         if config.visionzip.get("per_image") is not None:
             extra("image_budgets", "visionzip.per_image").refuse_beside(config.visionzip, config.fastv, limit)
     if config.shortv is not None:

@@ -167,7 +167,7 @@ class ReducedProcessorMixin:
 
     def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
         """Placeholders of each image of these budgets."""
-        raise NotImplementedError
+        raise ReductionError(f"{type(self).__name__} takes one budget for all images: leave budgets and per_image out")
 
     def _budgets_of_sizes(self, image_sizes: Sequence[Any], budgets: Sequence[int] | None) -> list[int]:
         """The budget of each image of which no more than its size is known."""

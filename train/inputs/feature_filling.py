@@ -24,7 +24,7 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import pixel_values
+from shortzip.data.pixels import cuts_lone_images_only, pixel_values
 from shortzip.reduction.image_budgets import budget_of, chosen_tokens, with_budget
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import has_own_budgets
@@ -68,11 +68,20 @@ class _Images(Dataset[_ReadImage | None]):
         return _ReadImage(key, pixels if pixels.dim() == 4 else pixels[None], files)
 
 
-def _sources(datasets: Sequence[ConversationDataset | ImageRows]) -> list[tuple[ImageSource, Any]]:
+def _sources(
+    datasets: Sequence[ConversationDataset | ImageRows], image_processor: Any
+) -> list[tuple[ImageSource, Any]]:
     """Every image of the datasets once, in order."""
     sources: dict[Any, tuple[ImageSource, Any]] = {}
+    lone_only = cuts_lone_images_only(image_processor)
     for dataset in datasets:
         for conversation in dataset.conversations:
+            if lone_only and len(conversation.images) > 1:
+                raise UserError(
+                    f"data.cache_features: row {conversation.id!r} has {len(conversation.images)} images, and "
+                    "LLaVA-OneVision reads an image otherwise where it is one of several: set data.cache_features to "
+                    "null, or leave such rows out"
+                )
             for source in conversation.images:
                 sources.setdefault((str(dataset.image_root), source), (source, dataset.image_root))
     return list(sources.values())
@@ -96,10 +105,10 @@ def fill_cache(
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     """
     accelerator, known_images = session.accelerator, cache.known_images
-    own = has_own_budgets(model.config.visionzip)
+    own_budgets = has_own_budgets(model.config.visionzip)
     sweep(cache.folder)
     leave_out_damaged(cache, accelerator)
-    own = _sources(datasets)[accelerator.process_index :: accelerator.num_processes]
+    own = _sources(datasets, image_processor)[accelerator.process_index :: accelerator.num_processes]
     share = [image for image in own if not (known_images.has("key", *image) and cache.key_of(*image) in cache)]
     loader: Any = DataLoader(
         _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
@@ -114,7 +123,7 @@ def fill_cache(
         if pixels:
             prepare()
             computed += len(pixels)
-            tokens = (by_name(parts, own) for parts in _visual_tokens(model, list(pixels.values())))
+            tokens = (by_name(parts, own_budgets) for parts in _visual_tokens(model, list(pixels.values())))
             shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
