@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import LlavaNextProcessor, LlavaProcessor
@@ -54,6 +54,8 @@ def _check_patch_size(patch_size: Any) -> None:
 class ReducedProcessorMixin:
     """What the reduced processors have in common; goes before the transformers class."""
 
+    takes_budgets: ClassVar[bool] = False  # for each image, in a call
+
     visionzip: dict[str, Any] | None
     image_processor: Any
     image_token: str
@@ -97,6 +99,8 @@ class ReducedProcessorMixin:
         """This processor, or a copy that gives the images of one call their budgets; and a list that holds their
         features afterwards, where a model has encoded them."""
         encoded: list[Any] = []
+        if budgets is not None and not self.takes_budgets:
+            raise ReductionError(f"budgets is {budgets!r}: {type(self).__name__} takes one budget for all images")
         if budgets is not None and self.visionzip is None:
             raise ReductionError(f"budgets is {budgets!r}, and visionzip is null, which keeps every visual token")
         if self.visionzip is None or images is None:
@@ -167,7 +171,7 @@ class ReducedProcessorMixin:
 
     def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
         """Placeholders of each image of these budgets."""
-        raise ReductionError(f"{type(self).__name__} takes one budget for all images: leave budgets and per_image out")
+        raise NotImplementedError
 
     def _budgets_of_sizes(self, image_sizes: Sequence[Any], budgets: Sequence[int] | None) -> list[int]:
         """The budget of each image of which no more than its size is known."""
@@ -223,6 +227,8 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
     """
 
+    takes_budgets = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -276,6 +282,8 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
     Raises:
         ValueError: `visionzip` is anything else, or `patch_size` no number of pixels.
     """
+
+    takes_budgets = True
 
     def __init__(
         self,

@@ -16,15 +16,20 @@ from reduced_models import (
     rows_of,
 )
 from tiny import write_next_release
+from tiny_onevision import write_onevision
 
 from shortzip.reduction import (
     ReducedLlavaForConditionalGeneration,
     ReducedLlavaNextForConditionalGeneration,
     ReducedLlavaNextProcessor,
+    ReducedLlavaOnevisionConfig,
+    ReducedLlavaOnevisionForConditionalGeneration,
     ReducedLlavaProcessor,
 )
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.image_budgets import budget_of, budgets_by_detail, detail, with_budget
+from shortzip.train.release.opening import open_release
+from shortzip.train.release.processors import release_processor
 
 TOLERANCE = 1e-5
 BUDGETS = {"ttIt": [3], "tIttI": [9, 1], "tt": [], "Itt": [16]}
@@ -276,3 +281,15 @@ def test_a_processor_of_tiles_with_the_model(tmp_path):
     with torch.no_grad():
         assert model(**inputs).logits.shape[0] == 2
         assert model(**given).logits.shape[0] == 2
+
+
+def test_a_family_that_has_one_budget_for_all_says_so(tmp_path):
+    release = write_onevision(tmp_path / "release")
+    with pytest.raises(ReductionError, match="a reduced_llava_onevision has one budget for all images"):
+        ReducedLlavaOnevisionForConditionalGeneration.from_pretrained(
+            release, visionzip={**VISIONZIP, "per_image": COVERAGE}
+        )
+    config = ReducedLlavaOnevisionConfig.from_pretrained(release, visionzip=VISIONZIP)
+    processor = release_processor(open_release(str(release)), config)
+    with pytest.raises(ReductionError, match="ReducedLlavaOnevisionProcessor takes one budget for all images"):
+        processor(images=[Image.new("RGB", (24, 24))], text="<image> a", budgets=[3])
