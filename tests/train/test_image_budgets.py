@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import run_here, write_recipe
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from shortzip.data.dataset import Collator
 from shortzip.data.errors import UserError
@@ -26,6 +26,7 @@ from shortzip.train.settings.command_line import dump_config, load_config
 from shortzip.train.settings.config import DataConfig
 from shortzip.train.step.visual_features import visual_features
 
+MODEL = "modeling_reduced_llava.ReducedLlavaForConditionalGeneration"
 BY_IMAGE = {"chooser": "image", "scale": 40.0, "min": 2, "max": 20}
 COVERAGE = {"chooser": "coverage", "coverage": 0.5, "min": 2, "max": 30}
 
@@ -73,8 +74,9 @@ def test_code_of_budgets_travels_where_it_is_used(recipe_of: Any, tmp_path: Path
     recipe = recipe_of({"chooser": "fixed"}, eval_steps=None, final_evaluation=False)
     folder = run_here(recipe, tmp_path / "fixed", "--max_steps", "2")
     assert (folder / "final" / "image_budgets.py").is_file()
-    processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder / "final", trust_remote_code=True)
+    final, names = str(folder / "final"), ("processing_reduced_llava.ReducedLlavaProcessor", MODEL)
+    processor_class, model_class = (get_class_from_dynamic_module(name, final) for name in names)
+    processor, model = processor_class.from_pretrained(final), model_class.from_pretrained(final)
     assert type(model).__module__.startswith("transformers_modules")
     pictures = [Image.new("RGB", (30, 20), (200, 40, 90)), Image.new("RGB", (20, 30))]
     asked = {"images": pictures, "text": ["<image> what colour?", "<image> hello"], "padding": True}
