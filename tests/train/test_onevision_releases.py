@@ -12,14 +12,16 @@ import torch
 from finished_runs import finish
 from PIL import Image
 from runs import run_here, write_recipe
+from test_lmms_eval import answer, run_lmms_eval, samples
 from tiny_onevision import SIDE, write_onevision, write_original_onevision
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch
-from shortzip.data.instructions import Conversation
+from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.inputs.chat import Chat
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.layouts import layout_for
@@ -265,3 +267,12 @@ def test_what_is_published_loads_without_shortzip(release: Path, tmp_path: Path,
 def test_a_llava_carries_no_code_of_this_family(tiny_release: Path, tmp_path: Path) -> None:
     run = finish(tmp_path / "run", tiny_release, REDUCTIONS)
     assert not list((run / "final").glob("*onevision*"))
+
+
+@pytest.mark.slow
+def test_lmms_eval_answers_as_evaluate_does(release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
+    _, said = answer(release, tiny_held_out)
+    assert write_task(tmp_path, "tiny", read_instructions(tiny_held_out), str(tiny_held_out.parent)) == len(said)
+    run_lmms_eval(tmp_path, release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8")
+    theirs = [entry["filtered_resps"] for entry in sorted(samples(tmp_path, "tiny"), key=lambda e: e["doc_id"])]
+    assert theirs == [entry["answer"] for entry in said]
