@@ -20,6 +20,7 @@ class LlavaOnevision(LlavaNext):
     processing = "processing_reduced_llava_onevision"
     inputs = frozenset({"image", "images", "video"})
     usual_tiles = 10
+    video_frames = 32  # of a video, as it was trained
     releases: ClassVar = {}
     image_processors: ClassVar = {"": _ONEVISION, "LlavaOnevisionImageProcessor": _ONEVISION}
 

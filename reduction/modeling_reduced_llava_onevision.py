@@ -20,6 +20,7 @@ from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin
 from .modeling_reduced_llava_next import ReducedLlavaNextModel, stack_tiles
 from .positions import PlacedFeatures
 from .refusals import refuse_changed
+from .visual_tokens import VisualTokens
 
 UNCUT = (0, 0)
 """In the place of an image's size: one of several in a prompt, which are not cut into tiles."""
@@ -101,16 +102,20 @@ class ReducedLlavaOnevisionModel(ReducedModelMixin, LlavaOnevisionModel):
             )
         frames, pixels = pixel_values_videos.shape[1], pixel_values_videos.flatten(0, 1)
         if self.config.visionzip is not None:
-            visual: Any = self.get_visual_tokens(pixels, vision_feature_layer)
+            visual: Any = self.get_frame_tokens(pixel_values_videos, vision_feature_layer)
             features: Any = self.project_videos(visual.tokens, frames)
             return PlacedFeatures(last_hidden_state=visual.tokens, pooler_output=features)
         hidden = self._patches(pixels, vision_feature_layer, vision_feature_select_strategy)
         pooled: Any = self._joined(self.apply_pooling(self.multi_modal_projector(hidden)), frames)
         return PlacedFeatures(last_hidden_state=hidden, pooler_output=pooled)
 
+    def get_frame_tokens(self, pixel_values_videos: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
+        """What is chosen of every frame of videos [V, F, 3, S, S]: N is V * F, video after video."""
+        return self.get_visual_tokens(pixel_values_videos.flatten(0, 1), vision_feature_layer)
+
     def project_videos(self, tokens: Tensor, frames: int) -> list[Tensor]:
         """Projected visual tokens [F * budget + 1, H of the decoder] of each video, of the tokens [V * F, budget, H of
-        the tower] that `get_visual_tokens` gives of all frames."""
+        the tower] that `get_frame_tokens` gives of all frames."""
         return self._joined(self.multi_modal_projector(tokens), frames)
 
     def _joined(self, tokens: Tensor, frames: int) -> list[Tensor]:

@@ -25,7 +25,6 @@ from shortzip.data.supervision import load_template
 from shortzip.train.release.layout_llava_onevision import LAYOUT, PlainProcessor
 
 SIDE, PATCH = 20, 4  # 25 patches a tile, 9 of a frame once it is pooled
-GRID = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 VISION = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE,
     "patch_size": PATCH, "vision_use_head": False,
@@ -36,11 +35,16 @@ TEXT = {
 }  # fmt: skip
 
 
-def onevision_config(rows: int, image: int, video: int, **text: Any) -> LlavaOnevisionConfig:
+def grid_of(side: int) -> list[list[int]]:
+    return [[side * rows, side * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+
+
+def onevision_config(rows: int, image: int, video: int, side: int = SIDE, **text: Any) -> LlavaOnevisionConfig:
     """More than 4 tiles' worth of patches is shrunk, where nothing is reduced."""
     return LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**VISION), text_config=Qwen2Config(**TEXT, vocab_size=rows, **text),
-        image_token_index=image, video_token_index=video, image_grid_pinpoints=GRID,
+        vision_config=SiglipVisionConfig(**{**VISION, "image_size": side}),
+        text_config=Qwen2Config(**{**TEXT, "vocab_size": rows, **text}),
+        image_token_index=image, video_token_index=video, image_grid_pinpoints=grid_of(side),
         vision_aspect_ratio="anyres_max_4",
     )  # fmt: skip
 
@@ -62,17 +66,21 @@ def onevision_tokenizer(marks: bool = True) -> Any:
     return tokenizer
 
 
-def write_onevision(folder: Path) -> Path:
-    """A release in transformers' layout."""
+def write_onevision(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
+    """A release in transformers' layout, of tiles of `side` pixels and so many decoder layers."""
     tokenizer = onevision_tokenizer()
     ids = tokenizer.get_vocab()
-    text = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = onevision_config(len(tokenizer), ids["<image>"], ids["<video>"], **text)
+    text = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "num_hidden_layers": layers,
+    }
+    config = onevision_config(len(tokenizer), ids["<image>"], ids["<video>"], side, **text)
     plain_onevision(config).save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRID)
+    size = {"height": side, "width": side}
+    images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grid_of(side))
     own = {
-        "num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full",
+        "num_image_tokens": (side // PATCH) ** 2, "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_4", "image_token": "<image>", "video_token": "<video>",
     }  # fmt: skip
     PlainProcessor(tokenizer, images, own, load_template("chatml")).save_pretrained(folder)

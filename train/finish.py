@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shortzip.data.errors import shown
+from shortzip.data.files import read_json
 from shortzip.data.images import open_image
 from shortzip.data.pixels import shrunk
 from shortzip.reduction.reductions import Reductions
@@ -154,7 +155,8 @@ def compare_and_draw(config: TuneConfig, folder: Path, session: Session) -> None
     report.say(f"the run       {shown(str(folder))}: {', '.join(written)}")
     for what, command in next_commands(config, folder).items():
         report.say(f"{what:<12}  {command}")
-    report.say(f"in Python     ReducedLlavaForConditionalGeneration.from_pretrained({str(folder / FINAL)!r})")
+    name = read_json(folder / FINAL / "config.json")["architectures"][0]
+    report.say(f"in Python     {name}.from_pretrained({str(folder / FINAL)!r})")
 
 
 def next_commands(config: TuneConfig, folder: Path) -> dict[str, str]:

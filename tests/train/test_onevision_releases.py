@@ -12,19 +12,23 @@ import torch
 from finished_runs import finish
 from PIL import Image
 from runs import run_here, write_recipe
+from test_lmms_eval import answer, run_lmms_eval, samples
 from tiny_onevision import SIDE, write_onevision, write_original_onevision
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch
-from shortzip.data.instructions import Conversation
+from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
+from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.inputs.chat import Chat
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 
 REDUCTIONS = Reductions({"dominant": 4, "contextual": 2}, {"layers": [1, 3]})
@@ -242,8 +246,6 @@ with torch.no_grad():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["full", "projector"])
 def test_what_is_published_loads_without_shortzip(release: Path, tmp_path: Path, shape: str) -> None:
-    from shortzip.train.release.writing import write_reduced_checkpoint
-
     opened = open_release(str(release))
     model, processor = load_release(opened, REDUCTIONS)
     projector = model.model.multi_modal_projector.state_dict()
@@ -265,3 +267,31 @@ def test_what_is_published_loads_without_shortzip(release: Path, tmp_path: Path,
 def test_a_llava_carries_no_code_of_this_family(tiny_release: Path, tmp_path: Path) -> None:
     run = finish(tmp_path / "run", tiny_release, REDUCTIONS)
     assert not list((run / "final").glob("*onevision*"))
+
+
+@pytest.mark.slow
+def test_lmms_eval_answers_as_evaluate_does(release: Path, tiny_held_out: Path, tmp_path: Path) -> None:
+    _, said = answer(release, tiny_held_out)
+    assert write_task(tmp_path, "tiny", read_instructions(tiny_held_out), str(tiny_held_out.parent)) == len(said)
+    run_lmms_eval(tmp_path, release, "--tasks", "tiny", "--gen_kwargs", "max_new_tokens=8")
+    theirs = [entry["filtered_resps"] for entry in sorted(samples(tmp_path, "tiny"), key=lambda e: e["doc_id"])]
+    assert theirs == [entry["answer"] for entry in said]
+
+
+def test_what_is_written_for_its_authors_code(release: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = loaded
+    projector, target = model.model.multi_modal_projector.state_dict(), tmp_path / "llava-tuned"
+    write_reduced_checkpoint(
+        target, open_release(str(release)), projector, processor, REDUCTIONS, shape="llava", vision_tower="siglip-tiny"
+    )
+    config = json.loads((target / "config.json").read_text())
+    assert config["architectures"] == ["LlavaQwenForCausalLM"]
+    assert Reductions.from_config(config) == REDUCTIONS
+    written = torch.load(target / "mm_projector.bin", weights_only=True)
+    assert torch.equal(written["model.mm_projector.0.weight"], projector["linear_1.weight"])
+
+
+def test_a_release_of_an_unknown_family_says_what_is_known_and_where_to_add_it() -> None:
+    known = "known are llava, reduced_llava, llava_next, .*llava_onevision.*Adding a family"
+    with pytest.raises(ValueError, match=rf"here: model_type is 'idefics3', {known}"):
+        family_of("idefics3", "here")

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from runs import ROOT, run_here
 from tiny import build_tokenizer
+from tiny_onevision import write_onevision
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -51,7 +52,7 @@ def write_toy(folder: Path, recipe: str) -> Path:
     tokenizer = build_tokenizer()
     if "qwen" in recipe:
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
-    layers = 40 if "13b" in recipe else 24 if "qwen" in recipe else 32
+    layers = 40 if "13b" in recipe else 28 if "onevision" in recipe else 24 if "qwen" in recipe else 32
     width = 64 if "4bit" in recipe else 32  # NF4 goes by blocks of 64
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers,
@@ -69,6 +70,8 @@ def write_toy(folder: Path, recipe: str) -> Path:
     torch.manual_seed(0)
     model: Any
     processor: Any
+    if "onevision" in recipe:
+        return write_onevision(folder, SIDE, layers)
     if "next" in recipe:
         pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
         model = LlavaNextForConditionalGeneration(
@@ -108,6 +111,7 @@ def test_the_recipes_that_must_be_there() -> None:
         "llava-1.5-7b.yaml",
         "llava-interleave-qwen-0.5b.yaml",
         "llava-next-7b.yaml",
+        "llava-onevision-qwen2-7b.yaml",
     ]
 
 
@@ -142,7 +146,8 @@ def test_a_recipe_runs_at_toy_size(
     final = open_release(str(folder))
     assert final.saved_reductions.visionzip == keys["visionzip"]
     layers = final.saved_reductions.layers
-    assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == 14
+    chosen = 17 if "onevision" in recipe else 14
+    assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == chosen
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     kept = set(keys) - {"model", "data", "num_train_epochs", "global_batch_size", "output_dir", "shortv", "visionzip"}
