@@ -67,11 +67,14 @@ def write_release(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
     return folder
 
 
-def write_next_release(folder: Path) -> Path:
-    """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one."""
+def write_next_release(folder: Path, grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1))) -> Path:
+    """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one.
+
+    `grids`: in place of these two, rows and columns of tiles.
+    """
     write_release(folder)
     plain, processor = LlavaConfig.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
-    tiles = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE]]
+    tiles = [[IMAGE_SIZE * rows, IMAGE_SIZE * columns] for rows, columns in grids]
     config = LlavaNextConfig(
         vision_config=plain.vision_config, text_config=plain.text_config, image_grid_pinpoints=tiles,
         image_token_index=plain.image_token_id, tie_word_embeddings=False,

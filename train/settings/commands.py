@@ -356,9 +356,10 @@ class PublishConfig:
     """The repository on the Hub: user/name."""
     private: bool = False
     """Make the repository private."""
-    shape: Literal["projector", "full", "llava"] = "projector"
+    shape: Literal["projector", "full", "llava", "engine"] = "projector"
     """projector: the projector alone, naming its release; full: everything, loads anywhere; llava: LLaVA's own
-    layout."""
+    layout; engine: everything, for engines that run transformers' models, without frozen layers, pruning and original
+    positions."""
     base: str | None = None
     """The run's release on the Hub (user/name), when the run used a folder."""
     tag: str | None = None
