@@ -41,8 +41,8 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         image_newline, but for one at the end of an image of a single tile.
 
         Args:
-            pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S]; [1, 1, tiles, 3, S, S] as engines
-                give an image whose padding differs from its neighbours'.
+            pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S]; [1, 1, tiles, 3, S, S], as
+                engines give an image whose padding differs from its neighbours'.
             image_sizes: [N, 2] int, height and width of the images before tiling.
 
         Raises:
