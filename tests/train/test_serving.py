@@ -391,6 +391,18 @@ def test_an_engine_that_fails_breaks_off_hangs_and_dies(house: House) -> None:
         assert "shortzip_requests_in_flight 0.0" in metrics(fast.url)
 
 
+def test_a_stream_that_stalls_ends_with_the_reason(house: House) -> None:
+    """After `engine_seconds` without a word, long before `seconds`: the wait for each event has its own end."""
+    with Fast(house, engine_seconds=0.5, seconds=20) as fast:
+        fast.engine.faults = ["stalls"]
+        client = openai.OpenAI(base_url=fast.url, api_key="none", max_retries=0)
+        events = client.chat.completions.create(**asks(shows(png(0), png(1))), stream=True)
+        assert next(events).choices[0].delta.content
+        with pytest.raises(openai.APIError, match="did not answer in time"):
+            next(events)
+        assert "shortzip_requests_in_flight 0.0" in metrics(fast.url)
+
+
 def test_a_connection_that_the_engine_closed_meanwhile_is_made_anew() -> None:
     async def once() -> tuple[dict[str, Any], int]:
         asked = 0
