@@ -113,7 +113,11 @@ def measure(models: SharedModels, shape: ModelShape, count: int, settings: Bench
         for side in SIDES
     }
     seconds: dict[str, Any] = {side: {"prefill": [], "step": []} for side in SIDES}
-    options = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.new_tokens,
+        "min_new_tokens": settings.new_tokens,
+        "do_sample": False,
+    }
     options |= {"cache_implementation": "static"} if settings.cache == "static" else {}
     for turn in range(settings.rounds + 1):
         for side in SIDES:

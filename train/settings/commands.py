@@ -275,6 +275,8 @@ class CalibrateConfig:
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the model's own."""
     method: str = VISIONZIP
     """With budget: how they are chosen, with parameters as in vispruner:important=0.25."""
+    positions: Literal["compact", "original"] = "compact"
+    """With budget: where they stand, as a run's `positions`; without, as the model was saved."""
     compare_full: bool = False
     """With a budget: also measure with all visual tokens, and show both."""
     freeze: str | None = None
@@ -311,6 +313,8 @@ class CalibrateConfig:
             parse_budget(str(self.budget))
         if self.method != VISIONZIP and self.budget in (None, "none"):
             raise UserError(f"method {self.method!r}: give the budget that is met by it")
+        if self.positions != "compact" and self.budget in (None, "none"):
+            raise UserError(f"positions {self.positions!r}: give the budget, whose tokens have them")
         if self.compare_full and self.budget == "none":
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(read_freeze(self.freeze), list):
