@@ -89,7 +89,7 @@ PRUNINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("method", PRUNINGS)
 def test_a_step_of_a_model_that_prunes_compiles_to_the_same_tokens(method: str) -> None:
-    """Not to one graph: its code is imported where a pass needs it, and its caches are looked at."""
+    """Not to one graph: its code is imported where a pass needs it."""
     torch.compiler.reset()
     model = build(reduction="visionzip", fastv=PRUNINGS[method])
     batch = make_batch([make_row(model, layout, seed) for seed, layout in enumerate(("ttIt", "tIttI"))], "left")
