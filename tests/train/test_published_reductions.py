@@ -1,7 +1,7 @@
 """What a run was tuned with is what is published, converted, evaluated and told, in every shape."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,24 @@ def test_for_an_engine_what_it_cannot_do_is_left_out_and_told(
         assert all(words in text for text in ("".join(said), measured, made))
         assert not any(words in introduction for words in ("arxiv.org/abs/2504.00502", "inside it"))
     assert ("goes without it" in measured) == ("published without" in made) == bool(lost)
+
+
+@pytest.mark.parametrize("name", ["random", "scope"])
+def test_for_an_engine_figures_are_claimed_where_they_are_its_own(runs: dict[str, Path], name: str) -> None:
+    row = Evaluation(
+        "all tokens", 0.5, 1.0, questions=3, supervised_tokens=9, visual_tokens=8.0, frozen_layers=0, llm_flops=1e9,
+        prefill_ms=1.0, prefill_batch=1, seconds=1.0,
+    )  # fmt: skip
+    rows = [asdict(row), asdict(replace(row, name="reduced + tuned", frozen_layers=2))]
+    (runs[name] / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    try:
+        _, card = published_config(runs[name], "engine")
+    finally:
+        (runs[name] / "evaluation.json").unlink()
+    assert "| reduced + tuned | 50.0% |" in card
+    own = REDUCTIONS[name].before_an_engine == REDUCTIONS[name]
+    assert ("The figures are those of the model as it was tuned" in card) == (not own)
+    assert ("model-index:" in card) == ("- language model, one prompt:" in card) == own
 
 
 def test_for_an_engine_the_release_needs_no_name(runs: dict[str, Path]) -> None:

@@ -112,7 +112,7 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         shape=shape,
         size=size,
         picture=PICTURE if picture else None,
-        metadata=_metadata(run, repo_id),
+        metadata=_metadata(run, repo_id, None if lost else _row(run, "tuned")),
         base=_base(run),
         on_hub=_on_hub(_base(run)),
         loading=loading_lines(repo_id, shape, run),
@@ -126,7 +126,7 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         pruned_title=pruned_title,
         dataset=_dataset_name(run) if run.evaluation else None,
         precision=_precision(run) if run.evaluation else None,
-        tuned=_row(run, "tuned"),
+        tuned=None if lost else _row(run, "tuned"),
         training=_training(run),
         subset=subset,
         instructions=_instructions(run, subset),
@@ -144,8 +144,8 @@ def _on_hub(base: Mapping[str, Any]) -> bool:
     return is_repository(str(base["name"]))  # of a folder, the lineage keeps the last part alone
 
 
-def _metadata(run: RunRecord, repo_id: str) -> str:
-    tuned = _row(run, "tuned")
+def _metadata(run: RunRecord, repo_id: str, tuned: Mapping[str, Any] | None) -> str:
+    """`tuned`: the row of the table that is of what is published, if there is one."""
     results = []
     if tuned:
         dataset = one_line(_dataset_name(run))
