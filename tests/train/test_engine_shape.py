@@ -34,15 +34,16 @@ SIZES = [(24, 24), (10, 300), (300, 10), (31, 57), (1000, 999)]
 TRUSTED = {"trust_remote_code": True}
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
-def family(request: pytest.FixtureRequest, tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_release if request.param == "llava" else write_next_release(tmp_path_factory.mktemp("next"), GRIDS)
+PUBLISHED = [("llava", "visionzip"), ("llava", "scope"), ("llava_next", "visionzip"), ("llava_next", "all tokens")]
 
 
-@pytest.fixture(scope="module", params=REDUCTIONS)
-def published(request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("published") / "checkpoint"
-    release, reductions = open_release(str(family)), REDUCTIONS[request.param]
+@pytest.fixture(scope="module", params=PUBLISHED, ids=", ".join)
+def published(request: pytest.FixtureRequest, tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, name = request.param
+    root = tmp_path_factory.mktemp("published")
+    folder = root / "checkpoint"
+    source = tiny_release if family == "llava" else write_next_release(root / "next", GRIDS)
+    release, reductions = open_release(str(source)), REDUCTIONS[name]
     _, processor = load_release(release, reductions)
     projector = {name: tensor + 0.05 for name, tensor in release_projector(release).items()}
     write_reduced_checkpoint(folder, release, projector, processor, reductions, shape="engine")
