@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .selectors import Selection, TowerStates
-from .tensors import at_least_float32, check_count, take, unit_rows
+from .tensors import at_least_float32, by_score, check_count, take, unit_rows
 
 NOTHING_LEFT = 1e-20  # of a patch that earlier ones make up: last, by quality
 
@@ -40,22 +40,24 @@ def choose_determinant(states: Tensor, quality: Tensor, count: int) -> Tensor:
     """`count` patches of high quality unlike each other: [B, P, H] and [B, P] → [B, count] int64, as chosen.
 
     As above with q taken out of the rows, so that what is left of a patch is compared with 1 and not with its quality:
-    e_i = q_i² left_i. Where nothing but rounding is left (duplicates, or more patches than the width), the
-    authors' code divides by it; here these patches follow by falling quality.
+    e_i = q_i² left_i. Where nothing but rounding is left (of duplicates; of all, once there are as many as the width,
+    whose determinant is 0 with any other) the authors' code divides by it; here these patches follow by falling
+    quality, of equals the lowest index.
 
     Raises:
         ReductionError: `count` outside 0 to P.
     """
-    batch, patches = states.shape[:2]
+    batch, patches, width = states.shape
     check_count(count, patches)
     unit = unit_rows(states)
     weights = at_least_float32(quality) ** 2
-    least = 8 * torch.finfo(unit.dtype).eps
+    # Rounding adds up with the steps: after 128 of them 20 to 120 eps are left of what is nothing.
+    least = max(8, 2 * min(patches, width)) * torch.finfo(unit.dtype).eps
     order = torch.empty(batch, count, dtype=torch.long, device=states.device)
-    rows = unit.new_zeros(batch, count, patches)
+    rows = unit.new_zeros(batch, min(count, width), patches)
     left = unit.new_ones(batch, patches)
     chosen = torch.zeros(batch, patches, dtype=torch.bool, device=states.device)
-    for step in range(count):
+    for step in range(rows.shape[1]):
         gains = weights * torch.where(left > least, left, NOTHING_LEFT)
         pick = gains.masked_fill(chosen, -torch.inf).argmax(dim=-1, keepdim=True)
         order[:, step : step + 1] = pick
@@ -67,6 +69,8 @@ def choose_determinant(states: Tensor, quality: Tensor, count: int) -> Tensor:
         row = (alike - known) * torch.where(rest > least, rest.clamp(min=least).rsqrt(), 0)
         rows[:, step] = row
         left = left - row.square()
+    others = at_least_float32(quality).masked_fill(chosen, -torch.inf)
+    order[:, rows.shape[1] :] = by_score(others)[:, : count - rows.shape[1]]
     return order
 
 

@@ -44,7 +44,8 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         image_newline, but for one at the end of an image of a single tile.
 
         Args:
-            pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S].
+            pixel_values: [N, most tiles, 3, S, S], or [tiles of all images, 3, S, S]; [1, 1, tiles, 3, S, S], as
+                engines give an image whose padding differs from its neighbours'.
             image_sizes: [N, 2] int, height and width of the images before tiling.
             image_budgets: [N], visual tokens of each tile of an image; None: as the config says.
 
@@ -53,6 +54,8 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         """
         refuse_changed(self.config, self._reductions)
         tiles = self._tiles(image_sizes)
+        if pixel_values.dim() == 6:
+            pixel_values = pixel_values.flatten(0, 1)
         layer, strategy = vision_feature_layer, vision_feature_select_strategy
         if self.config.visionzip is None and image_budgets is None:
             return super().get_image_features(

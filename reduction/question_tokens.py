@@ -7,13 +7,13 @@
 For evaluation: the choice changes with the question, so that no cache of features and no published config holds it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from shortzip.reduction.cdpruner import choose_for_question, cut_text, embed_patches_with_text, embed_text
 from shortzip.reduction.configuration_reduced_llava import selected_block
@@ -40,10 +40,14 @@ class QuestionReader:
     def from_pretrained(cls, name: str, **kwargs: Any) -> Self:
         """Reads the text tower, its tokenizer and the visual projection of a CLIP release.
 
-        `kwargs` are transformers' (revision, cache_dir, dtype). Raises OSError as transformers does.
+        `kwargs` are transformers' (revision, cache_dir, dtype). Raises ReductionError for what is no CLIP release.
         """
-        tokenizer: Any = CLIPTokenizer.from_pretrained(name, **kwargs)
-        clip: Any = CLIPModel.from_pretrained(name, **kwargs)
+        try:
+            tokenizer: Any = CLIPTokenizer.from_pretrained(name, **kwargs)
+            clip: Any = CLIPModel.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ReductionError(f"text_tower is {name!r}: it must be a CLIP release; {reason}") from error
         with torch.device("meta"):  # its parts are CLIP's
             text_tower: Any = CLIPTextModelWithProjection(clip.config.text_config).eval()
         text_tower.text_model, text_tower.text_projection = clip.text_model, clip.text_projection
@@ -77,7 +81,11 @@ class QuestionReader:
         """
         inner, visionzip = model.model, model.config.visionzip
         tower = inner.vision_tower
-        self._check(model, tower, len(pixel_values), len(questions))
+        self.check_model(model.config)
+        if len(pixel_values) != len(questions):
+            raise ReductionError(
+                f"cdpruner: {len(pixel_values)} images and {len(questions)} questions: give each image its question"
+            )
         blocks, hidden = tower.encoder.layers, embed_patches(tower, pixel_values)
         for block in blocks[: selected_block(model.config.vision_feature_layer, len(blocks)) + 1]:
             hidden = block(hidden, None)
@@ -95,22 +103,31 @@ class QuestionReader:
         positions = _positions(model.config, kept, patches.shape[1])
         return PlacedFeatures(last_hidden_state=tokens, pooler_output=features, positions=positions)
 
-    def _check(self, model: Any, tower: Any, images: int, questions: int) -> None:
+    def given(self, model: Any, inputs: Mapping[str, Any], questions: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of the model with its images' features, as `image_features` gives them, in the place of
+        `pixel_values`; as they are where there are none. Raises what it raises."""
+        rest = dict(inputs)
+        if "pixel_values" in rest:
+            pixels = rest.pop("pixel_values")
+            rest["mm_encoder_outputs"] = {"image": self.image_features(model, pixels, questions)}
+        return rest
+
+    def check_model(self, config: Any) -> None:
+        """Raises ReductionError for a reduced model's config that it cannot choose for; reads no weights of it."""
         if not takes_encoded_images():
             raise ReductionError("cdpruner: this transformers takes pixels only: version 5.18 or later is needed")
-        if model.config.visionzip is None:
+        if config.visionzip is None:
             raise ReductionError("cdpruner: visionzip is null: load the model with a budget")
-        if model.config.model_type != "reduced_llava":
-            raise ReductionError(f"cdpruner: the model is a {model.config.model_type}; it must be a reduced_llava")
-        if not isinstance(tower, CLIPVisionModel):
-            raise ReductionError(f"cdpruner: the tower is a {type(tower).__name__}; it must be CLIP's, as {self.name}")
-        if tower.config.hidden_size != self.visual_projection.in_features:
+        if config.model_type != "reduced_llava":
+            raise ReductionError(f"cdpruner: the model is a {config.model_type}; it must be a reduced_llava")
+        vision = config.vision_config
+        if vision.model_type != "clip_vision_model":
+            raise ReductionError(f"cdpruner: the tower is a {vision.model_type}; it must be CLIP's, as {self.name}")
+        if vision.hidden_size != self.visual_projection.in_features:
             raise ReductionError(
                 f"cdpruner: {self.name} projects patches of width {self.visual_projection.in_features}, the model's "
-                f"tower gives {tower.config.hidden_size}: name the CLIP that the tower comes from"
+                f"tower gives {vision.hidden_size}: name the CLIP that the tower comes from"
             )
-        if images != questions:
-            raise ReductionError(f"cdpruner: {images} images and {questions} questions: give each image its question")
 
 
 def _positions(config: Any, kept: Tensor, patches: int) -> ImagePositions | None:

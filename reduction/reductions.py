@@ -127,6 +127,15 @@ class Reductions:
         return replace(self.before_the_llm, positions=COMPACT)
 
     @property
+    def lost_in_an_engine(self) -> list[str]:
+        """What `before_an_engine` leaves out, each with the reason in words."""
+        frozen = f"{len(self.layers)} frozen layers (an engine runs every layer for every token)"
+        pruned = f"{self.pruning_described} (an engine prunes nothing)"
+        placed = f"{self.positions} positions (an engine numbers tokens as they come)"
+        parts = ((self.layers, frozen), (self.fastv, pruned), (self.positions != COMPACT, placed))
+        return [words for is_lost, words in parts if is_lost]
+
+    @property
     def layers(self) -> list[int]:
         """The frozen layers, in the order given."""
         return [] if self.shortv is None else list(self.shortv["layers"])

@@ -35,6 +35,7 @@ SELECTORS = {
 # Ways to as few tokens that are there to compare with (baselines.py): their parameters, with the defaults.
 BASELINES: dict[str, dict[str, Any]] = {"random": {"seed": 0}, "grid": {}, "pool": {}, "downsample": {}}
 METHODS = (*SELECTORS, *BASELINES)
+BY_QUESTION = "cdpruner"  # what question_tokens.py adds, and no config holds
 BUDGET_KEYS = ("dominant", "contextual", "per_image", "method")
 # What a selector may read and still choose the same of an image whenever it is asked; and what all else depends on.
 OF_THE_IMAGE = frozenset({"attention", "keys", "pixels"})
@@ -120,6 +121,11 @@ class Parameter(NamedTuple):
 def parameters_of(method: str) -> dict[str, Parameter]:
     """The parameters of a method, by name. Raises ReductionError for an unknown method."""
     methods = [*SELECTORS, *BASELINES]  # a list: what is asked for may be anything
+    if method == BY_QUESTION:
+        raise ReductionError(
+            f"visionzip: method {method} chooses by each question, which no config and no cache can hold: evaluate it "
+            "with text_tower (shortzip evaluate, lmms-eval), which takes a budget and no method"
+        )
     if method not in methods:
         raise ReductionError(f"visionzip: method is {method!r}; it must be one of {methods}")
     if method in BASELINES:

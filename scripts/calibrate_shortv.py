@@ -30,6 +30,7 @@ from shortzip.data.files import refuse_inputs, replace_file, write_atomically, w
 from shortzip.reduction.layer_choice import pick_layers
 from shortzip.reduction.layer_contribution import DIRECTIONS
 from shortzip.reduction.parsing import format_shortv
+from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.calibration.measuring import (
@@ -63,6 +64,7 @@ def settings_that_matter(settings: CalibrateConfig) -> dict[str, Any]:
         "seed",
         "budget",
         "method",
+        "positions",
         "compare_full",
         "dtype",
         "text_tokens",
@@ -86,9 +88,11 @@ def calibrate(settings: CalibrateConfig) -> dict[str, Any]:
     result = read_measured(settings.output) if is_there else None
     check_outputs(settings, result)
     if result is not None:
-        then = {"load_in_4bit": False, "method": VISIONZIP, **result["settings"]}
+        then = {"load_in_4bit": False, "method": VISIONZIP, "positions": COMPACT, **result["settings"]}
         refuse_other_settings(then, matters, settings.output)
-    budget = None if settings.budget is None else Reductions.parse(settings.budget, method=settings.method)
+    budget = None
+    if settings.budget is not None:
+        budget = Reductions.parse(settings.budget, method=settings.method, positions=settings.positions)
     calibration = calibration_set(settings, budget)
     if settings.compare_full and calibration.visionzip is None:
         raise UserError("compare_full compares a budget with all visual tokens, and the model has none: give --budget")

@@ -80,6 +80,9 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
             layers = config.shortv.layers if config.shortv else None
             reductions = reductions_of(config.visionzip, layers, config.fastv, config.positions)
             rows.append(replace(release, name=several + "reduced, untuned", reductions=reductions))
+            if config.text_tower is not None:
+                name = several + "reduced by the question, untuned"
+                rows.append(replace(rows[-1], name=name, text_tower=config.text_tower))
     if reduces and not has_flags:
         raise ConfigError(
             f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "

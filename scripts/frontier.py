@@ -39,18 +39,19 @@ from shortzip.scripts.tune_points import (
     measure_share,
 )
 from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
-from shortzip.train.evaluation.answers import prefill_inputs
 from shortzip.train.evaluation.comparison import check_candidates, describe_machine, prefill_times
 from shortzip.train.evaluation.frontier_points import (
     COMPACT,
     Point,
     Ranked,
+    point_of,
     points_of,
     tuned_points,
 )
 from shortzip.train.evaluation.frontier_report import draw, show, summarise
 from shortzip.train.evaluation.methods_picture import picture_of_methods
 from shortzip.train.evaluation.methods_table import method_rows, show_methods
+from shortzip.train.evaluation.questions import Prefill
 from shortzip.train.evaluation.selection_cost import SelectionCost, selection_costs
 from shortzip.train.inputs.samples import (
     check_instructions,
@@ -133,13 +134,13 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
 
 
 def time_prefill(
-    points: Sequence[Point],
-    entries: Sequence[dict[str, Any]],
-    config: FrontierConfig,
-    recipe: TuneConfig,
-    accelerator: Accelerator,
+    untuned: Sequence[Point], known: Sequence[dict[str, Any]], config: FrontierConfig, recipe: TuneConfig
 ) -> None:
-    """Sets the entries' prefill time to one measured side by side; kept until one of the points is another."""
+    """Sets the prefill time of the untuned points' entries to one measured side by side, but for methods at equal
+    tokens; kept until one of the points is another. A report alone takes what is kept."""
+    points = [point for point in untuned if not config.tokens or point.series not in config.methods]
+    by_name = {point_of(entry["point"]).name: entry for entry in known}
+    entries = [by_name[point.name] for point in points if point.name in by_name]
     parts = {"rounds": config.prefill_rounds, "points": [entry["identity"] for entry in entries]}
 
     def measured() -> list[float]:
@@ -147,12 +148,15 @@ def time_prefill(
         return prefill_times(
             [candidate_of(point, recipe.model, recipe) for point in points],
             held_out_data(config, recipe),
-            accelerator,
+            Accelerator(),
             batch_size=recipe.eval_batch_size,
             rounds=config.prefill_rounds,
         )
 
-    times = Kept(config.output).get("prefill", parts, measured)
+    kept = Kept(config.output)
+    times = kept.find("prefill", parts) if config.report_only else kept.get("prefill", parts, measured)
+    if times is None:
+        return
     for entry, milliseconds in zip(entries, times, strict=True):
         entry["evaluation"]["prefill_ms"] = milliseconds
 
@@ -169,8 +173,7 @@ def measure(untuned: Sequence[Point], config: FrontierConfig, recipe: TuneConfig
     if handed:
         in_processes(handed, config)
     entries = known_entries([*untuned, *tuned], config)
-    timed = [number for number, point in enumerate(untuned) if not config.tokens or point.series not in config.methods]
-    time_prefill([untuned[n] for n in timed], [entries[n] for n in timed], config, recipe, Accelerator())
+    time_prefill(untuned, entries, config, recipe)
     return entries
 
 
@@ -216,7 +219,7 @@ def write(
     """The table, the picture and the JSON."""
     output = Path(config.output)
     of_methods = [entry for entry in entries if config.tokens and entry["point"]["series"] in config.methods]
-    rows = summarise(entries)
+    rows = summarise([entry for entry in entries if entry not in of_methods])
     methods = method_rows(of_methods, config, held_out_questions(config, recipe)) if of_methods else []
     report = {
         "recipe": config.recipe,
@@ -230,10 +233,9 @@ def write(
         "selection": [{"method": key[0], "tokens": key[1], **asdict(cost)} for key, cost in costs.items()],
     }
     write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")  # before anything is shown
-    others = summarise([entry for entry in entries if entry not in of_methods])
-    tables = [show(others)] if len(others) > 1 or not methods else []
+    tables = [show(rows)] if len(rows) > 1 or not methods else []
     if methods:
-        full = next((row.mean for row in others if row.series == "all tokens" and not row.tuned), None)
+        full = next((row.mean for row in rows if row.series == "all tokens" and not row.tuned), None)
         picture_of_methods(methods, full).savefig(output / "frontier.png", dpi=150)
         tables.append(show_methods(methods, costs, config))
     else:
@@ -278,7 +280,7 @@ def selection_cost(
         model, processor = load_release(release, Reductions())
         dataset = held_out_set(held_out_data(config, recipe), processor)
         model = model.to(Accelerator().device)
-        pixels = prefill_inputs(model, dataset, SELECTION_BATCH)["pixel_values"]
+        pixels = Prefill.of(model, dataset, SELECTION_BATCH).inputs["pixel_values"]
         reductions = [point.reductions for point in points.values()]
         return [asdict(cost) for cost in selection_costs(model, reductions, pixels, config.prefill_rounds)]
 
@@ -312,6 +314,7 @@ def run(config: FrontierConfig) -> None:
             say(f"{len(entries)} of {len(points) + len(tuned)} points are measured")
             if not entries:
                 raise UserError(f"nothing is measured in {config.output} yet: leave out --report_only")
+            time_prefill(points, entries, config, recipe)
         else:
             entries = measure(points, config, recipe)
         write(entries, costs, config, recipe)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from shortzip.data.errors import MissingExtra, UserError
-from shortzip.reduction.positions import COMPACT
 from shortzip.train.serving.device import place
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.serving import ServeConfig
@@ -72,10 +71,8 @@ def build(config: ServeConfig) -> Any:
     encoders = load_encoders(config.listed, device, dtype)
     for name, encoder in encoders.items():
         say(f"{name}: {encoder.reductions.before_an_engine.describe()} of {encoder.release.name}")
-        if encoder.reductions.layers or encoder.reductions.fastv is not None:
-            say(f"{name}: what was frozen or pruned in its language model is not: the engine runs it whole")
-        if encoder.reductions.before_the_llm.positions != COMPACT:
-            say(f"{name}: saved with original positions, and served with compact ones, as an engine numbers tokens")
+        for lost in encoder.reductions.lost_in_an_engine:
+            say(f"{name}: served without its {lost}")
     sources = ImageSources(
         None if config.images is None else Path(config.images),
         allow_http=config.allow_http,

@@ -11,6 +11,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers import decoders as tokenizer_decoders
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -67,11 +70,14 @@ def write_release(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
     return folder
 
 
-def write_next_release(folder: Path) -> Path:
-    """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one."""
+def write_next_release(folder: Path, grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1))) -> Path:
+    """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one.
+
+    `grids`: in place of these two, rows and columns of tiles.
+    """
     write_release(folder)
     plain, processor = LlavaConfig.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
-    tiles = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE]]
+    tiles = [[IMAGE_SIZE * rows, IMAGE_SIZE * columns] for rows, columns in grids]
     config = LlavaNextConfig(
         vision_config=plain.vision_config, text_config=plain.text_config, image_grid_pinpoints=tiles,
         image_token_index=plain.image_token_id, tie_word_embeddings=False,
@@ -83,6 +89,21 @@ def write_next_release(folder: Path) -> Path:
         images, processor.tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
         image_token="<image>", num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_clip(folder: Path, vision_config: CLIPVisionConfig) -> Path:
+    """Writes a CLIP with a vision tower of this config, a text tower of 8 positions and letters for tokens."""
+    vision = {**vision_config.to_dict(), "projection_dim": 12}
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vocab_size": 60, "max_position_embeddings": 8, "initializer_range": 1.0, "projection_dim": 12,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[]).save_pretrained(folder)
     return folder
 
 

@@ -18,8 +18,8 @@ from shortzip.scripts.benchmarks.loopback_engine import NAME, LoopbackEngine, re
 class VllmEngine(LoopbackEngine):
     """The application. `model` None: it looks at what it is sent, and says how many visual tokens it was.
 
-    `faults`: what happens to the next requests instead: "drops" (the connection, after a first event), "500", "400",
-    "429", "hangs".
+    `faults`: what happens to the next requests instead: "drops" (the connection, after a first event), "stalls"
+    (after one), "500", "400", "429", "hangs".
     """
 
     def __init__(self, model: Any, processor: Any, hidden_size: int) -> None:
@@ -31,7 +31,7 @@ class VllmEngine(LoopbackEngine):
         self.headers: list[dict[str, str]] = []
         self.pause = 0.0  # seconds that an answer takes
         self.most_at_once = self.at_once = 0
-        self._drops = False
+        self._fault = ""
 
     async def complete(self, request: Request) -> Response:
         asked = await request.json()
@@ -54,14 +54,16 @@ class VllmEngine(LoopbackEngine):
             tokens = [len(tensor) for tensor in images] if self.model is None else await self.tokens(asked)
         finally:
             self.at_once -= 1
-        self._drops = fault == "drops"
+        self._fault = fault
         return self.respond(tokens, bool(asked.get("stream")))
 
     async def events(self, tokens: list[int]) -> AsyncIterator[str]:
         async for event in super().events(tokens):
             yield event
-            if self._drops:
+            if self._fault == "drops":
                 raise RuntimeError("told to break off")
+            if self._fault == "stalls":
+                await asyncio.sleep(30)
 
     def text(self, tokens: list[int]) -> str:
         return super().text(tokens) if self.model is not None else " ".join(map(str, tokens))

@@ -65,6 +65,9 @@ class BenchmarkConfig:
     """Tokens of an answer."""
     rounds: int = 5
     """Rounds, of which the median counts; one more comes before them and does not."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Of keys and values. On CUDA transformers compiles a step where it is static (one graph, also where visual tokens
+    are frozen; equal tokens: tests/reduction/test_decoding.py)."""
     clock: Clock = "wall"
     """wall time; or the process's CPU time, for one thread (OMP_NUM_THREADS=1) on a machine that others use too."""
     device: str = "cpu"
@@ -110,7 +113,12 @@ def measure(models: SharedModels, shape: ModelShape, count: int, settings: Bench
         for side in SIDES
     }
     seconds: dict[str, Any] = {side: {"prefill": [], "step": []} for side in SIDES}
-    options = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.new_tokens,
+        "min_new_tokens": settings.new_tokens,
+        "do_sample": False,
+    }
+    options |= {"cache_implementation": "static"} if settings.cache == "static" else {}
     for turn in range(settings.rounds + 1):
         for side in SIDES:
             watch = TokenClock(settings.clock)
@@ -188,7 +196,8 @@ def main(argv: Sequence[str]) -> None:
     if settings.output is not None:
         refuse_to_replace(settings.output, overwrite=settings.overwrite)
     results = benchmark(settings)
-    show(results, f"{settings.shape}, {settings.new_tokens} tokens, {settings.clock} time", Console())
+    title = f"{settings.shape}, {settings.new_tokens} tokens, {settings.cache} cache, {settings.clock} time"
+    show(results, title, Console())
     if settings.output is not None:
         write_figures(settings.output, {"settings": asdict(settings), **results})
 

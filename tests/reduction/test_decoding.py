@@ -75,6 +75,29 @@ def test_a_step_is_compiled_whole(reduction: str, decoder: str) -> None:
     keys = {"reduction": "both", "positions": "original"} if reduction == "original" else {"reduction": reduction}
     model = build(decoder, **keys)
     batch = make_batch([make_row(model, layout, seed) for seed, layout in enumerate(("ttIt", "tIttI"))], "left")
+    assert 0 < len(compiled_as_plainly(model, batch, fullgraph=True)) <= 2
+
+
+PRUNINGS: dict[str, dict[str, Any]] = {
+    "fastv": {"layer": 2, "keep": 0.5},
+    "pyramiddrop": {"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]},
+    "sparsevlm": {"method": "sparsevlm", "layers": [0, 2], "keep": [5, 3]},
+    "sparsevlm+": {"method": "sparsevlm+", "layers": [0, 2], "keep": [5, 3]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PRUNINGS)
+def test_a_step_of_a_model_that_prunes_compiles_to_the_same_tokens(method: str) -> None:
+    """Not to one graph: its code is imported where a pass needs it."""
+    torch.compiler.reset()
+    model = build(reduction="visionzip", fastv=PRUNINGS[method])
+    batch = make_batch([make_row(model, layout, seed) for seed, layout in enumerate(("ttIt", "tIttI"))], "left")
+    assert compiled_as_plainly(model, batch, fullgraph=False)
+
+
+def compiled_as_plainly(model: Any, batch: dict[str, Tensor], fullgraph: bool) -> list[Any]:
+    """The graphs of a greedy answer with a static cache and compiled steps; its tokens are those of plain steps."""
     graphs = []
 
     def backend(graph: Any, example_inputs: Any) -> Any:
@@ -82,7 +105,7 @@ def test_a_step_is_compiled_whole(reduction: str, decoder: str) -> None:
         return graph.forward
 
     no_mode: Any = None  # its default is inductor's alone
-    config: Any = CompileConfig(fullgraph=True, backend=backend, mode=no_mode)
+    config: Any = CompileConfig(fullgraph=fullgraph, backend=backend, mode=no_mode)
     config._compile_all_devices = True
     assert answer(model, batch, cache_implementation="static", compile_config=config) == answer(model, batch)
-    assert 0 < len(graphs) <= 2
+    return graphs

@@ -74,10 +74,11 @@ def test_positions_that_an_engine_would_not_keep_are_refused_when_it_builds_the_
     as_engine(config)
 
 
-def test_embeddings_alone_name_the_switch(tmp_path):
-    model = build(reduction="shortv")
-    with pytest.raises(ReductionError, match=r"shortv: inputs_embeds alone.*switch it off.*hf-overrides"):
-        model.model(inputs_embeds=torch.zeros(1, 3, 32))
+@pytest.mark.parametrize("key", ["shortv", "fastv"])
+def test_embeddings_alone_name_the_switch(key):
+    keys = {"reduction": "shortv"} if key == "shortv" else {"reduction": "none", "fastv": {"layer": 2, "keep": 0.5}}
+    with pytest.raises(ReductionError, match=rf"{key}: inputs_embeds alone.*switch it off.*hf-overrides"):
+        build(**keys).model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
 @families

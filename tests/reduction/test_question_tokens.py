@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(reader: QuestionReader, model: Any) -> Non
     for other, message in (
         (build(reduction="none"), "visionzip is null: load the model with a budget"),
         (build(next_=True, reduction="visionzip"), "the model is a reduced_llava_next; it must be a reduced_llava"),
-        (build(tower="siglip", reduction="visionzip"), "the tower is a SiglipVisionModel; it must be CLIP's"),
+        (build(tower="siglip", reduction="visionzip"), "the tower is a siglip_vision_model; it must be CLIP's"),
     ):
         with pytest.raises(ReductionError, match=message):
             reader.image_features(other, pixels, ["what"])

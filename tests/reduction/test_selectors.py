@@ -82,6 +82,23 @@ def test_a_determinant_with_attention_as_quality_chooses_as_cdpruner_s_code(coun
     assert torch.equal(choose("dpp", states, count).order, chosen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("rank", "width"), [(8, 8), (64, 64), (128, 128), (60, 128)])
+def test_behind_as_many_patches_as_there_are_dimensions_a_determinant_goes_by_quality(
+    rank: int, width: int, dtype: torch.dtype
+) -> None:
+    """Any further patch makes the determinant 0: what is left of it is rounding, which is no order."""
+    generator = torch.Generator().manual_seed(rank)
+    states = torch.randn(6, 144, rank, generator=generator, dtype=dtype)
+    states = states if rank == width else states @ torch.randn(rank, width, generator=generator, dtype=dtype)
+    quality = torch.randint(1, 20, (6, 144), generator=generator).to(dtype) / 20  # with equals
+    order = choose_determinant(states, quality, 144)
+    assert torch.equal(choose_determinant(states, quality, rank + 5), order[:, : rank + 5])
+    for scores, image in zip(quality.tolist(), order.tolist(), strict=True):
+        assert sorted(image) == list(range(144))
+        assert image[rank:] == sorted(image[rank:], key=lambda patch: (-scores[patch], patch))
+
+
 @pytest.mark.parametrize("case", ["d12_c4_w4", "d5_c3_w4", "d12_c4_w1", "d12_c4_w2", "d12_c4_w100", "d12_c5_w3"])
 def test_duet_merges_as_the_authors(case: str) -> None:
     recorded = golden("duet_v2v")

@@ -12,6 +12,7 @@ from PIL import Image
 from shortzip.data.errors import FileInTheWay, UserError
 from shortzip.data.images import open_image
 from shortzip.data.supervision import Supervision
+from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.answer import main
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
@@ -63,6 +64,33 @@ def test_they_are_those_of_generate_one_by_one(
         assert said["answer"] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert said["tokens"] == len(ids)
         assert "error" not in said
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_prompt_is_as_long_as_the_positions_that_it_takes(
+    tiny_release: Path, tmp_path: Path, family: str, positions: str
+) -> None:
+    """Visual tokens that are left out keep their places where positions are original, and those end the model."""
+    from tiny import write_next_release
+
+    release = tiny_release if family == "llava" else write_next_release(tmp_path / "next")
+    model, processor = load_release(str(release), Reductions.parse("6+3", positions=positions))
+    _, plain = load_release(str(release), Reductions())
+    Image.effect_noise((60, 20), 80).convert("RGB").save(tmp_path / "a.png")
+    rows = [{"question_id": 1, "text": "<image>name the colour<image>", "image": ["a.png", "a.png"]}]
+    (tmp_path / "asked.json").write_text(json.dumps(rows))
+    questions = read_questions(str(tmp_path / "asked.json"))
+    answerer = Answerer(model, Supervision(processor, max_length=None), str(tmp_path), LIMIT)
+    counting = processor if positions == "compact" else plain
+    tokens = len(Supervision(counting, max_length=None).prompt(questions[0], [(20, 60)] * 2))
+    answerer.longest = tokens + LIMIT
+    assert [said[0].error for said in answerer.answer(questions, [0], 1)] == [None]
+    answerer.longest -= 1
+    (said,) = (said[0] for said in answerer.answer(questions, [0], 1))
+    assert said.answer is None
+    assert f"and {LIMIT} of the answer, more than {answerer.longest} positions" in str(said.error)
+    assert ("visual tokens that are left out" in str(said.error)) == (positions == "original")
 
 
 def test_a_killed_command_continues_and_answers_nothing_twice(

@@ -8,9 +8,13 @@ import pytest
 from shortzip.scripts.benchmarks import generation, turns
 
 
-def test_generation_is_held_against_what_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_held_against_what_is_allowed(
+    cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = tmp_path / "figures.json"
-    generation.main(["--batch_sizes", "[2]", "--new_tokens", "3", "--rounds", "1", "--output", str(figures)])
+    options = ["--batch_sizes", "[2]", "--new_tokens", "3", "--rounds", "1", "--cache", cache]
+    generation.main([*options, "--output", str(figures)])
     result = json.loads(figures.read_text())["2"]
     assert {side: len(parts["step"]) for side, parts in result["seconds"].items()} == dict.fromkeys(
         generation.SIDES, 1

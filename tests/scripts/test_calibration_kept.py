@@ -17,10 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shortzip.data.errors import CannotWrite, FileInTheWay, UserError
+from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.calibrate_shortv import calibrate
 from shortzip.train.calibration import measuring as calibration
 from shortzip.train.calibration.choosing import choose_layers
 from shortzip.train.calibration.measuring import CalibrateConfig
+from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.settings.config import DataConfig, ShortVConfig, TuneConfig, VisionZipConfig
 
@@ -116,8 +118,10 @@ def test_an_output_that_does_not_say_what_it_measured_on_is_taken_with_a_word(
     assert "is not known" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_the_script_and_a_run_freeze_the_same_layers(settings: CalibrateConfig, tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize(("length", "positions"), [(1, "compact"), (3, "compact"), (3, "original")])
+def test_the_script_and_a_run_freeze_the_same_layers(
+    settings: CalibrateConfig, tmp_path: Path, length: int, positions: Any
+) -> None:
     """Though some conversations begin without an image, are too long to be trained on, or have two images."""
     rows = json.loads(Path(settings.instructions).read_text())
     for row in rows[::3]:
@@ -127,13 +131,14 @@ def test_the_script_and_a_run_freeze_the_same_layers(settings: CalibrateConfig, 
     for row in rows[1::4]:
         row["conversations"][-1]["value"] = "a text without a picture " * 90
     Path(settings.instructions).write_text(json.dumps(rows))
-    asked = replace(settings, samples=length, freeze="50%", seed=2)
+    asked = replace(settings, samples=length, freeze="50%", seed=2, positions=positions)
     measured = calibrate(asked)
     config = TuneConfig(
         model=settings.model,
         data=DataConfig(instructions=settings.instructions, max_length=120),
         visionzip=VisionZipConfig(5, 3),
         shortv=ShortVConfig(freeze="50%", calibration_samples=length),
+        positions=positions,
         mixed_precision="no",
         seed=2,
         output_dir=str(tmp_path / "run"),
@@ -145,6 +150,28 @@ def test_the_script_and_a_run_freeze_the_same_layers(settings: CalibrateConfig, 
     mean = measured["measurements"][0]["visual"]["full_to_frozen"]["mean"]
     assert found["layer_contributions"] == pytest.approx(mean, rel=1e-4, abs=1e-9)
     assert found["ranking"] == measured["ranking"]
+
+
+def test_original_positions_are_measured_and_known_again(settings: CalibrateConfig, tmp_path: Path) -> None:
+    compact = calibrate(settings)
+    with pytest.raises(UserError, match=r"is of other settings: positions.*--overwrite"):
+        calibrate(replace(settings, positions="original"))
+    alter_json(settings.output, lambda result: [result["settings"].pop("positions")])
+    assert calibrate(replace(settings, freeze="1"))["layers"] == compact["ranking"][:1], "of before there was a choice"
+    original = replace(settings, positions="original", output=tmp_path / "original.json")
+    measured = calibrate(original)
+    assert measured["measurements"][0]["visual"] != compact["measurements"][0]["visual"]
+    with pytest.raises(UserError, match=r"is of other settings: positions"):
+        calibrate(replace(original, positions="compact"))
+    # A model that was saved with them is measured with them.
+    model, processor = load_release(settings.model, Reductions.parse("5+3", positions="original"))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    own = calibrate(replace(settings, model=str(tmp_path / "saved"), budget=None, output=tmp_path / "own.json"))
+    assert own["measurements"][0]["visual"] == measured["measurements"][0]["visual"]
+    for budget in (None, "none"):
+        with pytest.raises(UserError, match="positions 'original': give the budget, whose tokens have them"):
+            replace(settings, positions="original", budget=budget)
 
 
 @pytest.fixture

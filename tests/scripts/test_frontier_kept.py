@@ -84,7 +84,7 @@ def all_of_it(asked: FrontierConfig, recipe: TuneConfig) -> Any:
     layers = frontier.layers_to_freeze(asked, recipe)
     accelerator = Accelerator(cpu=True)
     entry = tune_points.evaluate_point(POINT, recipe.model, asked, recipe, accelerator)
-    frontier.time_prefill([POINT], [entry], asked, recipe, accelerator)
+    frontier.time_prefill([POINT], [entry], asked, recipe)
     return layers, entry
 
 

@@ -1,6 +1,7 @@
 """The frontier's methods at equal tokens: points, comparison question by question, tables and picture."""
 
 import json
+import math
 import re
 from dataclasses import asdict
 from itertools import combinations
@@ -12,6 +13,7 @@ import torch
 from matplotlib.text import Text
 
 from shortzip.data.errors import UserError
+from shortzip.reduction.flops import visual_tokens_by_layer
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS
 from shortzip.scripts.frontier import layers_to_freeze, main
@@ -23,8 +25,10 @@ from shortzip.train.evaluation.selection_cost import SelectionCost, selection_co
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.command_line import load_config
+from shortzip.train.settings.command_line import load_config, parse_config
 from shortzip.train.settings.comparing import FrontierConfig, Kind
+
+ROOT = Path(__file__).parents[2]
 
 
 def at_equal_tokens(**changes: object) -> FrontierConfig:
@@ -52,6 +56,22 @@ def test_methods_are_held_to_equal_tokens() -> None:
     methods = ["visionzip", "pool", "downsample"]
     assert order[:-2] == [(tokens, seed, method) for tokens in (4, 8) for seed in (0, 1) for method in methods]
     assert {series for _, _, series in order[-2:]} == {"all tokens"}
+
+
+def test_pruning_inside_the_language_model_stands_beside_methods_at_equal_tokens() -> None:
+    """As the demo's table has it: as many visual tokens per layer, on average, as its rows of 64."""
+    path = ROOT / "configs" / "eval" / "frontier-methods-demo.yaml"
+    asked = parse_config(FrontierConfig, ["--config", str(path)], program="frontier.py")
+    points = points_of(asked, {("lc", "0", "all", 0): []})
+    pruned = {point.series: point for point in points if point.reductions.fastv}
+    assert list(pruned) == ["FastV", "PyramidDrop", "SparseVLM"]
+    for point in pruned.values():
+        assert point.reductions.visionzip is None
+        assert point.reductions.fastv is not None
+        assert 63 <= sum(visual_tokens_by_layer(point.reductions.fastv, 144, 8)) / 8 <= 64
+    assert len({point.name for point in points}) == len(points)
+    assert not {point.series for point in pruned.values()} & set(asked.methods), "rows of a table of their own"
+    assert {point.tokens for point in tuned_points(asked, points)[-9:]} == {math.inf}, "tuned last: they take longest"
 
 
 def entry(method: str, tokens: int, correct: str, seed: int | None = None, tuned: bool = False) -> dict[str, Any]:
@@ -157,12 +177,16 @@ def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Pa
         "recipe": str(tmp_path / "recipe.yaml"), "output": str(tmp_path / "out"), "tokens": [9],
         "methods": ["visionzip", "scope", "downsample"], "positions": ["compact", "original"], "seeds": [0],
         "kinds": [{"name": "colour", "pattern": "colour"}], "resamples": 100, "prefill_rounds": 1,
+        "fastv": [{"layer": 1, "keep": 0.25}, {"method": "pyramiddrop", "layers": [1, 2], "keep": [0.5, 0.1]}],
     }  # fmt: skip
     (tmp_path / "frontier.yaml").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"nothing is measured in .* yet"):
         main(["--config", str(tmp_path / "frontier.yaml"), "--report_only", "true"])
     main(["--config", str(tmp_path / "frontier.yaml")])
-    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["methods"]
+    report = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    names = ["all tokens", "FastV, K = 1, 25 % kept", "PyramidDrop: 0.5, 0.1 of them kept before layers 1, 2"]
+    assert [row["series"] for row in report["rows"]] == names, "those that are not held to a number of tokens"
+    rows = report["methods"]
     assert [(row["method"], row["budget"], row["positions"]) for row in rows] == [
         (method, budget, positions)
         for method, budget in (("visionzip", "7+2"), ("scope", "9+0"), ("downsample", "9+0"))
@@ -173,10 +197,11 @@ def test_the_whole_table_on_a_tiny_release(tiny_release: Path, tiny_held_out: Pa
     assert set(rows[0]["kinds"]) <= {"colour", "other"}
     table = (tmp_path / "out" / "table.md").read_text()
     assert "### 9 visual tokens" in table
+    assert all(f"| {name} |" in table for name in names)
     assert "### Original positions" in table
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     points = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "points").glob("*.json")}
-    assert len(points) == 7
+    assert len(points) == 9
     main(["--config", str(tmp_path / "frontier.yaml")])
     main(["--config", str(tmp_path / "frontier.yaml"), "--report_only", "true"])
     assert points == {path: path.stat().st_mtime_ns for path in points}

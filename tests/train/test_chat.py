@@ -106,9 +106,17 @@ def test_a_pass_that_fails_leaves_nothing_behind(tiny_release: Path, monkeypatch
     assert chat.reply(turns, IMAGES[:1], 5) == expected
 
 
-def test_a_conversation_that_is_too_long_is_refused(tiny_release: Path) -> None:
-    model, supervision = load(tiny_release, "both")
+@pytest.mark.parametrize(("reduction", "beyond"), [("both", 0), ("original", 36 - 9)])
+def test_a_conversation_that_is_too_long_is_refused(tiny_release: Path, reduction: str, beyond: int) -> None:
+    model, supervision = load(tiny_release, reduction)
     chat = Chat(model, supervision)
+    prompt = encode_prompt(supervision, [("user", "<image>\nis it bright?")], IMAGES[:1])
+    model.config.text_config.max_position_embeddings = len(prompt.input_ids) + beyond + 2
+    chat.ask("is it bright?", IMAGES[:1], max_new_tokens=2)
+    chat = Chat(model, supervision)
+    with pytest.raises(UserError, match="this model: begin a new one"):
+        chat.ask("is it bright?", IMAGES[:1], max_new_tokens=3)
+    model.config.text_config.max_position_embeddings = 512
     with pytest.raises(UserError, match="longer than the 512 tokens of this model"):
         chat.ask("is it bright?", max_new_tokens=600)
     assert chat.turns == []

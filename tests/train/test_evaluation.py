@@ -208,8 +208,7 @@ def test_prefill_is_timed_side_by_side(
 ) -> None:
     """A machine that is busy in one round (here the second) changes no row."""
     times = iter([99.0, 99.0, 8.0, 4.0, 80.0, 40.0, 7.0, 5.0])
-    for module in ("shortzip.train.evaluation.answers", "shortzip.train.evaluation.comparison"):
-        monkeypatch.setattr(f"{module}.measure_prefill", lambda *_: next(times))
+    monkeypatch.setattr("shortzip.train.evaluation.questions.Prefill.measure", lambda _: next(times))
     data = DataConfig(instructions=str(held_out), eval_instructions=str(held_out), eval_samples=2)
     candidates = [
         Candidate("all tokens", ReleaseSpec(str(learned_release)), Reductions()),

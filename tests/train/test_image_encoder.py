@@ -14,11 +14,18 @@ from shortzip.data.supervision import Supervision, load_template
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
-from shortzip.train.serving.encoder import _check_alike, load_encoders
+from shortzip.train.serving.encoder import Pixels, _check_alike, load_encoders
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.serving import Listed
 
 BUDGETS = [None, {"dominant": 4, "contextual": 2}]
+METHODS = {
+    "": {"dominant": 5, "contextual": 2},
+    ":vispruner:important=0.25": {"dominant": 7, "contextual": 0, "method": "vispruner", "important": 0.25},
+    ":divprune:space=projected": {"dominant": 7, "contextual": 0, "method": "divprune", "space": "projected"},
+    ":duet:window=2": {"dominant": 5, "contextual": 2, "method": "duet", "window": 2},
+    ":random:seed=3": {"dominant": 7, "contextual": 0, "method": "random", "seed": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,18 @@ def test_the_tokens_of_the_whole_model(releases: dict[str, Path], family: str, b
         assert len(made) == encoder.tokens(image.size)
         assert encoder.saved_tokens(image.size) >= 0
     assert (budget is None) == (encoder.saved_tokens(pixels[0].size) == 0)
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_a_listed_release_is_reduced_by_any_method(releases: dict[str, Path], word: str) -> None:
+    listed = Listed.parse(f"it={releases['llava']}@5+2{word}")
+    encoder = load_encoders([listed], torch.device("cpu"), torch.float32)["it"]
+    assert encoder.reductions == Reductions(METHODS[word])
+    model, _ = load_release(str(releases["llava"]), Reductions(METHODS[word]))
+    pixels = Pixels(torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0)), (24, 24))
+    with torch.no_grad():
+        expected = model.model.get_image_features(pixels.values[None]).pooler_output[0]
+    torch.testing.assert_close(encoder.encode([pixels])[0], expected)
 
 
 def test_equal_towers_are_held_once_and_other_language_models_refused(releases: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from tiny import write_clip
 
 from shortzip.data.images import open_image
 from shortzip.data.instructions import Conversation, read_instructions
@@ -385,17 +385,7 @@ def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:
 @pytest.fixture(scope="module")
 def clip(model: ReducedLlava, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A CLIP release with a tower of the tiny release's width, whose questions are letters."""
-    vision = {**model.model.config.vision_config.to_dict(), "projection_dim": 12}
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "vocab_size": 60, "max_position_embeddings": 8, "initializer_range": 1.0,
-            "projection_dim": 12}  # fmt: skip
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[]).save_pretrained(folder)
-    return str(folder)
+    return str(write_clip(tmp_path_factory.mktemp("clip"), model.model.config.vision_config))
 
 
 def test_cdpruner_chooses_by_the_question(tiny_release: Path, documents: list[dict[str, Any]], clip: str) -> None:

@@ -1,7 +1,7 @@
 """What a run was tuned with is what is published, converted, evaluated and told, in every shape."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from shortzip.train.publish.push import prepare
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
-from shortzip.train.release.writing import SHAPES
+from shortzip.train.release.writing import SHAPES, WHOLE
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config
 
 COMMIT = "5" * 40
+WITH_ALL = [shape for shape in SHAPES if shape != "engine"]
 REDUCTIONS = {
     "fastv": Reductions({"dominant": 5, "contextual": 3}, None, {"layer": 2, "keep": 0.5}),
     "pyramiddrop": Reductions(fastv={"method": "pyramiddrop", "layers": [1, 3], "keep": [0.5, 0.25]}),
@@ -52,12 +53,12 @@ def runs(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def published_config(run: Path, shape: Any) -> tuple[dict[str, Any], str]:
-    base = None if shape == "full" else "maker/llava"
+    base = None if shape in WHOLE else "maker/llava"
     with prepare(run, "user/llava-tuned", shape, base=base, say=lambda _: None) as publication:
         return json.loads(publication.files["config.json"].read_text()), publication.card
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", WITH_ALL)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str, shape: str) -> None:
     config, card = published_config(runs[name], shape)
@@ -87,6 +88,62 @@ def test_every_part_of_a_reduction_is_published(runs: dict[str, Path], name: str
     else:
         assert "on all visual tokens" in introduction
         assert "arxiv.org" not in introduction
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("fastv", ["FastV: 0.5 of them kept after layer 2 (an engine prunes nothing)"]),
+        ("random", ["2 frozen layers (an engine runs every layer", "original positions (an engine numbers tokens as"]),
+        ("scope", []),
+    ],
+)
+def test_for_an_engine_what_it_cannot_do_is_left_out_and_told(
+    runs: dict[str, Path], name: str, lost: list[str]
+) -> None:
+    said: list[str] = []
+    with prepare(runs[name], "user/llava-tuned", "engine", say=said.append) as publication:
+        config, files = json.loads(publication.files["config.json"].read_text()), publication.files
+    assert Reductions.from_config(config) == REDUCTIONS[name].before_an_engine
+    assert (config["shortv"], config["fastv"], config["positions"]) == (None, None, "compact")
+    assert "AutoModel" in config["auto_map"]
+    assert config["base_release"] is None
+    assert {"model.safetensors", "processing_reduced_llava.py"} <= set(files)
+    assert not {"fastv.py", "pruning.py"} & set(files)
+    introduction, use, measured, *_, made = publication.card.split("\n## ")[:5]
+    assert "vllm serve user/llava-tuned --trust-remote-code --model-impl transformers" in use
+    assert 'AutoProcessor.from_pretrained("user/llava-tuned"' in use
+    assert [line.startswith("not published: ") for line in said] == [True] * len(lost)
+    for words in lost:
+        assert all(words in text for text in ("".join(said), measured, made))
+        assert not any(words in introduction for words in ("arxiv.org/abs/2504.00502", "inside it"))
+    assert ("goes without it" in measured) == ("published without" in made) == bool(lost)
+
+
+@pytest.mark.parametrize("name", ["random", "scope"])
+def test_for_an_engine_figures_are_claimed_where_they_are_its_own(runs: dict[str, Path], name: str) -> None:
+    row = Evaluation(
+        "all tokens", 0.5, 1.0, questions=3, supervised_tokens=9, visual_tokens=8.0, frozen_layers=0, llm_flops=1e9,
+        prefill_ms=1.0, prefill_batch=1, seconds=1.0,
+    )  # fmt: skip
+    rows = [asdict(row), asdict(replace(row, name="reduced + tuned", frozen_layers=2))]
+    (runs[name] / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    try:
+        _, card = published_config(runs[name], "engine")
+    finally:
+        (runs[name] / "evaluation.json").unlink()
+    assert "| reduced + tuned | 50.0% |" in card
+    own = REDUCTIONS[name].before_an_engine == REDUCTIONS[name]
+    assert ("The figures are those of the model as it was tuned" in card) == (not own)
+    assert ("model-index:" in card) == ("- language model, one prompt:" in card) == own
+
+
+def test_for_an_engine_the_release_needs_no_name(runs: dict[str, Path]) -> None:
+    with (
+        pytest.raises(ValueError, match="base maker/llava is for shapes projector and llava: shape engine holds"),
+        prepare(runs["scope"], "user/llava-tuned", "engine", base="maker/llava"),
+    ):
+        pass
 
 
 def test_conversion_to_llavas_layout_keeps_every_part(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -326,6 +326,9 @@ def test_models_that_one_engine_cannot_serve(house: House, tiny_release: Path) -
         ServeConfig([tuned, tuned], "http://x/v1")
     with pytest.raises(ConfigError, match=r"it was saved with 4\+2 visual tokens"):
         build(ServeConfig([f"{tuned}@4+1"], "http://x/v1"))
+    for word, message in (("scopes", "scopes"), ("scope:beta=1", "has no parameter 'beta'")):
+        with pytest.raises(ConfigError, match=rf"model '.*@5\+1:{word}': .*({message})"):
+            ServeConfig([f"{tiny_release}@5+1:{word}"], "http://x/v1")
     with pytest.raises(ConfigError, match="engine is 'x'"):
         ServeConfig([tuned], "x")
 
@@ -385,6 +388,18 @@ def test_an_engine_that_fails_breaks_off_hangs_and_dies(house: House) -> None:
         fast._engine.__exit__()
         assert refused(fast.post(asks(shows(png(0)))))[:2] == (502, "engine_unavailable")
         assert HTTP.get(fast.url.replace("/v1", "/health")).status_code == 503
+        assert "shortzip_requests_in_flight 0.0" in metrics(fast.url)
+
+
+def test_a_stream_that_stalls_ends_with_the_reason(house: House) -> None:
+    """After `engine_seconds` without a word, long before `seconds`: the wait for each event has its own end."""
+    with Fast(house, engine_seconds=0.5, seconds=20) as fast:
+        fast.engine.faults = ["stalls"]
+        client = openai.OpenAI(base_url=fast.url, api_key="none", max_retries=0)
+        events = client.chat.completions.create(**asks(shows(png(0), png(1))), stream=True)
+        assert next(events).choices[0].delta.content
+        with pytest.raises(openai.APIError, match="did not answer in time"):
+            next(events)
         assert "shortzip_requests_in_flight 0.0" in metrics(fast.url)
 
 
@@ -475,8 +490,8 @@ def test_what_an_engine_does_not_do_is_said(
     build(ServeConfig([str(tmp_path / "kept")], "http://127.0.0.1:1/v1"))
     said = capsys.readouterr().out
     assert "kept: 6+0 visual tokens (scope:alpha=2.0) of " in said
-    assert "what was frozen or pruned in its language model is not" in said
-    assert "saved with original positions, and served with compact ones" in said
+    assert "kept: served without its PyramidDrop: 0.5 of them kept before layers 1 (an engine prunes nothing)" in said
+    assert "kept: served without its original positions (an engine numbers tokens as they come)" in said
     encoder = load_encoders([Listed("kept", str(tmp_path / "kept"), None)], torch.device("cpu"), torch.float32)["kept"]
     read = encoder.read(png(1))
     pixels = pixel_values(Image.open(io.BytesIO(png(1))), processor.image_processor)
@@ -497,7 +512,7 @@ def test_the_command_serves_until_it_is_stopped(house: House) -> None:
         while "listening on" not in said[-1]:
             said.append(process.stdout.readline())
             assert said[-1], said
-        assert any("what was frozen or pruned in its language model is not" in line for line in said)
+        assert any("served without its 2 frozen layers" in line for line in said)
         url = said[-1].split()[2].rstrip(",")
         client = openai.OpenAI(base_url=url, api_key="none")
         answer = client.chat.completions.create(**asks(shows(png(1))), extra_body={"return_token_ids": True})

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.table import Table
-from torch import Tensor
 
 from shortzip.data.files import flush_to_disk, replace_file, sweep, writing, written_whole
 from shortzip.reduction.parsing import pruned_title
 from shortzip.reduction.positions import COMPACT
+from shortzip.reduction.question_tokens import QuestionReader
 from shortzip.reduction.reductions import NONE, Reductions
 from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.evaluation.answers import (
     Answer,
     Evaluation,
     evaluate,
-    measure_prefill,
-    prefill_inputs,
     write_answers,
 )
+from shortzip.train.evaluation.questions import Prefill
 from shortzip.train.inputs.image_budgets import budgets_by_tower
 from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.release.lineage import shares_weights
@@ -55,12 +54,21 @@ class Candidate:
     spec: ReleaseSpec
     reductions: Reductions | None = None
     """None: as the model was saved."""
+    text_tower: str | None = None
+    """The CLIP by which each question chooses the budget's tokens (CDPruner), a folder or a Hub id; None: the method
+    of the reductions does."""
+
+    def reader(self) -> QuestionReader | None:
+        """What reads the questions. Raises ReductionError for what is no CLIP release."""
+        return None if self.text_tower is None else QuestionReader.from_pretrained(self.text_tower)
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
     """Raises what `compare` would raise for models that are not there or cannot be reduced so; reads no weights."""
     for candidate in candidates:
-        reduced_config(open_release(candidate.spec), candidate.reductions)
+        config = reduced_config(open_release(candidate.spec), candidate.reductions)
+        if (reader := candidate.reader()) is not None:
+            reader.check_model(config)
 
 
 def compare(
@@ -82,9 +90,10 @@ def compare(
     results: dict[int, Evaluation] = {}
     answers: dict[int, list[Answer]] = {}
     for group in _groups(candidates):
-        prefills: list[tuple[Any, Mapping[str, Tensor]]] = []
+        prefills: list[Prefill] = []
         for number, model, processor in _loaded(candidates, group, accelerator.device):
             dataset = held_out_set(data, processor, budgets_by_tower(model, processor))
+            reader = candidates[number].reader()
             results[number], answers[number] = evaluate(
                 candidates[number].name,
                 model,
@@ -94,9 +103,10 @@ def compare(
                 max_new_tokens=max_new_tokens,
                 timed=timed,
                 progress=partial(progress, candidates[number].name),
+                reader=reader,
             )
             if timed and len(candidates) > 1:
-                prefills.append((model, prefill_inputs(model, dataset, batch_size)))
+                prefills.append(Prefill.of(model, dataset, batch_size, reader))
         if prefills:
             times = _side_by_side(prefills, ROUNDS, partial(progress, "prefill, side by side"))
             for number, milliseconds in zip(group, times, strict=True):
@@ -120,7 +130,7 @@ def prefill_times(
         timed = []
         for _, model, processor in _loaded(candidates, group, accelerator.device):
             dataset = held_out_set(data, processor, budgets_by_tower(model, processor))
-            timed.append((model, prefill_inputs(model, dataset, batch_size)))
+            timed.append(Prefill.of(model, dataset, batch_size))
         times.update(zip(group, _side_by_side(timed, rounds), strict=True))
         del model, timed
         _free_memory()
@@ -162,19 +172,19 @@ def _loaded(
 
 
 def _side_by_side(
-    timed: Sequence[tuple[Any, Mapping[str, Tensor]]],
+    timed: Sequence[Prefill],
     rounds: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Milliseconds of the prefill of each model on its inputs: the median of `rounds` measurements.
+    """Milliseconds of each prefill: the median of `rounds` measurements.
 
     A round measures every model once: a machine that is slower for a while is so for all of them.
     """
     times: list[list[float]] = [[] for _ in timed]
     for turn in range(rounds):
-        for number, (model, inputs) in enumerate(timed):
+        for number, prefill in enumerate(timed):
             progress(turn * len(timed) + number, rounds * len(timed))
-            times[number].append(measure_prefill(model, inputs))
+            times[number].append(prefill.measure())
     return [statistics.median(seconds) for seconds in times]
 
 

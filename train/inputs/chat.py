@@ -27,7 +27,7 @@ from shortzip.data.dataset import Collator
 from shortzip.data.errors import UserError
 from shortzip.data.instructions import PLACEHOLDER, Conversation
 from shortzip.data.supervision import Supervision
-from shortzip.train.inputs.prompts import Prompt, batch_prompts, pixels_of
+from shortzip.train.inputs.prompts import Prompt, batch_prompts, extra_positions, pixels_of
 
 Turns = Sequence[tuple[str, str]]
 
@@ -120,7 +120,7 @@ class Chat:
         """
         sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
         ids = self.supervision.prompt(Conversation("chat", ("",) * len(images), tuple(turns)), sizes)
-        self._refuse_longer(len(ids) + max_new_tokens)
+        self._refuse_longer(len(ids) + max_new_tokens + extra_positions(self.model.config, self.supervision, sizes))
         kept = self._reusable(ids, [_digest(image) for image in images], keep)
         done, cached = len(kept.images), len(kept.ids)
         new = Prompt(ids, pixels_of(self.supervision, images[done:], several=len(images) > 1), sizes[done:])
@@ -167,9 +167,9 @@ class Chat:
                 return empty
         return CachedTurns(cache, ids[:common], kept.images)
 
-    def _refuse_longer(self, tokens: int) -> None:
+    def _refuse_longer(self, positions: int) -> None:
         text = self.model.config.text_config
-        if tokens > text.max_position_embeddings:
+        if positions > text.max_position_embeddings:
             raise UserError(
                 f"the conversation is longer than the {text.max_position_embeddings} tokens of this model: "
                 "begin a new one"

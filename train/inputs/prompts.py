@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from shortzip.data.dataset import Collator, Sample
 from shortzip.data.instructions import Conversation
 from shortzip.data.pixels import pixels_of_row
 from shortzip.data.supervision import Encoded, Supervision
+from shortzip.reduction.positions import keeps_positions
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,32 @@ class Prompt:
     input_ids: list[int]
     pixels: Sequence[Tensor] = ()
     image_sizes: Sequence[tuple[int, int]] = ()
+
+
+class LeftOut:
+    """How many visual tokens an image of (height, width) pixels has beyond those of the budget: what a teacher reads
+    besides, and the positions that it takes besides where tokens keep theirs."""
+
+    def __init__(self, supervision: Supervision) -> None:
+        every: Any = copy.copy(supervision.processor)
+        every.visionzip = None  # every visual token
+        self._supervision, self._every = supervision, every
+        self._counts: dict[tuple[tuple[int, int], int | None], int] = {}
+
+    def __call__(self, size: tuple[int, int], budget: int | None = None) -> int:
+        """`budget`: the image's own, where it has one."""
+        if not self._supervision.needs_image_sizes:
+            size = (336, 336)
+        if (size, budget) not in self._counts:
+            whole = self._every._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0]
+            self._counts[size, budget] = int(whole) - self._supervision.placeholders(size, budget)
+        return self._counts[size, budget]
+
+
+def extra_positions(model_config: Any, supervision: Supervision, sizes: Sequence[tuple[int, int]]) -> int:
+    """How many positions more than its tokens a prompt takes whose images have these (height, width): with original
+    positions those of what is left out, else 0."""
+    return sum(map(LeftOut(supervision), sizes)) if keeps_positions(model_config) else 0
 
 
 def encode_prompt(

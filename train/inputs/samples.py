@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from shortzip.data.tables import check_source
 from shortzip.reduction.positions import keeps_positions
 from shortzip.train.inputs.image_budgets import budgets_by_picture
 from shortzip.train.inputs.preflight import check_sees_images
+from shortzip.train.inputs.prompts import LeftOut
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 
@@ -166,21 +166,13 @@ def check_positions(
 def left_out_tokens(dataset: ConversationDataset) -> np.ndarray:
     """How many visual tokens the images of each row have beyond those of the budget, [n] int64: the positions that
     they take where tokens keep theirs, and what a teacher reads besides."""
-    supervision = dataset.supervision
-    every: Any = copy.copy(supervision.processor)
-    every.visionzip = None  # every visual token
-    counts: dict[tuple[tuple[int, int], int | None], int] = {}
+    left_out, needed = LeftOut(dataset.supervision), dataset.supervision.needs_image_sizes
 
-    def left_out(source: ImageSource) -> int:
-        needed = supervision.needs_image_sizes
-        size = dataset.known_images.size(source, dataset.image_root) if needed else (336, 336)
-        own = None if dataset.budget_of is None else dataset.budget_of(source, dataset.image_root)
-        if (size, own) not in counts:
-            whole = every._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0]
-            counts[size, own] = int(whole) - supervision.placeholders(size, own)
-        return counts[size, own]
+    def of_source(source: ImageSource) -> int:
+        size = dataset.known_images.size(source, dataset.image_root) if needed else (0, 0)
+        return left_out(size, None if dataset.budget_of is None else dataset.budget_of(source, dataset.image_root))
 
-    return np.asarray([sum(map(left_out, row.images)) for row in dataset.conversations], dtype=np.int64)
+    return np.asarray([sum(map(of_source, row.images)) for row in dataset.conversations], dtype=np.int64)
 
 
 def check_instructions(config: DataConfig) -> None:

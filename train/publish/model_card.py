@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +103,21 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         finalize=lambda value: value if isinstance(value, Markup) else inline(value),
     )
     subset = subset_report(str(run.config["data"]["instructions"]))
+    lost = run.reductions.lost_in_an_engine if shape == "engine" else []
+    if lost:
+        run = replace(run, reductions=run.reductions.before_an_engine)
     return environment.get_template("model_card.jinja").render(
         run=run,
         repo_id=repo_id,
         shape=shape,
         size=size,
         picture=PICTURE if picture else None,
-        metadata=_metadata(run, repo_id),
+        metadata=_metadata(run, repo_id, None if lost else _row(run, "tuned")),
         base=_base(run),
         on_hub=_on_hub(_base(run)),
         loading=loading_lines(repo_id, shape, run),
+        in_transformers=loading_lines(repo_id, "full", run),
+        lost=lost,
         budget=_budget(run),
         selector=_selector(run),
         frozen=_frozen(run),
@@ -121,7 +126,7 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         pruned_title=pruned_title,
         dataset=_dataset_name(run) if run.evaluation else None,
         precision=_precision(run) if run.evaluation else None,
-        tuned=_row(run, "tuned"),
+        tuned=None if lost else _row(run, "tuned"),
         training=_training(run),
         subset=subset,
         instructions=_instructions(run, subset),
@@ -139,8 +144,8 @@ def _on_hub(base: Mapping[str, Any]) -> bool:
     return is_repository(str(base["name"]))  # of a folder, the lineage keeps the last part alone
 
 
-def _metadata(run: RunRecord, repo_id: str) -> str:
-    tuned = _row(run, "tuned")
+def _metadata(run: RunRecord, repo_id: str, tuned: Mapping[str, Any] | None) -> str:
+    """`tuned`: the row of the table that is of what is published, if there is one."""
     results = []
     if tuned:
         dataset = one_line(_dataset_name(run))
@@ -236,13 +241,15 @@ def _pruning(run: RunRecord) -> str:
 
 
 def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
-    """What loads a published reduced checkpoint: three lines of transformers, or LLaVA's own commands."""
+    """What loads a published reduced checkpoint: three lines of transformers, an engine's or LLaVA's own commands."""
     if shape == "llava":
         folder, base = repo_id.split("/")[-1], shlex.quote(one_line(_base(run)["name"]))
         return (
             f"hf download {repo_id} --local-dir {folder}\n"
             f"python -m llava.serve.cli --model-path {folder} --model-base {base} --image-file IMAGE"
         )
+    if shape == "engine":
+        return f"vllm serve {repo_id} --trust-remote-code --model-impl transformers"
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
         f'processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)\n'

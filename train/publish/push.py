@@ -27,7 +27,7 @@ from shortzip.train.release.hub import retrying
 from shortzip.train.release.lineage import check_run, check_settings, release_of
 from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import Release, open_release, release_projector
-from shortzip.train.release.writing import SHAPES, Shape, describe_base, write_reduced_checkpoint
+from shortzip.train.release.writing import SHAPES, WHOLE, Shape, describe_base, write_reduced_checkpoint
 from shortzip.train.run.run_folder import CONFIG, HELD_OUT_PICTURE, PICTURES
 from shortzip.train.settings.command_line import printable
 from shortzip.train.settings.config import TuneConfig
@@ -105,12 +105,12 @@ def _check_base_name(shape: Shape, base: str | None) -> None:
         validate_repo_id(base)
     except HFValidationError as error:
         raise PublishError(f"base {base!r} is no name of a repository on the Hub: {error}") from error
-    if shape == "full":
-        raise PublishError(f"base {base} is for shapes projector and llava: shape full holds its release's weights")
+    if shape in WHOLE:
+        raise PublishError(f"base {base} is for shapes projector and llava: shape {shape} holds its release's weights")
 
 
 def _check_base(release: Release, shape: Shape, base: str | None) -> None:
-    if shape == "full" or base is not None or release.config.get("base_release"):
+    if shape in WHOLE or base is not None or release.config.get("base_release"):
         return
     if shape == "projector" and release.revision is not None and not release.converted:
         return
@@ -173,6 +173,8 @@ def prepare(
         refuse_foreign_code(folder)
         if left_out:
             say(f"not published, for they are no files of a checkpoint: {', '.join(map(printable, left_out))}")
+        for lost in record.reductions.lost_in_an_engine if shape == "engine" else []:
+            say(f"not published: {lost}")
         picture = run / PICTURES / HELD_OUT_PICTURE
         if picture.is_file() and not picture.is_symlink():
             files[PICTURE] = picture

@@ -1,8 +1,9 @@
-"""Writing a reduced checkpoint in one of three shapes: `full`, `projector` or `llava`.
+"""Writing a reduced checkpoint in one of four shapes: `full`, `projector`, `llava` or `engine`.
 
 full       weights, config, processor and code: loads anywhere. The release's own tensors are copied bit for bit.
 projector  the projector, config, processor and code; names the release it belongs to, which is fetched on loading
 llava      `mm_projector.bin` and the config.json that LLaVA's own code loads over the original release
+engine     as `full`, without what an engine that builds the model itself cannot do (`before_an_engine`)
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from shortzip.train.release.tensor_files import (
     write_safetensors,
 )
 
-Shape = Literal["full", "projector", "llava"]
+Shape = Literal["full", "projector", "llava", "engine"]
 LINEAGE_FILE = "lineage.json"
-SHAPES: tuple[Shape, ...] = ("full", "projector", "llava")
+SHAPES: tuple[Shape, ...] = ("full", "projector", "llava", "engine")
+# Those that hold the release's weights, and so need no name of it.
+WHOLE: tuple[Shape, ...] = ("full", "engine")
 # Of the code that travels, what transformers imports by name.
 ENTRY_FILES = ("configuration_*.py", "modeling_*.py", "processing_*.py")
 _MARK = "multi_modal_projector."
@@ -71,6 +74,8 @@ def write_reduced_checkpoint(
     """
     if shape not in SHAPES:
         raise UserError(f"shape is {shape!r}, known are {', '.join(SHAPES)}")
+    if shape == "engine":
+        reductions = reductions.before_an_engine
     tensors = {name.rsplit(_MARK, 1)[-1]: tensor.detach().cpu().float() for name, tensor in projector.items()}
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}

@@ -22,7 +22,7 @@ from shortzip.data.files import read_text, write_atomically, writing
 from shortzip.data.images import BadImage, image_size, open_image
 from shortzip.data.instructions import Conversation, iterate_rows, parse_rows, read_instructions
 from shortzip.data.supervision import Supervision
-from shortzip.train.inputs.prompts import Prompt, batch_prompts, pixels_of
+from shortzip.train.inputs.prompts import Prompt, batch_prompts, extra_positions, pixels_of
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,11 @@ class Answerer:
             except (BadImage, BadSample) as error:
                 refused[place] = Answer(question.id, None, error=str(error))
                 continue
-            if len(ids) + self.max_new_tokens > self.longest:
-                words = (
-                    f"{len(ids)} tokens and {self.max_new_tokens} of the answer, more than {self.longest} positions"
-                )
+            left_out = extra_positions(self.model.config, self.supervision, sizes)
+            if len(ids) + left_out + self.max_new_tokens > self.longest:
+                kept = f", the places of {left_out} visual tokens that are left out" if left_out else ""
+                answer = f"{self.max_new_tokens} of the answer"
+                words = f"{len(ids)} tokens{kept} and {answer}, more than {self.longest} positions"
                 refused[place] = Answer(question.id, None, error=words)
             else:
                 jobs.append(_Job(place, ids, sizes))

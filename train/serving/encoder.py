@@ -104,10 +104,10 @@ def load_encoders(listed: Sequence[Listed], device: torch.device, dtype: torch.d
     for entry in listed:
         release = open_release(ReleaseSpec(entry.model, dtype=dtype))
         saved = release.saved_reductions
-        if entry.budget is not None:
+        if entry.visionzip is not None:
             if not saved.is_empty:
                 raise ConfigError(f"model {entry.model}: it was saved with {saved.describe()}; @ is for releases")
-            saved = Reductions(dict(entry.budget))
+            saved = Reductions(entry.visionzip)
         if has_own_budgets(saved.visionzip):
             raise ConfigError(
                 f"model {entry.model}: its images have a budget each ({saved.describe()}), and prompts are measured "

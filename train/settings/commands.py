@@ -275,6 +275,8 @@ class CalibrateConfig:
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual, or none. Default: the model's own."""
     method: str = VISIONZIP
     """With budget: how they are chosen, with parameters as in vispruner:important=0.25."""
+    positions: Literal["compact", "original"] = "compact"
+    """With budget: where they stand, as a run's `positions`; without, as the model was saved."""
     compare_full: bool = False
     """With a budget: also measure with all visual tokens, and show both."""
     freeze: str | None = None
@@ -311,6 +313,8 @@ class CalibrateConfig:
             parse_budget(str(self.budget))
         if self.method != VISIONZIP and self.budget in (None, "none"):
             raise UserError(f"method {self.method!r}: give the budget that is met by it")
+        if self.positions != "compact" and self.budget in (None, "none"):
+            raise UserError(f"positions {self.positions!r}: give the budget, whose tokens have them")
         if self.compare_full and self.budget == "none":
             raise UserError("compare_full compares a budget with all visual tokens: give a budget.")
         if self.freeze is not None and isinstance(read_freeze(self.freeze), list):
@@ -356,9 +360,10 @@ class PublishConfig:
     """The repository on the Hub: user/name."""
     private: bool = False
     """Make the repository private."""
-    shape: Literal["projector", "full", "llava"] = "projector"
+    shape: Literal["projector", "full", "llava", "engine"] = "projector"
     """projector: the projector alone, naming its release; full: everything, loads anywhere; llava: LLaVA's own
-    layout."""
+    layout; engine: everything, for engines that run transformers' models, without frozen layers, pruning and original
+    positions."""
     base: str | None = None
     """The run's release on the Hub (user/name), when the run used a folder."""
     tag: str | None = None

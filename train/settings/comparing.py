@@ -62,6 +62,9 @@ class EvaluateConfig:
     (pyramiddrop with fastv.positions, sparsevlm, sparsevlm+) by fastv.layers and fastv.keep."""
     positions: Literal["compact", "original"] = "compact"
     """Where the tokens of such a reduced release stand: numbered anew, or where they would with all visual tokens."""
+    text_tower: str | None = None
+    """Also evaluate each release (LLaVA-1.5) with the budget's tokens chosen by each question (CDPruner), which is
+    read with this CLIP, a folder or a Hub id: the one that the vision tower comes from."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Dtype of the computation: fp32 (no) or bf16. null: that of the first run among the models; without one, fp32 on
     a CPU and bf16 on a GPU."""
@@ -82,6 +85,10 @@ class EvaluateConfig:
         if self.fastv is not None and self.shortv is not None:
             raise ConfigError("fastv and shortv do not go together: give one of them")
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
+        if self.text_tower is not None and self.visionzip is None:
+            raise ConfigError(
+                f"text_tower is {self.text_tower!r}, with no budget: CDPruner chooses as many as one says"
+            )
         if self.revision is not None and len(self.model) != 1:
             raise ConfigError(f"revision {self.revision!r} fits one model, and there are {len(self.model)}")
         if not self.model or "" in self.model:

@@ -250,8 +250,9 @@ class TuneConfig:
     """With push_to_hub: the repository, user/name."""
     hub_private_repo: bool = False
     """With push_to_hub: make the repository private."""
-    hub_shape: Literal["projector", "full", "llava"] = "projector"
-    """What is published: the projector alone, naming its release; everything; or LLaVA's own layout."""
+    hub_shape: Literal["projector", "full", "llava", "engine"] = "projector"
+    """What is published: the projector alone, naming its release; everything; LLaVA's own layout; or
+    everything but what an engine cannot do."""
     hub_base: str | None = None
     """With hub_shape projector or llava, when model is a folder: the Hub id of the same release."""
 

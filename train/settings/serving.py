@@ -8,34 +8,42 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from shortzip.reduction.parsing import parse_budget
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.parsing import budget_by, parse_budget
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, repeated
 from shortzip.train.settings.flags import POSITIONAL, REPEATED
 
-_LISTED = re.compile(r"(?:(?P<name>[\w.:+-]+)=)?(?P<model>.+?)(?:@(?P<budget>\d+\+\d+))?")
+_LISTED = re.compile(r"(?:(?P<name>[\w.:+-]+)=)?(?P<model>.+?)(?:@(?P<budget>\d+\+\d+)(?::(?P<method>[^@]+))?)?")
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A model as --model lists it: [NAME=]MODEL[@BUDGET]."""
+    """A model as --model lists it: [NAME=]MODEL[@BUDGET[:METHOD]]."""
 
     name: str
     """What requests call it."""
     model: str
     """A release, a reduced checkpoint or a run's folder; or a Hub id."""
-    budget: dict[str, int] | None
-    """Visual tokens of a release that is served reduced and untuned; None: as it was saved."""
+    visionzip: dict[str, Any] | None
+    """The config's key, of a release that is served reduced and untuned; None: as it was saved."""
 
     @classmethod
     def parse(cls, text: str) -> Listed:
-        """Raises `ConfigError` for text of another form."""
+        """Raises `ConfigError` for text of another form, or a method that there is not."""
         found = _LISTED.fullmatch(text)
         if found is None:
-            raise ConfigError(f"model {text!r}: write [NAME=]MODEL[@BUDGET], like small=checkpoints/run")
+            raise ConfigError(f"model {text!r}: write [NAME=]MODEL[@BUDGET[:METHOD]], like small=checkpoints/run")
         name = found["name"] or found["model"].rstrip("/").rpartition("/")[2]
-        return cls(name, found["model"], parse_budget(found["budget"]) if found["budget"] else None)
+        if found["budget"] is None:
+            return cls(name, found["model"], None)
+        try:
+            budget = parse_budget(found["budget"])
+            return cls(name, found["model"], budget_by(budget, found["method"] or VISIONZIP))
+        except ReductionError as error:
+            raise ConfigError(f"model {text!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,9 @@ class ServeConfig:
     """
 
     model: list[str] = field(metadata=REPEATED)
-    """[NAME=]MODEL[@BUDGET]; repeat the option for several, all of the release that the engine runs. MODEL is a
-    release, a reduced checkpoint or a run's folder; NAME is what requests call it (default: the folder's name);
-    @54+10 serves a release reduced and untuned."""
+    """[NAME=]MODEL[@BUDGET[:METHOD]]; repeat the option for several, all of the release that the engine runs. MODEL is
+    a release, a reduced checkpoint or a run's folder; NAME is what requests call it (default: the folder's name);
+    @54+10 serves a release reduced and untuned, @64+0:scope or @64+0:vispruner:important=0.25 by another method."""
     engine: str
     """Address of the engine's OpenAI-compatible interface, with its /v1."""
     engine_model: str | None = None
