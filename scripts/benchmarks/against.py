@@ -35,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from shortzip.data.dataset import MicroBatch
@@ -130,7 +130,7 @@ class _AuthorsLlava(ReducedLlavaForConditionalGeneration):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = _AuthorsModel(config)
-        self.model.vision_tower.set_attn_implementation("eager")
+        self.model.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.post_init()
 
 

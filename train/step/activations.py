@@ -171,5 +171,7 @@ class Layers:
         wide = asking * self.m * b
         # Most is there when the FFN's product passes its gradient on: that, and of both its factors.
         of_ffn = max(3 * wide, 2 * wide + self.wide_weight) + every * h * b
+        if self.frozen[number]:  # what it puts back among the visual tokens, and these rows together
+            of_ffn += (every + asking) * h * b
         of_norm = every * h * (20 + b) - behind_norm
         return LayerBytes(kept, 0, every * h * b, max(of_ffn, of_norm))
