@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,23 +97,31 @@ def build_models(shape: ModelShape, device: torch.device, dtype: torch.dtype) ->
     with _default(device, dtype):
         torch.manual_seed(0)
         plain = LlavaForConditionalGeneration(LlavaConfig(**parts()))
-    models: list[Any] = [plain]
+    plain.model.multi_modal_projector.float()
+    models = [_projector_tuned(plain)]
     for shortv in (None, {"layers": shape.frozen}):
-        with torch.device("meta"):
-            model = ReducedLlavaForConditionalGeneration(ReducedLlavaConfig(**parts(), visionzip=zip_, shortv=shortv))
-        model.load_state_dict(plain.state_dict(), assign=True)
-        # What no state dict holds: rotary frequencies and position numbers.
-        model.model.language_model.rotary_emb = plain.model.language_model.rotary_emb
-        model.model.vision_tower.embeddings.position_ids = plain.model.vision_tower.embeddings.position_ids
-        models.append(model)
-    projector = plain.model.multi_modal_projector.float()
-    for model in models:
-        model.eval().requires_grad_(False)
-        model.model.multi_modal_projector.load_state_dict(projector.state_dict(), assign=True)
-        model.model.multi_modal_projector.requires_grad_(True)
+        config = ReducedLlavaConfig(**parts(), visionzip=zip_, shortv=shortv)
+        models.append(share_weights(plain, partial(ReducedLlavaForConditionalGeneration, config)))
     if dtype != torch.float32:
         _cast_for_float32_projector(plain)
     return SharedModels(*models)
+
+
+def share_weights(plain: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives, with every tensor of `plain` as its own; only the projector requires a gradient."""
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(plain.state_dict(), assign=True)
+    # What no state dict holds: rotary frequencies and position numbers.
+    model.model.language_model.rotary_emb = plain.model.language_model.rotary_emb
+    model.model.vision_tower.embeddings.position_ids = plain.model.vision_tower.embeddings.position_ids
+    return _projector_tuned(model)
+
+
+def _projector_tuned(model: Any) -> Any:
+    model.eval().requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
 
 
 def _cast_for_float32_projector(plain: Any) -> None:

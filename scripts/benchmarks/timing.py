@@ -56,13 +56,20 @@ class Stopwatch:
     tensor_memory: bool
     """Whether each side also runs once with its tensors counted."""
 
-    def alternate(self, sides: Mapping[str, Callable[[], Any]], samples: int) -> dict[str, Timing]:
-        """Times every side once per round, in turn. `samples`: what a side works on in a round."""
+    def alternate(
+        self,
+        sides: Mapping[str, Callable[[], Any]],
+        samples: int,
+        prepare: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, Timing]:
+        """Times every side once per round, in turn. `samples`: what a side works on in a round; `prepare`: what is
+        done for it before the clock starts."""
         clock = CLOCKS[self.clock]
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         peaks = dict.fromkeys(sides, 0)
         for turn in range(self.warm_up + self.rounds):
             for name, run in sides.items():
+                prepare(name)
                 _reset_peak_memory(self.device)
                 synchronise(self.device)
                 started = clock()

@@ -71,6 +71,8 @@ COMMANDS = {
         "{rows} --model {release} --output {rows} --overwrite true", "{rows} --model {release} --output {file}/said",
         "{rows} --model {release} --batch_size 0",
     ],
+    "benchmarks.against": ["--output {folder}", "--sides [none]", "--steps 0"],
+    "benchmarks.estimates": ["--output {folder}", "--models [none]"],
     "benchmarks.step": [
         "--shape huge", "--output {folder}", "--output {held}", "--memory_limit 1GiB", "--rounds many",
     ],

@@ -12,17 +12,15 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.reduction import ReducedLlavaConfig
-from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.benchmarks.estimates import MICRO_BATCHES, MODELS, WAYS, Way, compare
 from shortzip.scripts.benchmarks.shapes import IMAGE_TOKEN, SHAPES
-from shortzip.scripts.estimate_cost import known_release
 from shortzip.scripts.rehearse_memory import reduced_of
-from shortzip.train.rehearsal.fake_models import fake_model, reduced
+from shortzip.train.rehearsal.fake_models import fake_model
 from shortzip.train.rehearsal.rows import RowLengths, integers_of
 from shortzip.train.rehearsal.step import DTYPES, StepToRehearse, rehearse
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.commands import RehearseConfig
 from shortzip.train.settings.config import DataConfig, DistillConfig, TuneConfig
-from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, recompute_layers
 
 BEFORE = 35
@@ -115,60 +113,25 @@ def test_the_rehearsal_says_what_the_cpu_allocates_at_a_tower_s_full_size() -> N
     )
 
 
-def estimated(step: StepToRehearse, rows: list[RowLengths], tiles: int) -> int:
-    """What the estimate says of the same, without what CUDA takes for itself."""
-    row = rows[0]
-    same = TrainingStep(
-        text_tokens=row.before + row.after,
-        visual_tokens=row.visual,
-        tiles=tiles,
-        frozen_layers=tuple(step.config.shortv["layers"]) if step.config.shortv else (),
-        micro_batch_size=len(rows),
-        gradient_checkpointing=step.recomputed,
-        weights=step.weights,
-        every_token=step.every_token,
-        cached_features=step.cached_features,
-        weights_share=1 / step.processes,
-        shared_tokens=row.before,
-        supervised_tokens=row.supervised,
-    )
-    return training_step_memory(step.config, same).total - CUDA_OVERHEAD_BYTES
-
-
-def follows(name: str, rows: int, after: int, depth: int | None, **changes: Any) -> None:
-    """Asserts that the estimate is no less than the rehearsal, and no more than 3 % above it (7 % where every token is
-    computed and layers are recomputed: of what the FFN's backward pass holds, the estimate is a bound)."""
-    most = 1.07 if changes.get("every_token") and changes.get("recomputed") else 1.03
-    shape, plain = SHAPES.get(name, SHAPES["llava-next-7b"]), known_release(name)
-    assert plain is not None
-    frozen = shape.frozen
-    if depth is not None:
-        plain.text_config.num_hidden_layers, frozen = depth, [0, *range(depth // 2, depth)]
-    frozen = changes.pop("frozen", frozen)
-    budget = {"dominant": shape.dominant, "contextual": shape.contextual}
-    config = reduced(plain, Reductions(budget, {"layers": frozen} if frozen else None))
-    visual = shape.tiles * sum(budget.values())
-    lengths = [RowLengths(BEFORE, visual, after, changes.pop("supervised", after))] * rows
-    sizes = [(672, 672)] * rows if shape.tiles > 1 else []
-    integers = integers_of(lengths, config.image_token_id)
-    step = StepToRehearse(config, integers, image_sizes=sizes, tiles=rows * shape.tiles, **changes)
-    found = rehearse(step).peak.total
-    expected = estimated(step, lengths, shape.tiles)
-    assert found <= expected <= most * found, f"{expected / found:.4f} of {found / 2**30:.2f} GiB"
+def follows(name: str, rows: int, after: int, layers: int | None, way: Way) -> None:
+    """Asserts that the estimate is no less than the rehearsal, and no more than 3 % above it."""
+    held = compare(name, rows, after, layers, way)
+    assert held.rehearsed <= held.estimated <= 1.03 * held.rehearsed, f"{held.ratio:.4f} of {held.rehearsed:,} bytes"
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "after", "changes"),
+    ("name", "rows", "after", "way"),
     [
-        ("llava-1.5-7b", 4, 165, {}),
-        ("llava-1.5-13b", 4, 165, {"weights": "4bit", "recomputed": True}),
-        ("llava-1.5-7b", 2, 165, {"every_token": True, "processes": 8}),
+        ("llava-1.5-7b", 4, 165, Way()),
+        ("llava-1.5-13b", 4, 165, Way(weights="4bit", recomputed=True)),
+        ("llava-1.5-7b", 2, 165, Way(every_token=True, processes=8)),
+        ("llava-1.5-7b", 48, 40, Way(every_token=True, recomputed=True)),
     ],
     ids=str,
 )
-def test_the_estimate_follows_the_rehearsal(name: str, rows: int, after: int, changes: dict[str, Any]) -> None:
+def test_the_estimate_follows_the_rehearsal(name: str, rows: int, after: int, way: Way) -> None:
     """Full width, few layers: what is not the layers' weighs more, and it takes a second."""
-    follows(name, rows, after, 3, **changes)
+    follows(name, rows, after, 3, way)
 
 
 def test_a_method_without_cls_is_rehearsed_and_what_cannot_be_is_refused() -> None:
@@ -187,40 +150,28 @@ def test_a_method_without_cls_is_rehearsed_and_what_cannot_be_is_refused() -> No
         reduced_of(RehearseConfig(), recipe)
 
 
-WAYS: list[dict[str, Any]] = [
-    {}, {"recomputed": True}, {"cached_features": True}, {"weights": "4bit"}, {"weights": "float32"},
-    {"every_token": True}, {"every_token": True, "recomputed": True}, {"frozen": []}, {"supervised": 4},
-    {"frozen": [], "recomputed": True}, {"weights": "4bit", "recomputed": True},
-    {"every_token": True, "processes": 8}, {"every_token": True, "processes": 8, "recomputed": True},
-]  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", WAYS, ids=str)
-@pytest.mark.parametrize(("rows", "after"), [(1, 1965), (4, 165), (16, 165), (48, 40)])
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-next-mistral-7b"])
-def test_the_estimate_follows_the_rehearsal_in_every_way(
-    name: str, rows: int, after: int, changes: dict[str, Any]
-) -> None:
-    follows(name, rows, after, 6, **changes)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("rows", "after"), MICRO_BATCHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_follows_the_rehearsal_in_every_way(name: str, rows: int, after: int, way: Way) -> None:
+    follows(name, rows, after, 6, way)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "rows", "after", "changes"),
+    ("name", "rows", "after", "way"),
     [
-        ("llava-1.5-7b", 4, 165, {}),
-        ("llava-1.5-7b", 1, 1965, {}),
-        ("llava-1.5-7b", 16, 165, {}),
-        ("llava-1.5-7b", 16, 165, {"recomputed": True}),
-        ("llava-next-7b", 4, 165, {}),
-        ("llava-1.5-13b", 4, 165, {}),
-        ("llava-1.5-13b", 4, 165, {"weights": "4bit"}),
-        ("llava-1.5-7b", 4, 165, {"every_token": True, "processes": 8}),
+        ("llava-1.5-7b", 4, 165, Way()),
+        ("llava-1.5-7b", 1, 1965, Way()),
+        ("llava-1.5-7b", 16, 165, Way()),
+        ("llava-1.5-7b", 16, 165, Way(recomputed=True)),
+        ("llava-next-7b", 4, 165, Way()),
+        ("llava-1.5-13b", 4, 165, Way()),
+        ("llava-1.5-13b", 4, 165, Way(weights="4bit")),
+        ("llava-1.5-7b", 4, 165, Way(every_token=True, processes=8)),
     ],
     ids=str,
 )
-def test_the_estimate_follows_the_rehearsal_at_full_depth(
-    name: str, rows: int, after: int, changes: dict[str, Any]
-) -> None:
-    follows(name, rows, after, None, **changes)
+def test_the_estimate_follows_the_rehearsal_at_full_depth(name: str, rows: int, after: int, way: Way) -> None:
+    follows(name, rows, after, None, way)

@@ -122,11 +122,13 @@ class Layers:
 
     @property
     def masks(self) -> int:
-        """The walk's masks, one for every kind of query."""
+        """The walk's masks, one for every kind of query; else the one of bools that modules share, and rotations."""
         tokens = self.tokens
+        if self.every_token:
+            return tokens.rows * tokens.each**2 + 2 * tokens.each * self.q_width // self.heads * self.b
         middle, width = self.frozen[:-1], (tokens.shared + tokens.each + 7) // 8 * 8
         asking = tokens.supervised + tokens.each * (not all(middle)) + tokens.text * any(middle)
-        return 0 if self.every_token else tokens.rows * asking * width * self.b
+        return tokens.rows * asking * width * self.b
 
     def _attention(self, queries: int, keys: int) -> int:
         """Kept by the attention of ``queries`` and ``keys`` of each row."""
@@ -159,14 +161,17 @@ class Layers:
         return LayerBytes(kept, as_it_came, output * h * b, max(of_ffn, of_norm))
 
     def _of_modules(self, number: int) -> LayerBytes:
-        """As transformers' modules compute it: norms in float32, and a mask for each layer. A frozen one keeps what
-        its queries are taken from, and its input."""
+        """As transformers' modules compute it: norms in float32, and a mask for each layer."""
         tokens, h, b = self.tokens, self.h, self.b
         each = tokens.text if self.frozen[number] else tokens.each
         every, asking = tokens.rows * tokens.each, tokens.rows * each
-        kept = every * (4 * h + 4) + self._attention(each, tokens.each) + asking * (4 * h + 4 + 3 * self.m * b)
-        kept += asking * (-(-tokens.each // 8) * 8) * b + 2 * asking * self.q_width // self.heads * b
-        as_it_came = every * h * b * self.frozen[number]
+        behind_norm = self._attention(each, tokens.each) + asking * (4 * h + 4 + 3 * self.m * b)
+        behind_norm += asking * (-(-tokens.each // 8) * 8) * b + 2 * asking * self.q_width // self.heads * b
+        kept = every * (4 * h + 4) + behind_norm
         wide = asking * self.m * b
-        working = max(4 * wide, 2 * wide + self.wide_weight) + 3 * every * h * b
-        return LayerBytes(kept + 2 * as_it_came, as_it_came, every * h * b, working)
+        # Most is there when the FFN's product passes its gradient on: that, and of both its factors.
+        of_ffn = max(3 * wide, 2 * wide + self.wide_weight) + every * h * b
+        if self.frozen[number]:  # what it puts back among the visual tokens, and these rows together
+            of_ffn += (every + asking) * h * b
+        of_norm = every * h * (20 + b) - behind_norm
+        return LayerBytes(kept, 0, every * h * b, max(of_ffn, of_norm))

@@ -140,7 +140,8 @@ def training_step_memory(config: PreTrainedConfig, step: TrainingStep) -> Traini
     moments = [
         _Moment(2, 0, 0, tower, 0),
         _Moment(2, 2, layers.projector + 2 * embedded, 0, 0),
-        _Moment(1, 3, kept - (0 if step.gradient_checkpointing else layers.of(depth - 1).kept), 0, 0),
+        # Before the last layer keeps anything: its input and the embeddings are kept only to be recomputed from.
+        _Moment(1, 3, kept + (0 if step.gradient_checkpointing else 2 * embedded - layers.of(depth - 1).kept), 0, 0),
         _Moment(1, 2, kept, 0, logits),
         _Moment(1, 1, kept, 0, of_logits),
         _Moment(1, 2, *_largest_backward(layers, step.gradient_checkpointing), 0),
@@ -198,19 +199,25 @@ def _batch_bytes(config: PreTrainedConfig, step: TrainingStep) -> int:
 
 
 def _end_of_forward(config: PreTrainedConfig, step: TrainingStep, layers: Layers) -> tuple[int, int, int]:
-    """Bytes kept for the backward pass; of the logits and what stands beside them; of the logits' backward pass."""
+    """Bytes kept for the backward pass; of the logits and what is beside them; of their backward pass, or the last
+    norm's."""
     tokens, h, b, vocabulary = layers.tokens, layers.h, layers.b, config.text_config.vocab_size
     every, visual, ends = (tokens.rows * count for count in (tokens.each, tokens.visual, tokens.supervised))
     all_layers = [layers.of(number) for number in range(len(layers.frozen))]
     if step.gradient_checkpointing:
         kept = every * h * b + sum(layer.output for layer in all_layers)
+        if step.every_token:
+            kept -= all_layers[-1].output  # the last norm keeps it in float32
     else:
         kept = sum(layer.kept for layer in all_layers)
     kept += layers.projector + layers.masks
     if step.every_token:
         kept += every * (4 * h + 4)  # the last norm's
-        forward = (2 * every + ends) * h * b + visual * h * 4 + ends * vocabulary * (8 if b == 4 else 8 + b)
-        return kept, forward, ends * vocabulary * 12 + ends * h * b
+        # Beside the logits in float32 and their logarithms: the embeddings (kept already where layers are recomputed),
+        # what the last norm gives, of it the supervised positions, and the projector's output.
+        states = (every if step.gradient_checkpointing else 2 * every) + ends
+        forward = states * h * b + visual * h * 4 + ends * vocabulary * 8
+        return kept, forward, max(ends * vocabulary * 12 + ends * h * b, every * h * 20)
     kept += ends * (h * b + 4) + 2 * (every + ends) * h // layers.heads * b  # the last norm's, and the rotations
     at_once = min(ends, max(1, LOGITS_AT_ONCE // vocabulary))
     return kept, at_once * vocabulary * 8 + 2 * ends * h * b + visual * h * 4, 0
