@@ -174,7 +174,7 @@ def check_parts(name: Any, config_dict: Mapping[str, Any]) -> None:
                 raise ReductionError(f"{name}: {part}.{key} in config.json is {value}, needed is at least 1")
 
 
-def _as_reduced(config_dict: dict[str, Any], name: Any, own: str, plain: str) -> dict[str, Any]:
+def as_reduced(config_dict: dict[str, Any], name: Any, own: str, plain: str) -> dict[str, Any]:
     """The config.json of a release or of a reduced checkpoint, as the reduced config reads it."""
     check_parts(name, config_dict)
     found = config_dict.get("model_type", own)
@@ -221,7 +221,7 @@ class ReducedLlavaConfig(LlavaConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava"), kwargs
+        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava"), kwargs
 
 
 class ReducedLlavaNextConfig(LlavaNextConfig):
@@ -243,7 +243,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_next"), kwargs
+        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_next"), kwargs
 
 
 ReducedLlavaConfig.register_for_auto_class()
