@@ -1,56 +1,15 @@
-"""From a picture to the pixels that a vision tower reads: which image processor, and padding to a square."""
+"""From a picture to the pixels that a vision tower reads, and padding to a square."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from shortzip.data import images
-from shortzip.data.errors import UserError
-
-
-def build_image_processor(settings: Mapping[str, Any], model_type: str, where: str = "release") -> BaseImageProcessor:
-    """The image processor that gives the pixels a release was trained on, at its sizes.
-
-    LLaVA-1.5 releases in transformers' format ship `CLIPImageProcessor`, which crops the centre and ignores `do_pad`
-    in silence, where LLaVA pads to a square with the mean colour. LLaVA-NeXT's tiles and SigLIP's processor, which
-    resizes to a square without padding, are what their releases say. The backend is always Pillow: torchvision's
-    differs from the original's in 0.12 % of values.
-
-    Args:
-        settings: of the release's own image processor, as its JSON gives them.
-        model_type: of the release's config.
-        where: what messages call it.
-
-    Raises:
-        UserError: a kind of image processor that is not known; code that a release brings along is never run.
-    """
-    kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
-    kind = kind.removesuffix("Pil").removesuffix("Fast")
-    dropped = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "backend")
-    plain = {key: value for key, value in settings.items() if key not in dropped}
-    if "llava_next" in model_type:
-        if kind in ("LlavaNextImageProcessor", ""):
-            return LlavaNextImageProcessorPil.from_dict(plain)
-        raise UserError(f"{where}: image_processor_type is {kind!r}, needed for LLaVA-NeXT is LlavaNextImageProcessor")
-    if kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
-        return LlavaImageProcessorPil.from_dict({**plain, "do_pad": True})
-    if kind in ("LlavaImageProcessor", ""):
-        return LlavaImageProcessorPil.from_dict({"do_pad": kind == "", **plain})
-    if kind in ("SiglipImageProcessor", "SiglipFeatureExtractor"):
-        return SiglipImageProcessorPil.from_dict(plain)
-    raise UserError(
-        f"{where}: image_processor_type is {kind!r}, known are CLIPImageProcessor, LlavaImageProcessor, "
-        "LlavaNextImageProcessor and SiglipImageProcessor"
-    )
 
 
 def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:

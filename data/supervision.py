@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaNextProcessor, LlavaProcessor
+from transformers import ProcessorMixin
 
 from shortzip.data.chat_template import TemplateError, compiled, render
 from shortzip.data.drops import BadSample
@@ -21,7 +21,7 @@ from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_text
 from shortzip.data.instructions import Conversation
 
-Processor = LlavaProcessor | LlavaNextProcessor
+Processor = ProcessorMixin  # of any family (reduction/families.py)
 
 IGNORE_INDEX = -100
 _SPACE = "\u2581"  # how sentencepiece writes a space
@@ -170,7 +170,8 @@ class Supervision:
         # transformers' Llama tokenizer takes a leading space for the one that sentencepiece puts before every text.
         bare, spaced = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
         self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
-        self.needs_image_sizes = isinstance(processor, LlavaNextProcessor)
+        # Where images are cut into the tiles of a grid, which one depends on their size.
+        self.needs_image_sizes = hasattr(processor.image_processor, "image_grid_pinpoints")
         self._placeholders: dict[tuple[int, int], int] = {}
 
     def placeholders(self, size: tuple[int, int]) -> int:

@@ -2,31 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_reduced_llava import ReducedLlavaConfig, ReducedLlavaNextConfig
-from .modeling_reduced_llava import ReducedLlavaForConditionalGeneration, ReducedLlavaModel, VisualTokens
-from .modeling_reduced_llava_next import ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextModel
-from .processing_reduced_llava import ReducedLlavaNextProcessor, ReducedLlavaProcessor
+from .families import all_families
+from .modeling_reduced_llava import VisualTokens  # noqa: F401
 
-for _config, _model, _headless, _processor in (
-    (ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaModel, ReducedLlavaProcessor),
-    (
-        ReducedLlavaNextConfig,
-        ReducedLlavaNextForConditionalGeneration,
-        ReducedLlavaNextModel,
-        ReducedLlavaNextProcessor,
-    ),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _headless, exist_ok=True)
-    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
-    AutoProcessor.register(_config, _processor, exist_ok=True)
-
-__all__ = [
-    "ReducedLlavaConfig",
-    "ReducedLlavaForConditionalGeneration",
-    "ReducedLlavaNextConfig",
-    "ReducedLlavaNextForConditionalGeneration",
-    "ReducedLlavaNextProcessor",
-    "ReducedLlavaProcessor",
-    "VisualTokens",
-]
+for _family in all_families():
+    AutoConfig.register(_family.config_class.model_type, _family.config_class, exist_ok=True)
+    AutoModel.register(_family.config_class, _family.headless_class, exist_ok=True)
+    AutoModelForImageTextToText.register(_family.config_class, _family.model_class, exist_ok=True)
+    AutoProcessor.register(_family.config_class, _family.processor_class, exist_ok=True)
+    for _class in (_family.config_class, _family.model_class, _family.processor_class):
+        globals()[_class.__name__] = _class

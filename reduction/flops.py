@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from shortzip.reduction.configuration_reduced_llava import DECODERS, TOWER_HAS_CLS
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.pruning import method_of
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 
@@ -137,7 +138,8 @@ def vision_tower_flops(config: PreTrainedConfig, tiles: int = 1) -> int:
     n, d, m = side * side + special, vision.hidden_size, vision.intermediate_size
     block = 2 * n * (4 * d + 2 * m) * d + 4 * n * n * d
     embedding = 2 * side * side * 3 * vision.patch_size**2 * d
-    return tiles * (embedding + tower_blocks_run(config) * block)
+    more = family_of(config.model_type).more_tower_flops(config, tiles)
+    return tiles * (embedding + tower_blocks_run(config) * block) + more
 
 
 def selection_flops(config: PreTrainedConfig, visionzip: Mapping[str, Any], tiles: int = 1) -> int:
@@ -165,7 +167,7 @@ def projector_training_flops(config: PreTrainedConfig, visual_tokens: int) -> in
 
 def usual_tiles(config: PreTrainedConfig) -> int:
     """Tiles of an image as the papers count them: five in LLaVA-NeXT, else one."""
-    return 5 if config.model_type.endswith("llava_next") else 1
+    return family_of(config.model_type).usual_tiles
 
 
 def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:
@@ -224,10 +226,11 @@ def parameter_counts(config: PreTrainedConfig) -> ParameterCounts:
         layer += 2 * m + h
     embeddings = text.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
 
-    width_in = projector_input(config)
+    family, width_in = family_of(config.model_type), projector_input(config)
     bias = 2 * h if config.multimodal_projector_bias else 0
-    projector = width_in * h + h * h + bias + (h if config.model_type.endswith("llava_next") else 0)
-    return ParameterCounts(_tower_parameters(config), projector, text.num_hidden_layers * layer, embeddings)
+    projector = width_in * h + h * h + bias + family.own_parameters(config)
+    towers = _tower_parameters(config) + family.more_tower_parameters(config)
+    return ParameterCounts(towers, projector, text.num_hidden_layers * layer, embeddings)
 
 
 def _tower_parameters(config: PreTrainedConfig) -> int:

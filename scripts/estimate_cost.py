@@ -16,18 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    MistralConfig,
-    PreTrainedConfig,
-)
+import transformers
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json, refuse_to_replace, write_atomically, writing
 from shortzip.reduction import flops
+from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import all_families, family_of
 from shortzip.reduction.parsing import budget_by, parse_budget, parse_bytes, parse_freeze
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import VISIONZIP
@@ -71,20 +67,12 @@ def known_release(name: str) -> PreTrainedConfig | None:
         image_size=336,
         patch_size=14,
     )
-    sizes_7b = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    sizes_13b = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
-    mistral = {**sizes_7b, "intermediate_size": 14336, "num_key_value_heads": 8}
-    families = {
-        "llava-1.5-7b": (LlavaConfig, LlamaConfig, sizes_7b),
-        "llava-1.5-13b": (LlavaConfig, LlamaConfig, sizes_13b),
-        "llava-next-7b": (LlavaNextConfig, LlamaConfig, sizes_7b),
-        "llava-next-13b": (LlavaNextConfig, LlamaConfig, sizes_13b),
-        "llava-next-mistral-7b": (LlavaNextConfig, MistralConfig, mistral),
-    }
-    if name not in families:
-        return None
-    family, llm, sizes = families[name]
-    return family(text_config=llm(vocab_size=32064, **sizes), vision_config=tower, tie_word_embeddings=False)
+    for family in all_families():
+        if name in family.releases:
+            llm, sizes = family.releases[name]
+            text = getattr(transformers, llm)(vocab_size=32064, **sizes)
+            return family.plain_config_class(text_config=text, vision_config=tower, tie_word_embeddings=False)
+    return None
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -107,15 +95,12 @@ def read_config(model: str) -> PreTrainedConfig:
             f"model {model!r} is neither a known release, nor a folder with a config.json, nor a Hub id that can be "
             f"read here: {error}"
         ) from error
-    kinds: dict[str, type[PreTrainedConfig]] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-    kind = str(values.get("model_type")).removeprefix("reduced_")
-    if kind not in kinds:
-        raise UserError(
-            f"{model}: model_type is {values.get('model_type')!r}; llava and llava_next can be read. "
-            "An original LLaVA release must be converted first."
-        )
     try:
-        config = kinds[kind].from_dict(values)
+        kind = family_of(values.get("model_type"), model)
+    except ReductionError as error:
+        raise UserError(f"{error}. An original LLaVA release must be converted first") from error
+    try:
+        config = kind.plain_config_class.from_dict(values)
         sizes = [
             *(getattr(config.text_config, name) for name in TEXT_SIZES),
             *(getattr(config.vision_config, name) for name in VISION_SIZES),

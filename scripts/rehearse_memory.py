@@ -25,6 +25,7 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace, write_atomically, writing
 from shortzip.reduction import flops
+from shortzip.reduction.families import family_of
 from shortzip.reduction.parsing import parse_budget, parse_bytes, parse_freeze
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import VISIONZIP
@@ -48,7 +49,7 @@ KNOWN_AS = {  # so that no recipe needs the network to be rehearsed
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava-next-mistral-7b",
     "checkpoints/demo-llava": "demo",
 }
-NEXT_SIDE = 672  # pixels of an image that LLaVA-NeXT cuts into four tiles beside the whole
+TILED_SIDE = 672  # pixels of an image that LLaVA-NeXT cuts into four tiles beside the whole
 CARDS = ("24GiB", "22GiB")  # what is sold as 24 GB, and what its driver and desktop leave
 DEFAULT_BUDGET, DEFAULT_FREEZE = "54+10", "60%"
 
@@ -180,7 +181,7 @@ def drawn_micro_batch(row: TrainingStep, config: Any) -> Batch:
     """Rows alike, each with one image."""
     after, rows = row.text_tokens - row.shared_tokens, row.micro_batch_size
     lengths = RowLengths(row.shared_tokens, row.visual_tokens, after, min(after, row.supervised_tokens or after))
-    sizes = [(NEXT_SIDE, NEXT_SIDE)] * rows if config.model_type.endswith("llava_next") else []
+    sizes = [(TILED_SIDE, TILED_SIDE)] * rows if family_of(config.model_type).counts_by_size else []
     return Batch(integers_of([lengths] * rows, config.image_token_id), rows, sizes)
 
 

@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from shortzip.data.errors import UserError
 from shortzip.data.images import open_image
-from shortzip.data.pixels import build_image_processor
+from shortzip.train.release.processors import build_image_processor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_release"
 IMAGES = ("extreme_ironing.jpg", "waterview.jpg", "llava_v1_5_radar.jpg")

@@ -15,7 +15,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import shortzip.data.images
 from shortzip.data.images import BadImage, image_size, open_image
-from shortzip.data.pixels import build_image_processor, pixel_values, shrunk
+from shortzip.data.pixels import pixel_values, shrunk
+from shortzip.train.release.processors import build_image_processor
 
 CLIP = build_image_processor(
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).to_dict(), "llava"

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from shortzip.data.errors import UserError
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.opening import model_classes
-from shortzip.train.release.towers import TOWERLESS
+from shortzip.train.release.towers import towerless
 from shortzip.train.step.objective import train_only_projector
 
 
@@ -36,7 +36,7 @@ def fake_model(config: Any, dtype: torch.dtype, *, four_bit: bool, cached_featur
     _, model_class, _ = model_classes(config.model_type)
     config._attn_implementation = "sdpa"
     with no_init_weights():
-        model = (TOWERLESS[model_class] if cached_features else model_class)(config)
+        model = (towerless(model_class) if cached_features else model_class)(config)
     if four_bit:
         quantise(model.model.language_model.layers, dtype)
     train_only_projector(model, dtype)

@@ -15,12 +15,13 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from shortzip.data.errors import MissingExtra
 from shortzip.reduction.configuration_reduced_llava import validate
+from shortzip.reduction.families import Family, family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.opening import Release, model_classes, open_release, release_projector, understood
 from shortzip.train.release.processors import release_processor
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import weight_files
-from shortzip.train.release.towers import TOWERLESS, load_tower
+from shortzip.train.release.towers import load_tower, towerless
 
 LONG_LOAD = 1_000_000_000  # bytes of weights
 
@@ -44,13 +45,17 @@ def load_release(
         reductions = release.saved_reductions
     _, model_class, _ = model_classes(release.config["model_type"])
     with _bar_if_long(release.folder), understood(release.folder):
-        model = (model_class if with_tower else TOWERLESS[model_class]).from_pretrained(
+        model = (model_class if with_tower else towerless(model_class)).from_pretrained(
             release.folder,
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
             trust_remote_code=False,
             **reductions.as_config(),
-            **({"quantization_config": _four_bit(spec.dtype)} if spec.load_in_4bit else {}),
+            **(
+                {"quantization_config": _four_bit(spec.dtype, family_of(release.config["model_type"]))}
+                if spec.load_in_4bit
+                else {}
+            ),
         )
     lay_projector(model, release_projector(release))
     return model.eval(), release_processor(release, model.config)
@@ -122,7 +127,7 @@ def _bar_if_long(folder: Path) -> Iterator[None]:
             enable_progress_bar()
 
 
-def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _four_bit(dtype: torch.dtype, family: Family) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("load_in_4bit needs bitsandbytes: pip install 'shortzip[4bit]'")
     return BitsAndBytesConfig(
@@ -131,7 +136,7 @@ def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         # Named from the root: the projector is trained, and the tower and the head are small beside the layers.
-        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+        llm_int8_skip_modules=["model.multi_modal_projector", *(f"model.{name}" for name in family.towers), "lm_head"],
     )
 
 

@@ -17,17 +17,10 @@ from huggingface_hub import constants
 
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json
-from shortzip.reduction import (
-    ReducedLlavaConfig,
-    ReducedLlavaForConditionalGeneration,
-    ReducedLlavaNextConfig,
-    ReducedLlavaNextForConditionalGeneration,
-    ReducedLlavaNextProcessor,
-    ReducedLlavaProcessor,
-)
 from shortzip.reduction.base_release import PROJECTOR_FILE
 from shortzip.reduction.configuration_reduced_llava import check_parts
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.content import content_of, folder_content
@@ -44,8 +37,6 @@ from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
 
 MM_PROJECTOR_FILE = "mm_projector.bin"
-_NEXT = ("llava_next", "reduced_llava_next")
-_KNOWN = ("llava", "reduced_llava", *_NEXT)
 
 
 @dataclass(frozen=True)
@@ -179,11 +170,10 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             "tower and a projector, such as llava-hf/llava-1.5-7b-hf. With a projector from LLaVA's own pretraining, "
             "give it as mm_projector"
         )
-    if model_type not in _KNOWN:
-        raise UserError(
-            f"{folder}: model_type is {model_type!r}, known are {', '.join(_KNOWN)}: this release has another "
-            "architecture; take a LLaVA-1.5 or LLaVA-NeXT one"
-        )
+    try:
+        family = family_of(model_type, str(folder))
+    except ReductionError as error:
+        raise UserError(str(error)) from error
     check_parts(folder, config)
     if not has_weights:
         if (folder / PROJECTOR_FILE).is_file() and config.get("base_release"):
@@ -194,7 +184,7 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
     for name, spec in specs.items():
         part = (
             "vision tower"
-            if "vision_tower." in name
+            if any(f"{tower}." in name for tower in family.towers)
             else "projector"
             if "multi_modal_projector." in name
             else "language model"
@@ -293,9 +283,8 @@ def _converted(source: Path, projector: Path | None, vision_tower: str | None, c
 
 def model_classes(model_type: str) -> tuple[Any, Any, Any]:
     """Config, model and processor class of the reduced model for a release's model_type."""
-    if model_type in _NEXT:
-        return ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration, ReducedLlavaNextProcessor
-    return ReducedLlavaConfig, ReducedLlavaForConditionalGeneration, ReducedLlavaProcessor
+    family = family_of(model_type)
+    return family.config_class, family.model_class, family.processor_class
 
 
 def release_projector(release: Release) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from shortzip.data.errors import UserError
-from shortzip.reduction import ReducedLlavaForConditionalGeneration, ReducedLlavaNextForConditionalGeneration
+from shortzip.reduction.families import family_of
 from shortzip.train.release.content import content_of
 from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
 
@@ -24,25 +25,21 @@ PREFIX = "vision_tower."
 
 
 class _TowerlessMixin:
-    _keys_to_ignore_on_load_unexpected = (r"vision_tower\.",)
+    _towers: tuple[str, ...]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.model.vision_tower = nn.Identity()  # type: ignore[attr-defined]
+        for name in self._towers:
+            setattr(self.model, name, nn.Identity())  # type: ignore[attr-defined]
 
 
-class TowerlessLlava(_TowerlessMixin, ReducedLlavaForConditionalGeneration):  # type: ignore[misc]
-    """The reduced LLaVA with nothing in the place of its tower, whose weights are not read."""
-
-
-class TowerlessLlavaNext(_TowerlessMixin, ReducedLlavaNextForConditionalGeneration):  # type: ignore[misc]
-    """The same of LLaVA-NeXT."""
-
-
-TOWERLESS: dict[Any, Any] = {
-    ReducedLlavaForConditionalGeneration: TowerlessLlava,
-    ReducedLlavaNextForConditionalGeneration: TowerlessLlavaNext,
-}
+@cache
+def towerless(model_class: Any) -> Any:
+    """A reduced model's class with nothing in the place of its towers, whose weights are not read."""
+    towers = family_of(model_class.config_class.model_type).towers
+    ignored = tuple(rf"{name}\." for name in towers)
+    own = {"_towers": towers, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(f"Towerless{model_class.__name__}", (_TowerlessMixin, model_class), own)
 
 
 def tower_digest(tower: nn.Module) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers import PreTrainedModel
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
 from shortzip.reduction.configuration_pruning import pruning_method
+from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
 from shortzip.reduction.shortv import ActiveRows
@@ -27,7 +27,7 @@ from shortzip.train.step.supervised_states import FixedText, can_walk, compute_f
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
 from shortzip.train.step.visual_features import visual_features
 
-Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+Llava = PreTrainedModel  # of any family (reduction/families.py)
 
 FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
@@ -288,13 +288,8 @@ class SupervisedLoss(nn.Module):
     def _no_image(self, device: torch.device) -> dict[str, Tensor]:
         """An empty image, as the model takes it."""
         config: Any = self.model.config
-        side = config.vision_config.image_size
         zero = torch.zeros((), device=device, dtype=self.model.dtype)
-        if not isinstance(self.model, LlavaNextForConditionalGeneration):
-            return {"pixel_values": zero.expand(1, 3, side, side)}
-        tiles = image_size_to_num_patches([side, side], config.image_grid_pinpoints, side)
-        sizes = torch.tensor([[side, side]], device=device)
-        return {"pixel_values": zero.expand(1, tiles, 3, side, side), "image_sizes": sizes}
+        return family_of(config.model_type).no_image(config, zero)
 
 
 def _used(features: Tensor, layout: Layout) -> Tensor:

@@ -1,0 +1,134 @@
+"""What differs between families of LLaVA, behind one interface; `family_NAME.py` holds what is true of one.
+
+A family's code that travels with its checkpoints (config, model, processor) is in files of its own; its original layout
+is in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from .errors import ReductionError
+
+# Adding a family is a line here (README.md, "Adding a family").
+FAMILIES = ("llava", "llava_next")
+_REDUCED = "reduced_"
+
+
+class Family:
+    """What is true of all releases of one family; a family is a subclass, which says what is not as it is here.
+
+    Attributes:
+        name: as in FAMILIES, and in the names of its files.
+        title: as messages call it.
+        model_type: of its releases in transformers' layout; a reduced checkpoint's has "reduced_" before it.
+        stem: what its classes are called after: LlavaNext for LlavaNextModel and ReducedLlavaNextModel.
+        configuration, modeling, processing: the files of its reduced classes.
+        inputs: what a prompt may hold: "image", "images" (several), "video".
+        towers: its vision towers, as attributes of the model and in the names of weights.
+        usual_tiles: tiles of an image as papers count them.
+        counts_by_size: whether an image's number of visual tokens depends on its size.
+        releases: those known by a short name: the language model (a class of transformers) and its sizes.
+        image_processors: kinds of image processor that releases ship, and the class of transformers (Pillow backend)
+            that gives the pixels that they were trained on.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    stem: str
+    configuration: str
+    modeling: str
+    processing: str
+    inputs: frozenset[str] = frozenset({"image", "images"})
+    towers: tuple[str, ...] = ("vision_tower",)
+    usual_tiles = 1
+    counts_by_size = False
+    releases: Mapping[str, tuple[str, Mapping[str, int]]] = {}
+    image_processors: Mapping[str, tuple[str, str]] = {}
+
+    @property
+    def plain_config_class(self) -> Any:
+        """transformers' config."""
+        return getattr(import_module("transformers"), f"{self.stem}Config")
+
+    @property
+    def config_class(self) -> Any:
+        """The reduced model's config."""
+        return self._own(self.configuration, "Config")
+
+    @property
+    def model_class(self) -> Any:
+        """The reduced model, with its head."""
+        return self._own(self.modeling, "ForConditionalGeneration")
+
+    @property
+    def headless_class(self) -> Any:
+        """The reduced model without its head."""
+        return self._own(self.modeling, "Model")
+
+    @property
+    def processor_class(self) -> Any:
+        """The reduced model's processor."""
+        return self._own(self.processing, "Processor")
+
+    def _own(self, module: str, what: str) -> Any:
+        return getattr(import_module(f".{module}", __package__), f"Reduced{self.stem}{what}")
+
+    def image_processor(self, kind: str, settings: Mapping[str, Any]) -> Any:
+        """The image processor (Pillow backend) of a release that ships `settings` for one of a kind in
+        `image_processors`; "" stands for settings that name none."""
+        module, name = self.image_processors[kind]
+        return getattr(import_module(f"transformers.models.{module}"), name).from_dict(dict(settings))
+
+    def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
+        """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that
+        all processes call the same layers. `zero`: a scalar tensor of the model's dtype, on its device."""
+        side = config.vision_config.image_size
+        return {"pixel_values": zero.expand(1, 3, side, side)}
+
+    def own_parameters(self, config: Any) -> int:
+        """Parameters beside the tower, the two-layer projector and the language model; counted with the projector."""
+        return 0
+
+    def more_tower_parameters(self, config: Any) -> int:
+        """Parameters of towers beside the one of `vision_config`."""
+        return 0
+
+    def more_tower_flops(self, config: Any, tiles: int) -> int:
+        """FLOPs of an image, in so many tiles, before the projector and beside the tower of `vision_config`."""
+        return 0
+
+
+@cache
+def family_named(name: str) -> Family:
+    """The family of a name in FAMILIES."""
+    return import_module(f".family_{name}", __package__).FAMILY  # type: ignore[no-any-return]
+
+
+def all_families() -> list[Family]:
+    """Every family, in the order of FAMILIES."""
+    return [family_named(name) for name in FAMILIES]
+
+
+def known_model_types() -> list[str]:
+    """The model types of releases and of reduced checkpoints."""
+    return [kind for family in all_families() for kind in (family.model_type, _REDUCED + family.model_type)]
+
+
+def family_of(model_type: Any, where: str = "config.json") -> Family:
+    """The family of a release's, or a reduced checkpoint's, model type; `where`: what a message calls the release.
+
+    Raises:
+        ReductionError: no family has it.
+    """
+    for family in all_families():
+        if model_type in (family.model_type, _REDUCED + family.model_type):
+            return family
+    known = ", ".join(known_model_types())
+    titles = " or ".join(family.title for family in all_families())
+    raise ReductionError(
+        f"{where}: model_type is {model_type!r}, known are {known}: this release has another architecture; take a "
+        f"{titles} one, or add its family (reduction/README.md, 'Adding a family')"
+    )
