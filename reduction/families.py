@@ -12,7 +12,7 @@ from typing import Any
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next")
+FAMILIES = ("llava", "llava_next", "mini_gemini")
 _REDUCED = "reduced_"
 
 
@@ -81,6 +81,18 @@ class Family:
         `image_processors`; "" stands for settings that name none."""
         module, name = self.image_processors[kind]
         return getattr(import_module(f"transformers.models.{module}"), name).from_dict(dict(settings))
+
+    def tiles(self, config: Any) -> int:
+        """Tiles of an image as papers count them, or, where the config says, as they are."""
+        return self.usual_tiles
+
+    def pixels(self, config: Any, tiles: int) -> int:
+        """Pixels that the model is given of images in so many tiles."""
+        return int(tiles * config.vision_config.image_size**2)
+
+    def build_tower(self, config: Any) -> Any:
+        """The vision tower alone, with random weights."""
+        return import_module("transformers").AutoModel.from_config(config.vision_config)
 
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionModel, ConvNextModel
 
-from .configuration_mini_gemini import tiles_of
+from .configuration_reduced_mini_gemini import tiles_of
 from .projector import DtypeProjector
 
 

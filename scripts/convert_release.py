@@ -18,6 +18,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.train.release.convert import convert_to_transformers, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.layout_mini_gemini import convert_mini_gemini, find_clip, is_mini_gemini
 from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_tower
 from shortzip.train.release.original_layout import is_original
@@ -53,9 +54,14 @@ def to_transformers(settings: ConvertConfig) -> None:
             f"{settings.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to "
             "convert"
         )
-    tower = resolve_tower(merged_config(source, projector), source, settings.vision_tower)
+    config = merged_config(source, projector)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    convert_to_transformers(source, settings.output, tower=tower, projector=projector, dtype=dtype)
+    if is_mini_gemini(config):
+        clip = find_clip(config, source, settings.vision_tower)
+        convert_mini_gemini(source, settings.output, tower=clip, projector=projector, dtype=dtype)
+    else:
+        tower = resolve_tower(config, source, settings.vision_tower)
+        convert_to_transformers(source, settings.output, tower=tower, projector=projector, dtype=dtype)
     say(f"written: {settings.output} (use it as --model)")
 
 

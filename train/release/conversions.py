@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -15,6 +16,7 @@ from shortzip.data.files import sweep, writing
 from shortzip.data.kept import Kept, identity_of
 from shortzip.train.release.content import content_of, folder_content
 from shortzip.train.release.convert import VICUNA_TEMPLATE, convert_to_transformers, merged_config
+from shortzip.train.release.layout_mini_gemini import convert_mini_gemini, is_mini_gemini
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +25,19 @@ FORMAT = (
 )
 
 
-def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path | None) -> Path:
+def keep_conversion(source: Path, cache: Path, *, tower: Path | None, projector: Path | None) -> Path:
     """The folder of a conversion: one of the same content that is whole, or one made now.
 
     Of processes that ask at once the first makes it. What killed ones left in `cache` is removed. Raises as
     `convert_to_transformers` does, and `CannotWrite`.
     """
+    config = merged_config(source, projector)
+    convert: Any = convert_mini_gemini if is_mini_gemini(config) else convert_to_transformers
     parts = {
         "format": FORMAT,
-        "config": merged_config(source, projector),
+        "config": config,
         "release": folder_content(source),
-        "tower": folder_content(tower),
+        "tower": {} if tower is None else folder_content(tower),
         "projector": content_of([projector] if projector else []),
         "template": content_of([VICUNA_TEMPLATE]),
     }
@@ -58,7 +62,7 @@ def keep_conversion(source: Path, cache: Path, *, tower: Path, projector: Path |
         else:
             logger.warning("%s has LLaVA's own layout: converting it once into %s", source, target)
         try:
-            convert_to_transformers(source, target, tower=tower, projector=projector)
+            convert(source, target, tower=tower, projector=projector)
         except FileInTheWay:  # on a file system without locks, another process was faster
             if not (target / "config.json").is_file():
                 raise

@@ -49,7 +49,7 @@ VICUNA_TEMPLATE = Path(shortzip.data.__file__).parent / "templates" / "vicuna_v1
 ORIGINAL_CONFIG_FILE = "llava_config.json"
 _TOWER_INSIDE = "model.vision_tower.vision_tower."
 _NEWLINE = "model.image_newline"
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def check_dtypes(specs: Mapping[str, TensorSpec], part: str, where: str) -> torch.dtype:
@@ -70,14 +70,14 @@ def check_dtypes(specs: Mapping[str, TensorSpec], part: str, where: str) -> torc
     return next(iter(names))
 
 
-class _Tensors(NamedTuple):
+class Tensors(NamedTuple):
     """The tensors of a folder: what each is, and the file that it is in."""
 
     specs: dict[str, TensorSpec]
     origin: dict[str, Path]
 
     @classmethod
-    def of(cls, paths: list[Path]) -> _Tensors:
+    def of(cls, paths: list[Path]) -> Tensors:
         tensors = cls({}, {})
         for path in paths:
             specs = read_specs(path)
@@ -86,7 +86,7 @@ class _Tensors(NamedTuple):
         return tensors
 
 
-class _Plan:
+class Plan:
     """Which tensor of the converted release comes from which file, and how. `dtype`: of all; None: each its own."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -103,7 +103,7 @@ class _Plan:
             check_dtypes(specs, part, where)
 
 
-def _compare(specs: Mapping[str, TensorSpec], needed: Mapping[str, torch.Tensor], part: str, where: str) -> None:
+def compare_shapes(specs: Mapping[str, TensorSpec], needed: Mapping[str, torch.Tensor], part: str, where: str) -> None:
     missing = sorted(set(needed) - set(specs))
     if missing:
         raise UserError(
@@ -135,22 +135,22 @@ def convert_to_transformers(
     """
     config, where = merged_config(source, projector), str(source)
     check_original_config(config, where)
-    tensors = _release_tensors(source)
+    tensors = release_tensors(source)
     language = _language_specs(tensors.specs, where)
-    vocabulary = read_vocabulary(source, language[_EMBEDDINGS[0]].shape[0])
+    vocabulary = read_vocabulary(source, language[EMBEDDINGS[0]].shape[0])
     language_dtype = dtype or check_dtypes(language, "language model", where)
     vision = tower_config(tower)
     new_config = build_config(config, vision, vocabulary, language_dtype, where)
-    plan = _Plan(dtype)
-    _plan_language(plan, language, tensors, config, vocabulary.rows, where)
+    plan = Plan(dtype)
+    plan_language(plan, language, tensors, config, vocabulary.rows, where)
     if isinstance(new_config.architectures, list) and "Next" in new_config.architectures[0]:
         _plan_newline(plan, tensors, where)
-    _plan_projector(plan, tensors, projector, new_config, where)
+    plan_projector(plan, tensors, projector, new_config, where)
     _plan_tower(plan, tensors, config, tower, vision, where)
 
     fill_from = vocabulary.tokenizer.unk_token_id or 0
     with written_whole(target) as folder:
-        _write_shards(folder, plan, {f"language_model.{name}" for name in _EMBEDDINGS}, fill_from)
+        write_shards(folder, plan, {f"language_model.{name}" for name in EMBEDDINGS}, fill_from)
         new_config.save_pretrained(folder)
         (folder / ORIGINAL_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         processor = original_processor(config, tower, vision, vocabulary, VICUNA_TEMPLATE.read_text(encoding="utf-8"))
@@ -158,13 +158,13 @@ def convert_to_transformers(
         build_generation_config(source, config, vocabulary).save_pretrained(folder)
 
 
-def _release_tensors(source: Path) -> _Tensors:
+def release_tensors(source: Path) -> Tensors:
     """All that the release holds but what every transformers version computes for itself."""
     paths = weight_files(source)
     if not paths:
         raise MissingFile(f"{source} holds no weights (pytorch_model*.bin or model*.safetensors)")
-    specs, origin = _Tensors.of(paths)
-    return _Tensors({name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}, origin)
+    specs, origin = Tensors.of(paths)
+    return Tensors({name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}, origin)
 
 
 def _language_specs(specs: Mapping[str, TensorSpec], where: str) -> dict[str, TensorSpec]:
@@ -173,8 +173,8 @@ def _language_specs(specs: Mapping[str, TensorSpec], where: str) -> dict[str, Te
         for name, spec in specs.items()
         if "mm_projector." not in name and not name.startswith(_TOWER_INSIDE) and name != _NEWLINE
     }
-    if _EMBEDDINGS[0] not in language:
-        raise UserError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on Llama?")
+    if EMBEDDINGS[0] not in language:
+        raise UserError(f"{where} holds no {EMBEDDINGS[0]}: is this a LLaVA on Llama?")
     return language
 
 
@@ -209,44 +209,44 @@ def merged_config(source: Path, projector: Path | None) -> dict[str, Any]:
             "mm_projector.bin as well"
         )
     beside = read_json(projector.parent / "config.json")
-    multimodal = {key: value for key, value in beside.items() if key.startswith("mm_") or key == "image_aspect_ratio"}
+    multimodal = {key: value for key, value in beside.items() if key.startswith(("mm_", "image_"))}
     return {**config, **multimodal, "model_type": beside.get("model_type", "llava_llama")}
 
 
-def _plan_language(
-    plan: _Plan,
+def plan_language(
+    plan: Plan,
     language: Mapping[str, TensorSpec],
-    tensors: _Tensors,
+    tensors: Tensors,
     config: Mapping[str, Any],
     rows: int,
     where: str,
 ) -> None:
     """`rows`: of the converted release's embeddings."""
     with torch.device("meta"):
-        language_config = text_config(config, language[_EMBEDDINGS[0]].shape[0])
+        language_config = text_config(config, language[EMBEDDINGS[0]].shape[0])
         needed = dict(LlamaForCausalLM(language_config).state_dict())
     if language_config.tie_word_embeddings:
         needed.pop("lm_head.weight")
         language = {name: spec for name, spec in language.items() if name != "lm_head.weight"}
-    _compare(language, needed, "language model", where)
+    compare_shapes(language, needed, "language model", where)
     unexpected = sorted(set(language) - set(needed))
     if unexpected:
         raise UserError(f"{where} holds tensors that no Llama has, such as {unexpected[0]}")
     for name, spec in language.items():
-        shape = (rows, *spec.shape[1:]) if name in _EMBEDDINGS else spec.shape
+        shape = (rows, *spec.shape[1:]) if name in EMBEDDINGS else spec.shape
         plan.take(tensors.origin[name], name, f"language_model.{name}", TensorSpec(shape, spec.dtype))
 
 
-def _plan_newline(plan: _Plan, tensors: _Tensors, where: str) -> None:
+def _plan_newline(plan: Plan, tensors: Tensors, where: str) -> None:
     if _NEWLINE not in tensors.specs:
         raise UserError(f"{where}: image_aspect_ratio is anyres, but {_NEWLINE} is missing")
     plan.take(tensors.origin[_NEWLINE], _NEWLINE, "image_newline", tensors.specs[_NEWLINE])
 
 
-def _plan_projector(plan: _Plan, tensors: _Tensors, projector: Path | None, config: Any, where: str) -> None:
+def plan_projector(plan: Plan, tensors: Tensors, projector: Path | None, config: Any, where: str) -> None:
     """`config`: the converted release's."""
     if projector is not None:
-        where, tensors = str(projector), _Tensors.of([projector])
+        where, tensors = str(projector), Tensors.of([projector])
     names = find_projector(tensors.specs, where)
     specs = {PROJECTOR_NAMES[key]: tensors.specs[name] for key, name in names.items()}
     shapes = {name: spec.shape for name, spec in specs.items()}
@@ -258,7 +258,7 @@ def _plan_projector(plan: _Plan, tensors: _Tensors, projector: Path | None, conf
 
 
 def _plan_tower(
-    plan: _Plan, tensors: _Tensors, config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, where: str
+    plan: Plan, tensors: Tensors, config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, where: str
 ) -> None:
     """The tower inside the release where LLaVA's `config` says that it was trained, else the one in `tower`."""
     is_inside = any(name.startswith(_TOWER_INSIDE) for name in tensors.specs)
@@ -275,7 +275,7 @@ def _plan_tower(
         paths = weight_files(tower)
         if not paths:
             raise MissingFile(f"{tower} holds no weights of the vision tower")
-        tensors, prefix, where = _Tensors.of(paths), "", str(tower)
+        tensors, prefix, where = Tensors.of(paths), "", str(tower)
     names = {
         name.removeprefix(prefix).removeprefix("vision_model."): name
         for name in tensors.specs
@@ -285,13 +285,13 @@ def _plan_tower(
     with torch.device("meta"):
         model = CLIPVisionModel(vision)
     needed = {name.removeprefix("vision_model."): tensor for name, tensor in model.state_dict().items()}
-    _compare(specs, needed, "vision tower", where)
+    compare_shapes(specs, needed, "vision tower", where)
     plan.check_dtypes(specs, "vision tower", where)
     for key in needed:
         plan.take(tensors.origin[names[key]], names[key], f"vision_tower.vision_model.{key}", specs[key])
 
 
-def _write_shards(folder: Path, plan: _Plan, extended: set[str], fill_from: int) -> None:
+def write_shards(folder: Path, plan: Plan, extended: set[str], fill_from: int) -> None:
     """One shard per source file. Rows beyond the release's repeat row `fill_from`.
 
     That is `<unk>`: an id the release never generates, so that no new id can win over the release's own.

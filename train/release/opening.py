@@ -27,6 +27,7 @@ from shortzip.train.release.content import content_of, folder_content
 from shortzip.train.release.conversions import keep_conversion
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.layout_mini_gemini import find_clip, is_mini_gemini, mining_names
 from shortzip.train.release.original_layout import (
     PROJECTOR_NAMES,
     check_projector_widths,
@@ -253,7 +254,8 @@ def _projector_names(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, s
     ours = {name.rsplit("multi_modal_projector.", 1)[-1]: name for name in specs}
     if {"linear_1.weight", "linear_2.weight"} <= ours.keys():
         return ours
-    return {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+    names = {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+    return {**names, **mining_names(specs)}
 
 
 def read_projector(path: Path) -> dict[str, torch.Tensor]:
@@ -276,7 +278,9 @@ def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
 
 def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:
     """The conversion of an original release: from the cache, or made now by the first process that asks."""
-    tower = resolve_tower(merged_config(source, projector), source, vision_tower)
+    config = merged_config(source, projector)
+    find: Any = find_clip if is_mini_gemini(config) else resolve_tower
+    tower = find(config, source, vision_tower)
     cache = (cache_dir or Path(constants.HF_HOME) / "shortzip" / "converted").expanduser()
     return keep_conversion(source, cache, tower=tower, projector=projector)
 

@@ -262,11 +262,15 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         raise MissingFile(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
     check_json(folder, _TOKENIZER_FILES)
-    slow = LlamaTokenizer.from_pretrained(folder, trust_remote_code=False)
+    fast = (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.model").is_file()
+    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class") if fast else None
+    # Llama 3's, or sentencepiece's.
+    known = PreTrainedTokenizerFast if kind == "PreTrainedTokenizerFast" else LlamaTokenizer
+    slow = known.from_pretrained(folder, trust_remote_code=False)
     if len(slow) > rows:
         raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
-    slow.pad_token = slow.pad_token or slow.unk_token
+    slow.pad_token = slow.pad_token or slow.unk_token or slow.eos_token
     slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer = split_after_images(slow, IMAGE_TOKEN)
     image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]

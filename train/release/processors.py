@@ -40,7 +40,7 @@ def release_processor(release: Release, model_config: Any) -> Any:
         processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     if own.get("num_additional_image_tokens") is None:
         processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
-    if chat_template == "auto" and model_type.startswith("reduced_llava"):
+    if chat_template == "auto" and model_type.startswith("reduced_"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
     processor.chat_template = choose_template(processor, chat_template)
     processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)

@@ -9,7 +9,7 @@ from .configuration_reduced_llava import ReducedLlavaConfig, as_reduced
 from .errors import ReductionError
 from .weight_files import check_json
 
-PLAIN = "mini_gemini"  # the model_type of a converted release; transformers has no class for it
+PLAIN = "mini_gemini"  # without reductions; transformers has no class for it
 
 
 def tiles_of(config: Any) -> int:

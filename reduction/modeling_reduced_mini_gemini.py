@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.utils import can_return_tuple
 
-from .configuration_mini_gemini import ReducedMiniGeminiConfig, tiles_of, validate_mini_gemini
 from .configuration_reduced_llava import selected_block, validate
+from .configuration_reduced_mini_gemini import ReducedMiniGeminiConfig, tiles_of, validate_mini_gemini
 from .errors import ReductionError
 from .extras import extra
 from .mini_gemini import MiniGeminiProjector, MiniGeminiTower
