@@ -13,15 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import ProcessorMixin
-
 from shortzip.data.chat_template import TemplateError, compiled, render
 from shortzip.data.drops import BadSample
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_text
 from shortzip.data.instructions import Conversation
 
-Processor = ProcessorMixin  # of any family (reduction/families.py)
+Processor = Any  # transformers' or a reduced one, of any family
 
 IGNORE_INDEX = -100
 _SPACE = "\u2581"  # how sentencepiece writes a space

@@ -1,13 +1,13 @@
 """What differs between families of LLaVA, behind one interface; `family_NAME.py` holds what is true of one.
 
-A family's code that travels with its checkpoints (config, model, processor) is in files of its own; its original layout
-is in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
+The code that travels with its checkpoints (config, model, processor) is in files of its own, its original layout
+in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
 """
 
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import ReductionError
 
@@ -45,8 +45,8 @@ class Family:
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
     counts_by_size = False
-    releases: Mapping[str, tuple[str, Mapping[str, int]]] = {}
-    image_processors: Mapping[str, tuple[str, str]] = {}
+    releases: ClassVar[Mapping[str, tuple[str, Mapping[str, int]]]] = {}
+    image_processors: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
     def plain_config_class(self) -> Any:
@@ -116,7 +116,7 @@ class Family:
 @cache
 def family_named(name: str) -> Family:
     """The family of a name in FAMILIES."""
-    return import_module(f".family_{name}", __package__).FAMILY  # type: ignore[no-any-return]
+    return import_module(f".family_{name}", __package__).FAMILY
 
 
 def all_families() -> list[Family]:

@@ -1,7 +1,7 @@
 """LLaVA-1.5, and what is built like it: llava-interleave-qwen has SigLIP for CLIP and Qwen2 for Vicuna."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .families import Family
 
@@ -21,8 +21,8 @@ class Llava(Family):
     configuration = "configuration_reduced_llava"
     modeling = "modeling_reduced_llava"
     processing = "processing_reduced_llava"
-    releases = {"llava-1.5-7b": ("LlamaConfig", SIZES_7B), "llava-1.5-13b": ("LlamaConfig", SIZES_13B)}
-    image_processors = {
+    releases: ClassVar = {"llava-1.5-7b": ("LlamaConfig", SIZES_7B), "llava-1.5-13b": ("LlamaConfig", SIZES_13B)}
+    image_processors: ClassVar = {
         "": _LLAVA,
         "LlavaImageProcessor": _LLAVA,
         "CLIPImageProcessor": _LLAVA,

@@ -1,6 +1,6 @@
 """LLaVA-NeXT: the whole image and tiles of it, a newline after each row of patches."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .families import Family
 from .family_llava import SIZES_7B, SIZES_13B
@@ -20,7 +20,7 @@ class LlavaNext(Family):
     processing = "processing_reduced_llava"
     usual_tiles = 5
     counts_by_size = True
-    releases = {
+    releases: ClassVar = {
         "llava-next-7b": ("LlamaConfig", SIZES_7B),
         "llava-next-13b": ("LlamaConfig", SIZES_13B),
         "llava-next-mistral-7b": (
@@ -28,7 +28,7 @@ class LlavaNext(Family):
             {**SIZES_7B, "intermediate_size": 14336, "num_key_value_heads": 8},
         ),
     }
-    image_processors = {"": _NEXT, "LlavaNextImageProcessor": _NEXT}
+    image_processors: ClassVar = {"": _NEXT, "LlavaNextImageProcessor": _NEXT}
 
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -39,7 +39,7 @@ class LlavaNext(Family):
         return {"pixel_values": zero.expand(1, tiles, 3, side, side), "image_sizes": sizes}
 
     def own_parameters(self, config: Any) -> int:
-        return config.text_config.hidden_size  # type: ignore[no-any-return]  # image_newline
+        return config.text_config.hidden_size  # image_newline
 
 
 FAMILY = LlavaNext()

@@ -1,7 +1,7 @@
 """Mini-Gemini (MGM): a LLaVA whose patches mine a second tower's features of the image in high resolution."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .families import Family
 from .family_llava import SIZES_7B, SIZES_13B
@@ -19,8 +19,8 @@ class MiniGemini(Family):
     configuration = "configuration_reduced_mini_gemini"
     modeling = "modeling_reduced_mini_gemini"
     processing = "processing_reduced_mini_gemini"
-    releases = {"mgm-7b": ("LlamaConfig", SIZES_7B), "mgm-13b": ("LlamaConfig", SIZES_13B)}
-    image_processors = {"": _PADDED, "LlavaImageProcessor": _PADDED}
+    releases: ClassVar = {"mgm-7b": ("LlamaConfig", SIZES_7B), "mgm-13b": ("LlamaConfig", SIZES_13B)}
+    image_processors: ClassVar = {"": _PADDED, "LlavaImageProcessor": _PADDED}
 
     @property
     def plain_config_class(self) -> Any:

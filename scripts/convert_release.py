@@ -18,10 +18,9 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.train.release.convert import convert_to_transformers, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
-from shortzip.train.release.layout_mini_gemini import convert_mini_gemini, find_clip, is_mini_gemini
+from shortzip.train.release.layouts import is_original
 from shortzip.train.release.loading import load_processor
-from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_tower
-from shortzip.train.release.original_layout import is_original
+from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_towers
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.settings.command_line import parse_config, run_command, say
@@ -54,14 +53,9 @@ def to_transformers(settings: ConvertConfig) -> None:
             f"{settings.model} is not in LLaVA's own layout (model_type {config.get('model_type')!r}): nothing to "
             "convert"
         )
-    config = merged_config(source, projector)
+    tower, *more = resolve_towers(merged_config(source, projector), source, settings.vision_tower)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    if is_mini_gemini(config):
-        clip = find_clip(config, source, settings.vision_tower)
-        convert_mini_gemini(source, settings.output, tower=clip, projector=projector, dtype=dtype)
-    else:
-        tower = resolve_tower(config, source, settings.vision_tower)
-        convert_to_transformers(source, settings.output, tower=tower, projector=projector, dtype=dtype)
+    convert_to_transformers(source, settings.output, tower=tower, more_towers=more, projector=projector, dtype=dtype)
     say(f"written: {settings.output} (use it as --model)")
 
 

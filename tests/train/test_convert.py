@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from shortzip.train.release.convert import convert_to_transformers, write_llava_projector
+from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.opening import open_release
-from shortzip.train.release.original_layout import to_original_config
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, read_specs, write_safetensors
 
@@ -164,7 +164,7 @@ def test_an_unfinished_conversion_leaves_nothing(release: Path, tmp_path: Path, 
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shortzip.train.release.convert.original_processor", full_disk)
+    monkeypatch.setattr("shortzip.train.release.layout_llava.LlavaLayout.processor", full_disk)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space left"):
         convert_to_transformers(release, tmp_path / "out", tower=TOWER)
@@ -404,14 +404,16 @@ def test_the_original_config_of_a_release_that_is_transformers_only(tmp_path: Pa
     from shortzip.reduction import ReducedLlavaConfig
 
     source = open_release(str(RELEASE), cache_dir=tmp_path)
-    made = to_original_config(ReducedLlavaConfig.from_pretrained(source.folder), "openai/clip-vit-tiny", "x")
+    made = layout_for("llava").to_original(
+        ReducedLlavaConfig.from_pretrained(source.folder), "openai/clip-vit-tiny", "x"
+    )
     original = json.loads((RELEASE / "config.json").read_text())
     differing = {key: (made[key], original[key]) for key in made if key in original and made[key] != original[key]}
     assert differing == {"mm_vision_tower": ("openai/clip-vit-tiny", original["mm_vision_tower"])}
     needed = {"hidden_size", "num_hidden_layers", "vocab_size", "mm_hidden_size", "mm_vision_select_layer"}
     assert needed <= made.keys()
     with pytest.raises(ValueError, match="the name of its vision tower is not known: give it with --vision_tower"):
-        to_original_config(ReducedLlavaConfig.from_pretrained(source.folder), None, "x")
+        layout_for("llava").to_original(ReducedLlavaConfig.from_pretrained(source.folder), None, "x")
 
 
 def test_the_streaming_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:

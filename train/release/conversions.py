@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -15,31 +14,31 @@ from shortzip.data.errors import FileInTheWay
 from shortzip.data.files import sweep, writing
 from shortzip.data.kept import Kept, identity_of
 from shortzip.train.release.content import content_of, folder_content
-from shortzip.train.release.convert import VICUNA_TEMPLATE, convert_to_transformers, merged_config
-from shortzip.train.release.layout_mini_gemini import convert_mini_gemini, is_mini_gemini
+from shortzip.train.release.convert import convert_to_transformers, merged_config
+from shortzip.train.release.layouts import layout_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = (
-    1  # of what train/release/convert.py and train/release/original_layout.py write: to be raised when that changes
-)
+FORMAT = 1  # of what train/release/convert.py and train/release/layout_*.py write: to be raised when that changes
 
 
-def keep_conversion(source: Path, cache: Path, *, tower: Path | None, projector: Path | None) -> Path:
+def keep_conversion(
+    source: Path, cache: Path, *, tower: Path, projector: Path | None, more_towers: Sequence[Path] = ()
+) -> Path:
     """The folder of a conversion: one of the same content that is whole, or one made now.
 
     Of processes that ask at once the first makes it. What killed ones left in `cache` is removed. Raises as
     `convert_to_transformers` does, and `CannotWrite`.
     """
     config = merged_config(source, projector)
-    convert: Any = convert_mini_gemini if is_mini_gemini(config) else convert_to_transformers
     parts = {
         "format": FORMAT,
         "config": config,
         "release": folder_content(source),
-        "tower": {} if tower is None else folder_content(tower),
+        "tower": folder_content(tower),
         "projector": content_of([projector] if projector else []),
-        "template": content_of([VICUNA_TEMPLATE]),
+        "template": content_of([layout_of(config).template]),
+        **({"more towers": [folder_content(folder) for folder in more_towers]} if more_towers else {}),
     }
     target = cache / f"{source.resolve().name}-{identity_of(parts)[:16]}"
     store = Kept(cache)
@@ -62,7 +61,7 @@ def keep_conversion(source: Path, cache: Path, *, tower: Path | None, projector:
         else:
             logger.warning("%s has LLaVA's own layout: converting it once into %s", source, target)
         try:
-            convert(source, target, tower=tower, projector=projector)
+            convert_to_transformers(source, target, tower=tower, more_towers=more_towers, projector=projector)
         except FileInTheWay:  # on a file system without locks, another process was faster
             if not (target / "config.json").is_file():
                 raise

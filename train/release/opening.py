@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+import shortzip.reduction.auto  # noqa: F401  # has transformers know the reduced models' types
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json
 from shortzip.reduction.base_release import PROJECTOR_FILE
@@ -27,12 +28,12 @@ from shortzip.train.release.content import content_of, folder_content
 from shortzip.train.release.conversions import keep_conversion
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
-from shortzip.train.release.layout_mini_gemini import find_clip, is_mini_gemini, mining_names
+from shortzip.train.release.layout_mini_gemini import mining_names
+from shortzip.train.release.layouts import is_original, layout_of
 from shortzip.train.release.original_layout import (
     PROJECTOR_NAMES,
     check_projector_widths,
     find_projector,
-    is_original,
 )
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import TensorSpec, folder_specs, open_tensors, read_specs, weight_files
@@ -86,12 +87,16 @@ class Release:
         return read_json(path) if path.is_file() else None
 
 
-def resolve_tower(config: Mapping[str, Any], release: Path, tower: str | None = None) -> Path:
-    """The vision tower's folder of an original release: `tower`, or what its config names.
+def resolve_towers(config: Mapping[str, Any], release: Path, tower: str | None = None) -> list[Path]:
+    """The folders of an original release's vision towers: as its config names them, the first one `tower` if given.
 
     A relative name is looked for beside the release, in it and in the working directory before the Hub.
     """
-    name = tower or str(config.get("mm_vision_tower"))
+    names = layout_of(config).tower_names(config)
+    return [_find_tower(name, release) for name in ([tower, *names[1:]] if tower else names)]
+
+
+def _find_tower(name: str, release: Path) -> Path:
     for folder in (release.resolve().parent / name, release / name, Path(name)):
         if (folder / "config.json").is_file():
             return folder
@@ -278,11 +283,9 @@ def read_release_projector(folder: Path) -> dict[str, torch.Tensor]:
 
 def _converted(source: Path, projector: Path | None, vision_tower: str | None, cache_dir: Path | None) -> Path:
     """The conversion of an original release: from the cache, or made now by the first process that asks."""
-    config = merged_config(source, projector)
-    find: Any = find_clip if is_mini_gemini(config) else resolve_tower
-    tower = find(config, source, vision_tower)
+    tower, *more = resolve_towers(merged_config(source, projector), source, vision_tower)
     cache = (cache_dir or Path(constants.HF_HOME) / "shortzip" / "converted").expanduser()
-    return keep_conversion(source, cache, tower=tower, projector=projector)
+    return keep_conversion(source, cache, tower=tower, more_towers=more, projector=projector)
 
 
 def model_classes(model_type: str) -> tuple[Any, Any, Any]:

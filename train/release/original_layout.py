@@ -6,7 +6,6 @@ transformers' AutoConfig rejects `llava_llama` and silently gives default sizes 
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
@@ -15,19 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaTokenizer,
-    LlavaConfig,
-    LlavaImageProcessorPil,
-    LlavaNextConfig,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
@@ -37,6 +29,7 @@ from shortzip.reduction.weight_files import check_json
 from shortzip.train.release.tensor_files import TensorSpec
 
 IMAGE_TOKEN = "<image>"
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 PROJECTOR_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
 PROJECTOR_NAMES = {
     "0.weight": "linear_1.weight",
@@ -56,7 +49,7 @@ _SIZES = (
     "max_position_embeddings",
 )
 _TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_KEYS = (
+LLAMA_KEYS = (
     *_REQUIRED,
     "attention_bias",
     "attention_dropout",
@@ -72,13 +65,6 @@ _LLAMA_KEYS = (
     "pretraining_tp",
     "tie_word_embeddings",
 )
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is LLaVA's own: sizes at the top level and `mm_*` keys beside them."""
-    return "text_config" not in config and (
-        str(config.get("model_type", "")).startswith("llava") or "mm_vision_tower" in config
-    )
 
 
 def check_original_config(config: Mapping[str, Any], where: str) -> None:
@@ -175,7 +161,7 @@ def check_projector_widths(shapes: Mapping[str, tuple[int, ...]], tower: int, hi
 
 def text_config(config: Mapping[str, Any], vocab_size: int) -> LlamaConfig:
     """The Llama part of an original config, with the given number of embedding rows."""
-    values = {key: config[key] for key in _LLAMA_KEYS if key in config}
+    values = {key: config[key] for key in LLAMA_KEYS if key in config}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
     if config.get("rope_scaling"):
         scaling = dict(config["rope_scaling"])
@@ -199,18 +185,6 @@ def tower_config(folder: Path) -> CLIPVisionConfig:
     raise UserError(
         f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"
     )
-
-
-def _pinpoints(config: Mapping[str, Any], where: str) -> list[list[int]]:
-    pinpoints = config.get("image_grid_pinpoints")
-    if isinstance(pinpoints, str):
-        try:
-            pinpoints = ast.literal_eval(pinpoints)
-        except (ValueError, SyntaxError) as error:
-            raise UserError(f"{where}: image_grid_pinpoints {pinpoints!r} is no list of sizes") from error
-    if not pinpoints:
-        raise UserError(f"{where}: image_aspect_ratio is anyres, but image_grid_pinpoints is missing")
-    return [[int(side) for side in size] for size in pinpoints]
 
 
 @dataclass(frozen=True)
@@ -278,71 +252,6 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     return Vocabulary(tokenizer, image_token_id, rows if rows >= needed else math.ceil(needed / 64) * 64)
 
 
-def build_config(
-    config: Mapping[str, Any], vision: CLIPVisionConfig, vocabulary: Vocabulary, dtype: torch.dtype, where: str
-) -> LlavaConfig | LlavaNextConfig:
-    """The transformers config of an original one. A release with `anyres` images becomes LLaVA-NeXT."""
-    image_size, patch_size = vision.image_size, vision.patch_size
-    if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 0 < patch_size <= image_size:
-        raise UserError(
-            f"{where}: the vision tower's image_size {image_size} and patch_size {patch_size} are no squares, the one "
-            "in the other: needed are two whole numbers"
-        )
-    common: dict[str, Any] = {
-        "vision_config": vision,
-        "text_config": text_config(config, vocabulary.rows),
-        "image_token_index": vocabulary.image_token_id,
-        "image_seq_length": (image_size // patch_size) ** 2,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "full"
-        if config.get("mm_vision_select_feature") == "cls_patch"
-        else "default",
-        "dtype": dtype,
-    }
-    if config.get("image_aspect_ratio") == "anyres":
-        result: LlavaConfig | LlavaNextConfig = LlavaNextConfig(
-            **common, image_grid_pinpoints=_pinpoints(config, where)
-        )
-        result.architectures = ["LlavaNextForConditionalGeneration"]
-    else:
-        result = LlavaConfig(**common)
-        result.architectures = ["LlavaForConditionalGeneration"]
-    return result
-
-
-def original_processor(
-    config: Mapping[str, Any], tower: Path, vision: CLIPVisionConfig, vocabulary: Vocabulary, chat_template: str
-) -> LlavaProcessor | LlavaNextProcessor:
-    """The processor at the release's sizes: padding to a square as the release was trained, PIL backend."""
-    path = tower / "preprocessor_config.json"
-    settings = read_json(path)
-    missing = [key for key in ("image_mean", "image_std") if key not in settings]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: download the vision tower again")
-    size, crop = settings.get("size", vision.image_size), settings.get("crop_size", vision.image_size)
-    shared: dict[str, Any] = {
-        "size": {"shortest_edge": size} if isinstance(size, int) else size,
-        "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
-        "resample": settings.get("resample", 3),
-        "image_mean": settings["image_mean"],
-        "image_std": settings["image_std"],
-    }
-    strategy = "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default"
-    arguments: dict[str, Any] = {
-        "tokenizer": vocabulary.tokenizer,
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": 1,
-        "chat_template": chat_template,
-    }
-    if config.get("image_aspect_ratio") == "anyres":
-        next_images = LlavaNextImageProcessorPil(**shared, image_grid_pinpoints=_pinpoints(config, str(tower)))
-        return LlavaNextProcessor(next_images, **arguments)
-    pad = config.get("image_aspect_ratio") == "pad"
-    return LlavaProcessor(LlavaImageProcessorPil(**shared, do_pad=pad), **arguments)
-
-
 def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> GenerationConfig:
     """Ids and length of the release's generation config; its sampling settings only where it samples."""
     path = folder / "generation_config.json"
@@ -353,52 +262,9 @@ def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary:
     for key, fallback in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         values[f"{key}_token_id"] = settings.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
     values["pad_token_id"] = tokenizer.pad_token_id
+    # Where a turn's end is another token than the text's, generation ends at both.
+    turns = [token for end in TURN_ENDS if (token := tokenizer.get_vocab().get(end)) is not None]
+    ends = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
+    if more := [token for token in turns if token not in ends]:
+        values["eos_token_id"] = [*ends, *more]
     return GenerationConfig(**values)
-
-
-def to_original_config(config: LlavaConfig | LlavaNextConfig, vision_tower: str | None, where: str) -> dict[str, Any]:
-    """LLaVA's own config.json for a release that exists in transformers' layout only.
-
-    `vision_tower`: the tower's name; needed unless it is the one of LLaVA 1.5 and 1.6, which its sizes give away.
-    Raises ValueError for a tower that is no CLIP, a language model that is no Llama, or a tower without a name.
-    """
-    vision: Any = config.vision_config
-    text: Any = config.text_config
-    if vision.model_type != "clip_vision_model" or text.model_type != "llama":
-        raise UserError(
-            f"{where}: LLaVA's own layout knows a CLIP tower and a Llama, found are {vision.model_type} and "
-            f"{text.model_type}: choose --shape full or projector"
-        )
-    if vision_tower is None:
-        if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != (1024, 24, 336, 14):
-            raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
-        vision_tower = "openai/clip-vit-large-patch14-336"
-    rope = dict(text.rope_parameters or {})
-    theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
-    sizes = {key: value for key in _LLAMA_KEYS if (value := text.to_dict().get(key)) is not None and key != "head_dim"}
-    next_keys: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
-    if isinstance(config, LlavaNextConfig):
-        next_keys = {
-            "image_aspect_ratio": "anyres",
-            "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": config.image_grid_pinpoints,
-        }
-    strategy = config.vision_feature_select_strategy
-    return {
-        **sizes,
-        **next_keys,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "mm_hidden_size": vision.hidden_size,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_tower": vision_tower,
-        "rope_scaling": {"type": kind, **rope} if kind != "default" else None,
-        "rope_theta": theta,
-        "use_mm_proj": True,
-        # The placeholder was the first id added to the release's own vocabulary.
-        "vocab_size": min(text.vocab_size, config.image_token_index),
-    }

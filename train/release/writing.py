@@ -27,8 +27,8 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
+from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.opening import Release, model_classes
-from shortzip.train.release.original_layout import to_original_config
 from shortzip.train.release.tensor_files import (
     TensorSpec,
     open_tensors,
@@ -79,7 +79,8 @@ def write_reduced_checkpoint(
     if shape == "llava":
         original = release.original_config
         if original is None:
-            original = to_original_config(config_class.from_dict(plain), vision_tower, release.name)
+            layout = layout_for(config_class.model_type)
+            original = layout.to_original(config_class.from_dict(plain), vision_tower, release.name)
         original = {key: value for key, value in original.items() if key != "auto_map"}
         original |= {**reductions.as_config(), "lineage": descent}
         write_llava_projector(target, tensors, original, base=base or base_name(release))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
@@ -27,7 +26,7 @@ from shortzip.train.step.supervised_states import FixedText, can_walk, compute_f
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
 from shortzip.train.step.visual_features import visual_features
 
-Llava = PreTrainedModel  # of any family (reduction/families.py)
+Llava = Any  # transformers' or a reduced one, of any family
 
 FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
