@@ -29,6 +29,8 @@ class Family:
         towers: its vision towers, as attributes of the model and in the names of weights.
         usual_tiles: tiles of an image as papers count them.
         counts_by_size: whether an image's number of visual tokens depends on its size.
+        tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
+        tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
         releases: those known by a short name: the language model (a class of transformers) and its sizes.
         image_processors: kinds of image processor that releases ship, and the class of transformers (Pillow backend)
             that gives the pixels that they were trained on.
@@ -45,6 +47,8 @@ class Family:
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
     counts_by_size = False
+    tunes: tuple[str, ...] = ("projector",)
+    tower_keys: tuple[str, ...] = ()
     releases: ClassVar[Mapping[str, tuple[str, Mapping[str, int]]]] = {}
     image_processors: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
@@ -94,6 +98,10 @@ class Family:
         """The vision tower alone, with random weights."""
         return import_module("transformers").AutoModel.from_config(config.vision_config)
 
+    def untuned_parts(self, tune: str) -> tuple[str, ...]:
+        """The submodules of the projector that `tune`, one of `tunes`, leaves as they are."""
+        return ()
+
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that
         all processes call the same layers. `zero`: a scalar tensor of the model's dtype, on its device."""
@@ -106,6 +114,10 @@ class Family:
 
     def more_tower_parameters(self, config: Any) -> int:
         """Parameters of towers beside the one of `vision_config`."""
+        return 0
+
+    def more_tower_bytes(self, config: Any, bytes_per_value: int) -> int:
+        """Bytes at work at once, beside the tower of `vision_config`."""
         return 0
 
     def more_tower_flops(self, config: Any, tiles: int) -> int:

@@ -19,6 +19,8 @@ class MiniGemini(Family):
     configuration = "configuration_reduced_mini_gemini"
     modeling = "modeling_reduced_mini_gemini"
     processing = "processing_reduced_mini_gemini"
+    tunes = ("projector", "projector+mining")
+    tower_keys = ("aux_config", "image_size_aux", "image_grid", "image_global")
     releases: ClassVar = {"mgm-7b": ("LlamaConfig", SIZES_7B), "mgm-13b": ("LlamaConfig", SIZES_13B)}
     image_processors: ClassVar = {"": _PADDED, "LlavaImageProcessor": _PADDED}
 
@@ -33,6 +35,9 @@ class MiniGemini(Family):
 
     def tiles(self, config: Any) -> int:
         return int(config.image_grid) ** 2 + (config.image_grid > 1 and config.image_global)
+
+    def untuned_parts(self, tune: str) -> tuple[str, ...]:
+        return ("mining",) if tune == "projector" else ()
 
     def pixels(self, config: Any, tiles: int) -> int:
         return int(tiles // self.tiles(config) * config.image_size_aux**2)
@@ -63,6 +68,12 @@ class MiniGemini(Family):
             total += depth * (49 * width + width + 2 * width + 8 * width * width + 5 * width + width)
             before = width
         return int(total)
+
+    def more_tower_bytes(self, config: Any, bytes_per_value: int) -> int:
+        """Of one image, as they come one by one: the features twice while they are stacked, and in float32 the windows
+        that are mined, before and after their norm."""
+        features = (config.image_size_aux // config.aux_config.patch_size) ** 2 * sum(config.aux_config.hidden_sizes)
+        return int(features * (2 * bytes_per_value + 2 * 4))
 
     def more_tower_flops(self, config: Any, tiles: int) -> int:
         """The ConvNeXt, once an image and whatever the budget, and the mining of every patch, folded."""

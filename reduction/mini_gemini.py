@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, ConvNextModel
 
 from .configuration_reduced_mini_gemini import tiles_of
@@ -97,9 +98,17 @@ class PatchInfoMining(nn.Module):
         Returns:
             [N, P, H] in the dtype of `patches`; computed in that of the weights.
         """
-        # One image after the other: the windows of one take half a gigabyte in float32.
-        mined = [self._mine(*image) for image in zip(patches, features, strict=True)]
-        return torch.stack(mined).to(patches.dtype)
+        mined = []
+        for image in zip(patches, features, strict=True):  # one by one: their windows take half a gigabyte in float32
+            if torch.is_grad_enabled() and self.key[1].weight.requires_grad:
+                mined.append(checkpoint(self._mine, *image, use_reentrant=False))
+            else:
+                mined.append(self._mine(*image))
+        found = torch.stack(mined)
+        if torch.is_grad_enabled() and self.key[1].weight.requires_grad:
+            # No attention depends on the keys' two biases: engines wait for their gradient, which is of zeros.
+            found = found + 0 * (self.key[0].bias.sum() + self.key[1].bias.sum())
+        return found.to(patches.dtype)
 
     def _mine(self, patches: Tensor, features: Tensor) -> Tensor:
         """[P, H] of one image: patches [P, H], features [F, X, X]."""

@@ -131,10 +131,12 @@ class ReducedMiniGeminiModel(ReducedLlavaModel):
 
     def _add_mined(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
         """CLIP's patches [N * T, P, H] and what each mines in the images [N, 3, A, A]."""
-        tower = self.vision_tower
-        features = tower.views(tower.high_resolution(pixel_values))
-        mined: Tensor = self.multi_modal_projector.mining(patches, features)
-        return patches + mined
+        tower, mining = self.vision_tower, self.multi_modal_projector.mining
+        mined = []
+        # One image after the other: the ConvNeXt fills a device with one, and its features take 200 MB in bfloat16.
+        for image, own in zip(pixel_values.split(1), patches.split(tower.tiles), strict=True):
+            mined.append(mining(own, tower.views(tower.high_resolution(image))))
+        return patches + torch.cat(mined)
 
     def _of_images(self, visual: VisualTokens) -> VisualTokens:
         """What was chosen of tiles [N * T, …] as of images [N, T * …]."""

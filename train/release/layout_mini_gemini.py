@@ -53,11 +53,15 @@ def mining_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     return names
 
 
-def original_mining_name(name: str) -> str:
-    """`mining.query.0.weight` as MGM calls it: `vlm_uni_query_projector.0.weight`."""
-    _, part, rest = name.split(".", 2)
-    original = {ours: theirs for theirs, ours in _MINING_KEYS.items()}[part]
-    return f"vlm_uni_{original}_projector.{rest}"
+def original_mining(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`mining.query.0.weight` … among a projector's tensors under MGM's names: `vlm_uni_query_projector.0.weight` …"""
+    theirs = {ours: theirs for theirs, ours in _MINING_KEYS.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith("mining."):
+            _, part, rest = name.split(".", 2)
+            found[f"vlm_uni_{theirs[part]}_projector.{rest}"] = tensor
+    return found
 
 
 def convnext_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:

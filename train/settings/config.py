@@ -170,6 +170,9 @@ class TuneConfig:
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
+    tune: Literal["projector", "projector+mining"] = "projector"
+    """What is trained: the two-layer projector; of Mini-Gemini, also the mining before it, as its authors' first stage
+    does (then no feature can be cached)."""
     tuning: Literal["full", "lora", "rslora", "dora", "loha", "lokr"] = "full"
     """All weights of the projector, or a PEFT adapter on it (saved in final/adapter, and merged into final)."""
     lora_r: int = 16
@@ -304,6 +307,12 @@ class TuneConfig:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
         if self.distill is not None and self.fastv is not None:
             raise ConfigError("distill and fastv do not go together: set one of them to null")
+        if self.tune != "projector" and (self.tuning != "full" or self.data.cache_features is not None):
+            other = "data.cache_features" if self.tuning == "full" else f"tuning {self.tuning}"
+            raise ConfigError(
+                f"tune is {self.tune!r} and does not go with {other}, which is for the projector alone: set tune to "
+                f"projector, or {'data.cache_features to null' if self.tuning == 'full' else 'tuning to full'}"
+            )
         check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
         if self.budget_schedule is not None:
             self.budget_schedule.check(self.visionzip, self.data.cache_features)
