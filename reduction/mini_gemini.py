@@ -14,10 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionModel, ConvNextModel
+from transformers import CLIPVisionModel
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextStage
 
 from .configuration_reduced_mini_gemini import tiles_of
 from .projector import DtypeProjector
+
+
+class _ConvNext(nn.Module):
+    """transformers' ConvNextModel without the norm after its last stage, of which MGM has no weights; stages never
+    drop paths."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embeddings = ConvNextEmbeddings(config)
+        widths = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.stages = nn.ModuleList(
+            ConvNextStage(config, widths[number], widths[number + 1], stride=2 if number else 1, depth=depth)
+            for number, depth in enumerate(config.depths)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
 
 class MiniGeminiTower(nn.Module):
@@ -27,9 +46,7 @@ class MiniGeminiTower(nn.Module):
         super().__init__()
         self.config = config.vision_config
         self.clip = CLIPVisionModel(config.vision_config)
-        convnext: Any = ConvNextModel(config.aux_config)
-        convnext.layernorm = nn.Identity()  # after the last stage: MGM reads the stages, and has no weights of it
-        self.convnext = convnext
+        self.convnext = _ConvNext(config.aux_config)
         self.grid, self.has_global, self.tiles = config.image_grid, config.image_global, tiles_of(config)
 
     @property
@@ -57,7 +74,7 @@ class MiniGeminiTower(nn.Module):
         first one's size (bilinear, in float32) and laid one upon the other."""
         hidden = self.convnext.embeddings(pixels.to(self.convnext.dtype))
         stages: list[Tensor] = []
-        for stage in self.convnext.encoder.stages:
+        for stage in self.convnext.stages:
             hidden = stage(hidden)
             size = (stages[0] if stages else hidden).shape[-2:]
             resized = interpolate(hidden.float(), size=size, mode="bilinear", align_corners=False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mini_gemini_releases import EXPECTED, GOLDEN, RELEASE, copy_of_release, photograph
+from mini_gemini_releases import RELEASE, copy_of_release, photograph
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 from safetensors.torch import load_file
@@ -50,7 +50,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(converted: Path) -> tuple[Any, Any]:
-    return load_release(str(converted), Reductions(BUDGET, (1,)))
+    return load_release(str(converted), Reductions(BUDGET, {"layers": [1]}))
 
 
 def tune(folder: Path, release: Path, instructions: Path, **keys: Any) -> Path:
@@ -73,9 +73,8 @@ def test_the_projector_alone_is_trained_and_what_is_mined_is_cached(
     assert {name.split(".")[2] for name in trained(run)} == {"linear_1", "linear_2"}
     cached = tune(tmp_path, converted, instructions, data={"cache_features": str(tmp_path / "features")})
     assert all(torch.equal(tensor, trained(cached)[name]) for name, tensor in trained(run).items())
-    final, release = load_file(run / "final" / "model.safetensors"), folder_tensors(converted)
-    mining = [name for name in final if ".mining." in name]
-    assert len(mining) == 12
+    final, release = folder_tensors(run / "final"), folder_tensors(converted)
+    assert sum(".mining." in name for name in final) == 12
     assert all(torch.equal(final[name], release[name]) for name in final if "linear_" not in name)
 
 
@@ -177,8 +176,8 @@ def test_other_methods_choose_by_clip_and_keep_the_sums(loaded: tuple[Any, Any],
 def test_what_mini_gemini_has_no_such_thing_of_is_refused(converted: Path) -> None:
     with pytest.raises(ReductionError, match="lose their windows"):
         load_release(str(converted), Reductions({"dominant": 16, "contextual": 0, "method": "downsample"}))
-    with pytest.raises(ReductionError, match=r"image_size_aux is 260; .* a multiple of 32 is needed"):
-        ReducedMiniGeminiConfig.from_pretrained(converted, image_size_aux=260)
+    with pytest.raises(ReductionError, match=r"image_size_aux is 760; .* a multiple of 96 is needed"):
+        ReducedMiniGeminiConfig(image_size_aux=760)
     model, _ = load_release(str(converted))
     with pytest.raises(ReductionError, match=r"needed is \[images, 3, 256, 256\]: the high-resolution pixels"):
         model.model.get_image_features(torch.zeros(1, 3, 112, 112))
@@ -217,7 +216,7 @@ with torch.no_grad():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["full", "projector"])
+@pytest.mark.parametrize("shape", ["full", pytest.param("projector", marks=pytest.mark.slow)])
 def test_a_checkpoint_loads_without_shortzip(run: Path, tmp_path: Path, shape: Shape) -> None:
     folder, final = run / "final", open_release(str(run))
     model, processor = load_release(final)
@@ -255,7 +254,7 @@ def test_back_to_a_file_that_mgm_loads_and_from_there_again(run: Path, converted
     tensors = torch.load(folder / "mm_projector.bin", weights_only=True)
     original = {name for path in RELEASE.glob("*.safetensors") for name in load_file(path)}
     assert {name for name in original if "mm_projector" in name or "vlm_uni" in name} == set(tensors)
-    laid = load_release(ReleaseSpec(str(converted), mm_projector=str(folder)), Reductions(BUDGET, (1,)))[0]
+    laid = load_release(ReleaseSpec(str(converted), mm_projector=str(folder)), Reductions(BUDGET, {"layers": [1]}))[0]
     tuned = load_release(final)[0]
     for name, weight in laid.model.multi_modal_projector.named_parameters():
         assert torch.equal(weight, tuned.model.multi_modal_projector.get_parameter(name)), name
@@ -306,9 +305,9 @@ def release_projector_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 TEXTS = {  # as MGM's get_prompt gives them for two turns, with the placeholder at the start of its own
-    "mgm_llama_3": "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
-    "are able to understand the visual content that the user provides, and assist the user with a variety of tasks "
-    "using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nQ<|eot_id|>"
+    "mgm_llama_3": "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of "
+    "tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nQ<|eot_id|>"
     "<|start_header_id|>system<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nR<|eot_id|>"
     "<|start_header_id|>system<|end_header_id|>\n\nB<|eot_id|>",
     "mgm_chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ<|im_end|>"
@@ -332,13 +331,12 @@ def test_prompts_of_its_other_language_models(loaded: tuple[Any, Any], name: str
     assert spans[0][0] == len(prompt)
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_at_toy_size(converted: Path, instructions: Path, tmp_path: Path) -> None:
     path = ROOT / "configs" / "mgm-7b.yaml"
     folder = run_here(
         path, tmp_path / "run", "--model", str(converted), "--data.instructions", str(instructions),
         "--data.image_root", str(instructions.parent), "--data.num_workers", "0", "--data.fraction", "1",
-        "--max_steps", "1", "--num_train_epochs", "null", "--global_batch_size", "4",
+        "--max_steps", "2", "--num_train_epochs", "null", "--global_batch_size", "4",
     )  # fmt: skip
     assert open_release(str(folder)).saved_reductions.visionzip == {"dominant": 54, "contextual": 10}
-    assert str(EXPECTED["visual_tokens"]["vanilla"]) == "64"
-    assert GOLDEN.is_dir()

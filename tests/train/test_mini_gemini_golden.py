@@ -1,5 +1,5 @@
-"""Mini-Gemini gives what MGM's own code gives with the same release (goldens: their unmodified code; VisionZip there is
-the extension that the golden describes)."""
+"""Mini-Gemini gives what MGM's own code gives with the same release (goldens: their unmodified code; VisionZip there
+is the extension that the golden describes)."""
 
 import hashlib
 from pathlib import Path

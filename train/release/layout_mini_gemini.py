@@ -33,7 +33,6 @@ _MINING_KEYS = {"query": "query", "aux": "key", "val": "value"}
 _AUX_NAMES = (
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
     (r"^stem\.1\.", "embeddings.layernorm."),
-    (r"^stages\.", "encoder.stages."),
     (r"\.downsample\.", ".downsampling_layer."),
     (r"\.blocks\.", ".layers."),
     (r"\.conv_dw\.", ".dwconv."),
@@ -88,7 +87,7 @@ def convnext_config(specs: Mapping[str, TensorSpec], where: str) -> ConvNextConf
     """
     depths: dict[int, int] = {}
     for name in specs:
-        if match := re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight", name):
+        if match := re.fullmatch(r"stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight", name):
             depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
     stem = "embeddings.patch_embeddings.weight"
     if stem not in specs or sorted(depths) != list(range(len(depths))):
@@ -96,7 +95,7 @@ def convnext_config(specs: Mapping[str, TensorSpec], where: str) -> ConvNextConf
             f"{where} holds no ConvNeXt ({AUX_INSIDE}* or {AUX_IN_FILE}*; found are {len(specs)} of its tensors): "
             "download the release again, or put the folder of its high-resolution tower beside that of its CLIP"
         )
-    widths = [specs[f"encoder.stages.{stage}.layers.0.dwconv.weight"].shape[0] for stage in sorted(depths)]
+    widths = [specs[f"stages.{stage}.layers.0.dwconv.weight"].shape[0] for stage in sorted(depths)]
     return ConvNextConfig(
         patch_size=specs[stem].shape[-1],
         num_stages=len(widths),

@@ -100,7 +100,7 @@ class DataConfig:
     """Seconds after which a loading process that gives nothing is taken for hung, and the run stops; 0 waits on."""
     chat_template: str = "auto"
     """The prompt: auto (the release's own, or the one it was trained with where that differs: data/supervision.py),
-    release, vicuna_v1, chatml, mistral_instruct, plain, or a file."""
+    release, vicuna_v1, chatml, mistral_instruct, plain, Mini-Gemini's mgm_llama_3 and so on, or a file."""
     cache_dir: str | None = None
     """Folder where token counts are kept for the next run on the same conversations; null keeps none."""
     cache_features: str | None = None

@@ -281,7 +281,7 @@ class SupervisedLoss(nn.Module):
         """Zero, through what is trained of the projector's module and is no part of its forward pass."""
         parts = family_of(self.model.config.model_type).untuned_parts("projector")
         weights = (weight for name in parts for weight in projector.get_submodule(name).parameters())
-        return sum(0 * weight.float().sum() for weight in weights if weight.requires_grad)
+        return sum(0 * weight.sum() for weight in weights if weight.requires_grad)
 
     def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
@@ -362,9 +362,7 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, tune: str = "
     """
     family = family_of(model.config.model_type)
     if tune not in family.tunes:
-        raise UserError(
-            f"tune is {tune!r}; of a {family.title} there is {', '.join(family.tunes)}: set tune to projector"
-        )
+        raise UserError(f"tune is {tune!r}; of a {family.title} there is {', '.join(family.tunes)}: set projector")
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
     for layer in model.modules():
