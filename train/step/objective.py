@@ -370,13 +370,13 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype, tune: str = "
         if weight is not None and not weight.is_floating_point():
             layer.training = True  # in eval mode bitsandbytes repacks it, on some CPUs, for kernels without a backward
     # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
-    projector = model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
     trained = set(projector.parameters())
     for name in family.untuned_parts(tune):
         projector.get_submodule(name).requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter not in trained:
-            parameter.data = parameter.data.to(compute_dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter in trained else compute_dtype)
 
 
 def recompute_layers(model: Llava, again: bool = True) -> None:
