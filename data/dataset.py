@@ -25,7 +25,7 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import pixel_values
+from shortzip.data.pixels import pixels_of_row
 from shortzip.data.row_lengths import Counted, encode_unread, lengths_depend_on
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 
@@ -212,21 +212,24 @@ class ConversationDataset(Dataset[Sample | Drop]):
         try:
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
-                encoded = self.supervision.encode(conversation, [(image.height, image.width) for image in images])
+                sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
+                encoded = self.supervision.encode(conversation, sizes)
                 images = images[: encoded.images]
             else:
                 encoded = self.supervision.encode(conversation)
                 images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
-            pixels = [pixel_values(image, processor) for image in images]
+                sizes = [(image.height, image.width) for image in images]
+            pixels = pixels_of_row(images, processor, several=len(conversation.images) > 1)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-        return Sample(conversation.id, encoded, pixels, [(image.height, image.width) for image in images])
+        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images])
 
     def _load_features(self, conversation: Conversation, features: FeatureSource) -> Sample:
         try:
             sizes = [(0, 0)] * len(conversation.images)  # of LLaVA-1.5 nobody asks, and files need not be opened
             if self.supervision.needs_image_sizes:
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
+                sizes = self.supervision.sizes_in_row(sizes)
             encoded = self.supervision.encode(conversation, sizes)
             tensors = []
             for source in conversation.images[: encoded.images]:

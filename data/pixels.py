@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from shortzip.data import images
 
@@ -15,6 +17,20 @@ from shortzip.data import images
 def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
     """What a release's image processor makes of an RGB image: float32 [3, H, W], for LLaVA-NeXT [tiles, 3, H, W]."""
     return image_processor(shrunk(image, image_processor), return_tensors="pt")["pixel_values"][0]
+
+
+def pixels_of_row(images: Sequence[Image.Image], image_processor: Any, several: bool) -> list[torch.Tensor]:
+    """As `pixel_values`, of the (first) images of one row, which has `several` in all: then LLaVA-OneVision pads each
+    to a square and cuts none, [1, 3, H, W]."""
+    if several and images and cuts_lone_images_only(image_processor):
+        rows = [list(images) if len(images) > 1 else [images[0], images[0]]]
+        return list(image_processor(rows, return_tensors="pt")["pixel_values"][: len(images)])
+    return [pixel_values(image, image_processor) for image in images]
+
+
+def cuts_lone_images_only(image_processor: Any) -> bool:
+    """Whether an image is cut into tiles only where it is the one of its row."""
+    return isinstance(image_processor, LlavaOnevisionImageProcessorPil)
 
 
 def shrunk(image: Image.Image, image_processor: Any) -> Image.Image:

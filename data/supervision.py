@@ -18,6 +18,7 @@ from shortzip.data.drops import BadSample
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_text
 from shortzip.data.instructions import Conversation
+from shortzip.data.pixels import cuts_lone_images_only
 
 Processor = Any  # transformers' or a reduced one, of any family
 
@@ -191,6 +192,12 @@ class Supervision:
             self._placeholders[size] = int(counted["num_image_tokens"][0])
         return self._placeholders[size]
 
+    def sizes_in_row(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Sizes of all images of one row as `placeholders` and the model take them: (0, 0) for one that is not cut
+        into tiles because it is one of several."""
+        uncut = len(sizes) > 1 and cuts_lone_images_only(self.processor.image_processor)
+        return [(0, 0)] * len(sizes) if uncut else list(sizes)
+
     def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The prompt text with one `<image>` per image, and the character ranges of the answers.
 
@@ -286,6 +293,7 @@ class Supervision:
             image_sizes = [(0, 0)] * expected
         mark = self.processor.image_token
         pieces = text.split(mark)
+        image_sizes = self.sizes_in_row(image_sizes)
         if len(pieces) - 1 != expected or len(image_sizes) != expected:
             raise BadSample(
                 "placeholder_count",

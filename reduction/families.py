@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "mini_gemini")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
 _REDUCED = "reduced_"
 
 
@@ -101,6 +101,16 @@ class Family:
     def untuned_parts(self, tune: str) -> tuple[str, ...]:
         """The submodules of the projector that `tune`, one of `tunes`, leaves as they are."""
         return ()
+
+    def complete_processor(self, processor: Any, own: Mapping[str, Any], config: Any) -> None:
+        """Gives a processor what its files do not say: those of some years lack one or all of these, and transformers'
+        defaults are then one placeholder short. `own`: its processor_config.json; `config`: the model's."""
+        if own.get("patch_size") is None:
+            processor.patch_size = config.vision_config.patch_size
+        if own.get("vision_feature_select_strategy") is None:
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        if own.get("num_additional_image_tokens") is None:
+            processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
 
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that

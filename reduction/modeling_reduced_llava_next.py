@@ -57,7 +57,7 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
-        pixel_values = _stack_tiles(pixel_values, tiles)
+        pixel_values = stack_tiles(pixel_values, tiles)
         visual: Any = self.get_visual_tokens(pixel_values, vision_feature_layer)
         features: Any = self.project(visual.tokens, visual.kept, image_sizes)
         strategy = vision_feature_select_strategy
@@ -186,7 +186,7 @@ class ReducedLlavaNextForConditionalGeneration(  # type: ignore[misc]
         self.post_init()
 
 
-def _stack_tiles(pixel_values: Tensor, tiles: list[int]) -> Tensor:
+def stack_tiles(pixel_values: Tensor, tiles: list[int]) -> Tensor:
     """The tiles of all images, [sum of tiles, 3, S, S], of stacked [N, most tiles, 3, S, S] or flat pixel values."""
     if pixel_values.dim() == 5 and pixel_values.shape[0] == len(tiles) and pixel_values.shape[1] >= max(tiles):
         return torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])

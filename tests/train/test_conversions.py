@@ -18,6 +18,7 @@ from shortzip.data.files import written_whole
 from shortzip.train.release import conversions
 from shortzip.train.release.content import content_digest
 from shortzip.train.release.convert import convert_to_transformers
+from shortzip.train.release.layout_llava import LlavaLayout
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
 
@@ -95,7 +96,7 @@ def test_another_converter_projector_or_template_gives_another_one(
     open_release(str(release), cache_dir=cache)
     template = release.parent / "other.jinja"
     template.write_text("{{ messages }}")
-    monkeypatch.setattr(conversions, "VICUNA_TEMPLATE", template)
+    monkeypatch.setattr(LlavaLayout, "template", template)
     open_release(str(release), cache_dir=cache)
     assert len(set(made)) == len(made) == 5
 

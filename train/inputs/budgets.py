@@ -86,10 +86,11 @@ class Budgets:
         dataset, now = self.dataset, self.supervision(self.step_at(position))
 
         def fewer(row: int) -> int:
-            images = dataset.conversations[row].images[: int(dataset.images[row])]
-            sizes = [(0, 0)] * len(images)
-            if now.needs_image_sizes:
-                sizes = [dataset.known_images.size(source, dataset.image_root) for source in images]
+            images, left = dataset.conversations[row].images, int(dataset.images[row])
+            sizes = [(0, 0)] * left
+            if now.needs_image_sizes and left:
+                every = [dataset.known_images.size(source, dataset.image_root) for source in images]
+                sizes = now.sizes_in_row(every)[:left]
             return sum(dataset.supervision.placeholders(size) - now.placeholders(size) for size in sizes)
 
         rows = np.asarray(samples, dtype=np.int64)

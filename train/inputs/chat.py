@@ -118,12 +118,12 @@ class Chat:
         Raises:
             UserError, BadSample: as `ask`.
         """
-        sizes = [(image.height, image.width) for image in images]
+        sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
         ids = self.supervision.prompt(Conversation("chat", ("",) * len(images), tuple(turns)), sizes)
         self._refuse_longer(len(ids) + max_new_tokens)
         kept = self._reusable(ids, [_digest(image) for image in images], keep)
         done, cached = len(kept.images), len(kept.ids)
-        new = Prompt(ids, pixels_of(self.supervision, images[done:]), sizes[done:])
+        new = Prompt(ids, pixels_of(self.supervision, images[done:], several=len(images) > 1), sizes[done:])
         inputs = batch_prompts(self.supervision, [new], self.model.device)
         began = time.perf_counter()
         sequence = self.model.generate(

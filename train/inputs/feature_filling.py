@@ -22,7 +22,7 @@ from shortzip.data.images import (
 )
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import pixel_values
+from shortzip.data.pixels import cuts_lone_images_only, pixel_values
 from shortzip.reduction.positions import keeps_positions
 from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
@@ -67,7 +67,14 @@ def _sources(datasets: Sequence[ConversationDataset]) -> list[tuple[ImageSource,
     """Every image of the datasets once, in order."""
     sources: dict[Any, tuple[ImageSource, Any]] = {}
     for dataset in datasets:
+        lone_only = cuts_lone_images_only(dataset.supervision.processor.image_processor)
         for conversation in dataset.conversations:
+            if lone_only and len(conversation.images) > 1:
+                raise UserError(
+                    f"data.cache_features: row {conversation.id!r} has {len(conversation.images)} images, and "
+                    "LLaVA-OneVision reads an image otherwise where it is one of several: set data.cache_features to "
+                    "null, or leave such rows out"
+                )
             for source in conversation.images:
                 sources.setdefault((str(dataset.image_root), source), (source, dataset.image_root))
     return list(sources.values())

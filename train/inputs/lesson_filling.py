@@ -79,7 +79,8 @@ class _Groups(Dataset[_Rows]):
         encoded = encode_unread(conversation, dataset.supervision, dataset.image_root, dataset.known_images)
         images, sizes = conversation.images[: encoded.images], [(0, 0)] * encoded.images
         if dataset.supervision.needs_image_sizes:
-            sizes = [dataset.known_images.size(source, dataset.image_root) for source in images]
+            every = [dataset.known_images.size(source, dataset.image_root) for source in conversation.images]
+            sizes = dataset.supervision.sizes_in_row(every)[: encoded.images]
         sample = Sample(conversation.id, encoded, [], sizes)
         if not answers(sample, dataset):
             return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shortzip.data.dataset import Collator, Sample
 from shortzip.data.instructions import Conversation
-from shortzip.data.pixels import pixel_values
+from shortzip.data.pixels import pixels_of_row
 from shortzip.data.supervision import Encoded, Supervision
 
 
@@ -39,15 +39,16 @@ def encode_prompt(
     placeholders. Raises `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation
     `name`.
     """
-    sizes = [(image.height, image.width) for image in images]
+    sizes = supervision.sizes_in_row([(image.height, image.width) for image in images])
     conversation = Conversation(name, ("",) * len(images), tuple(turns))
     return Prompt(supervision.prompt(conversation, sizes), pixels_of(supervision, images), sizes)
 
 
-def pixels_of(supervision: Supervision, images: Sequence[Image.Image]) -> list[Tensor]:
-    """What the release's image processor makes of RGB images, one tensor each."""
-    processor = supervision.processor.image_processor
-    return [pixel_values(image, processor) for image in images]
+def pixels_of(supervision: Supervision, images: Sequence[Image.Image], several: bool | None = None) -> list[Tensor]:
+    """What the release's image processor makes of RGB images, one tensor each; `several`: whether their prompt has
+    more than one (by default, whether they are)."""
+    several = len(images) > 1 if several is None else several
+    return pixels_of_row(images, supervision.processor.image_processor, several)
 
 
 def batch_prompts(supervision: Supervision, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from shortzip.train.release.tensor_files import weight_files
 
 logger = logging.getLogger(__name__)
 
-VICUNA_TEMPLATE = Path(shortzip.data.__file__).parent / "templates" / "vicuna_v1.jinja"
+TEMPLATES = Path(shortzip.data.__file__).parent / "templates"
 NEWLINE = "model.image_newline"
 
 
@@ -37,7 +37,7 @@ class LlavaLayout:
     language_model = "Llama"
     config_class: Any = LlavaConfig
     architecture = "LlavaForConditionalGeneration"
-    template = VICUNA_TEMPLATE
+    template = TEMPLATES / "vicuna_v1.jinja"
     tower_inside = "model.vision_tower.vision_tower."
     """What begins the names of a tower's tensors that lie among the release's own."""
 

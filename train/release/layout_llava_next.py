@@ -31,10 +31,7 @@ class LlavaNextLayout(LlavaLayout):
         return LlavaNextProcessor(LlavaNextImageProcessorPil(**pixels, image_grid_pinpoints=grid), **arguments)
 
     def plan_rest(self, plan: Plan, parts: Parts) -> None:
-        tensors = parts.tensors
-        if NEWLINE not in tensors.specs:
-            raise UserError(f"{parts.where}: image_aspect_ratio is anyres, but {NEWLINE} is missing")
-        plan.take(tensors.origin[NEWLINE], NEWLINE, "image_newline", tensors.specs[NEWLINE])
+        plan_newline(plan, parts)
         super().plan_rest(plan, parts)
 
     def image_keys(self, config: Any) -> dict[str, Any]:
@@ -43,6 +40,14 @@ class LlavaNextLayout(LlavaLayout):
             "mm_patch_merge_type": "spatial_unpad",
             "image_grid_pinpoints": config.image_grid_pinpoints,
         }
+
+
+def plan_newline(plan: Plan, parts: Parts) -> None:
+    """Takes image_newline. Raises UserError for a release without it."""
+    tensors = parts.tensors
+    if NEWLINE not in tensors.specs:
+        raise UserError(f"{parts.where}: image_aspect_ratio is anyres, but {NEWLINE} is missing")
+    plan.take(tensors.origin[NEWLINE], NEWLINE, "image_newline", tensors.specs[NEWLINE])
 
 
 def pinpoints(config: Mapping[str, Any], where: str) -> list[list[int]]:

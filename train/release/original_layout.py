@@ -82,7 +82,22 @@ def check_original_config(config: Mapping[str, Any], where: str) -> None:
     missing = [key for key in (*_REQUIRED, "mm_vision_tower") if config.get(key) is None]
     if missing:
         raise UserError(f"{where}: config.json lacks {', '.join(missing)}; sizes are never guessed")
-    _check_sizes(config, _SIZES, f"{where}: config.json")
+    check_sizes(config, _SIZES, f"{where}: config.json")
+    check_projector_keys(config, where)
+    if config.get("s2"):
+        raise UserError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
+    if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
+        raise UserError(
+            f"{where}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}, known are patch, cls_patch"
+        )
+    if config.get("image_aspect_ratio") not in (None, "square", "pad", "anyres"):
+        raise UserError(
+            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}, known are square, pad and anyres"
+        )
+
+
+def check_projector_keys(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a config whose projector is not LLaVA 1.5's, or which puts tokens of its own around images."""
     projector = config.get("mm_projector_type", "linear")
     resampler = config.get("mm_resampler_type")
     if resampler is not None:
@@ -101,19 +116,9 @@ def check_original_config(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key} is on, which puts tokens of its own around every image (LLaVA 1.0); needed is off: "
                 "use LLaVA 1.5 or later"
             )
-    if config.get("s2"):
-        raise UserError(f"{where}: s2 (a vision tower run at several scales) is on, needed is off")
-    if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
-        raise UserError(
-            f"{where}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}, known are patch, cls_patch"
-        )
-    if config.get("image_aspect_ratio") not in (None, "square", "pad", "anyres"):
-        raise UserError(
-            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}, known are square, pad and anyres"
-        )
 
 
-def _check_sizes(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def check_sizes(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     """Refuses sizes that are there and are no whole number from 1: transformers would divide by them."""
     for key in keys:
         value = config.get(key)
@@ -177,10 +182,10 @@ def tower_config(folder: Path) -> CLIPVisionConfig:
         part = config.get("vision_config", {})
         if not isinstance(part, dict):
             raise UserError(f"{folder}: vision_config in config.json is {part!r}, needed is an object")
-        _check_sizes(part, _TOWER_SIZES, f"{folder}: vision_config in config.json")
+        check_sizes(part, _TOWER_SIZES, f"{folder}: vision_config in config.json")
         return CLIPVisionConfig.from_dict(part)
     if config.get("model_type") == "clip_vision_model":
-        _check_sizes(config, _TOWER_SIZES, f"{folder}: config.json")
+        check_sizes(config, _TOWER_SIZES, f"{folder}: config.json")
         return CLIPVisionConfig.from_dict(config)
     raise UserError(
         f"{folder}: the vision tower is a {config.get('model_type')!r}, LLaVA's own layout knows CLIP towers only"

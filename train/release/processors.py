@@ -33,13 +33,7 @@ def release_processor(release: Release, model_config: Any) -> Any:
     if settings is None:
         settings = read_json(folder / "preprocessor_config.json")
     processor.image_processor = build_image_processor(settings, model_type, str(folder))
-    # Files of some years lack one or all of these, and transformers' defaults are then one placeholder short.
-    if own.get("patch_size") is None:
-        processor.patch_size = model_config.vision_config.patch_size
-    if own.get("vision_feature_select_strategy") is None:
-        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-    if own.get("num_additional_image_tokens") is None:
-        processor.num_additional_image_tokens = int(model_config.vision_config.model_type == "clip_vision_model")
+    family_of(model_type).complete_processor(processor, own, model_config)
     if chat_template == "auto" and model_type.startswith("reduced_"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
     processor.chat_template = choose_template(processor, chat_template)
