@@ -24,7 +24,17 @@ Processor = Any  # transformers' or a reduced one, of any family
 
 IGNORE_INDEX = -100
 _SPACE = "\u2581"  # how sentencepiece writes a space
-TEMPLATES = ("vicuna_v1", "chatml", "mistral_instruct", "plain")
+TEMPLATES = (
+    "vicuna_v1",
+    "chatml",
+    "mistral_instruct",
+    "plain",
+    # Mini-Gemini's, by language model; its 7B and 13B have vicuna_v1.
+    "mgm_gemma",
+    "mgm_llama_3",
+    "mgm_mistral_instruct",
+    "mgm_chatml_direct",
+)
 # How a question about an image and its answer look in templates that releases come with. In llava-hf's, Mistral's end
 # token is misspelt, and ChatML has spaces that no LLaVA was trained with.
 _FAMILIES = {

@@ -63,5 +63,5 @@ class Duet:
         size, step = pool_of(patches - dominant, contextual, self.window)
         ranked = by_score(states.attention)
         order, pool = ranked[:, :dominant], ranked[:, dominant : dominant + size]
-        merged, targets, groups = merge_into(states.patches, states.keys, pool, step, contextual)
+        merged, targets, groups = merge_into(states.content, states.keys, pool, step, contextual)
         return Selection(order, contextual=merged, targets=targets, groups=groups)

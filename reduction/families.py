@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "llava_onevision")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
 _REDUCED = "reduced_"
 
 
@@ -29,6 +29,8 @@ class Family:
         towers: its vision towers, as attributes of the model and in the names of weights.
         usual_tiles: tiles of an image as papers count them.
         counts_by_size: whether an image's number of visual tokens depends on its size.
+        tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
+        tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
         releases: those known by a short name: the language model (a class of transformers) and its sizes.
         image_processors: kinds of image processor that releases ship, and the class of transformers (Pillow backend)
             that gives the pixels that they were trained on.
@@ -45,6 +47,8 @@ class Family:
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
     counts_by_size = False
+    tunes: tuple[str, ...] = ("projector",)
+    tower_keys: tuple[str, ...] = ()
     releases: ClassVar[Mapping[str, tuple[str, Mapping[str, int]]]] = {}
     image_processors: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
@@ -82,6 +86,22 @@ class Family:
         module, name = self.image_processors[kind]
         return getattr(import_module(f"transformers.models.{module}"), name).from_dict(dict(settings))
 
+    def tiles(self, config: Any) -> int:
+        """Tiles of an image as papers count them, or, where the config says, as they are."""
+        return self.usual_tiles
+
+    def pixels(self, config: Any, tiles: int) -> int:
+        """Pixels that the model is given of images in so many tiles."""
+        return int(tiles * config.vision_config.image_size**2)
+
+    def build_tower(self, config: Any) -> Any:
+        """The vision tower alone, with random weights."""
+        return import_module("transformers").AutoModel.from_config(config.vision_config)
+
+    def untuned_parts(self, tune: str) -> tuple[str, ...]:
+        """The submodules of the projector that `tune`, one of `tunes`, leaves as they are."""
+        return ()
+
     def complete_processor(self, processor: Any, own: Mapping[str, Any], config: Any) -> None:
         """Gives a processor what its files do not say: those of some years lack one or all of these, and transformers'
         defaults are then one placeholder short. `own`: its processor_config.json; `config`: the model's."""
@@ -104,6 +124,10 @@ class Family:
 
     def more_tower_parameters(self, config: Any) -> int:
         """Parameters of towers beside the one of `vision_config`."""
+        return 0
+
+    def more_tower_bytes(self, config: Any, bytes_per_value: int) -> int:
+        """Bytes at work at once, beside the tower of `vision_config`."""
         return 0
 
     def more_tower_flops(self, config: Any, tiles: int) -> int:

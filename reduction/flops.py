@@ -166,8 +166,8 @@ def projector_training_flops(config: PreTrainedConfig, visual_tokens: int) -> in
 
 
 def usual_tiles(config: PreTrainedConfig) -> int:
-    """Tiles of an image as the papers count them: five in LLaVA-NeXT, else one."""
-    return family_of(config.model_type).usual_tiles
+    """Tiles of an image as the papers count them: five in LLaVA-NeXT and Mini-Gemini-HD, else one."""
+    return family_of(config.model_type).tiles(config)
 
 
 def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:

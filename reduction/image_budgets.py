@@ -25,7 +25,7 @@ from .extras import extra
 from .positions import ImagePositions, PlacedFeatures, takes_encoded_images
 from .selectors import BASELINES, VISIONZIP, selector_of
 from .visionzip import score_patches
-from .visual_tokens import VisualTokens, block_states, tokens_of_block
+from .visual_tokens import VisualTokens, run_to_block, tokens_of_block
 
 FIXED, COVERAGE, IMAGE = "fixed", "coverage", "image"
 # Of each chooser, the keys beside its name: its parameter first (scripts/calibrate_budget.py finds it).
@@ -302,7 +302,7 @@ def chosen_tokens(
     layer = model.config.vision_feature_layer if layer is None else layer
     selected = selected_block(layer, len(tower.encoder.layers))
     reads_attention = bool(selector.reads & {"attention", "keys"})
-    hidden, queries, keys, scale = block_states(tower, pixel_values, selected, has_cls, reads_attention)
+    hidden, queries, keys, scale = run_to_block(tower, pixel_values, selected, has_cls, reads_attention)
     if budgets is None:
         assert queries is not None
         assert keys is not None

@@ -80,4 +80,4 @@ class PruMergePlus:
         assert states.attention is not None
         assert states.keys is not None
         order = important_and_spaced(states.attention, dominant)
-        return Selection(order, kept=take_in_neighbours(states.patches, states.keys, states.attention, order))
+        return Selection(order, kept=take_in_neighbours(states.content, states.keys, states.attention, order))

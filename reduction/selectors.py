@@ -53,6 +53,8 @@ class TowerStates(NamedTuple):
         keys: [N, P, d] float32 or finer, the selected block's keys, unscaled, mean over heads, CLS off.
         projected: [N, P, W], every patch through the projector as it is now.
         pixels: [N, 3, S, S], what the tower was given.
+        refined: [N, P, H], what is kept and merged of the patches, where that is not what is looked at (Mini-Gemini
+            adds what each patch mines); None: the patches themselves.
     """
 
     patches: Tensor
@@ -61,6 +63,12 @@ class TowerStates(NamedTuple):
     keys: Tensor | None = None
     projected: Tensor | None = None
     pixels: Tensor | None = None
+    refined: Tensor | None = None
+
+    @property
+    def content(self) -> Tensor:
+        """[N, P, H], what is kept and merged: a method that merges takes it, one that compares takes `patches`."""
+        return self.patches if self.refined is None else self.refined
 
 
 class Selection(NamedTuple):

@@ -130,5 +130,5 @@ class VisionZip:
         assert states.attention is not None
         assert states.keys is not None
         order = select_dominant(states.attention, dominant)
-        merged, targets, groups = merge_contextual(states.patches, states.keys, order, contextual)
+        merged, targets, groups = merge_contextual(states.content, states.keys, order, contextual)
         return Selection(order, contextual=merged, targets=targets, groups=groups)

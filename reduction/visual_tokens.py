@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,37 @@ class VisualTokens(ModelOutput):
     attention: Tensor | None = None
 
 
+class BlockStates(NamedTuple):
+    """What the tower's selected block gives of N images (tiles).
+
+    Attributes:
+        hidden: [N, T, H], its output.
+        queries: [N, heads, Q, d] (see `score_patches`); None where the selector reads nothing of it.
+        keys: [N, heads, T, d], unscaled, with bias; likewise.
+        scale: see `score_patches`.
+    """
+
+    hidden: Tensor
+    queries: Tensor | None
+    keys: Tensor | None
+    scale: float
+
+
+def run_to_block(tower: Any, pixel_values: Tensor, selected: int, has_cls: bool, reads_attention: bool) -> BlockStates:
+    """Runs CLIP or SigLIP on images [N, 3, S, S] up to its block `selected`, and no further.
+
+    `reads_attention` False: queries and keys are None.
+    """
+    blocks = tower.encoder.layers
+    hidden = embed_patches(tower, pixel_values)
+    for block in blocks[:selected]:
+        hidden = block(hidden, None)
+    queries = keys = None
+    if reads_attention:
+        queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
+    return BlockStates(blocks[selected](hidden, None), queries, keys, blocks[selected].self_attn.scale)
+
+
 def choose_tokens(
     tower: Any,
     projector: Any,
@@ -50,25 +81,8 @@ def choose_tokens(
         visionzip: the config's key, for its `dominant` and `contextual`.
         has_cls: whether the tower's token 0 is CLS.
     """
-    states = block_states(tower, pixel_values, selected, has_cls, bool(selector.reads & {"attention", "keys"}))
+    states = run_to_block(tower, pixel_values, selected, has_cls, bool(selector.reads & {"attention", "keys"}))
     return tokens_of_block(*states, selector, visionzip, has_cls, projector, pixel_values)
-
-
-def block_states(
-    tower: Any, pixel_values: Tensor, selected: int, has_cls: bool, reads_attention: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    """What `tokens_of_block` takes of the tower's block `selected`: its output, queries, keys and scale.
-
-    `reads_attention` False: queries and keys are None.
-    """
-    blocks = tower.encoder.layers
-    hidden = embed_patches(tower, pixel_values)
-    for block in blocks[:selected]:
-        hidden = block(hidden, None)
-    queries = keys = None
-    if reads_attention:
-        queries, keys = queries_and_keys(blocks[selected], hidden, has_cls)
-    return blocks[selected](hidden, None), queries, keys, blocks[selected].self_attn.scale
 
 
 def tokens_of_block(
@@ -81,14 +95,13 @@ def tokens_of_block(
     has_cls: bool,
     projector: Any = None,
     pixels: Tensor | None = None,
+    refined: Tensor | None = None,
 ) -> VisualTokens:
     """As `choose_tokens`, of what the selected block gives.
 
     Args:
-        hidden: [N, T, H], the block's output.
-        queries: [N, heads, Q, d] of the block (see `score_patches`); None where the selector reads nothing of it.
-        keys: [N, heads, T, d] of the block, unscaled, with bias; likewise.
-        scale: see `score_patches`.
+        hidden, queries, keys, scale: see BlockStates.
+        refined: see TowerStates.
     """
     cls, counts_cls, reads = int(has_cls), has_cls and selector.keeps_cls, selector.reads
     patches = hidden[:, cls:]
@@ -99,7 +112,7 @@ def tokens_of_block(
             if queries is not None and keys is not None:
                 attention = score_patches(queries, keys, scale, has_cls) if "attention" in reads else None
                 metric = at_least_float32(keys).mean(dim=1)[:, cls:] if "keys" in reads else None
-            projected = projector(patches) if "projected" in reads else None
+            projected = projector(patches if refined is None else refined) if "projected" in reads else None
         states = TowerStates(
             patches=patches,
             cls=hidden[:, :1] if has_cls else None,
@@ -107,6 +120,7 @@ def tokens_of_block(
             keys=metric,
             projected=projected,
             pixels=pixels if "pixels" in reads else None,
+            refined=refined,
         )
         selection = selector.select(states, visionzip["dominant"] - counts_cls, visionzip["contextual"])
     return _arranged(states, selection, counts_cls)
@@ -114,7 +128,7 @@ def tokens_of_block(
 
 def _arranged(states: TowerStates, selection: Selection, counts_cls: bool) -> VisualTokens:
     """CLS, what is kept in spatial order, then what is merged."""
-    patches, order = states.patches, selection.order
+    patches, order = states.content, selection.order
     ascending, rank = order.sort(dim=-1)
     source, index = (patches, ascending) if selection.kept is None else (selection.kept, rank)
     dominant = source.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))

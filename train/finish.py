@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from shortzip.data.errors import shown
-from shortzip.data.files import read_json
 from shortzip.data.images import open_image
 from shortzip.data.pixels import shrunk
 from shortzip.reduction.reductions import Reductions
@@ -21,7 +20,7 @@ from shortzip.train.inputs.samples import held_out_set
 from shortzip.train.publish.push import PublishError, publish_run
 from shortzip.train.release.lineage import base_revision, write_record
 from shortzip.train.release.loading import load_viewer
-from shortzip.train.release.opening import Release, open_release
+from shortzip.train.release.opening import Release, model_classes, open_release
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import folder_specs
 from shortzip.train.release.writing import write_reduced_checkpoint
@@ -153,10 +152,10 @@ def compare_and_draw(config: TuneConfig, folder: Path, session: Session) -> None
     report.heading("what next")
     written = [name for name in (METRICS, CURVE, RESULTS, ANSWERS, PICTURES) if (folder / name).exists()]
     report.say(f"the run       {shown(str(folder))}: {', '.join(written)}")
+    _, model, _ = model_classes(open_release(str(folder / FINAL)).config["model_type"])
     for what, command in next_commands(config, folder).items():
         report.say(f"{what:<12}  {command}")
-    name = read_json(folder / FINAL / "config.json")["architectures"][0]
-    report.say(f"in Python     {name}.from_pretrained({str(folder / FINAL)!r})")
+    report.say(f"in Python     {model.__name__}.from_pretrained({str(folder / FINAL)!r})")
 
 
 def next_commands(config: TuneConfig, folder: Path) -> dict[str, str]:

@@ -236,7 +236,7 @@ def load_subject(
     else:
         model, processor = freeze_layers(loaded, reductions, with_tower=tower is None)
         del loaded  # and with it a tower that is not needed
-    train_only_projector(model, dtype)  # until the samples' lengths are known
+    train_only_projector(model, dtype, config.tune)  # until the samples' lengths are known
     teacher = None
     if config.distill is not None and config.data.cache_teacher is None:
         teacher = Teacher(model, dtype)

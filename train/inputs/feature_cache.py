@@ -19,10 +19,11 @@ from shortzip.data.images import (
     image_name,
 )
 from shortzip.data.known_images import KnownImages
+from shortzip.reduction.families import family_of
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import refuse_to_keep, settled
 from shortzip.train.inputs.shards import Shards
-from shortzip.train.release.towers import tower_digest
+from shortzip.train.release.towers import tensors_digest, tower_digest
 
 FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
 _KEPT = ("tokens", "kept", "targets")
@@ -61,12 +62,25 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
         "format": FORMAT,
         "tower": tower or tower_digest(model.model.vision_tower),
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
+        **_of_family(model),
         "layer": config.vision_feature_layer,
         "visionzip": settled(config.visionzip),
         # What is kept for compact positions is found as it was before there were others.
         **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
     }
+
+
+def _of_family(model: Any) -> dict[str, Any]:
+    """What a family's visual tokens depend on beside its tower: keys of the config, untrained parts of the
+    projector."""
+    config, projector = model.config, model.model.multi_modal_projector
+    family, values = family_of(config.model_type), config.to_dict()
+    keys = {key: values[key] for key in family.tower_keys}
+    parts = {
+        name: tensors_digest(projector.get_submodule(name).state_dict()) for name in family.untuned_parts("projector")
+    }
+    return {**({"family's keys": keys} if keys else {}), **({"parts of the projector": parts} if parts else {})}
 
 
 class FeatureCache(Shards):

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import visual_grid
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, selector_of
 from shortzip.train.rehearsal.as_cuda import AttentionAsOnCuda
@@ -188,7 +189,9 @@ def _fake_batch(step: StepToRehearse, fake: FakeTensorMode) -> MicroBatch:
         inputs["visual_tokens"] = torch.zeros(step.tiles, dominant + contextual, vision.hidden_size, dtype=dtype)
         inputs["visual_kept"] = torch.zeros(step.tiles, dominant - _has_cls(config), dtype=torch.int64)
     elif layout.placeholders:
-        inputs["pixel_values"] = torch.zeros(step.tiles, 3, vision.image_size, vision.image_size)
+        family = family_of(config.model_type)
+        side = family.no_image(config, torch.zeros(()))["pixel_values"].shape[-1]
+        inputs["pixel_values"] = torch.zeros(family.pixels(config, step.tiles) // side**2, 3, side, side)
     if step.image_sizes:
         inputs["image_sizes"] = step.image_sizes
     if step.every_token:

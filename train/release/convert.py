@@ -19,6 +19,7 @@ from shortzip.data.files import read_json, written_whole
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.weight_files import weight_names
 from shortzip.train.release.conversion_plan import Plan, Tensors, check_dtypes, compare
+from shortzip.train.release.layout_mini_gemini import original_mining
 from shortzip.train.release.layouts import OriginalLayout, Parts, layout_of
 from shortzip.train.release.original_layout import (
     PROJECTOR_KEYS,
@@ -67,7 +68,7 @@ def convert_to_transformers(
         raise UserError(f"{where} holds no {_EMBEDDINGS[0]}: is this a LLaVA on {layout.language_model}?")
     vocabulary = layout.vocabulary(source, language[_EMBEDDINGS[0]].shape[0])
     language_dtype = dtype or check_dtypes(language, "language model", where)
-    parts = Parts(config, where, tower, tuple(more_towers), layout.tower_config(tower), vocabulary, tensors)
+    parts = Parts(config, where, tower, tuple(more_towers), layout.tower_config(tower), vocabulary, tensors, projector)
     new_config = layout.config(parts, language_dtype)
     plan = Plan(dtype)
     _plan_language(plan, language, tensors, layout, config, vocabulary.rows, where)
@@ -123,7 +124,7 @@ def merged_config(source: Path, projector: Path | None) -> dict[str, Any]:
             "mm_projector.bin as well"
         )
     beside = read_json(projector.parent / "config.json")
-    multimodal = {key: value for key, value in beside.items() if key.startswith("mm_") or key == "image_aspect_ratio"}
+    multimodal = {key: value for key, value in beside.items() if key.startswith(("mm_", "image_"))}
     return {**config, **multimodal, "model_type": beside.get("model_type", "llava_llama")}
 
 
@@ -206,9 +207,11 @@ def write_llava_projector(
     """Writes `mm_projector.bin` and the config.json that LLaVA's own code loads over `base` (`--model-base`).
 
     `projector`: `linear_1.weight` … as in transformers; kept in its dtype. `original_config`: the config with LLaVA's
-    own keys. `target`'s name must hold "llava", or LLaVA's loader takes it for a language model: ValueError.
+    own keys. `target`'s name must hold "llava", or LLaVA's loader takes it for a language model: ValueError. Of a
+    Mini-Gemini the mining is written beside its projector, as MGM's first stage does, under any name.
     """
-    if "llava" not in target.name.lower():
+    mining = original_mining(projector)
+    if "llava" not in target.name.lower() and not mining:
         raise UserError(
             f"{target}: LLaVA's own loader recognises a LLaVA by its folder's name: let it contain 'llava'"
         )
@@ -217,6 +220,7 @@ def write_llava_projector(
             f"model.mm_projector.{key}": projector[PROJECTOR_NAMES[key]].detach().cpu().clone()
             for key in PROJECTOR_KEYS
         }
+        tensors |= {f"model.{name}": tensor.detach().cpu().clone() for name, tensor in mining.items()}
         torch.save(tensors, folder / "mm_projector.bin")
         config = {**original_config, "_name_or_path": base, "tune_mm_mlp_adapter": True}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

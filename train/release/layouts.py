@@ -38,6 +38,8 @@ class Parts:
     """Its `Vocabulary` (original_layout.py): the tokenizer, the ids of placeholders, rows of the embeddings."""
     tensors: Tensors
     """All its tensors and their files."""
+    projector: Path | None = None
+    """An `mm_projector.bin` that takes the place of its own projector."""
 
 
 class OriginalLayout(Protocol):

@@ -111,6 +111,9 @@ def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple
     with torch.device("meta"):
         model = model_class(config)
     model.model.vision_tower = load_tower(release.folder, config, torch.float32)
+    if family_of(config.model_type).untuned_parts("projector"):  # which its visual tokens pass through
+        model.model.multi_modal_projector.to_empty(device="cpu")
+        lay_projector(model, release_projector(release))
     return model.eval(), release_processor(release, config)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+import shortzip.reduction.auto  # noqa: F401  # has transformers know the reduced models' types
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json
 from shortzip.reduction.base_release import PROJECTOR_FILE
@@ -27,6 +28,7 @@ from shortzip.train.release.content import content_of, folder_content
 from shortzip.train.release.conversions import keep_conversion
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, check_dtypes, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.layout_mini_gemini import mining_names
 from shortzip.train.release.layouts import is_original, layout_of
 from shortzip.train.release.original_layout import (
     PROJECTOR_NAMES,
@@ -257,7 +259,8 @@ def _projector_names(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, s
     ours = {name.rsplit("multi_modal_projector.", 1)[-1]: name for name in specs}
     if {"linear_1.weight", "linear_2.weight"} <= ours.keys():
         return ours
-    return {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+    names = {PROJECTOR_NAMES[key]: name for key, name in find_projector(specs, str(path)).items()}
+    return {**names, **mining_names(specs)}
 
 
 def read_projector(path: Path) -> dict[str, torch.Tensor]:

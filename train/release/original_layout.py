@@ -29,6 +29,7 @@ from shortzip.reduction.weight_files import check_json
 from shortzip.train.release.tensor_files import TensorSpec
 
 IMAGE_TOKEN = "<image>"
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 PROJECTOR_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
 PROJECTOR_NAMES = {
     "0.weight": "linear_1.weight",
@@ -240,11 +241,15 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         raise MissingFile(f"{folder} holds no tokenizer (tokenizer.model): copy it from the release's base")
     check_json(folder, _TOKENIZER_FILES)
-    slow = LlamaTokenizer.from_pretrained(folder, trust_remote_code=False)
+    fast = (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.model").is_file()
+    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class") if fast else None
+    # Llama 3's, or sentencepiece's.
+    known = PreTrainedTokenizerFast if kind == "PreTrainedTokenizerFast" else LlamaTokenizer
+    slow = known.from_pretrained(folder, trust_remote_code=False)
     if len(slow) > rows:
         raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
-    slow.pad_token = slow.pad_token or slow.unk_token
+    slow.pad_token = slow.pad_token or slow.unk_token or slow.eos_token
     slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer = split_after_images(slow, IMAGE_TOKEN)
     image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
@@ -262,4 +267,9 @@ def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary:
     for key, fallback in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         values[f"{key}_token_id"] = settings.get(f"{key}_token_id", config.get(f"{key}_token_id", fallback))
     values["pad_token_id"] = tokenizer.pad_token_id
+    # Where a turn's end is another token than the text's, generation ends at both.
+    turns = [token for end in TURN_ENDS if (token := tokenizer.get_vocab().get(end)) is not None]
+    ends = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
+    if more := [token for token in turns if token not in ends]:
+        values["eos_token_id"] = [*ends, *more]
     return GenerationConfig(**values)

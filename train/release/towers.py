@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
 
 from shortzip.data.errors import UserError
 from shortzip.reduction.families import family_of
@@ -68,18 +67,23 @@ def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
 
     `config`: of the LLaVA. Raises ValueError if the files hold other weights than its tower has.
     """
-    tower = AutoModel.from_config(config.vision_config)
+    tower: nn.Module = family_of(config.model_type).build_tower(config)
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(release):
         names = [name for name in read_specs(path) if PREFIX in name]
         if names:
             with open_tensors(path) as stored:
                 for name in names:  # older releases have one more level, which transformers leaves out by now
-                    short = name.split(PREFIX, 1)[1].removeprefix("vision_model.")
+                    short = _newest_name(name.split(PREFIX, 1)[1])
                     tensors[short] = stored[name].to(dtype)
-    expected = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
+    expected = {_newest_name(name): name for name in tower.state_dict()}
     if expected.keys() != tensors.keys():
         different = sorted(expected.keys() ^ tensors.keys())
         raise UserError(f"{release}: {len(different)} weights of the tower, such as {different[0]}, are not as needed")
     tower.to(dtype).load_state_dict({expected[name]: tensor for name, tensor in tensors.items()})
     return tower.eval().requires_grad_(False)
+
+
+def _newest_name(name: str) -> str:
+    """A tower's weight without the level that transformers has left out of its names by now."""
+    return ".".join(part for part in name.split(".") if part != "vision_model")

@@ -24,12 +24,13 @@ from shortzip.reduction.base_release import PROJECTOR_FILE, describe_files, fetc
 from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.engines import name_model
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, SELECTORS, VISIONZIP
 from shortzip.train.release.convert import ORIGINAL_CONFIG_FILE, write_llava_projector
 from shortzip.train.release.foreign_code import leave_out_foreign_code
 from shortzip.train.release.layouts import layout_for
-from shortzip.train.release.opening import Release, model_classes
+from shortzip.train.release.opening import Release, model_classes, release_projector
 from shortzip.train.release.tensor_files import (
     TensorSpec,
     open_tensors,
@@ -80,6 +81,9 @@ def write_reduced_checkpoint(
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
+    untuned = family_of(config_class.model_type).untuned_parts("projector")
+    if untuned and shape != "full":  # the file is the whole projector, of whose parts some were not tuned
+        tensors = {**{name: tensor.float() for name, tensor in release_projector(release).items()}, **tensors}
     descent = lineage(release, base, base_revision)
     if shape == "llava":
         original = release.original_config
@@ -110,7 +114,7 @@ def write_reduced_checkpoint(
         if shape == "projector":
             save_file({f"{_MARK}{name}": tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
         else:
-            _copy_weights(weights, folder, tensors)
+            _copy_weights(weights, folder, tensors, untuned)
 
 
 def leave_out_extras(folder: Path, reductions: Reductions) -> None:
@@ -209,8 +213,14 @@ def describe_base(release: Release, base: str | None = None, base_revision: str 
     }
 
 
-def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tensor]) -> None:
-    """Copies weight files tensor by tensor, bit for bit, with another projector in its place."""
+def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tensor], untuned: tuple[str, ...]) -> None:
+    """Copies weight files tensor by tensor, bit for bit, with another projector in its place; of its `untuned` parts
+    what there is."""
+
+    def tuned(key: str) -> bool:
+        short = key.split(_MARK, 1)[-1]
+        return _MARK in key and (short in projector or not short.startswith(tuple(f"{part}." for part in untuned)))
+
     weight_map: dict[str, str] = {}
     total = 0
     placed: set[str] = set()
@@ -220,7 +230,7 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         specs = read_specs(path)
         for key in specs:
-            if _MARK in key:
+            if tuned(key):
                 short = key.split(_MARK, 1)[1]
                 if short not in projector or tuple(projector[short].shape) != specs[key].shape:
                     shape = tuple(projector[short].shape) if short in projector else "missing"
@@ -230,7 +240,7 @@ def _copy_weights(source: Path, target: Path, projector: Mapping[str, torch.Tens
         with open_tensors(path) as tensors:
 
             def produce(key: str, tensors: Mapping[str, torch.Tensor] = tensors) -> torch.Tensor:
-                return projector[key.split(_MARK, 1)[1]] if _MARK in key else tensors[key]
+                return projector[key.split(_MARK, 1)[1]] if tuned(key) else tensors[key]
 
             write_safetensors(target / name, specs, produce)
         weight_map.update(dict.fromkeys(specs, name))

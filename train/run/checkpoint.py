@@ -36,6 +36,7 @@ from shortzip.data.files import flush_to_disk, sha256
 SINCE = {
     "positions": "compact",
     "distill": None,
+    "tune": "projector",
 }  # settings that an older checkpoint does not name, and what they were then
 FILES = ("projector.safetensors", "optimizer.safetensors", "state.json")
 _OLDER_FILES = {*FILES, "rng.safetensors"}  # nothing reads the fourth any more

@@ -15,7 +15,6 @@ from shortzip.data.dataset import Collator, Sample
 from shortzip.data.images import open_image
 from shortzip.data.pixels import pixel_values
 from shortzip.data.supervision import Encoded, Supervision
-from shortzip.reduction.projector import DtypeProjector
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import has_own_budgets
 from shortzip.train.release.loading import lay_projector, reduced_config
@@ -130,7 +129,7 @@ def _load(
         model = model_class(config)
     tower = load_tower(folder, config, release.spec.dtype)
     model.model.vision_tower = towers.setdefault(tower_digest(tower), tower.to(device))
-    model.model.multi_modal_projector = DtypeProjector(config)
+    model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config)
     lay_projector(model, release_projector(release))
     model.model.multi_modal_projector.to(device)
     if "image_newline" in dict(model.model.named_parameters(recurse=False)):

@@ -301,7 +301,7 @@ class CalibrateConfig:
     """Tokens that go through a layer at once. Default: 1024 on a CPU, else 8192, halved when memory runs out."""
     chat_template: str = "auto"
     """The prompt: auto (the release's own, or the one it was trained with where that differs: data/supervision.py),
-    release, vicuna_v1, chatml, mistral_instruct, plain, or a file."""
+    release, vicuna_v1, chatml, mistral_instruct, plain, Mini-Gemini's mgm_llama_3 and so on, or a file."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a bad row or image gets: an error, or being left out and counted."""
 

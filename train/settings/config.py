@@ -100,7 +100,7 @@ class DataConfig:
     """Seconds after which a loading process that gives nothing is taken for hung, and the run stops; 0 waits on."""
     chat_template: str = "auto"
     """The prompt: auto (the release's own, or the one it was trained with where that differs: data/supervision.py),
-    release, vicuna_v1, chatml, mistral_instruct, plain, or a file."""
+    release, vicuna_v1, chatml, mistral_instruct, plain, Mini-Gemini's mgm_llama_3 and so on, or a file."""
     cache_dir: str | None = None
     """Folder where token counts are kept for the next run on the same conversations; null keeps none."""
     cache_features: str | None = None
@@ -172,6 +172,9 @@ class TuneConfig:
 
     load_in_4bit: bool = False
     """Load the untrained language model in 4 bits (NF4, through bitsandbytes): a 13B release on a 24 GB card."""
+    tune: Literal["projector", "projector+mining"] = "projector"
+    """What is trained: the two-layer projector; of Mini-Gemini, also the mining before it, as its authors' first stage
+    does (then no feature can be cached)."""
     tuning: Literal["full", "lora", "rslora", "dora", "loha", "lokr"] = "full"
     """All weights of the projector, or a PEFT adapter on it (saved in final/adapter, and merged into final)."""
     lora_r: int = 16
@@ -307,6 +310,12 @@ class TuneConfig:
             raise ConfigError("fastv and shortv do not go together: set one of them to null")
         if self.distill is not None and self.fastv is not None:
             raise ConfigError("distill and fastv do not go together: set one of them to null")
+        if self.tune != "projector" and (self.tuning != "full" or self.data.cache_features is not None):
+            other = "data.cache_features" if self.tuning == "full" else f"tuning {self.tuning}"
+            raise ConfigError(
+                f"tune is {self.tune!r} and does not go with {other}, which is for the projector alone: set tune to "
+                f"projector, or {'data.cache_features to null' if self.tuning == 'full' else 'tuning to full'}"
+            )
         check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
         if self.budget_schedule is not None:
             self.budget_schedule.check(self.visionzip, self.data.cache_features)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import attention_widths, projector_input, visual_grid
 
 LOG_SUMS = 32  # attention's kernel rounds the number of its log-sums up to a multiple of it
@@ -52,7 +53,8 @@ def tower_activation_bytes(config: PreTrainedConfig, images: int, bytes_per_valu
     side, special = visual_grid(config)
     block = 3 * (vision.hidden_size + vision.intermediate_size) * bytes_per_value
     scored = 4 * vision.hidden_size * (1 if special else 2)
-    return images * (side * side + special) * (block + scored)
+    more = family_of(config.model_type).more_tower_bytes(config, bytes_per_value)
+    return images * (side * side + special) * (block + scored) + more
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedConfig
 
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import (
     attention_widths,
     llm_flops,
@@ -183,7 +184,7 @@ def _tokens_of(step: TrainingStep) -> Tokens:
 
 def pixel_bytes(config: PreTrainedConfig, images: int) -> int:
     """Bytes of the pixels of ``images`` images or tiles, float32."""
-    return images * 3 * config.vision_config.image_size**2 * 4
+    return family_of(config.model_type).pixels(config, images) * 3 * 4
 
 
 def _batch_bytes(config: PreTrainedConfig, step: TrainingStep) -> int:

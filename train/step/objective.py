@@ -217,7 +217,7 @@ class SupervisedLoss(nn.Module):
         else:
             projector = self.model.model.multi_modal_projector
             connected = projector(self._no_token(device)) if features is None else features
-            loss = loss + 0 * connected.float().sum()
+            loss = loss + 0 * connected.float().sum() + self._unread(projector)
         if layout.text_only is not None:
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
@@ -276,6 +276,12 @@ class SupervisedLoss(nn.Module):
     def _no_token(self, device: torch.device) -> Tensor:
         """[1, input of the projector]: read from the config, for a sharded weight has no shape."""
         return torch.zeros(1, projector_input(self.model.config), device=device)
+
+    def _unread(self, projector: nn.Module) -> Tensor | int:
+        """Zero, through what is trained of the projector's module and is no part of its forward pass."""
+        parts = family_of(self.model.config.model_type).untuned_parts("projector")
+        weights = (weight for name in parts for weight in projector.get_submodule(name).parameters())
+        return sum(0 * weight.sum() for weight in weights if weight.requires_grad)
 
     def _no_features(self, device: torch.device) -> Tensor:
         """What an empty image gives, through the tower where there is one."""
@@ -348,8 +354,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return of_states * gradient, None, None, None
 
 
-def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:
-    """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode."""
+def train_only_projector(model: Llava, compute_dtype: torch.dtype, tune: str = "projector") -> None:
+    """Makes the projector, in fp32, all that requires a gradient; the rest: `compute_dtype` and eval mode.
+
+    `tune`: of a family whose projector has further parts, whether they are trained too (Family.untuned_parts); they
+    are in fp32 either way. Raises UserError for what the model's family does not have.
+    """
+    family = family_of(model.config.model_type)
+    if tune not in family.tunes:
+        raise UserError(f"tune is {tune!r}; of a {family.title} there is {', '.join(family.tunes)}: set projector")
     model.requires_grad_(False)
     model.eval()  # no dropout in what is not trained
     for layer in model.modules():
@@ -357,11 +370,13 @@ def train_only_projector(model: Llava, compute_dtype: torch.dtype) -> None:
         if weight is not None and not weight.is_floating_point():
             layer.training = True  # in eval mode bitsandbytes repacks it, on some CPUs, for kernels without a backward
     # Parameters only: buffers such as the rotary frequencies stay exact, and 4-bit weights as they are.
-    projector = model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
     trained = set(projector.parameters())
+    for name in family.untuned_parts(tune):
+        projector.get_submodule(name).requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter not in trained:
-            parameter.data = parameter.data.to(compute_dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter in trained else compute_dtype)
 
 
 def recompute_layers(model: Llava, again: bool = True) -> None:
@@ -381,4 +396,5 @@ def recompute_layers(model: Llava, again: bool = True) -> None:
 def projector_parameters(model: Llava) -> dict[str, nn.Parameter]:
     """The trained parameters under the names that the release gives them."""
     prefix = "model.multi_modal_projector."
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if name.startswith(prefix) and parameter.requires_grad}
