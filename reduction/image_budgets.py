@@ -2,7 +2,7 @@
 
 fixed       every image the budget that `dominant` and `contextual` say, where a call does not say others
 coverage    the smallest budget whose dominant patches reach the share `coverage` of the image's total score (attention
-            from CLS, without CLS the attention received): found in the pass of the tower that also gives the tokens
+            of CLS, without CLS the attention received): found in the pass of the tower that also gives the tokens
 image       `scale` times the detail of the picture's thumbnail: known before the tower runs
 
 A budget is visual tokens of an image, in LLaVA-NeXT of each of its tiles: one number for all tiles of an image. Of it,

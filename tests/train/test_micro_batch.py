@@ -201,6 +201,6 @@ def test_weights_that_are_spread_leave_room_for_a_model_that_no_card_holds() -> 
         assert limits.tokens is not None
         assert spread.memory(limits) <= 21.6 * GIB
         rest = share * (parameter_counts(whole.config).llm_layers + parameter_counts(whole.config).embeddings) * 2
-        assert rest < spread.fixed < rest + 4 * GIB
+        assert rest < spread.fixed < rest + 4.5 * GIB
     with pytest.raises(ValueError, match=r"weights_share=1\.5: must be 0 to 1"):
         replace(whole.row, weights_share=1.5)
