@@ -42,13 +42,18 @@ _FORMS = {
 THUMBNAIL = 32  # pixels on a side
 
 
-def budget_of(visionzip: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The `visionzip` key of as many tokens for every image: dominant and contextual in the shares that they have in
-    `visionzip`, the contextual ones rounded, and at least one dominant."""
+def divided(visionzip: Mapping[str, Any], tokens: int) -> dict[str, int]:
+    """As many tokens in the shares that dominant and contextual ones have in `visionzip`: the contextual ones rounded,
+    and at least one dominant."""
     whole = visionzip["dominant"] + visionzip["contextual"]
     contextual = min(round(tokens * visionzip["contextual"] / whole), tokens - 1)
+    return {"dominant": tokens - contextual, "contextual": contextual}
+
+
+def budget_of(visionzip: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The `visionzip` key of as many tokens for every image, `divided`."""
     key = {name: value for name, value in visionzip.items() if name != "per_image"}
-    return {**key, "dominant": tokens - contextual, "contextual": contextual}
+    return {**key, **divided(visionzip, tokens)}
 
 
 def chooser_of(visionzip: Mapping[str, Any] | None) -> str:

@@ -19,14 +19,13 @@ from torch.utils.data import Dataset
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import Drop
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
+from shortzip.reduction.image_budgets import divided
 from shortzip.train.settings.budget import BudgetScheduleConfig
 
 
 def budget_of(visionzip: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """The `visionzip` key of as many tokens, dominant and contextual in the shares that they have in `visionzip`."""
-    whole = visionzip["dominant"] + visionzip["contextual"]
-    contextual = round(tokens * visionzip["contextual"] / whole)
-    return {**visionzip, "dominant": tokens - contextual, "contextual": contextual}
+    return {**visionzip, **divided(visionzip, tokens)}
 
 
 def with_budget(supervision: Supervision, visionzip: Mapping[str, Any]) -> Supervision:

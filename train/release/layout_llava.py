@@ -38,6 +38,8 @@ class LlavaLayout:
     config_class: Any = LlavaConfig
     architecture = "LlavaForConditionalGeneration"
     template = TEMPLATES / "vicuna_v1.jinja"
+    usual_tower = (1024, 24, 336, 14), "openai/clip-vit-large-patch14-336"
+    """Hidden size, blocks, image and patch size of the tower that these releases have, and its name."""
     tower_inside = "model.vision_tower.vision_tower."
     """What begins the names of a tower's tensors that lie among the release's own."""
 
@@ -150,11 +152,7 @@ class LlavaLayout:
                 f"{where}: LLaVA's own layout knows a CLIP tower and a Llama, found are {vision.model_type} and "
                 f"{text.model_type}: choose --shape full or projector"
             )
-        if vision_tower is None:
-            sizes = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
-            if sizes != (1024, 24, 336, 14):
-                raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
-            vision_tower = "openai/clip-vit-large-patch14-336"
+        vision_tower = self.tower_name(vision, where) if vision_tower is None else vision_tower
         rope = dict(text.rope_parameters or {})
         theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
         keys = text.to_dict()
@@ -177,6 +175,13 @@ class LlavaLayout:
             # The placeholder was the first id added to the release's own vocabulary.
             "vocab_size": min(text.vocab_size, config.image_token_index),
         }
+
+    def tower_name(self, vision: Any, where: str) -> str:
+        """The name of `usual_tower`. Raises UserError for a tower of other sizes."""
+        usual, name = self.usual_tower
+        if (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) != usual:
+            raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
+        return name
 
     def image_keys(self, config: Any) -> dict[str, Any]:
         """What LLaVA's config.json says of images, from transformers' config."""

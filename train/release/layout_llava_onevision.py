@@ -81,6 +81,7 @@ class LlavaOnevisionLayout(LlavaLayout):
 
     language_model = "Qwen2"
     template = TEMPLATES / "chatml.jinja"
+    usual_tower = (1152, 26, 384, 14), "google/siglip-so400m-patch14-384"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         ratio = str(config.get("image_aspect_ratio", ""))
@@ -180,11 +181,7 @@ class LlavaOnevisionLayout(LlavaLayout):
                 f"{where}: LLaVA-OneVision's own layout knows a SigLIP tower and a Qwen2, found are "
                 f"{vision.model_type} and {text.model_type}: choose --shape full or projector"
             )
-        if vision_tower is None:
-            sizes = (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size)
-            if sizes != (1152, 26, 384, 14):
-                raise UserError(f"{where}: the name of its vision tower is not known: give it with --vision_tower")
-            vision_tower = "google/siglip-so400m-patch14-384"
+        vision_tower = self.tower_name(vision, where) if vision_tower is None else vision_tower
         keys = text.to_dict()
         return {
             **{key: keys[key] for key in _QWEN_KEYS if keys.get(key) is not None},
