@@ -21,11 +21,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop, DropLog
+from shortzip.reduction.configuration_budgets import tokens_of
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
 from shortzip.train.inputs.budgets import Budgets, DrawnBudgets, ScheduledBudgets, budget_of
+from shortzip.train.inputs.feature_cache import UnderOneBudget
 from shortzip.train.inputs.feature_filling import ImageRows, known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
 from shortzip.train.inputs.image_budgets import BudgetsKept, budgets_by_tower
@@ -164,7 +166,10 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
             dataset.features, dataset.known_images = kept.features, kept.features.known_images
     elif config.data.cache_features is not None:
         run.accept(state.step)
-        store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
+        release, tower, model, processor = subject.release, subject.tower, subject.model, subject.processor
+        store_features(config, release, tower, model, processor, datasets, session, subject.listed)
+        if held_out is not None and held_out.features is not None and subject.listed:
+            held_out.features = UnderOneBudget(held_out.features, tokens_of(model.config.visionzip))
     plan, total_steps = plan_batches(config, subject, training, state, session)
     budgets = budgets_of_steps(config, subject, training, total_steps)
     if budgets is not None:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from mini_gemini_releases import copy_of_release
 from runs import checkpoint_tensors, output_of, run_here, start_there, write_recipe
 from tiny import write_next_release
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -19,14 +20,21 @@ from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset, MicroBatch
 from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
+from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
+from shortzip.reduction.selectors import settled
 from shortzip.train.finish import candidates_of
 from shortzip.train.inputs.budgets import DrawnBudgets, budget_of, with_budget
+from shortzip.train.inputs.feature_cache import FeatureCache, UnderOneBudget, features_identity
+from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.inputs.loading import step_inputs
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.report import Reporter
 from shortzip.train.run.run_folder import read_metrics
+from shortzip.train.run.session import Session
 from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.budget_list import listed_budgets
 from shortzip.train.settings.checks import ConfigError
@@ -189,6 +197,87 @@ def test_any_cut_gives_the_same_gradient(parts: tuple[Any, ...], plain: bool) ->
     for processes, limits in ((1, {"micro_batch_size": 1}), (2, {"max_tokens_per_micro_batch": 120})):
         found = gradient(module, batches_of(parts, budgets, processes, **limits))
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=2e-5 * whole.abs().max().item())
+
+
+def store_of(root: Path, loaded: Any, dataset: ConversationDataset, budgets: Any) -> FeatureCache:
+    cache = FeatureCache(root, features_identity(*loaded, None, budgets))
+    session = Session(Accelerator(cpu=True), Reporter(is_main=False), StopRequest())
+    fill_cache(cache, loaded[0], loaded[1].image_processor, [dataset], session, budgets=budgets)
+    return cache
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("method", ["visionzip", "scope", "pool"])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_one_pass_of_the_tower_gives_the_features_of_every_budget(
+    family: str, method: str, positions: str, tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+) -> None:
+    release = tiny_release if family == "llava" else write_next_release(tmp_path / "next")
+    keys = LISTED if method == "visionzip" else [{"dominant": n, "contextual": 0, "method": method} for n in (6, 12)]
+    keys = [settled(key) for key in keys]
+    loaded = load_release(str(release), Reductions(keys[0], positions=positions))
+    model, processor = loaded
+    rows = read_instructions(tiny_instructions)[:6]
+    dataset = ConversationDataset(rows, with_budget(Supervision(processor), keys[-1]), tiny_instructions.parent)
+    calls: list[int] = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    kept = store_of(tmp_path / "kept", loaded, dataset, keys)
+    assert len(calls) == (len(keys) if method == "pool" else 1)
+    for key in keys:
+        change_budget(model.model, key)
+        own = store_of(tmp_path / f"own-{key['dominant']}", loaded, dataset, ())
+        for row in rows:
+            for source in row.images:
+                alone, one = (
+                    features.find(source, dataset.image_root)
+                    for features in (own, UnderOneBudget(kept, key["dominant"] + key["contextual"]))
+                )
+                assert alone is not None
+                assert one is not None
+                assert alone.keys() == one.keys()
+                assert all(torch.equal(alone[name], one[name]) for name in alone)
+
+
+def test_mini_gemini_mines_once_for_every_budget(tmp_path: Path) -> None:
+    keys = [{"dominant": 3, "contextual": 1}, {"dominant": 6, "contextual": 2}]
+    model, _ = load_release(open_release(str(copy_of_release(tmp_path)), cache_dir=tmp_path), Reductions(keys[0]))
+    pixels = torch.rand(2, 3, model.config.image_size_aux, model.config.image_size_aux)
+    found = family_of(model.config.model_type).tokens_of_budgets(model.model, pixels, keys)
+    for key, visual in zip(keys, found, strict=True):
+        change_budget(model.model, key)
+        own = model.model.get_visual_tokens(pixels)
+        assert all(torch.equal(own[name], visual[name]) for name in ("tokens", "kept", "targets"))
+
+
+def test_another_list_has_its_own_features(tiny_release: Path, tmp_path: Path) -> None:
+    loaded = load_release(str(tiny_release), Reductions(OWN))
+    lists = [LISTED, LISTED[:2], [*LISTED[:2], {"dominant": 15, "contextual": 9}], ()]
+    folders = {FeatureCache(tmp_path, features_identity(*loaded, None, budgets)).folder for budgets in lists}
+    assert len(folders) == 4
+    change_budget(loaded[0].model, LISTED[1])
+    assert FeatureCache(tmp_path, features_identity(*loaded, None, LISTED)).folder in folders, "whichever is its own"
+
+
+@pytest.mark.parametrize("sandwich", [False, True])
+@pytest.mark.slow
+def test_a_run_with_kept_features_and_lessons_is_the_same(
+    sandwich: bool, tiny_release: Path, tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    data = {"eval_instructions": str(tiny_held_out), "cache_teacher": str(tmp_path / "lessons")}
+    keys: dict[str, Any] = {
+        "sandwich": sandwich,
+        "final_evaluation": False,
+        "eval_steps": 2,
+        "distill": {"weight": 0.5},
+    }
+    recipe = recipe_of(tmp_path, tiny_release, tiny_instructions, data=data, **keys)
+    seen = run_here(recipe, tmp_path / "seen")
+    kept = run_here(recipe, tmp_path / "kept", "--data.cache_features", str(tmp_path / "features"))
+    losses = [[line["loss"] for line in read_metrics(run / "metrics.jsonl")] for run in (seen, kept)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    again = run_here(recipe, tmp_path / "again", "--data.cache_features", str(tmp_path / "features"))
+    ours, theirs = checkpoint_tensors(again, 4), checkpoint_tensors(kept, 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def recipe_of(folder: Path, release: Path, instructions: Path, **keys: Any) -> Path:

@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from shortzip.data.batching import permutation
@@ -25,6 +24,7 @@ from shortzip.data.drops import Drop
 from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
 from shortzip.reduction.configuration_budgets import tokens_of
 from shortzip.reduction.image_budgets import divided
+from shortzip.train.inputs.feature_cache import features_of
 from shortzip.train.settings.budget import BudgetScheduleConfig
 from shortzip.train.step.places import LayOut
 
@@ -216,17 +216,6 @@ def _of_budget(row: Any, visionzip: Mapping[str, Any]) -> Any:
     if not isinstance(row, Sample) or not row.features:
         return row
     return replace(row, features=[features_of(stored, tokens_of(visionzip)) for stored in row.features])
-
-
-def name_of(part: str, tokens: int) -> str:
-    """What an image's features under one of several budgets are called."""
-    return f"{part}.{tokens}"
-
-
-def features_of(stored: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """Of an image's features under several budgets, those of the one with so many tokens."""
-    parts = {name.rpartition(".")[0]: name for name in stored if name.endswith(f".{tokens}")}
-    return {part: stored[name] for part, name in parts.items()}
 
 
 def with_placeholders(encoded: Encoded, counts: Sequence[tuple[int, int]], image_token_id: int) -> Encoded:

@@ -331,7 +331,7 @@ class TuneConfig:
             self.sandwich,
             self.visionzip,
             None if self.fastv is None else self.fastv.as_key(),
-            {"budget_schedule": self.budget_schedule, "data.cache_features": self.data.cache_features},
+            {"budget_schedule": self.budget_schedule},
         )
         object.__setattr__(self, "budgets", words)
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
