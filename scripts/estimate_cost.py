@@ -34,7 +34,7 @@ from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.step import memory as training_cost
 from shortzip.train.step.flops import RowShape, teacher_flops
-from shortzip.train.step.teaching_cost import lesson_bytes, teacher_bytes
+from shortzip.train.step.teaching_cost import sandwich_bytes, teacher_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
@@ -159,7 +159,7 @@ def _of_budgets(config: PreTrainedConfig, settings: EstimateConfig, visionzip: A
     else:
         mean = sum(flops_of) // len(flops_of)
     name = "one for all" + (", sandwich" if settings.sandwich else "")
-    together = _row(config, settings, name, listed[-1], frozen, sandwich=settings.sandwich)
+    together = _row(config, settings, name, listed[-1], frozen, narrower=listed[-2] if settings.sandwich else None)
     return [_row(config, settings, "none", None, 0), *rows, replace(together, training_flops=mean + asked)]
 
 
@@ -180,7 +180,7 @@ def _row(
     visionzip: Mapping[str, Any] | None,
     frozen: int,
     *,
-    sandwich: bool = False,
+    narrower: Mapping[str, Any] | None = None,
 ) -> CostRow:
     tiles = flops.usual_tiles(config) if settings.tiles is None else settings.tiles
     text, prompt = config.text_config, settings.text_tokens
@@ -197,7 +197,9 @@ def _row(
         gradient_checkpointing=settings.gradient_checkpointing,
         weights=settings.weights,
     )
-    parts = _memory_parts(config, settings, step, sandwich)
+    second = None if narrower is None else (narrower["dominant"], narrower["contextual"])
+    read = None if second is None else flops.visual_tokens_per_image(config, second, tiles)
+    parts = _memory_parts(config, settings, step, read)
     training_flops = training_cost.training_step_flops(config, step) + _teacher_flops(config, settings)
     return CostRow(
         name=name,
@@ -210,19 +212,19 @@ def _row(
         training_flops=training_flops,
         training_bytes=sum(parts.values()),
         memory=parts,
-        largest_micro_batch=_largest_micro_batch(config, settings, step, sandwich),
+        largest_micro_batch=_largest_micro_batch(config, settings, step, read),
     )
 
 
 def _memory_parts(
-    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, sandwich: bool
+    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, narrower: int | None
 ) -> dict[str, int]:
     """The parts of the memory at a step's peak; with `distill` the teacher's too, and where settings say `sandwich`
-    what narrower readings are compared with: nothing in a row that has none."""
+    what narrower readings add: nothing in a row that has none (`narrower`: visual tokens of the widest of them)."""
     memory = training_cost.training_step_memory(config, step)
     parts = asdict(memory)
     if settings.sandwich:
-        parts["sandwich"] = lesson_bytes(config, step) if sandwich else 0
+        parts["sandwich"] = 0 if narrower is None else sandwich_bytes(config, step, narrower)
     if settings.distill:
         whole = flops.visual_tokens_per_image(config, None, step.tiles)
         student = memory.activations + memory.working
@@ -231,14 +233,14 @@ def _memory_parts(
 
 
 def _largest_micro_batch(
-    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, sandwich: bool
+    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, narrower: int | None
 ) -> int:
     """The most samples, up to the global batch, whose training step fits into ``memory``; 0: none."""
     card_bytes = parse_bytes(settings.memory)
     low, high = 0, step.global_batch_size
     while low < high:
         middle = (low + high + 1) // 2
-        parts = _memory_parts(config, settings, replace(step, micro_batch_size=middle), sandwich)
+        parts = _memory_parts(config, settings, replace(step, micro_batch_size=middle), narrower)
         fits = sum(parts.values()) <= card_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -10,7 +10,7 @@ over the micro-batches. tests/train/test_rehearsal.py holds it to 0 to 3 %.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from shortzip.data.errors import UserError
 from shortzip.data.files import refuse_to_replace
+from shortzip.reduction.image_budgets import divided
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.benchmarks.shapes import BEFORE, SHAPES
 from shortzip.scripts.benchmarks.timing import write_figures
@@ -27,6 +28,7 @@ from shortzip.train.rehearsal.rows import RowLengths, integers_of
 from shortzip.train.rehearsal.step import StepToRehearse, rehearse
 from shortzip.train.settings.command_line import parse_config, run_command
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
+from shortzip.train.step.teaching_cost import sandwich_bytes
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-next-mistral-7b")
 MICRO_BATCHES = ((1, 1965), (4, 165), (16, 165), (48, 40))  # rows, and text tokens of each behind its image
@@ -43,6 +45,8 @@ class Way:
     cached_features: bool = False
     every_token: bool = False
     processes: int = 1
+    sandwich: bool = False
+    """Rows are read under half and a quarter of the tokens too."""
 
     def __str__(self) -> str:
         changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(Way(), name)]
@@ -54,6 +58,11 @@ WAYS = (
     Way(every_token=True), Way(every_token=True, recomputed=True), Way(frozen=()), Way(supervised=4),
     Way(frozen=(), recomputed=True), Way(weights="4bit", recomputed=True), Way(every_token=True, processes=8),
     Way(every_token=True, processes=8, recomputed=True),
+)  # fmt: skip
+# Held less tightly: what several readings add is estimated by the peak of the widest and that of the others.
+SANDWICHES = (
+    Way(sandwich=True), Way(sandwich=True, recomputed=True), Way(sandwich=True, cached_features=True),
+    Way(sandwich=True, every_token=True), Way(sandwich=True, every_token=True, processes=8),
 )  # fmt: skip
 
 
@@ -95,6 +104,11 @@ def compare(name: str, rows: int, after: int, layers: int | None, way: Way) -> H
     step = StepToRehearse(
         config, integers, sizes, rows * shape.tiles, recomputed=way.recomputed, processes=way.processes, **same
     )
+    if way.sandwich:
+        smaller = [{**budget, **divided(budget, sum(budget.values()) // part)} for part in (2, 4)]
+        lengths = [RowLengths(BEFORE, shape.tiles * sum(key.values()), after, supervised) for key in smaller]
+        readings = (integers_of([each] * rows, config.image_token_id) for each in lengths)
+        step = replace(step, narrower=tuple(zip(smaller, readings, strict=True)))
     estimate = TrainingStep(
         text_tokens=BEFORE + after,
         visual_tokens=visual,
@@ -108,6 +122,7 @@ def compare(name: str, rows: int, after: int, layers: int | None, way: Way) -> H
         **same,
     )
     estimated = training_step_memory(config, estimate).total - CUDA_OVERHEAD_BYTES
+    estimated += sandwich_bytes(config, estimate, visual // 2) if way.sandwich else 0
     return Held(name, rows, after, str(way), rehearse(step).peak.total, estimated)
 
 

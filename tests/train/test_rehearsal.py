@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.reduction import ReducedLlavaConfig
-from shortzip.scripts.benchmarks.estimates import MICRO_BATCHES, MODELS, WAYS, Way, compare
+from shortzip.scripts.benchmarks.estimates import MICRO_BATCHES, MODELS, SANDWICHES, WAYS, Way, compare
 from shortzip.scripts.benchmarks.shapes import IMAGE_TOKEN, SHAPES
 from shortzip.scripts.rehearse_memory import reduced_of
 from shortzip.train.rehearsal.fake_models import fake_model
@@ -132,6 +132,16 @@ def follows(name: str, rows: int, after: int, layers: int | None, way: Way) -> N
 def test_the_estimate_follows_the_rehearsal(name: str, rows: int, after: int, way: Way) -> None:
     """Full width, few layers: what is not the layers' weighs more, and it takes a second."""
     follows(name, rows, after, 3, way)
+
+
+@pytest.mark.parametrize(
+    "way", [SANDWICHES[0], *(pytest.param(way, marks=pytest.mark.slow) for way in SANDWICHES[1:])], ids=str
+)
+def test_several_readings_take_what_is_estimated_or_less(way: Way) -> None:
+    held = compare("llava-1.5-7b", 4, 165, 3, way)
+    assert held.rehearsed <= held.estimated <= 1.06 * held.rehearsed, f"{held.ratio:.4f} of {held.rehearsed:,} bytes"
+    alone = compare("llava-1.5-7b", 4, 165, 3, replace(way, sandwich=False))
+    assert alone.rehearsed <= held.rehearsed
 
 
 def test_a_method_without_cls_is_rehearsed_and_what_cannot_be_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from shortzip.train.rehearsal.rows import Integers
 from shortzip.train.step.engine import spread
 from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.objective import SupervisedLoss, projector_parameters, recompute_layers
+from shortzip.train.step.sandwich import readings_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "4bit": torch.bfloat16}
 
@@ -45,6 +47,8 @@ class StepToRehearse:
         processes: that FSDP2 spreads the language model over; with 1 it is whole.
         accumulates: a step has more than one micro-batch.
         on_cuda: kernels and block sizes of a CUDA device; else of a CPU.
+        narrower: with `sandwich`, the smaller budgets (`visionzip` keys) under which the rows are read too, and their
+            integers.
     """
 
     config: Any
@@ -58,6 +62,7 @@ class StepToRehearse:
     processes: int = 1
     accumulates: bool = True
     on_cuda: bool = True
+    narrower: tuple[tuple[dict[str, Any], Integers], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ def rehearse(step: StepToRehearse) -> Rehearsal:
         mesh = modes.enter_context(_processes(step.processes)) if step.processes > 1 else None
         fake = modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = fake_model(
-            step.config, DTYPES[step.weights], four_bit=step.weights == "4bit", cached_features=step.cached_features
+            copy.deepcopy(step.config),  # whose budget changes from reading to reading
+            DTYPES[step.weights],
+            four_bit=step.weights == "4bit",
+            cached_features=step.cached_features,
         )
         if step.on_cuda:
             modes.enter_context(AttentionAsOnCuda())
@@ -114,13 +122,15 @@ def _counted_steps(
         for micro_batches in (1, 2 if step.accumulates else 1):
             for _ in range(micro_batches):
                 with counter.during("inputs", "inputs"):
-                    batch = micro_batch()
-                with counter.during("tower", "activations"):
-                    value = loss(batch)
-                with counter.during("backward", "working"):
-                    value.backward()
-                del value, batch
-                counter.add((p.grad for p in trained.values() if p.grad is not None), "gradients")
+                    readings = readings_of(micro_batch())
+                for reading in readings:
+                    with counter.during("tower", "activations"):
+                        value = loss(reading)
+                    with counter.during("backward", "working"):
+                        value.backward()
+                    del value
+                    counter.add((p.grad for p in trained.values() if p.grad is not None), "gradients")
+                del reading, readings
             with counter.during("optimizer", "working"):
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 adamw.step()
@@ -181,27 +191,32 @@ def _phases_told(model: Any, counter: StorageCounter) -> Iterator[None]:
 
 
 def _fake_batch(step: StepToRehearse, fake: FakeTensorMode) -> MicroBatch:
-    config, vision = step.config, step.config.vision_config
-    layout = step.integers.layout
-    inputs: dict[str, Any] = {"labels": step.integers.labels}
-    if step.cached_features:
-        dtype, (dominant, contextual) = DTYPES[step.weights], _budget(config)
-        inputs["visual_tokens"] = torch.zeros(step.tiles, dominant + contextual, vision.hidden_size, dtype=dtype)
-        inputs["visual_kept"] = torch.zeros(step.tiles, dominant - _has_cls(config), dtype=torch.int64)
-    elif layout.placeholders:
+    config, layout = step.config, step.integers.layout
+    batch = _fake_reading(step, config.visionzip, step.integers, fake)
+    if not step.cached_features and layout.placeholders:
         family = family_of(config.model_type)
         side = family.no_image(config, torch.zeros(()))["pixel_values"].shape[-1]
-        inputs["pixel_values"] = torch.zeros(family.pixels(config, step.tiles) // side**2, 3, side, side)
+        batch.inputs["pixel_values"] = torch.zeros(family.pixels(config, step.tiles) // side**2, 3, side, side)
     if step.image_sizes:
+        inputs: dict[str, Any] = batch.inputs
         inputs["image_sizes"] = step.image_sizes
+    batch.narrower = [_fake_reading(step, key, integers, fake) for key, integers in step.narrower]
+    return batch
+
+
+def _fake_reading(step: StepToRehearse, visionzip: Any, integers: Integers, fake: FakeTensorMode) -> MicroBatch:
+    """A micro-batch under a budget, without pixels."""
+    inputs: dict[str, Any] = {"labels": integers.labels}
+    if step.cached_features:
+        dtype, width = DTYPES[step.weights], step.config.vision_config.hidden_size
+        dominant, contextual = visionzip["dominant"], visionzip["contextual"]
+        inputs["visual_tokens"] = torch.zeros(step.tiles, dominant + contextual, width, dtype=dtype)
+        inputs["visual_kept"] = torch.zeros(step.tiles, dominant - _has_cls(step.config), dtype=torch.int64)
     if step.every_token:
-        integers = vars(step.integers)
-        inputs |= {key: fake.from_tensor(integers[key]) for key in ("input_ids", "attention_mask", "labels")}
-    return MicroBatch(inputs, [], layout=faked(layout, fake))
-
-
-def _budget(config: Any) -> tuple[int, int]:
-    return config.visionzip["dominant"], config.visionzip["contextual"]
+        given = vars(integers)
+        inputs |= {key: fake.from_tensor(given[key]) for key in ("input_ids", "attention_mask", "labels")}
+    budget = dict(visionzip) if step.narrower else None
+    return MicroBatch(inputs, [], layout=faked(integers.layout, fake), budget=budget)
 
 
 def _has_cls(config: Any) -> int:

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
-from shortzip.reduction.parsing import parse_bytes
+from shortzip.reduction.parsing import parse_budget, parse_bytes
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.activations import tower_activation_bytes
@@ -25,7 +25,7 @@ from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.memory import TrainingStep, pixel_bytes, training_step_memory
 from shortzip.train.step.supervised_states import can_walk
-from shortzip.train.step.teaching_cost import lesson_bytes, teacher_bytes
+from shortzip.train.step.teaching_cost import sandwich_bytes, teacher_bytes
 
 MARGIN = 0.1  # of a device's memory is left free: for fragments, and for what the estimate does not know
 CPU_ROWS = 8
@@ -52,15 +52,15 @@ class StepEstimate:
 
     `config`: of a LLaVA. `row`: a conversation as long as the longest, with one image; its `micro_batch_size` and
     `gradient_checkpointing` are not read. `most_rows`: conversations of a global batch on one device. `taught`: visual
-    tokens of that conversation as a teacher reads it in the step; None: none does. `sandwich`: it is read under
-    smaller budgets too, one after the other.
+    tokens of that conversation as a teacher reads it in the step; None: none does. `narrower`: with
+    `sandwich`, its visual tokens under the second largest budget; None: it is read once.
     """
 
     config: Any
     row: TrainingStep
     most_rows: int
     taught: int | None = None
-    sandwich: bool = False
+    narrower: int | None = None
 
     @property
     def longest(self) -> int:
@@ -78,7 +78,7 @@ class StepEstimate:
             self.row, text_tokens=text, micro_batch_size=rows, gradient_checkpointing=limits.gradient_checkpointing
         )
         parts = training_step_memory(self.config, step)
-        total = parts.total + (lesson_bytes(self.config, step) if self.sandwich else 0)
+        total = parts.total + (0 if self.narrower is None else sandwich_bytes(self.config, step, self.narrower))
         if self.taught is None:
             return total
         return total + teacher_bytes(self.config, step, self.taught, parts.activations + parts.working)
@@ -207,7 +207,11 @@ def estimate_of(
         weights_share=1.0 if share is None else share,
     )
     most = -(-config.global_batch_size // num_processes)
-    estimate = StepEstimate(model.config, row, most, counted.taught, config.sandwich)
+    narrower = None
+    if config.sandwich:
+        second, largest = (sum(parse_budget(str(budget)).values()) for budget in config.budgets[-2:])
+        narrower = visual * second // largest
+    estimate = StepEstimate(model.config, row, most, counted.taught, narrower)
     training_step_memory(model.config, row)  # refuses families that it does not know
     return estimate
 

@@ -271,7 +271,7 @@ class SupervisedLoss(nn.Module):
         if turn is not None and not turn.follows:
             turn.widest.keep(states)
         if lesson is not None:
-            return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson)
+            return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson, self.logits_at_once)
         return summed_cross_entropy(self.model.lm_head, states, places.targets, self.logits_at_once)
 
     @property

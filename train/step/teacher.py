@@ -82,15 +82,19 @@ def top_tokens(lm_head: nn.Module, states: Tensor, temperature: float, count: in
     return TopTokens(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
 
 
-def summed_lesson_loss(lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson) -> Tensor:
+def summed_lesson_loss(
+    lm_head: nn.Module, states: Tensor, targets: Tensor, lesson: Lesson, logits_at_once: int | None = None
+) -> Tensor:
     """Sum over S positions of (1 - w) CE + w τ² KL; float32.
 
     Args:
         states: [S, H] of the student.
         targets: [S] int64, the labels.
+        logits_at_once: values, of both; None takes what suits the device.
     """
     if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
-        return _SummedLessonLoss.apply(states, lm_head, targets, lesson)
+        values = logits_at_once or (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8)
+        return _SummedLessonLoss.apply(states, lm_head, targets, lesson, values // 2)  # student and teacher
     return plain_lesson_loss(lm_head, states, targets, lesson)
 
 
@@ -100,20 +104,21 @@ def plain_lesson_loss(
     """As `summed_lesson_loss`, by autograd, the head called once for the student and once for the teacher's states:
     as often in every process. `taught` [T] int64: the positions that the lesson is of; None: all."""
     logits = lm_head(states).float()
-    cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    loss = torch.zeros((), device=logits.device)
+    if lesson.weight < 1:
+        loss = (1 - lesson.weight) * nn.functional.cross_entropy(logits, targets, reduction="sum")
     with torch.no_grad():
         said = _said(lm_head, lesson, slice(None))
     divergence, _ = _divergence((logits if taught is None else logits[taught]) / lesson.temperature, said)
-    return (1 - lesson.weight) * cross_entropy + lesson.weight * lesson.temperature**2 * divergence
+    return loss + lesson.weight * lesson.temperature**2 * divergence
 
 
 class _SummedLessonLoss(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of positions, as `_SummedCrossEntropy` (cross_entropy)."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, lesson: Lesson) -> Tensor:
+    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, lesson: Lesson, values: int) -> Tensor:
         weight, part, heat = lm_head.weight, lesson.weight, lesson.temperature
-        values = (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8) // 2  # student and teacher
         total = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         step = max(1, values // len(weight))
@@ -133,9 +138,9 @@ class _SummedLessonLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (of_states,) = ctx.saved_tensors
-        return of_states * gradient, None, None, None
+        return of_states * gradient, None, None, None, None
 
 
 def _said(lm_head: nn.Module, lesson: Lesson, chunk: slice) -> Tensor | TopTokens:
