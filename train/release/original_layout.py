@@ -202,8 +202,10 @@ class Vocabulary:
     """Embedding rows needed: those of the release, or more where the placeholder needs one."""
 
 
-def split_after_images(tokenizer: Any, mark: str) -> Any:
+def split_after_images(tokenizer: Any, mark: str, *more: str) -> Any:
     """A fast tokenizer that starts the text after an image as LLaVA does: as a text of its own.
+
+    `mark`: the image's placeholder; `more`: other placeholders, such as a video's.
 
     LLaVA tokenizes the pieces between images one by one, and sentencepiece tokenizers open every text with a space.
     transformers' fast ones leave it out after a special token, so that the ids would differ from those the release was
@@ -216,10 +218,12 @@ def split_after_images(tokenizer: Any, mark: str) -> Any:
     if state["normalizer"] is not None:
         return tokenizer
     for token in state["added_tokens"]:
-        if token["content"] == mark:
+        if token["content"] in (mark, *more):
             token["normalized"] = True  # or the text is split at it before the normalizer sees it
     backend = Tokenizer.from_str(json.dumps(state))
-    backend.normalizer = normalizers.Replace(Regex(rf"{re.escape(mark)}(?!{re.escape(mark)}|\z)"), f"{mark} ")
+    marks = "|".join(map(re.escape, (mark, *more)))
+    spaces = [normalizers.Replace(Regex(rf"{re.escape(each)}(?!{marks}|\z)"), f"{each} ") for each in (mark, *more)]
+    backend.normalizer = normalizers.Sequence(spaces) if more else spaces[0]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=tokenizer.bos_token,
@@ -232,10 +236,11 @@ def split_after_images(tokenizer: Any, mark: str) -> Any:
     )
 
 
-def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds `<image>`.
+def read_vocabulary(folder: Path, rows: int, marks: tuple[str, ...] = (IMAGE_TOKEN,)) -> Vocabulary:
+    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds the placeholders
+    `marks`, the image's first.
 
-    `rows`: embedding rows of the release. Where the placeholder's id lies beyond them, rows grow to the next multiple
+    `rows`: embedding rows of the release. Where a placeholder's id lies beyond them, rows grow to the next multiple
     of 64 (32 000 → 32 064, as in the transformers releases).
     """
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
@@ -250,11 +255,11 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
     slow.pad_token = slow.pad_token or slow.unk_token or slow.eos_token
-    slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    tokenizer = split_after_images(slow, IMAGE_TOKEN)
-    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
-    needed = image_token_id + 1
-    return Vocabulary(tokenizer, image_token_id, rows if rows >= needed else math.ceil(needed / 64) * 64)
+    slow.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
+    tokenizer = split_after_images(slow, *marks)
+    ids = tokenizer.get_vocab()
+    needed = max(ids[mark] for mark in marks) + 1
+    return Vocabulary(tokenizer, ids[marks[0]], rows if rows >= needed else math.ceil(needed / 64) * 64)
 
 
 def build_generation_config(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> GenerationConfig:

@@ -33,11 +33,13 @@ def release_processor(release: Release, model_config: Any) -> Any:
     if settings is None:
         settings = read_json(folder / "preprocessor_config.json")
     processor.image_processor = build_image_processor(settings, model_type, str(folder))
-    family_of(model_type).complete_processor(processor, own, model_config)
+    family = family_of(model_type)
+    family.complete_processor(processor, own, model_config)
     if chat_template == "auto" and model_type.startswith("reduced_"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
     processor.chat_template = choose_template(processor, chat_template)
-    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
+    videos = [processor.video_token] if "video" in family.inputs else []
+    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token, *videos)
     return processor
 
 

@@ -20,8 +20,6 @@ from shortzip.reduction.families import family_of
 from shortzip.train.release.content import content_of
 from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
 
-PREFIX = "vision_tower."
-
 
 class _TowerlessMixin:
     _towers: tuple[str, ...]
@@ -63,18 +61,21 @@ def tower_parts(release: Path, dtype: torch.dtype) -> dict[str, Any] | None:
 
 
 def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The tower of a release's folder in transformers' layout, alone; nothing else of the weights is read.
+    """The tower of a release's folder in transformers' layout, alone (of several the one for images); nothing else of
+    the weights is read.
 
     `config`: of the LLaVA. Raises ValueError if the files hold other weights than its tower has.
     """
-    tower: nn.Module = family_of(config.model_type).build_tower(config)
+    family = family_of(config.model_type)
+    tower: nn.Module = family.build_tower(config)
+    prefix = f"{family.towers[0]}."
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(release):
-        names = [name for name in read_specs(path) if PREFIX in name]
+        names = [name for name in read_specs(path) if prefix in name]
         if names:
             with open_tensors(path) as stored:
                 for name in names:  # older releases have one more level, which transformers leaves out by now
-                    short = _newest_name(name.split(PREFIX, 1)[1])
+                    short = _newest_name(name.split(prefix, 1)[1])
                     tensors[short] = stored[name].to(dtype)
     expected = {_newest_name(name): name for name in tower.state_dict()}
     if expected.keys() != tensors.keys():
