@@ -206,18 +206,16 @@ class ReducedVideoLlavaForConditionalGeneration(  # type: ignore[misc]
         self.post_init()
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """As CountsPositions'; what images and videos give is put in the order of their placeholders before, and is of
-        one kind from then on."""
+        """As CountsPositions', of images and videos in the order of their placeholders."""
         if not keeps_positions(self.config):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
-        outputs = model_kwargs["mm_encoder_outputs"]
-        found = {kind: held for kind, held in outputs.items() if held is not None}
+        found = {kind: held for kind, held in model_kwargs["mm_encoder_outputs"].items() if held is not None}
         embeds = model_kwargs.get("inputs_embeds")
         ids = model_kwargs.get("input_ids", inputs_tensor) if embeds is None else None
-        if "video" in found:
-            model_kwargs["mm_encoder_outputs"] = {"image": self.model.encoded(ids, embeds, found)}
         named = {key: held for key, held in model_kwargs.items() if key not in ("input_ids", "inputs_embeds")}
+        # Those to generate from stay apart: transformers repeats them for beams by the placeholders of their kind.
+        named["mm_encoder_outputs"] = {"image": self.model.encoded(ids, embeds, found)} if found else {}
         ids, embeds = self.model._as_images(ids, embeds)
         if embeds is not None:
             named["inputs_embeds"] = embeds
