@@ -34,6 +34,8 @@ class ReducedLlavaOnevisionProcessor(ReducedProcessorMixin, LlavaOnevisionProces
         ValueError: `visionzip` is anything else.
     """
 
+    takes_videos = True
+
     def __init__(
         self,
         image_processor: Any = None,

@@ -1,5 +1,6 @@
 """Video-LLaVA and Video-LLaVA-hf: images, videos and batches of both, against transformers' model and row by row."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,10 +30,16 @@ ORIGINAL = {"visionzip": {"dominant": 4, "contextual": 2}, "positions": "origina
 kinds = pytest.mark.parametrize("kind", ["hf", "temporal"])
 
 
-def build(kind: str, reduction: str = "none", plain: bool = False, **keys: Any) -> Any:
+@cache
+def base_of(kind: str) -> Any:
     base = (plain_video_llava if kind == "hf" else temporal_video_llava)(**KEYS)
     with torch.no_grad():
         base.lm_head.weight[IMAGE:] = 0  # it would write placeholders
+    return base
+
+
+def build(kind: str, reduction: str = "none", plain: bool = False, **keys: Any) -> Any:
+    base = base_of(kind)
     if plain:
         return base
     config: Any = ReducedVideoLlavaConfig if kind == "hf" else ReducedTemporalVideoLlavaConfig
@@ -205,7 +212,7 @@ def key_of(method: str) -> dict[str, Any]:
     return {"dominant": dominant, "contextual": contextual, "method": method}
 
 
-@kinds
+@pytest.mark.parametrize("kind", [pytest.param("hf", marks=pytest.mark.slow), "temporal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_chooses_of_each_frame_what_it_would_of_that_frames_states(kind: str, method: str) -> None:
     model = build(kind, visionzip=key_of(method))
