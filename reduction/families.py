@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini", "llava_next_video")
 _REDUCED = "reduced_"
 
 
