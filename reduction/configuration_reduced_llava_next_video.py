@@ -5,30 +5,12 @@ from typing import Any
 from transformers import LlavaNextVideoConfig
 
 from .configuration_reduced_llava import as_reduced, validate
-from .errors import ReductionError
 from .positions import COMPACT
 from .weight_files import check_json
 
 
-def validate_next_video(config: Any) -> None:
-    """As `validate`; and refuses original positions, which a video's pooled patches do not have.
-
-    Raises:
-        ValueError: with the key, its value and what is allowed.
-    """
-    validate(config)
-    if config.positions != COMPACT:
-        raise ReductionError(
-            f"positions: {config.positions!r} is not known for LLaVA-NeXT-Video, whose videos are pooled where every "
-            f"token is kept: it must be {COMPACT!r}"
-        )
-
-
 class ReducedLlavaNextVideoConfig(LlavaNextVideoConfig):
-    """LlavaNextVideoConfig and the keys of ReducedLlavaConfig; the budget is per tile, and per frame of a video.
-
-    `positions` is "compact".
-    """
+    """LlavaNextVideoConfig and the keys of ReducedLlavaConfig; the budget is per tile, and per frame of a video."""
 
     model_type = "reduced_llava_next_video"
 
@@ -40,7 +22,7 @@ class ReducedLlavaNextVideoConfig(LlavaNextVideoConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        validate_next_video(self)
+        validate(self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -7,14 +7,15 @@ this family.)
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoModel
 
-from .configuration_reduced_llava_next_video import ReducedLlavaNextVideoConfig, validate_next_video
-from .modeling_reduced_llava import ReducedForGenerationMixin, register_key_mapping
+from .configuration_reduced_llava_next_video import ReducedLlavaNextVideoConfig
+from .modeling_reduced_llava import register_key_mapping
 from .modeling_reduced_llava_next import ReducedTilesMixin
-from .modeling_videos import ReducedVideosMixin
-from .positions import PlacedFeatures
+from .modeling_videos import ReducedVideosForGenerationMixin, ReducedVideosMixin
+from .positions import ImagePositions, PlacedFeatures, keeps_positions, patches_of_tokens
 
 
 class ReducedLlavaNextVideoModel(ReducedVideosMixin, ReducedTilesMixin, LlavaNextVideoModel):  # type: ignore[misc]
@@ -23,10 +24,6 @@ class ReducedLlavaNextVideoModel(ReducedVideosMixin, ReducedTilesMixin, LlavaNex
 
     config: ReducedLlavaNextVideoConfig
     config_class = ReducedLlavaNextVideoConfig
-
-    def __init__(self, config: ReducedLlavaNextVideoConfig) -> None:
-        validate_next_video(config)
-        super().__init__(config)
 
     def _plain_videos(self, pixel_values_videos: Tensor, layer: Any, strategy: str | None) -> PlacedFeatures:
         plain: Any = LlavaNextVideoModel.get_video_features(
@@ -39,9 +36,23 @@ class ReducedLlavaNextVideoModel(ReducedVideosMixin, ReducedTilesMixin, LlavaNex
         features: Any = list(plain.pooler_output)
         return PlacedFeatures(last_hidden_state=plain.last_hidden_state, pooler_output=features)
 
+    def video_positions(self, kept: Tensor, targets: Tensor, frames: int) -> ImagePositions | None:
+        """As `image_positions`, of all pooled patches of a video, frame after frame: a patch stands where the cell
+        does that it was pooled into, CLS at the first cell of its frame."""
+        if not keeps_positions(self.config):
+            return None
+        tower: Any = self.config.vision_config
+        side, stride = tower.image_size // tower.patch_size, self.config.spatial_pool_stride
+        cells = side // stride
+        patches = patches_of_tokens(self.config.visionzip, kept, targets, side).clamp(min=0)
+        row, column = ((part // stride).clamp(max=cells - 1) for part in (patches // side, patches % side))
+        first = torch.arange(frames, device=kept.device)[:, None] * cells * cells
+        places = (row * cells + column).unflatten(0, (-1, frames)) + first
+        return ImagePositions(list(places.flatten(1)), [frames * cells * cells] * len(places))
+
 
 class ReducedLlavaNextVideoForConditionalGeneration(  # type: ignore[misc]
-    ReducedForGenerationMixin, LlavaNextVideoForConditionalGeneration
+    ReducedVideosForGenerationMixin, LlavaNextVideoForConditionalGeneration
 ):
     """LlavaNextVideoForConditionalGeneration with the keys of the reductions; with all of them None, exactly that.
 
