@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini", "video_llava", "temporal_video_llava")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mini_gemini",
+    "llava_next_video",
+    "video_llava",
+    "temporal_video_llava",
+)
 _REDUCED = "reduced_"
 
 

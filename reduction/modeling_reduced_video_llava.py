@@ -17,8 +17,8 @@ from .configuration_reduced_llava import selected_block, validate
 from .configuration_reduced_video_llava import ReducedVideoLlavaConfig, validate_video_llava
 from .errors import ReductionError
 from .extras import extra
-from .modeling_reduced_llava import ReducedForGenerationMixin, register_key_mapping
-from .modeling_videos import ReducedVideosMixin
+from .modeling_reduced_llava import register_key_mapping
+from .modeling_videos import ReducedVideosForGenerationMixin, ReducedVideosMixin
 from .positions import ImagePositions, PlacedFeatures, keeps_positions
 from .refusals import refuse_changed
 from .selectors import BASELINES, VISIONZIP, selector_of
@@ -95,24 +95,6 @@ class ReducedVideoLlavaModel(ReducedVideosMixin, _OfLists):  # type: ignore[misc
         positions = self.image_positions(visual.kept, visual.targets, strategy=strategy)
         return PlacedFeatures(last_hidden_state=visual.tokens, pooler_output=features, positions=positions)
 
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: Any = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As ReducedVideosMixin's, with where the tokens stand, if not where they are counted."""
-        if not keeps_positions(self.config):
-            return super().get_video_features(pixel_values_videos, vision_feature_layer, return_dict=True)
-        refuse_changed(self.config, self._reductions)
-        visual: Any = self.get_frame_tokens(pixel_values_videos, vision_feature_layer)
-        frames = pixel_values_videos.shape[1]
-        features: Any = self.project_videos(visual.tokens, frames)
-        positions = self.video_positions(visual.kept, visual.targets, frames)
-        return PlacedFeatures(last_hidden_state=visual.tokens, pooler_output=features, positions=positions)
-
     def project(self, tokens: Tensor, kept: Tensor | None = None, image_sizes: Tensor | None = None) -> list[Tensor]:
         """Projected visual tokens of each image, [budget, H of the decoder], of `get_visual_tokens`' tokens."""
         return list(self.multi_modal_projector(tokens))
@@ -127,8 +109,7 @@ class ReducedVideoLlavaModel(ReducedVideosMixin, _OfLists):  # type: ignore[misc
         return ImagePositions(list(places), [self._patches_given(strategy)] * len(places))
 
     def video_positions(self, kept: Tensor, targets: Tensor, frames: int) -> ImagePositions | None:
-        """As `image_positions`, of `get_frame_tokens` of videos of so many frames: frame after frame, each with its
-        CLS."""
+        """As ReducedVideosMixin's: frame after frame, each with its CLS."""
         if not keeps_positions(self.config):
             return None
         each = self._patches_given("full")
@@ -186,7 +167,7 @@ class ReducedVideoLlavaModel(ReducedVideosMixin, _OfLists):  # type: ignore[misc
 
 
 class ReducedVideoLlavaForConditionalGeneration(  # type: ignore[misc]
-    ReducedForGenerationMixin, VideoLlavaForConditionalGeneration
+    ReducedVideosForGenerationMixin, VideoLlavaForConditionalGeneration
 ):
     """VideoLlavaForConditionalGeneration with the keys of the reductions; with all of them None, exactly that.
 
@@ -204,24 +185,6 @@ class ReducedVideoLlavaForConditionalGeneration(  # type: ignore[misc]
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """As CountsPositions', of images and videos in the order of their placeholders."""
-        if not keeps_positions(self.config):
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
-        found = {kind: held for kind, held in model_kwargs["mm_encoder_outputs"].items() if held is not None}
-        embeds = model_kwargs.get("inputs_embeds")
-        ids = model_kwargs.get("input_ids", inputs_tensor) if embeds is None else None
-        named = {key: held for key, held in model_kwargs.items() if key not in ("input_ids", "inputs_embeds")}
-        # Those to generate from stay apart: transformers repeats them for beams by the placeholders of their kind.
-        named["mm_encoder_outputs"] = {"image": self.model.encoded(ids, embeds, found)} if found else {}
-        ids, embeds = self.model._as_images(ids, embeds)
-        if embeds is not None:
-            named["inputs_embeds"] = embeds
-        positions = super()._prepare_position_ids_for_generation(inputs_tensor if ids is None else ids, named)
-        model_kwargs["position_shifts"] = named["position_shifts"]
-        return positions
 
 
 register_key_mapping("ReducedVideoLlavaModel", "VideoLlavaModel")

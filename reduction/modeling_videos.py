@@ -4,6 +4,7 @@ Images and videos then go the same way: to the merge, to frozen layers and to pr
 other alike (media.py).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers.utils import can_return_tuple
 
 from .errors import ReductionError
 from .media import in_order
-from .modeling_reduced_llava import ReducedModelMixin
-from .positions import PlacedFeatures
+from .modeling_reduced_llava import ReducedForGenerationMixin, ReducedModelMixin
+from .positions import ImagePositions, PlacedFeatures
 from .refusals import refuse_changed
 from .visual_tokens import VisualTokens
 
@@ -51,8 +52,13 @@ class ReducedVideosMixin(ReducedModelMixin):
         if self.config.visionzip is None:
             return self._plain_videos(pixel_values_videos, layer, strategy)
         visual: Any = self.get_frame_tokens(pixel_values_videos, layer)
-        features: Any = self.project_videos(visual.tokens, pixel_values_videos.shape[1])
-        return PlacedFeatures(last_hidden_state=visual.tokens, pooler_output=features)
+        frames = pixel_values_videos.shape[1]
+        features: Any = self.project_videos(visual.tokens, frames)
+        return PlacedFeatures(
+            last_hidden_state=visual.tokens,
+            pooler_output=features,
+            positions=self.video_positions(visual.kept, visual.targets, frames),
+        )
 
     def get_frame_tokens(self, pixel_values_videos: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
         """What is chosen of every frame of videos [V, F, 3, S, S]: N is V * F, video after video."""
@@ -62,6 +68,11 @@ class ReducedVideosMixin(ReducedModelMixin):
         """Projected visual tokens of each video, joined, of the tokens [V * F, budget, H of the tower] that
         `get_frame_tokens` gives of all frames."""
         return self._joined(self.multi_modal_projector(tokens), frames)
+
+    def video_positions(self, kept: Tensor, targets: Tensor, frames: int) -> ImagePositions | None:
+        """Where the tokens of each video stand among all that the plain model gives of it; None where they are
+        numbered as they come. `kept` [V * F, D] and `targets` [V * F, C], as in VisualTokens."""
+        return None
 
     def _plain_videos(self, pixel_values_videos: Tensor, layer: Any, strategy: str | None) -> PlacedFeatures:
         """What transformers' model makes of videos, every token kept: `pooler_output` a list of [tokens, H]."""
@@ -147,3 +158,14 @@ class ReducedVideosMixin(ReducedModelMixin):
         assert inputs_embeds is not None
         token = torch.tensor(number, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+
+class ReducedVideosForGenerationMixin(ReducedForGenerationMixin):
+    """What these models with a head have in common; goes before the transformers class."""
+
+    def _visual_of_prompt(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, encoded: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        found = {kind: held for kind, held in encoded.items() if held is not None}
+        visual = self.model._placeholders(*self.model._as_images(input_ids, inputs_embeds))
+        return visual, self.model.encoded(input_ids, inputs_embeds, found)

@@ -24,6 +24,7 @@ from shortzip.train.release.layout_llava import LlavaLayout
 from shortzip.train.release.layouts import Parts
 from shortzip.train.release.original_layout import (
     IMAGE_TOKEN,
+    VIDEO_TOKEN,
     Vocabulary,
     check_original_config,
     check_sizes,
@@ -31,7 +32,6 @@ from shortzip.train.release.original_layout import (
 )
 from shortzip.train.release.tensor_files import weight_files
 
-VIDEO_TOKEN = "<video>"
 VIDEO_TOWER = "LanguageBind/LanguageBind_Video_merge"
 IMAGE_INSIDE = "model.image_tower.image_tower."
 VIDEO_INSIDE = "model.video_tower.video_tower."

@@ -1,0 +1,1 @@
+"""Releases of a few kilobytes, a file for each family: random weights, the real classes."""
