@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from finished_runs import finish
 from PIL import Image
-from runs import run_here, write_recipe
+from runs import ROOT, run_here, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny_video import (
     FRAMES,
@@ -46,6 +47,7 @@ from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.loading import load_release, load_viewer
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
+from shortzip.train.release.towers import leave_out_towers
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.step.components import describe_components
 
@@ -269,6 +271,17 @@ def test_parameters_are_counted_and_both_towers_reported(kind: str, releases: di
     assert names[:2] == ["image tower", "video tower"]
 
 
+@kinds
+def test_both_towers_are_left_out_together(kind: str, releases: dict[str, Path]) -> None:
+    without, _ = load_release(open_release(str(releases[kind])), REDUCTIONS, with_tower=False)
+    model, _ = load_release(str(releases[kind]), REDUCTIONS)
+    leave_out_towers(model)
+    for each in (without, model):
+        assert {type(each.model.image_tower), type(each.model.video_tower)} == {torch.nn.Identity}
+        assert each.model.vision_tower is each.model.image_tower
+    assert all(torch.equal(tensor, without.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_release_is_recognised_by_both_its_towers(releases: dict[str, Path], tmp_path: Path) -> None:
     before = release_identity(open_release(str(releases["hf"])))
     for name in ("image_tower", "video_tower"):
@@ -291,6 +304,7 @@ def test_a_viewer_and_cached_features_know_the_image_tower(kind: str, releases: 
     with torch.no_grad():
         chosen, expected = (each.model.get_visual_tokens(pixels) for each in (viewer, model))
     assert torch.equal(chosen.tokens, expected.tokens)
+    assert viewer.device == torch.device("cpu"), "that of the one tower it has"
     before = features_identity(model, processor)
     with torch.no_grad():
         model.model.video_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
@@ -331,6 +345,30 @@ def test_a_run_on_images_and_what_it_leaves(
     tuned, processor = load_release(str(tmp_path / "plain"))
     with torch.no_grad():
         assert tuned(**inputs_of(processor)).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_at_toy_size(
+    releases: dict[str, Path], tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    """Two steps with its own keys, and the table at its end; only the release, the data and the length are others."""
+    path = ROOT / "configs" / "video-llava-7b.yaml"
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert 8 * sum(keys["visionzip"].values()) == 136
+    folder = run_here(
+        path, tmp_path / "run", "--model", str(releases["temporal"]), "--data.instructions",
+        str(tiny_instructions), "--data.image_root", str(tiny_instructions.parent), "--data.num_workers", "0",
+        "--data.fraction", "1", "--max_steps", "2", "--num_train_epochs", "null", "--global_batch_size", "8",
+        "--data.eval_instructions", str(tiny_held_out), "--data.eval_image_root", str(tiny_held_out.parent),
+    )  # fmt: skip
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert open_release(str(folder)).saved_reductions.visionzip == keys["visionzip"]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    kept = set(keys) - {"model", "data", "num_train_epochs", "global_batch_size", "output_dir", "visionzip"}
+    keys["learning_rate"] = float(keys["learning_rate"])  # YAML takes 2e-5 for a text
+    assert {key: resolved[key] for key in kept} == {key: keys[key] for key in kept}
+    header = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert {"# Needs ", "# Time  "} <= {line[:8] for line in header.splitlines()}
 
 
 _LOAD = """
