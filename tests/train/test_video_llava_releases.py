@@ -15,6 +15,7 @@ from finished_runs import finish
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 from safetensors.torch import load_file, save_file
+from test_video_releases import mixed_batch
 from tiny_video import (
     FRAMES,
     IMAGE_TOWER,
@@ -40,6 +41,7 @@ from shortzip.reduction.flops import parameter_counts
 from shortzip.reduction.modeling_reduced_temporal_video_llava import ReducedTemporalVideoLlavaForConditionalGeneration
 from shortzip.reduction.modeling_reduced_video_llava import ReducedVideoLlavaForConditionalGeneration
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.inputs.chat import Chat
 from shortzip.train.inputs.feature_cache import features_identity
 from shortzip.train.inputs.identity import release_identity
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
@@ -50,6 +52,7 @@ from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.towers import leave_out_towers
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.step.components import describe_components
+from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 
 REDUCTIONS = Reductions({"dominant": 4, "contextual": 2}, {"layers": [1, 3]})
 PICTURE = Image.new("RGB", (58, 50), (200, 40, 90))
@@ -142,7 +145,7 @@ def test_towers_that_do_not_belong_to_a_release(
     tmp_path: Path, tower: str, changes: dict[str, Any], said: str
 ) -> None:
     original = write_original_video_llava(tmp_path)
-    path = tmp_path / "LanguageBind" / f"LanguageBind_{tower}" / "config.json"
+    path = original / "LanguageBind" / f"LanguageBind_{tower}" / "config.json"
     held = json.loads(path.read_text())
     path.write_text(json.dumps({**held, "vision_config": {**held["vision_config"], **changes}}))
     with pytest.raises(UserError, match=said):
@@ -312,6 +315,35 @@ def test_a_viewer_and_cached_features_know_the_image_tower(kind: str, releases: 
     with torch.no_grad():
         model.model.image_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
     assert features_identity(model, processor) != before
+
+
+@kinds
+@pytest.mark.parametrize("reductions", [REDUCTIONS, Reductions()], ids=["reduced", "every token"])
+def test_the_packed_walk_gives_the_gradient_of_a_plain_pass(
+    kind: str, reductions: Reductions, releases: dict[str, Path], tmp_path: Path
+) -> None:
+    model, processor = load_release(str(releases[kind]), reductions)
+    train_only_projector(model, torch.float32)
+    batch = mixed_batch(processor, tmp_path)
+    gradients = []
+    for plain in (False, True):
+        model.zero_grad()
+        loss = SupervisedLoss(model, plain=plain)(batch)
+        loss.backward()
+        gradients.append((loss.item(), model.model.multi_modal_projector.linear_1.weight.grad.clone()))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    assert float(gradients[1][1].abs().max()) > 0
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-4, atol=1e-5)
+
+
+@kinds
+def test_a_conversation_about_images_goes_on_in_its_cache(kind: str, releases: dict[str, Path]) -> None:
+    supervision = Supervision(load_release(str(releases[kind]), REDUCTIONS)[1], max_length=None)
+    model, _ = load_release(str(releases[kind]), REDUCTIONS)
+    chat, fresh = Chat(model, supervision), Chat(model, supervision)
+    for images in ([PICTURE], [], [Image.new("RGB", (30, 30), (9, 200, 60))]):
+        answer = chat.ask("name the colour", images, max_new_tokens=3)
+        assert fresh.reply(chat.turns[:-1], chat.images, 3, keep=False).text == answer
 
 
 @pytest.mark.slow
