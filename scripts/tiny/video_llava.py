@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 from shortzip.data.errors import UserError
+from shortzip.data.supervision import load_template
 from shortzip.scripts.tiny.parts import special_tokens
 from shortzip.scripts.tiny.words import build_tokenizer
 
@@ -72,6 +73,7 @@ def write_release(folder: Path, seed: int = 0, side: int = SIDE, layers: int = 4
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(load_template("vicuna_v1"), encoding="utf-8")
     return folder
 
 

@@ -45,6 +45,7 @@ from shortzip.train.inputs.chat import Chat
 from shortzip.train.inputs.feature_cache import features_identity
 from shortzip.train.inputs.identity import release_identity
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.publish.model_card import read_run, write_card
 from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.loading import load_release, load_viewer
 from shortzip.train.release.opening import open_release
@@ -473,6 +474,16 @@ def test_what_is_written_for_its_authors_code_and_read_again(
     assert again.config.model_type == "reduced_temporal_video_llava"
     laid, _ = load_release(open_release(ReleaseSpec(str(releases["temporal"]), mm_projector=str(target))))
     assert torch.equal(laid.model.multi_modal_projector.linear_2.bias, projector["linear_2.bias"])
+
+
+@pytest.mark.parametrize("shape", ["full", "llava"])
+def test_the_card_says_frames_and_the_command_of_its_authors_code(
+    shape: Any, releases: dict[str, Path], tmp_path: Path
+) -> None:
+    run = read_run(finish(tmp_path / "run", releases["temporal"], REDUCTIONS))
+    body = write_card(run, repo_id="you/videollava-6", shape=shape, size=1000, picture=False)
+    assert "6 of 25 visual tokens per image, and per frame of a video (4 dominant, CLS counted among them, and" in body
+    assert ("python -m videollava.serve.cli --model-path videollava-6" in body) == (shape == "llava")
 
 
 def test_an_hf_release_is_not_written_for_the_authors_code(releases: dict[str, Path], tmp_path: Path) -> None:
