@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from shortzip.scripts.tiny.llava import IMAGE_SIZE, LLM_LAYERS, PATCH_SIZE, PATCHES, write_release
-from shortzip.scripts.tiny.llava_next import write_next_release
+from shortzip.scripts.tiny.llava_next import write_release as write_next_release
 from shortzip.scripts.tiny.words import COLORS, QUESTIONS, build_tokenizer
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""Releases of a few kilobytes, a file for each family: random weights, the real classes."""
+"""Releases of half a megabyte, a file for each family: random weights, the real classes."""

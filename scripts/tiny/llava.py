@@ -15,6 +15,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from shortzip.scripts.tiny import original
 from shortzip.scripts.tiny.words import build_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4
@@ -56,3 +57,8 @@ def write_release(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
         image_token="<image>", num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_original(folder: Path, seed: int = 0) -> Path:
+    """The same release in LLaVA's own layout, whose tower is a release of its own."""
+    return original.write(folder, seed, write_release, LlavaConfig, build_tokenizer(), inside=False)

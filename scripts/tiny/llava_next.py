@@ -13,15 +13,17 @@ from transformers import (
     LlavaProcessor,
 )
 
-from shortzip.scripts.tiny.llava import IMAGE_SIZE, PATCH_SIZE, write_release
+from shortzip.scripts.tiny import llava, original
+from shortzip.scripts.tiny.llava import IMAGE_SIZE, PATCH_SIZE
+from shortzip.scripts.tiny.words import build_tokenizer
 
 
-def write_next_release(folder: Path, grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1))) -> Path:
+def write_release(folder: Path, seed: int = 0, *, grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1))) -> Path:
     """Writes a LLaVA-NeXT of the same parts: two tiles, beside or above each other, and the base one.
 
     `grids`: in place of these two, rows and columns of tiles.
     """
-    write_release(folder)
+    llava.write_release(folder, seed)
     plain, processor = LlavaConfig.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
     tiles = [[IMAGE_SIZE * rows, IMAGE_SIZE * columns] for rows, columns in grids]
     config = LlavaNextConfig(
@@ -36,3 +38,8 @@ def write_next_release(folder: Path, grids: tuple[tuple[int, int], ...] = ((1, 2
         image_token="<image>", num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_original(folder: Path, seed: int = 0) -> Path:
+    """The same release in LLaVA's own layout, whose tower is a release of its own."""
+    return original.write(folder, seed, write_release, LlavaNextConfig, build_tokenizer(), inside=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -15,7 +14,8 @@ from transformers import (
 )
 
 from shortzip.data.supervision import load_template
-from shortzip.scripts.tiny.original import write_original
+from shortzip.scripts.tiny import original
+from shortzip.scripts.tiny.parts import random_model, special_tokens
 from shortzip.scripts.tiny.words import build_tokenizer
 from shortzip.train.release.plain_processor import PlainProcessor
 
@@ -43,12 +43,7 @@ def next_video_config(rows: int, image: int, video: int, side: int = SIDE, **tex
 
 
 def plain_next_video(config: LlavaNextVideoConfig, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    model = LlavaNextVideoForConditionalGeneration(config).eval()
-    with torch.no_grad():  # the default initialisation lets an image move the logits by next to nothing
-        for parameter in model.model.multi_modal_projector.parameters():
-            parameter.normal_(0, 0.3)
-    return model
+    return random_model(LlavaNextVideoForConditionalGeneration, config, seed)
 
 
 def next_video_tokenizer() -> Any:
@@ -57,18 +52,13 @@ def next_video_tokenizer() -> Any:
     return tokenizer
 
 
-def write_next_video(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
+def write_release(folder: Path, seed: int = 0, *, side: int = SIDE, layers: int = 4) -> Path:
     """A release in transformers' layout, of tiles of `side` pixels and so many decoder layers."""
     tokenizer = next_video_tokenizer()
     ids = tokenizer.get_vocab()
-    text = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "num_hidden_layers": layers,
-    }
-    model = plain_next_video(next_video_config(len(tokenizer), ids["<image>"], ids["<video>"], side, **text))
-    model.save_pretrained(folder)
+    text = {**special_tokens(tokenizer), "num_hidden_layers": layers}
+    config = next_video_config(len(tokenizer), ids["<image>"], ids["<video>"], side, **text)
+    plain_next_video(config, seed).save_pretrained(folder)
     size = {"height": side, "width": side}
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": side}, crop_size=size, image_grid_pinpoints=grid_of(side)
@@ -82,9 +72,6 @@ def write_next_video(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
     return folder
 
 
-def write_original_next_video(folder: Path, release: Path) -> Path:
-    """The same release in its authors' layout: `folder/llava-next-video-tiny`, and its tower's folder beside it."""
-    config: Any = LlavaNextVideoConfig.from_pretrained(release)
-    tower = {**config.vision_config.to_dict(), "model_type": "clip_vision_model"}
-    target = folder / "llava-next-video-tiny"
-    return write_original(target, release, config, next_video_tokenizer(), tower, inside=True)
+def write_original(folder: Path, seed: int = 0) -> Path:
+    """The same release in its authors' layout, its tower in it."""
+    return original.write(folder, seed, write_release, LlavaNextVideoConfig, next_video_tokenizer(), inside=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -17,8 +14,9 @@ from transformers import (
 )
 
 from shortzip.data.supervision import load_template
+from shortzip.scripts.tiny import original
+from shortzip.scripts.tiny.parts import random_model
 from shortzip.scripts.tiny.words import build_tokenizer
-from shortzip.train.release.layout_llava_onevision import LAYOUT
 from shortzip.train.release.plain_processor import PlainProcessor
 
 SIDE, PATCH = 20, 4  # 25 patches a tile, 9 of a frame once it is pooled
@@ -47,23 +45,17 @@ def onevision_config(rows: int, image: int, video: int, side: int = SIDE, **text
 
 
 def plain_onevision(config: LlavaOnevisionConfig, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    model = LlavaOnevisionForConditionalGeneration(config).eval()
-    with torch.no_grad():  # the default initialisation lets an image move the logits by next to nothing
-        for parameter in model.model.multi_modal_projector.parameters():
-            parameter.normal_(0, 0.3)
-    return model
+    return random_model(LlavaOnevisionForConditionalGeneration, config, seed)
 
 
-def onevision_tokenizer(marks: bool = True) -> Any:
+def onevision_tokenizer() -> Any:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
-    if marks:
-        tokenizer.add_tokens(["<video>"], special_tokens=True)
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
     return tokenizer
 
 
-def write_onevision(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
+def write_release(folder: Path, seed: int = 0, *, side: int = SIDE, layers: int = 4) -> Path:
     """A release in transformers' layout, of tiles of `side` pixels and so many decoder layers."""
     tokenizer = onevision_tokenizer()
     ids = tokenizer.get_vocab()
@@ -73,7 +65,7 @@ def write_onevision(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
         "num_hidden_layers": layers,
     }
     config = onevision_config(len(tokenizer), ids["<image>"], ids["<video>"], side, **text)
-    plain_onevision(config).save_pretrained(folder)
+    plain_onevision(config, seed).save_pretrained(folder)
     size = {"height": side, "width": side}
     images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grid_of(side))
     own = {
@@ -84,31 +76,14 @@ def write_onevision(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
     return folder
 
 
-def write_original_onevision(folder: Path, release: Path) -> Path:
-    """The same release in its authors' layout: `folder/llava-onevision-tiny`, and its tower beside it."""
-    target, tower = folder / "llava-onevision-tiny", folder / "siglip-tiny"
-    target.mkdir(parents=True)
-    config = LlavaOnevisionConfig.from_pretrained(release)
-    original = LAYOUT.to_original(config, tower.name, "tiny")
-    (target / "config.json").write_text(json.dumps(original, indent=1))
-    names = {"model.multi_modal_projector.linear_1": "model.mm_projector.0",
-             "model.multi_modal_projector.linear_2": "model.mm_projector.2", "model.language_model.": "model.",
-             "model.vision_tower.": "model.vision_tower.vision_tower.vision_model."}  # fmt: skip
-    tensors = {}
-    for name, tensor in load_file(release / "model.safetensors").items():
-        plain = name.replace("vision_tower.vision_model.", "vision_tower.").replace(
-            "language_model.lm_head", "lm_head"
-        )
-        plain = plain.replace("language_model.model.", "language_model.")
-        plain = plain if plain.startswith(("model.", "lm_head")) else f"model.{plain}"
-        for ours, theirs in names.items():
-            plain = plain.replace(ours, theirs)
-        tensors[plain] = tensor
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    onevision_tokenizer().save_pretrained(target)
-    tower.mkdir()
-    full = {**VISION, "num_hidden_layers": VISION["num_hidden_layers"] + 1}
-    (tower / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": full}))
-    settings = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    (tower / "preprocessor_config.json").write_text(json.dumps(settings))
-    return target
+def write_original(folder: Path, seed: int = 0) -> Path:
+    """The same release in its authors' layout, its tower in it."""
+    return original.write(
+        folder, seed, write_release, LlavaOnevisionConfig, onevision_tokenizer(), inside=True, tower_of=_whole_tower
+    )
+
+
+def _whole_tower(config: Any) -> dict[str, Any]:
+    """SigLIP's, with the block that LLaVA leaves out."""
+    full = {**config.vision_config.to_dict(), "num_hidden_layers": config.vision_config.num_hidden_layers + 1}
+    return {"model_type": "siglip", "vision_config": full}

@@ -29,7 +29,7 @@ from transformers import (
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.reductions import Reductions
-from shortzip.scripts.tiny.llava_next_video import write_next_video
+from shortzip.scripts.tiny import llava_next_video
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
@@ -72,9 +72,9 @@ def write_toy(folder: Path, recipe: str) -> Path:
     model: Any
     processor: Any
     if "onevision" in recipe:
-        return write_onevision(folder, SIDE, layers)
+        return write_onevision(folder, side=SIDE, layers=layers)
     if "next-video" in recipe:
-        return write_next_video(folder, SIDE, layers)
+        return llava_next_video.write_release(folder, side=SIDE, layers=layers)
     if "next" in recipe:
         pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
         model = LlavaNextForConditionalGeneration(

@@ -24,8 +24,6 @@ from shortzip.reduction.families import family_named, family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.tiny import llava_next_video as next_video
 from shortzip.scripts.tiny import llava_onevision as onevision
-from shortzip.scripts.tiny.llava_next_video import write_next_video, write_original_next_video
-from shortzip.scripts.tiny.llava_onevision import write_onevision, write_original_onevision
 from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.inputs.chat import Chat
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
@@ -44,7 +42,7 @@ class Tiny(NamedTuple):
     """A family's tiny release."""
 
     write: Callable[[Path], Path]
-    write_original: Callable[[Path, Path], Path]
+    write_original: Callable[[Path], Path]
     side: int
     ends: int
     """Tokens of a video beside its frames'."""
@@ -57,11 +55,11 @@ class Tiny(NamedTuple):
 
 TINY = {
     "llava_onevision": Tiny(
-        write_onevision, write_original_onevision, onevision.SIDE, 1, "You are a helpful assistant",
+        onevision.write_release, onevision.write_original, onevision.SIDE, 1, "You are a helpful assistant",
         "LlavaQwenForCausalLM", True,
     ),
     "llava_next_video": Tiny(
-        write_next_video, write_original_next_video, next_video.SIDE, 0, "A chat between a curious user",
+        next_video.write_release, next_video.write_original, next_video.SIDE, 0, "A chat between a curious user",
         "LlavaLlamaForCausalLM", False,
     ),
 }  # fmt: skip
@@ -95,7 +93,7 @@ def inputs_for(model: Any, processor: Any, text: str, images: list[Image.Image])
 def test_its_own_layout_becomes_the_release_in_transformers(
     family: str, tiny: Tiny, release: Path, tmp_path: Path
 ) -> None:
-    original = tiny.write_original(tmp_path, release)
+    original = tiny.write_original(tmp_path / "original")
     opened = open_release(str(original), cache_dir=tmp_path / "cache")
     assert opened.converted
     model, processor = load_release(opened, Reductions())
@@ -130,7 +128,7 @@ REFUSED = {
 
 
 def test_what_of_its_layout_is_refused(family: str, tiny: Tiny, release: Path, tmp_path: Path) -> None:
-    original = tiny.write_original(tmp_path, release)
+    original = tiny.write_original(tmp_path / "original")
     whole = json.loads((original / "config.json").read_text())
     for change, message in REFUSED[family]:
         config = {key: held for key, held in {**whole, **change}.items() if held is not None}

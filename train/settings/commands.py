@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from shortzip.data.errors import UserError
+from shortzip.reduction.families import FAMILIES
 from shortzip.reduction.layer_choice import Direction
 from shortzip.reduction.parsing import parse_budget, read_freeze
 from shortzip.reduction.selectors import VISIONZIP
@@ -345,6 +346,26 @@ class ConvertConfig:
     """Cast everything to it; null: as the release has it."""
     base: str | None = None
     """With --to llava: the original release that LLaVA's code loads the projector over."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """What `scripts/make_tiny_release.py` takes.
+
+    shortzip tiny --family mini_gemini --layout original --output tiny/mgm
+    """
+
+    output: Path
+    """A folder that does not exist yet."""
+    family: Literal[FAMILIES] = "llava"  # type: ignore[valid-type]
+    """What it is a release of."""
+    layout: Literal["transformers", "original"] = "transformers"
+    """transformers', or the one that the family's authors release in."""
+    seed: int = 0
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
