@@ -75,6 +75,7 @@ def to_llava(settings: ConvertConfig) -> None:
         shape="llava",
         base=settings.base,
         vision_tower=settings.vision_tower,
+        budgets=release.saved_budgets,
     )
     say(
         f"python -m llava.serve.cli --model-path {settings.output} --model-base {settings.base or 'BASE'} "
