@@ -18,8 +18,8 @@ FAMILIES = (
     "llava_onevision",
     "mini_gemini",
     "llava_next_video",
-    "video_llava",
     "temporal_video_llava",
+    "video_llava",
 )
 _REDUCED = "reduced_"
 
@@ -36,6 +36,8 @@ class Family:
         inputs: what a prompt may hold: "image", "images" (several), "video".
         towers: its vision towers, as attributes of the model and in the names of weights, the one for images first.
         usual_tiles: tiles of an image as papers count them.
+        video_frames: frames of a video that the releases were trained with; 0: the family takes no videos.
+        any_frames: whether videos of other numbers of frames can be read too.
         counts_by_size: whether an image's number of visual tokens depends on its size.
         tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
         tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
@@ -55,6 +57,8 @@ class Family:
     inputs: frozenset[str] = frozenset({"image", "images"})
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
+    video_frames = 0
+    any_frames = True
     counts_by_size = False
     tunes: tuple[str, ...] = ("projector",)
     tower_keys: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ class TemporalVideoLlava(VideoLlava):
     processing = "processing_reduced_temporal_video_llava"
     releases: ClassVar = {"video-llava-7b": ("LlamaConfig", SIZES_7B)}
     releases_side = 224
+    any_frames = False
     image_processors: ClassVar = {"": _PADDED, "LlavaImageProcessor": _PADDED}
 
     @property

@@ -49,6 +49,7 @@ KNOWN_AS = {  # so that no recipe needs the network to be rehearsed
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava-next-mistral-7b",
     "YanweiLi/MGM-7B": "mgm-7b",
     "YanweiLi/MGM-13B": "mgm-13b",
+    "LanguageBind/Video-LLaVA-7B": "video-llava-7b",
     "checkpoints/demo-llava": "demo",
 }
 TILED_SIDE = 672  # pixels of an image that LLaVA-NeXT cuts into four tiles beside the whole

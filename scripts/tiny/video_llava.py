@@ -1,23 +1,21 @@
-"""A tiny Video-LLaVA as its authors release it, and a tiny Video-LLaVA-hf, which is another model."""
+"""A tiny Video-LLaVA-hf: transformers' own model, which has no layout of its authors."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from shortzip.reduction.configuration_reduced_temporal_video_llava import ReducedTemporalVideoLlavaConfig
-from shortzip.reduction.modeling_reduced_temporal_video_llava import ReducedTemporalVideoLlavaForConditionalGeneration
+from shortzip.data.errors import UserError
+from shortzip.data.supervision import load_template
+from shortzip.scripts.tiny.parts import special_tokens
 from shortzip.scripts.tiny.words import build_tokenizer
-from shortzip.train.release.layout_temporal_video_llava import LAYOUT, VIDEO_TOWER
 
-SIDE, PATCH, FRAMES = 20, 4, 4
+SIDE, PATCH = 20, 4
 PATCHES = (SIDE // PATCH) ** 2
-IMAGE_TOWER = LAYOUT.usual_tower[1]
 VISION: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE,
     "patch_size": PATCH, "projection_dim": 24, "hidden_act": "gelu", "initializer_range": 0.3,
@@ -26,17 +24,10 @@ TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 512, "initializer_range": 0.2,
 }  # fmt: skip
-_NAMES = (
-    ("model.multi_modal_projector.linear_1", "model.mm_projector.0"),
-    ("model.multi_modal_projector.linear_2", "model.mm_projector.2"),
-    ("model.language_model.", "model."),
-    ("model.image_tower.", "model.image_tower.image_tower."),
-    ("model.video_tower.", "model.video_tower.video_tower."),
-)
 
 
 def config_keys(rows: int, image: int, video: int, side: int = SIDE, layers: int = 4, **text: Any) -> dict[str, Any]:
-    """What both configs are made of. `rows`: of the embeddings; `image` and `video`: ids of the placeholders."""
+    """What both releases' configs are made of. `rows`: of the embeddings; `image` and `video`: ids of placeholders."""
     return {
         "vision_config": CLIPVisionConfig(**{**VISION, "image_size": side}).to_dict(),
         "text_config": LlamaConfig(**{**TEXT, "num_hidden_layers": layers, "vocab_size": rows, **text}).to_dict(),
@@ -62,20 +53,12 @@ def plain_video_llava(seed: int = 0, **keys: Any) -> Any:
     return enlivened(VideoLlavaForConditionalGeneration(VideoLlavaConfig(**keys)), seed)
 
 
-def temporal_video_llava(seed: int = 0, **keys: Any) -> Any:
-    """The original, of videos of `FRAMES` frames."""
-    torch.manual_seed(seed)
-    config = ReducedTemporalVideoLlavaConfig(**{"video_frames": FRAMES, **keys})
-    return enlivened(ReducedTemporalVideoLlavaForConditionalGeneration(config), seed)
-
-
-def write_video_llava_hf(folder: Path, side: int = SIDE, layers: int = 4) -> Path:
-    """A Video-LLaVA-hf with the files that such releases have."""
+def write_release(folder: Path, seed: int = 0, side: int = SIDE, layers: int = 4) -> Path:
+    """A release with the files that Video-LLaVA-hf has, for frames of `side` pixels and so many decoder layers."""
     tokenizer: Any = build_tokenizer()
     tokenizer.add_tokens(["<video>"], special_tokens=True)
-    ids = tokenizer.get_vocab()
-    own = {f"{name}_token_id": ids[token] for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
-    model = plain_video_llava(**config_keys(len(tokenizer), ids["<image>"], ids["<video>"], side, layers, **own))
+    ids, own = tokenizer.get_vocab(), special_tokens(tokenizer)
+    model = plain_video_llava(seed, **config_keys(len(tokenizer), ids["<image>"], ids["<video>"], side, layers, **own))
     model.generation_config.eos_token_id = own["eos_token_id"]
     model.generation_config.pad_token_id = own["pad_token_id"]
     model.save_pretrained(folder)
@@ -90,64 +73,13 @@ def write_video_llava_hf(folder: Path, side: int = SIDE, layers: int = 4) -> Pat
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(load_template("vicuna_v1"), encoding="utf-8")
     return folder
 
 
-def write_original_video_llava(
-    folder: Path, side: int = SIDE, layers: int = 4, *, tokenizer: Path | None = None, rows: int = 0, **changes: Any
-) -> Path:
-    """A release in its authors' layout, `folder/Video-LLaVA-tiny`, and the configs of its towers beside it.
-
-    Args:
-        tokenizer: a folder with another tokenizer for it, of so many `rows`.
-        changes: other keys in its config.json.
-    """
-    target = folder / "Video-LLaVA-tiny"
-    target.mkdir(parents=True)
-    if tokenizer is None:
-        words = build_tokenizer()
-        words.save_pretrained(target)
-        _set(target / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # no sentencepiece's
-        rows = len(words)
-    else:
-        for path in tokenizer.glob("*token*"):
-            shutil.copyfile(path, target / path.name)
-    model = temporal_video_llava(**config_keys(rows, rows, rows + 1, side, layers, bos_token_id=1, eos_token_id=2))
-    original = LAYOUT.to_original(model.config, IMAGE_TOWER, "tiny")
-    (target / "config.json").write_text(json.dumps({**original, **changes}, indent=1))
-    (target / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    write_shards(target, original_tensors(model))
-    of_video = {"add_time_attn": True, "num_frames": FRAMES}
-    for name, kind, more in ((IMAGE_TOWER, "Image", {}), (VIDEO_TOWER, "Video", of_video)):
-        vision = {**CLIPVisionConfig(**{**VISION, "image_size": side}).to_dict(), "add_time_attn": False, **more}
-        (folder / name).mkdir(parents=True)
-        config = {"model_type": f"LanguageBind{kind}", "vision_config": vision}
-        (folder / name / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def _set(path: Path, **keys: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **keys}, indent=1))
-
-
-def original_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The model's weights under its authors' names."""
-    found = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in _NAMES:
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-                break
-        found[name] = tensor.clone()
-    return found
-
-
-def write_shards(target: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Two .bin shards and their index, as the release has them."""
-    names, weight_map = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2]), start=1):
-        shard = f"pytorch_model-{number:05d}-of-00002.bin"
-        torch.save({name: tensors[name] for name in part}, target / shard)
-        weight_map.update(dict.fromkeys(part, shard))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+def write_original(folder: Path, seed: int = 0) -> Path:
+    """There is none. Raises UserError."""
+    raise UserError(
+        "video_llava is Video-LLaVA-hf, which transformers converted: there is no other layout of it. Choose layout "
+        "transformers, or family temporal_video_llava, which is what its authors released"
+    )

@@ -1,19 +1,14 @@
-"""Both releases of Video-LLaVA from their layouts to a tuned checkpoint: loading, training, caching, publishing."""
+"""Both releases of Video-LLaVA and their layouts: what is converted, read, refused and counted."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from finished_runs import finish
 from PIL import Image
-from runs import run_here, write_recipe
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_video import (
     FRAMES,
     IMAGE_TOWER,
@@ -24,10 +19,16 @@ from tiny_video import (
     temporal_video_llava,
     write_original_video_llava,
     write_shards,
-    write_video_llava_hf,
 )
-from torch import Tensor
-from transformers import VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
+from transformers import VideoLlavaImageProcessor
+from video_llava_releases import (
+    PICTURE,
+    REDUCTIONS,
+    VIDEO,
+    folder_tensors,
+    inputs_of,
+    write_both,
+)
 
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import Supervision
@@ -39,45 +40,31 @@ from shortzip.reduction.flops import parameter_counts
 from shortzip.reduction.modeling_reduced_temporal_video_llava import ReducedTemporalVideoLlavaForConditionalGeneration
 from shortzip.reduction.modeling_reduced_video_llava import ReducedVideoLlavaForConditionalGeneration
 from shortzip.reduction.reductions import Reductions
-from shortzip.train.inputs.feature_cache import features_identity
 from shortzip.train.inputs.identity import release_identity
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.layouts import layout_for
-from shortzip.train.release.loading import load_release, load_viewer
+from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
-from shortzip.train.release.spec import ReleaseSpec
-from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.step.components import describe_components
 
-REDUCTIONS = Reductions({"dominant": 4, "contextual": 2}, {"layers": [1, 3]})
-PICTURE = Image.new("RGB", (58, 50), (200, 40, 90))
-VIDEO = np.random.default_rng(0).integers(0, 256, (FRAMES, 30, 44, 3), dtype=np.uint8)
-PROMPT = "USER: <image>\nname the colour of <video>\nnow ASSISTANT:"
 kinds = pytest.mark.parametrize("kind", ["hf", "temporal"])
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The original release, in its authors' layout."""
-    return write_original_video_llava(tmp_path_factory.mktemp("original"))
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return write_both(tmp_path_factory.mktemp("video-llava"))
 
 
 @pytest.fixture(scope="module")
-def releases(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def originals(both: tuple[Path, dict[str, Path]]) -> Path:
+    """The original release, in its authors' layout."""
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def releases(both: tuple[Path, dict[str, Path]]) -> dict[str, Path]:
     """Both releases in transformers' layout."""
-    cache = tmp_path_factory.mktemp("converted")
-    return {
-        "hf": write_video_llava_hf(tmp_path_factory.mktemp("hf") / "tiny-hf"),
-        "temporal": open_release(str(originals), cache_dir=cache).folder,
-    }
-
-
-def inputs_of(processor: Any) -> dict[str, Tensor]:
-    return dict(processor(images=PICTURE, videos=[VIDEO], text=PROMPT, return_tensors="pt"))
-
-
-def folder_tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return both[1]
 
 
 def test_the_authors_layout_becomes_one_with_every_tensor_of_it(originals: Path, releases: dict[str, Path]) -> None:
@@ -140,7 +127,7 @@ def test_towers_that_do_not_belong_to_a_release(
     tmp_path: Path, tower: str, changes: dict[str, Any], said: str
 ) -> None:
     original = write_original_video_llava(tmp_path)
-    path = tmp_path / "LanguageBind" / f"LanguageBind_{tower}" / "config.json"
+    path = original / "LanguageBind" / f"LanguageBind_{tower}" / "config.json"
     held = json.loads(path.read_text())
     path.write_text(json.dumps({**held, "vision_config": {**held["vision_config"], **changes}}))
     with pytest.raises(UserError, match=said):
@@ -280,138 +267,6 @@ def test_a_release_is_recognised_by_both_its_towers(releases: dict[str, Path], t
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         after = release_identity(open_release(str(folder)))
         assert {key for key in before if before[key] != after[key]} == {"the vision tower's weights"}
-
-
-@kinds
-def test_a_viewer_and_cached_features_know_the_image_tower(kind: str, releases: dict[str, Path]) -> None:
-    release = open_release(str(releases[kind]))
-    viewer, processor = load_viewer(release, REDUCTIONS)
-    model, _ = load_release(str(releases[kind]), REDUCTIONS)
-    pixels = processor.image_processor(PICTURE, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        chosen, expected = (each.model.get_visual_tokens(pixels) for each in (viewer, model))
-    assert torch.equal(chosen.tokens, expected.tokens)
-    before = features_identity(model, processor)
-    with torch.no_grad():
-        model.model.video_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
-    assert features_identity(model, processor) == before, "no image passes through it"
-    with torch.no_grad():
-        model.model.image_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
-    assert features_identity(model, processor) != before
-
-
-@pytest.mark.slow
-@kinds
-def test_a_run_on_images_and_what_it_leaves(
-    kind: str, releases: dict[str, Path], tiny_instructions: Path, tmp_path: Path
-) -> None:
-    """Rows of one image, of several and of none; with cached features the run is the same, without both towers."""
-    made = []
-    for cache in (None, str(tmp_path / "cache")):
-        recipe = write_recipe(
-            tmp_path / "recipe.yaml", releases[kind], tiny_instructions, max_steps=2, global_batch_size=8,
-            per_device_train_batch_size=4, data={"fraction": 0.5, "cache_features": cache}, final_evaluation=False,
-        )  # fmt: skip
-        name = "plain" if cache is None else "cached"
-        folder = run_here(recipe, tmp_path / name, "--data.image_root", str(tiny_instructions.parent))
-        made.append(folder_tensors(folder / "final"))
-    before = folder_tensors(releases[kind])
-    moved = {name for name in before if not torch.equal(made[0][name].to(before[name].dtype), before[name])}
-    assert {name.split("multi_modal_projector.")[1].split(".")[0] for name in moved} == {"linear_1", "linear_2"}
-    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
-    if kind == "hf":
-        plain, info = VideoLlavaForConditionalGeneration.from_pretrained(
-            tmp_path / "plain" / "final", output_loading_info=True
-        )
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        assert torch.equal(
-            plain.model.multi_modal_projector.linear_1.weight, made[0]["multi_modal_projector.linear_1.weight"]
-        )
-    tuned, processor = load_release(str(tmp_path / "plain"))
-    with torch.no_grad():
-        assert tuned(**inputs_of(processor)).logits.isfinite().all()
-
-
-_LOAD = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
-sys.path = [path for path in sys.path if "__editable__" not in path]
-import importlib.util
-assert not importlib.util.find_spec("shortzip")
-import numpy as np
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-torch.set_num_threads(1)
-folder, text, frames, out = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-picture = Image.new("RGB", (58, 50), (200, 40, 90))
-inputs = processor(images=picture, videos=[np.load(frames)], text=text, return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, out)
-"""
-
-
-@kinds
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["full", "projector"])
-def test_what_is_published_loads_without_shortzip(
-    kind: str, shape: Any, releases: dict[str, Path], tmp_path: Path
-) -> None:
-    opened = open_release(str(releases[kind]))
-    model, processor = load_release(opened, REDUCTIONS)
-    projector = model.model.multi_modal_projector.state_dict()
-    folder = tmp_path / f"published-{kind}-{shape}"  # a name of its own: transformers' cache of code goes by it
-    write_reduced_checkpoint(folder, opened, projector, processor, REDUCTIONS, shape=shape)
-    code = {path.name for path in folder.glob("*.py")}
-    assert {"modeling_reduced_video_llava.py", "modeling_videos.py", "processing_videos.py", "media.py"} <= code
-    assert ("temporal_tower.py" in code) == (kind == "temporal")
-    assert not {name for name in code if name.startswith(("family", "families", "fastv")) or "onevision" in name}
-    np.save(tmp_path / "frames.npy", VIDEO)
-    arguments = [str(folder), PROMPT, str(tmp_path / "frames.npy"), str(tmp_path / "logits.pt")]
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", _LOAD, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    with torch.no_grad():
-        expected = model(**inputs_of(processor)).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-5)
-
-
-def test_a_llava_carries_no_code_of_this_family(tiny_release: Path, tmp_path: Path) -> None:
-    run = finish(tmp_path / "run", tiny_release, REDUCTIONS)
-    assert not [path.name for path in (run / "final").glob("*.py") if "video" in path.name or "temporal" in path.name]
-
-
-def test_what_is_written_for_its_authors_code_and_read_again(
-    originals: Path, releases: dict[str, Path], tmp_path: Path
-) -> None:
-    release = open_release(str(releases["temporal"]))
-    model, processor = load_release(release, REDUCTIONS)
-    projector = {name: tensor + 0.5 for name, tensor in model.model.multi_modal_projector.state_dict().items()}
-    target = tmp_path / "videollava-tuned"
-    write_reduced_checkpoint(target, release, projector, processor, REDUCTIONS, shape="llava", base=str(originals))
-    config = json.loads((target / "config.json").read_text())
-    assert config["mm_video_tower"].endswith("LanguageBind_Video_merge")
-    assert Reductions.from_config(config) == REDUCTIONS
-    written = torch.load(target / "mm_projector.bin", weights_only=True)
-    assert set(written) == {f"model.mm_projector.{part}" for part in ("0.weight", "0.bias", "2.weight", "2.bias")}
-    again, _ = load_release(open_release(str(target), cache_dir=tmp_path / "cache"))
-    assert torch.equal(again.model.multi_modal_projector.linear_2.bias, projector["linear_2.bias"])
-    assert again.config.model_type == "reduced_temporal_video_llava"
-    laid, _ = load_release(open_release(ReleaseSpec(str(releases["temporal"]), mm_projector=str(target))))
-    assert torch.equal(laid.model.multi_modal_projector.linear_2.bias, projector["linear_2.bias"])
-
-
-def test_an_hf_release_is_not_written_for_the_authors_code(releases: dict[str, Path], tmp_path: Path) -> None:
-    release = open_release(str(releases["hf"]))
-    model, processor = load_release(release, REDUCTIONS)
-    projector = model.model.multi_modal_projector.state_dict()
-    with pytest.raises(UserError, match=r"no weights for attention over time \(temporal_embedding, temporal_attn"):
-        write_reduced_checkpoint(tmp_path / "llava", release, projector, processor, REDUCTIONS, shape="llava")
-    assert not (tmp_path / "llava").exists()
 
 
 def test_configs_of_the_two_are_two() -> None:

@@ -34,7 +34,7 @@ from shortzip.reduction.visual_tokens import VisualTokens
 from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity, name_of
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
-from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
+from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, tower_parts
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 
@@ -274,7 +274,7 @@ def store_features(
         cache.known_images.keep(config.data.cache_features)
     if session.asked_to_stop():
         raise session.stopped()
-    model.model.vision_tower = nn.Identity()
+    leave_out_towers(model)
     for dataset in datasets:
         dataset.features = cache
     session.report.say(

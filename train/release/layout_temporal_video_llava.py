@@ -50,6 +50,7 @@ _MORE_OF_TOWERS = ("layer_norm_eps", "attention_dropout", "projection_dim")
 class TemporalVideoLlavaLayout(LlavaLayout):
     """As LLaVA-1.5's, with `mm_image_tower` and `mm_video_tower` for `mm_vision_tower`."""
 
+    command = "videollava.serve.cli", "--file FILE"
     config_class = ReducedTemporalVideoLlavaConfig
     architecture = "TemporalVideoLlavaForConditionalGeneration"
     usual_tower = (1024, 24, 224, 14), "LanguageBind/LanguageBind_Image"

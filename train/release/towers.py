@@ -26,8 +26,12 @@ class _TowerlessMixin:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        for name in self._towers:
-            setattr(self.model, name, nn.Identity())  # type: ignore[attr-defined]
+        _leave_out(self, self._towers)
+
+
+def _leave_out(model: Any, towers: tuple[str, ...]) -> None:
+    for name in towers:
+        setattr(model.model, name, nn.Identity())
 
 
 @cache
@@ -37,6 +41,11 @@ def towerless(model_class: Any) -> Any:
     ignored = tuple(rf"{name}\." for name in towers)
     own = {"_towers": towers, "_keys_to_ignore_on_load_unexpected": ignored}
     return type(f"Towerless{model_class.__name__}", (_TowerlessMixin, model_class), own)
+
+
+def leave_out_towers(model: Any) -> None:
+    """Puts nothing in the place of a loaded model's towers, all of them."""
+    _leave_out(model, family_of(model.config.model_type).towers)
 
 
 def tower_digest(tower: nn.Module) -> str:
