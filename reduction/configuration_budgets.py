@@ -56,22 +56,18 @@ def check_budgets(config: Any, has_cls: bool) -> None:
                 f"budgets: dominant {budget['dominant']} + contextual {budget['contextual']} = {tokens_of(budget)} "
                 f"exceeds the {limit} tokens of an image: the sum must be 1 to {limit}"
             )
-    if not is_listed(config.visionzip, config.budgets):
+    if config.visionzip is not None and not is_listed(config.visionzip, config.budgets):
         logger.warning_once(other_budget(config.visionzip, config.budgets))
 
 
 def is_listed(visionzip: Mapping[str, Any] | None, budgets: Any) -> bool:
     """Whether a config's `visionzip` key has one of these budgets."""
-    if visionzip is None:
-        return False
-    return {key: visionzip[key] for key in ("dominant", "contextual")} in list(budgets)
+    return visionzip is not None and {key: visionzip[key] for key in ("dominant", "contextual")} in list(budgets)
 
 
-def other_budget(visionzip: Mapping[str, Any] | None, budgets: Any) -> str:
+def other_budget(visionzip: Mapping[str, Any], budgets: Any) -> str:
     """What is said of a budget that the projector was not tuned for."""
     named = ", ".join(_words(budget) for budget in budgets)
-    if visionzip is None:
-        return f"visionzip is null, which keeps every visual token; this projector was tuned for the budgets {named}"
     return f"visionzip: {_words(visionzip)} is none of the budgets that this projector was tuned for: {named}"
 
 

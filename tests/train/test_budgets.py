@@ -1,5 +1,6 @@
 """One projector for several budgets: drawn for each step, or read one after the other; the same however it is cut."""
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -18,12 +19,14 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset, MicroBatch
+from shortzip.data.errors import UserError
 from shortzip.data.instructions import read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.reduction.selectors import settled
+from shortzip.scripts.rehearse_memory import reduced_of, under_largest
 from shortzip.train.finish import candidates_of
 from shortzip.train.inputs.budgets import DrawnBudgets, budget_of, with_budget
 from shortzip.train.inputs.feature_cache import FeatureCache, UnderOneBudget, features_identity
@@ -39,7 +42,10 @@ from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.budget_list import listed_budgets
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import dump_config, load_config
+from shortzip.train.settings.commands import RehearseConfig
 from shortzip.train.settings.distill import DistillConfig
+from shortzip.train.step.flops import StepFlops
+from shortzip.train.step.micro_batch import MicroBatchLimits, estimate_of
 from shortzip.train.step.objective import (
     SupervisedLoss,
     count_supervised,
@@ -395,21 +401,67 @@ def test_whatever_is_listed_every_step_has_budgets_of_it(tokens: list[int], seed
             assert (found[0], found[-1]) == (max(tokens), min(tokens))
 
 
+TOGETHER: dict[str, dict[str, Any]] = {
+    "drawn": {},
+    "sandwich": {"sandwich": True},
+    "with everything": {
+        "sandwich": True, "tuning": "lora", "lora_r": 4, "distill": {"weight": 0.5, "temperature": 2.0},
+        "positions": "original", "data": {"num_workers": 2, "cache_features": "features", "cache_teacher": "lessons"},
+    },
+    "with everything in each step": {
+        "tuning": "dora", "lora_r": 4, "distill": {"weight": 0.5}, "visionzip": {**OWN, "method": "duet", "window": 2},
+        "data": {"num_workers": 2},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sandwich", [False, True])
+@pytest.mark.parametrize("how", TOGETHER)
 def test_two_processes_give_the_same_run_and_go_on_bit_for_bit(
-    sandwich: bool, tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+    how: str, tiny_release: Path, tiny_instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(tmp_path, tiny_release, tiny_instructions, sandwich=sandwich)
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(tmp_path, tiny_release, tiny_instructions, **copy.deepcopy(TOGETHER[how]))
     one = run_here(recipe, tmp_path / "one")
     said = output_of(start_there(recipe, tmp_path / "two", processes=2))
     assert (tmp_path / "two" / "final").is_dir(), said
     ours, theirs = checkpoint_tensors(tmp_path / "two", 4), checkpoint_tensors(one, 4)
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
     for step in ("step-000004", "final"):
         (tmp_path / "two" / step).rename(tmp_path / step)
     said = output_of(start_there(recipe, tmp_path / "two", "--resume_from_checkpoint", "latest", processes=2))
     assert (tmp_path / "two" / "final").is_dir(), said
     again = checkpoint_tensors(tmp_path / "two", 4)
     assert all(torch.equal(again[name], ours[name]) for name in ours)
+    saved = json.loads((tmp_path / "two" / "final" / "config.json").read_text())
+    assert saved["budgets"] == LISTED
+
+
+def test_a_rehearsal_is_of_the_largest_and_refuses_the_sandwich(
+    tiny_release: Path, tiny_instructions: Path, tmp_path: Path
+) -> None:
+    recipe = load_config(["--config", str(recipe_of(tmp_path, tiny_release, tiny_instructions))])
+    assert reduced_of(RehearseConfig(), under_largest(recipe)).visionzip == LISTED[-1]
+    with pytest.raises(UserError, match=r"sandwich: .* cannot be rehearsed: set it to false"):
+        reduced_of(RehearseConfig(), replace(recipe, sandwich=True))
+
+
+def test_flops_and_memory_know_of_every_reading(tiny_release: Path, tiny_instructions: Path, tmp_path: Path) -> None:
+    model, processor = load_release(str(tiny_release), Reductions(OWN, SHORTV))
+    recipe = load_config(["--config", str(recipe_of(tmp_path, tiny_release, tiny_instructions))])
+    rows = read_instructions(tiny_instructions)[:5]
+    dataset = ConversationDataset(rows, with_budget(Supervision(processor), LISTED[-1]), tiny_instructions.parent)
+    flops, text = StepFlops(model, dataset), [4]
+    assert not rows[4].images
+    each = [flops([0], tokens) for tokens in (24, 12, 6)]
+    assert each == sorted(each, reverse=True)
+    assert flops([0]) == each[0], "rows have the largest"
+    assert flops([0], 24, 12, 6) == sum(each)
+    assert flops(text, 24, 12, 6) == flops(text), "from text alone nothing is learned"
+    drawn_only, sandwiched = (
+        estimate_of(replace(recipe, sandwich=sandwich), model, dataset) for sandwich in (False, True)
+    )
+    limits = MicroBatchLimits(2, None, False)
+    assert drawn_only.row.visual_tokens == 24
+    assert sandwiched.memory(limits) > drawn_only.memory(limits)
