@@ -86,6 +86,12 @@ class ReducedLlavaNextVideoProcessor(ReducedVideosProcessorMixin, ReducedLlavaNe
             processor.frames = settings_of_frames(_video_settings(pretrained_model_name_or_path, where))
         return processor
 
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame's pixels."""
+        crop = self._frame_processor().crop_size
+        return int(crop["height"]), int(crop["width"])
+
     def _frame_processor(self) -> Any:
         """CLIP's."""
         own = self.image_processor.to_dict() if self.frames is None else self.frames
@@ -95,8 +101,8 @@ class ReducedLlavaNextVideoProcessor(ReducedVideosProcessorMixin, ReducedLlavaNe
         """A quarter of the patches of each frame, as transformers writes them whatever the stride of its pooling."""
         if self.patch_size is None:
             raise ReductionError("processor: patch_size is null, and a video is given: set it to the tower's")
-        crop = self._frame_processor().crop_size
-        return int(frames * ((crop["height"] // self.patch_size) * (crop["width"] // self.patch_size) // 4))
+        height, width = (length // self.patch_size for length in self.frame_size)
+        return int(frames * (height * width // 4))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Any = None, budgets: Any = None, *, video_sizes: Any = None, **kwargs: Any

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from shortzip.data.errors import UserError
 from shortzip.data.files import written_whole
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.commands import TinyConfig
@@ -28,10 +29,17 @@ def run(config: TinyConfig) -> None:
 
 
 def write_tiny_release(folder: Path, family: str, layout: str = "transformers", seed: int = 0) -> Path:
-    """Writes a tiny release of a family of `FAMILIES`, whole or not at all; the same seed gives the same weights.
+    """Writes a tiny release, whole or not at all; the same seed gives the same weights.
 
-    `layout`: "transformers", or "original", the family's authors'.
+    Args:
+        family: one of `FAMILIES`, each of which has a file in `scripts/tiny/`, or "llava_interleave".
+        layout: "transformers", or "original", the family's authors'.
+
+    Raises:
+        UserError: an original layout that is not read.
     """
+    if (family, layout) == ("llava_interleave", "original"):
+        raise UserError(f"layout is {layout!r}, and of {family} only transformers' is read: give transformers")
     module = import_module(f"shortzip.scripts.tiny.{family}")
     write = module.write_release if layout == "transformers" else module.write_original
     with written_whole(folder) as partial:

@@ -16,7 +16,7 @@ from transformers import (
 from shortzip.data.supervision import load_template
 from shortzip.scripts.tiny import original
 from shortzip.scripts.tiny.parts import random_model
-from shortzip.scripts.tiny.words import build_tokenizer
+from shortzip.scripts.tiny.words import chatml_tokenizer
 from shortzip.train.release.plain_processor import PlainProcessor
 
 SIDE, PATCH = 20, 4  # 25 patches a tile, 9 of a frame once it is pooled
@@ -49,8 +49,7 @@ def plain_onevision(config: LlavaOnevisionConfig, seed: int = 0) -> Any:
 
 
 def onevision_tokenizer() -> Any:
-    tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer = chatml_tokenizer()
     tokenizer.add_tokens(["<video>"], special_tokens=True)
     return tokenizer
 

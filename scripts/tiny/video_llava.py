@@ -80,6 +80,6 @@ def write_release(folder: Path, seed: int = 0, side: int = SIDE, layers: int = 4
 def write_original(folder: Path, seed: int = 0) -> Path:
     """There is none. Raises UserError."""
     raise UserError(
-        "video_llava is Video-LLaVA-hf, which transformers converted: there is no other layout of it. Choose layout "
-        "transformers, or family temporal_video_llava, which is what its authors released"
+        "video_llava is Video-LLaVA-hf, of which only transformers' is read, for there is no other layout: choose "
+        "layout transformers, or family temporal_video_llava, which is what its authors released"
     )

@@ -38,3 +38,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=2048,
     )  # fmt: skip
+
+
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with Qwen's marks of turns."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    return tokenizer

@@ -135,7 +135,7 @@ COMMANDS = {
     ],
     "make_tiny_release": [
         "--output {held}", "--output {file}/x", "--output {at}/tiny --family llama", "--output {at}/tiny --seed -1",
-        "--output {at}/tiny --layout onnx", "",
+        "--output {at}/tiny --layout onnx", "", "--output {at}/tiny --layout original --family llava_interleave",
     ],
     "prepare_subset": [
         "{at}/none.json --output {at}/subset", "{broken_json} --output {at}/subset",

@@ -361,7 +361,7 @@ class TinyConfig:
 
     output: Path
     """A folder that does not exist yet."""
-    family: Literal[FAMILIES] = "llava"  # type: ignore[valid-type]
+    family: Literal[(*FAMILIES, "llava_interleave")] = "llava"  # type: ignore[valid-type]
     """What it is a release of."""
     layout: Literal["transformers", "original"] = "transformers"
     """transformers', or the one that the family's authors release in."""
