@@ -4,7 +4,7 @@ The code that travels with its checkpoints (config, model, processor) is in file
 in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -137,6 +137,13 @@ class Family:
         all processes call the same layers. `zero`: a scalar tensor of the model's dtype, on its device."""
         side = config.vision_config.image_size
         return {"pixel_values": zero.expand(1, 3, side, side)}
+
+    def tokens_of_budgets(self, model: Any, pixel_values: Any, budgets: Sequence[dict[str, Any]]) -> list[Any]:
+        """What `get_visual_tokens` of a model without its head gives of images under each of several `visionzip` keys
+        of one method. The tower runs once; of a baseline, once a budget."""
+        from .image_budgets import tokens_of_budgets
+
+        return tokens_of_budgets(model, pixel_values, budgets)
 
     def own_parameters(self, config: Any) -> int:
         """Parameters beside the tower, the two-layer projector and the language model; counted with the projector."""

@@ -75,6 +75,7 @@ def to_llava(settings: ConvertConfig) -> None:
         shape="llava",
         base=settings.base,
         vision_tower=settings.vision_tower,
+        budgets=release.saved_budgets,
     )
     module, file = layout_for(release.config["model_type"]).command
     say(f"python -m {module} --model-path {settings.output} --model-base {settings.base or 'BASE'} {file}")

@@ -8,6 +8,7 @@ from reduced_models import REDUCTIONS
 from video_rows import FRAMES, IMAGE, READS, VIDEO, batch_of, build_with_videos, logits, row_of
 
 from shortzip.reduction import ReducedLlavaNextConfig, ReducedLlavaNextForConditionalGeneration
+from shortzip.reduction.flops import parameter_counts, usual_tiles
 
 SIDE = READS["llava_next_video"].side
 
@@ -37,6 +38,13 @@ def test_a_frame_is_reduced_as_an_image_and_nothing_stands_between_or_behind_fra
             frames = model.model.get_visual_tokens(video[number])
             expected = model.model.multi_modal_projector(frames.tokens).flatten(0, 1)
             torch.testing.assert_close(found[number], expected, rtol=0, atol=1e-6)
+
+
+def test_parameters_are_counted_as_they_are() -> None:
+    model = build_with_videos("llava_next_video", "none")
+    counted = parameter_counts(model.config)
+    assert counted.total == sum(weight.numel() for weight in model.parameters())
+    assert usual_tiles(model.config) == 5
 
 
 def test_what_it_has_no_such_thing_of_is_refused() -> None:

@@ -39,13 +39,8 @@ _INCIDENTAL = {
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map", "dtype",
     "torch_dtype", "processor_class", "chat_template",
 }  # fmt: skip
-_REDUCTIONS = {
-    "visionzip",
-    "shortv",
-    "fastv",
-    "positions",
-    "base_release",
-}  # settings of the run, and where weights lie
+# Settings of the run, and where weights lie.
+_REDUCTIONS = {"visionzip", "shortv", "fastv", "positions", "budgets", "base_release"}
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",

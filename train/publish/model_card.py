@@ -20,7 +20,7 @@ from shortzip.data.subset_folder import subset_report
 from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from shortzip.reduction.families import family_of
-from shortzip.reduction.parsing import pruned_title
+from shortzip.reduction.parsing import format_budget, pruned_title
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, Selector, selector_of
@@ -44,6 +44,8 @@ class RunRecord:
     name: str
     config: dict[str, Any]
     reductions: Reductions
+    budgets: list[dict[str, int]]
+    """Those that it was tuned for, where they are several."""
     lineage: list[dict[str, Any]]
     model_config: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -62,6 +64,7 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         config=config,
         reductions=release.saved_reductions,
+        budgets=release.saved_budgets or [],
         lineage=lineage,
         model_config=release.config,
         metrics=read_metrics(folder / METRICS) if (folder / METRICS).is_file() else [],
@@ -121,6 +124,8 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         in_transformers=loading_lines(repo_id, "full", run),
         lost=lost,
         budget=_budget(run),
+        budgets=", ".join(format_budget(budget) for budget in run.budgets),
+        other_budget=_other_budget(run),
         selector=_selector(run),
         frozen=_frozen(run),
         pruning=_pruning(run),
@@ -213,6 +218,14 @@ def _budget(run: RunRecord) -> str:
     if run.reductions.positions != COMPACT:
         how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
+
+
+def _other_budget(run: RunRecord) -> dict[str, Any] | None:
+    """What loads a checkpoint that was tuned for several budgets with another one than its own; None for others."""
+    if run.reductions.visionzip is None:
+        return None
+    keys = [{**run.reductions.visionzip, **budget} for budget in run.budgets]
+    return next((key for key in keys if key != run.reductions.visionzip), None)
 
 
 def _selector(run: RunRecord) -> Selector | None:

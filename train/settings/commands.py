@@ -94,10 +94,15 @@ class EstimateConfig:
     """
 
     model: str = "llava-1.5-7b"
-    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
-    folder with a config.json, or a Hub id (its config.json is downloaded)."""
+    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b,
+    llava-next-video-7b, mgm-7b, mgm-13b, demo), a folder with a config.json, or a Hub id (its config.json is
+    downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    budgets: list[str] = field(default_factory=list)
+    """Instead, several for one projector: dominant+contextual, or numbers that are divided as `budget` is."""
+    sandwich: bool = False
+    """With budgets: each step has the largest, the smallest and one between, and the largest teaches the others."""
     method: str | None = None
     """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
     model's own."""
