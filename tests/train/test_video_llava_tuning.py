@@ -142,7 +142,8 @@ def test_a_run_on_images_and_what_it_leaves(
     for name, cache, fraction in (("plain", None, 0.5), ("cached", features, 0.5), ("more", features, 1.0)):
         recipe = write_recipe(
             tmp_path / "recipe.yaml", releases[kind], tiny_instructions, max_steps=2, global_batch_size=8,
-            per_device_train_batch_size=4, data={"fraction": fraction, "cache_features": cache}, final_evaluation=False,
+            per_device_train_batch_size=4, final_evaluation=False,
+            data={"fraction": fraction, "cache_features": cache},
         )  # fmt: skip
         folder = run_here(recipe, tmp_path / name, "--data.image_root", str(tiny_instructions.parent))
         made.append(folder_tensors(folder / "final"))
