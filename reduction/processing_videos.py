@@ -20,6 +20,8 @@ class ReducedVideosProcessorMixin(ReducedProcessorMixin):
     and beside the frames' own.
     """
 
+    takes_videos = True
+
     video_token: str
 
     def _frame_processor(self) -> Any:
