@@ -131,7 +131,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb(
             "frontier",
             "scripts.frontier",
-            "comparing.FrontierConfig",
+            "frontier.FrontierConfig",
             "accuracy against tokens for every method and budget",
             recipe="frontier-demo",
         ),

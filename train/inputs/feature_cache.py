@@ -6,11 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shortzip.data.dataset import FeatureSource
 from shortzip.data.errors import UserError
 from shortzip.data.images import (
     BadImage,
@@ -45,8 +48,11 @@ def known_key(known: KnownImages, source: ImageSource, image_root: str | os.Path
     return key
 
 
-def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
-    """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known.
+def features_identity(
+    model: Any, processor: Any, tower: str | None = None, budgets: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known. `budgets`:
+    the `visionzip` keys under which they are kept, where they are several.
 
     Raises ValueError if the model keeps every visual token, or chooses by more than the image.
     """
@@ -64,7 +70,7 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         **_of_family(model),
         "layer": config.vision_feature_layer,
-        "visionzip": settled(config.visionzip),
+        "visionzip": [settled(budget) for budget in budgets] if budgets else settled(config.visionzip),
         # What is kept for compact positions is found as it was before there were others.
         **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
@@ -99,7 +105,8 @@ class FeatureCache(Shards):
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         """`visual_tokens` [tiles, budget, H of the tower] and `visual_kept` [tiles, D] int64 of an image, or None.
 
-        Where tokens keep their positions, `visual_targets` [tiles, C] int64 too.
+        Where tokens keep their positions, `visual_targets` [tiles, C] int64 too. Where they are kept under several
+        budgets, all of these under each, as `visual_tokens.16` and so on.
 
         Raises `BadImage` if it cannot be read, and `DamagedShard`.
         """
@@ -109,8 +116,9 @@ class FeatureCache(Shards):
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""
         held = self.tensors(key)
-        names = [name for name in _KEPT if name in held]
+        names = [name for name in held if name.partition(".")[0] in _KEPT]
         if _WIDTHS in held:
+            names = [name for name in _KEPT if name in held]
             widths = dict(zip(names, held[_WIDTHS][0].tolist(), strict=True))
             held = {name: held[name][:, : widths[name]] for name in names}
         return {f"visual_{name}": held[name] for name in names}
@@ -121,6 +129,29 @@ class FeatureCache(Shards):
         Raises `CannotWrite`.
         """
         self.write_tensors({key: by_name(parts) for key, parts in images.items()})
+
+
+@dataclass(frozen=True)
+class UnderOneBudget:
+    """Of features that are kept under several budgets, those of one: as if no other were."""
+
+    features: FeatureSource
+    tokens: int
+
+    def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
+        """As FeatureCache's."""
+        stored = self.features.find(source, image_root)
+        return None if stored is None else features_of(stored, self.tokens)
+
+
+def name_of(part: str, tokens: int) -> str:
+    """What a part of an image's features is called under the budget of so many tokens, one of several."""
+    return f"{part}.{tokens}"
+
+
+def features_of(stored: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Of an image's features under several budgets, those of the one with so many tokens."""
+    return {name.partition(".")[0]: part for name, part in stored.items() if name.partition(".")[2] == str(tokens)}
 
 
 def by_name(parts: tuple[Tensor, ...], own_budget: bool = False) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ full."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,14 +25,16 @@ from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import cuts_lone_images_only, pixel_values
+from shortzip.reduction.configuration_budgets import tokens_of
+from shortzip.reduction.families import family_of
 from shortzip.reduction.image_budgets import budget_of, chosen_tokens, with_budget
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import has_own_budgets
 from shortzip.reduction.visual_tokens import VisualTokens
-from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity
+from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity, name_of
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
-from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
+from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, tower_parts
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 
@@ -98,11 +100,13 @@ def fill_cache(
     batch_size: int = 16,
     num_workers: int = 0,
     prepare: Callable[[], None] = lambda: None,
+    budgets: Sequence[dict[str, Any]] = (),
 ) -> int:
     """Stores the visual tokens of every image of the datasets that has none yet; gives how many were computed.
 
     Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
+    `budgets`: as of `features_identity`.
     """
     accelerator, known_images = session.accelerator, cache.known_images
     own_budgets = has_own_budgets(model.config.visionzip)
@@ -123,7 +127,10 @@ def fill_cache(
         if pixels:
             prepare()
             computed += len(pixels)
-            tokens = (by_name(parts, own_budgets) for parts in _visual_tokens(model, list(pixels.values())))
+            if budgets:
+                tokens = _under_each(model, list(pixels.values()), budgets)
+            else:
+                tokens = (by_name(parts, own_budgets) for parts in _visual_tokens(model, list(pixels.values())))
             shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
@@ -153,6 +160,21 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
     for budget, of_image in zip(budgets, rows, strict=True):
         view = with_budget(model.model, budget_of(model.config.visionzip, budget))
         yield _parts(model, of_rows(of_image, view))
+
+
+def _under_each(model: Any, images: list[Tensor], budgets: Sequence[dict[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
+    """What is kept of each image, given as [tiles, 3, S, S], under each of several budgets, by name."""
+    weight, counts = next(model.model.vision_tower.parameters()), [len(image) for image in images]
+    family, pixels = family_of(model.config.model_type), torch.cat(images).to(weight.device)
+    under = [
+        list(zip(*(part.split(counts) for part in _parts(model, visual)), strict=True))
+        for visual in family.tokens_of_budgets(model.model, pixels, budgets)
+    ]
+    for of_image in zip(*under, strict=True):
+        named: dict[str, Tensor] = {}
+        for budget, parts in zip(budgets, of_image, strict=True):
+            named |= {name_of(name, tokens_of(budget)): part for name, part in by_name(parts).items()}
+        yield named
 
 
 def _parts(model: Any, visual: VisualTokens) -> tuple[Tensor, ...]:
@@ -215,15 +237,16 @@ def store_features(
     processor: Any,
     datasets: Sequence[ConversationDataset | ImageRows],
     session: Session,
+    budgets: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.
 
     `tower`: what `known_tower` gave; then the model has come without its tower, which is loaded only if an image has
-    no features yet. The model is left without it. Raises `StopRequested` on every process if one was asked to stop,
-    and ValueError if the tower is not the one that was known.
+    no features yet. The model is left without it. `budgets`: as of `features_identity`. Raises `StopRequested` on
+    every process if one was asked to stop, and ValueError if the tower is not the one that was known.
     """
     assert config.data.cache_features is not None
-    identity = features_identity(model, processor, tower)
+    identity = features_identity(model, processor, tower, budgets)
     cache = FeatureCache(config.data.cache_features, identity)
     for dataset in datasets:
         cache.known_images.learn(dataset.known_images.files)
@@ -238,13 +261,20 @@ def store_features(
 
     workers = config.data.num_workers
     computed = fill_cache(
-        cache, model, processor.image_processor, datasets, session, num_workers=workers, prepare=tower_on_device
+        cache,
+        model,
+        processor.image_processor,
+        datasets,
+        session,
+        num_workers=workers,
+        prepare=tower_on_device,
+        budgets=budgets,
     )
     if session.accelerator.is_main_process:
         cache.known_images.keep(config.data.cache_features)
     if session.asked_to_stop():
         raise session.stopped()
-    model.model.vision_tower = nn.Identity()
+    leave_out_towers(model)
     for dataset in datasets:
         dataset.features = cache
     session.report.say(

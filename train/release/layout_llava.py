@@ -35,6 +35,7 @@ class LlavaLayout:
     """An OriginalLayout (layouts.py); other families say what is not as here."""
 
     language_model = "Llama"
+    command = "llava.serve.cli", "--image-file IMAGE"
     config_class: Any = LlavaConfig
     architecture = "LlavaForConditionalGeneration"
     template = TEMPLATES / "vicuna_v1.jinja"

@@ -99,6 +99,10 @@ class EstimateConfig:
     downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    budgets: list[str] = field(default_factory=list)
+    """Instead, several for one projector: dominant+contextual, or numbers that are divided as `budget` is."""
+    sandwich: bool = False
+    """With budgets: each step has the largest, the smallest and one between, and the largest teaches the others."""
     method: str | None = None
     """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
     model's own."""

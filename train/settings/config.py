@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.train.settings.budget import BudgetScheduleConfig, FastVConfig, VisionZipConfig
+from shortzip.train.settings.budget_list import check_budgets
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.distill import DistillConfig, check_teacher
 from shortzip.train.settings.method_parameters import flat_settings
@@ -153,6 +154,12 @@ class TuneConfig:
     budget_schedule: BudgetScheduleConfig | None = None
     """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
     visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
+    budgets: list[str | int] = field(default_factory=list)
+    """Several budgets for one projector, of which the own is one: 12+4, or a number of tokens in its shares. Each step
+    has one of them, drawn with the seed; the checkpoint names them all, and is loaded with any. Empty: the own."""
+    sandwich: bool = False
+    """With budgets: each step has the largest, the smallest and one drawn of those between. The largest learns as
+    ever, the others what it says (train/step/sandwich.py)."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
@@ -319,6 +326,14 @@ class TuneConfig:
         check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
         if self.budget_schedule is not None:
             self.budget_schedule.check(self.visionzip, self.data.cache_features)
+        words = check_budgets(
+            self.budgets,
+            self.sandwich,
+            self.visionzip,
+            None if self.fastv is None else self.fastv.as_key(),
+            {"budget_schedule": self.budget_schedule},
+        )
+        object.__setattr__(self, "budgets", words)
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(

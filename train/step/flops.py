@@ -137,17 +137,25 @@ class StepFlops:
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
 
-    def __call__(self, samples: Sequence[int], visual: int | None = None) -> int:
-        """`visual`: tokens of an image in this step, where they are others than the dataset's."""
-        return sum(self._of(sample, self.visual if visual is None else visual) for sample in samples)
+    def __call__(self, samples: Sequence[int], *visual: int) -> int:
+        """`visual`: tokens of an image in this step, where they are others than the dataset's; several where the rows
+        are read several times."""
+        return sum(self._of(sample, visual or (self.visual,)) for sample in samples)
 
-    def _of(self, sample: int, of_image: int) -> int:
+    def _of(self, sample: int, of_images: Sequence[int]) -> int:
         length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
         visual = min(length, images * self.visual)
-        seen, supervised = min(visual, images * of_image), int(self.dataset.supervised[sample])
-        row = RowShape(length - visual, seen, supervised, max(1, images) * self.tiles)
-        needed = needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+        supervised, tiles = int(self.dataset.supervised[sample]), max(1, images) * self.tiles
+        rows = [
+            RowShape(length - visual, min(visual, images * of_image), supervised, tiles)
+            for of_image in (of_images if images else of_images[:1])  # from text alone all say the same
+        ]
+        needed = sum(
+            needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+            for row in rows
+        )
         if self.taught is None:
             return needed
+        row = rows[0]
         whole = replace(row, visual=images * self.taught)
         return needed + teacher_flops(self.config, whole, shared=self.shared)

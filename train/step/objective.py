@@ -17,11 +17,13 @@ from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
+from shortzip.reduction.refusals import change_budget
 from shortzip.reduction.shortv import ActiveRows
 from shortzip.train.settings.distill import DistillConfig
+from shortzip.train.step.cross_entropy import summed_cross_entropy
 from shortzip.train.step.lean_autograd import Take
-from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
+from shortzip.train.step.sandwich import Turn
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
 from shortzip.train.step.visual_features import visual_features
@@ -72,6 +74,8 @@ class SupervisedLoss(nn.Module):
     With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
     train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
     (train/inputs/lesson_cache.py). In others (held-out conversations) labels alone count.
+
+    A micro-batch with a `budget` of its own is read under it, and one with a `turn` as train/step/sandwich.py says.
     """
 
     def __init__(
@@ -104,15 +108,17 @@ class SupervisedLoss(nn.Module):
         Raises:
             ValueError: placeholders and visual tokens do not match.
         """
-        layout = batch.layout
+        if batch.budget is not None:
+            change_budget(self.model.model, batch.budget)
+        layout, turn = batch.layout, batch.turn
         if layout is not None and self.distill is None:
             layout = replace(layout, taught=False)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
             layout = LayOut(self.model.config.image_token_id)(integers)
-        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout)
+        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout, turn)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
         """Every token through every layer.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
@@ -148,6 +154,10 @@ class SupervisedLoss(nn.Module):
             **fastv_query(self.model, labels),
         )
         states = Take.apply(outputs.last_hidden_state.flatten(0, 1), every.ends)
+        if turn is not None and turn.follows:
+            return plain_lesson_loss(self.model.lm_head, states, every.targets, self._lesson_of(turn))
+        if turn is not None:
+            turn.widest.keep(states)
         if not layout.taught:
             return nn.functional.cross_entropy(self.model.lm_head(states).float(), every.targets, reduction="sum")
         if layout.full is not None:
@@ -194,6 +204,10 @@ class SupervisedLoss(nn.Module):
         assert self.distill is not None
         return Lesson(said, self.distill.weight, self.distill.temperature)
 
+    def _lesson_of(self, turn: Turn) -> Lesson:
+        """What the widest reading said, which is all that narrower ones learn."""
+        return Lesson(turn.widest.said(), 1.0, 1.0 if self.distill is None else self.distill.temperature)
+
     def _kept_lessons(self, batch: Mapping[str, Tensor], device: torch.device) -> TopTokens:
         """The lessons [T, k] of the rows that answer an image; [0, 1] of a micro-batch without such."""
         if "taught_ids" not in batch:
@@ -201,7 +215,7 @@ class SupervisedLoss(nn.Module):
         ids = batch["taught_ids"].to(device, non_blocking=True).long()
         return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
-    def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
         features, images = visual_features(self.model, batch)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         device = self._device
@@ -209,16 +223,18 @@ class SupervisedLoss(nn.Module):
         if layout.with_image is not None:
             assert features is not None
             lesson = None
-            if layout.taught:
+            if turn is not None and turn.follows:
+                lesson = self._lesson_of(turn)
+            elif layout.taught:
                 full = layout.full
                 said = self._kept_lessons(batch, device) if full is None else self._teacher_states(batch, full.layout)
                 lesson = self._lesson(said)
-            loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson)
+            loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson, turn)
         else:
             projector = self.model.model.multi_modal_projector
             connected = projector(self._no_token(device)) if features is None else features
             loss = loss + 0 * connected.float().sum() + self._unread(projector)
-        if layout.text_only is not None:
+        if layout.text_only is not None and (turn is None or not turn.follows):
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
             if layout.taught:
@@ -237,7 +253,12 @@ class SupervisedLoss(nn.Module):
         return supervised_states(self.model.model.language_model, features, places, fixed, frozen=False)
 
     def _loss_of(
-        self, rows: Rows, visual: Tensor | None, images: ImagePositions | None = None, lesson: Lesson | None = None
+        self,
+        rows: Rows,
+        visual: Tensor | None,
+        images: ImagePositions | None = None,
+        lesson: Lesson | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Summed loss of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
         micro-batch's images stand, if not where they are counted."""
@@ -247,6 +268,8 @@ class SupervisedLoss(nn.Module):
         if images is not None:
             places = keep_positions(places, images)
         states = supervised_states(decoder, visual, places, fixed, again)
+        if turn is not None and not turn.follows:
+            turn.widest.keep(states)
         if lesson is not None:
             return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson)
         return summed_cross_entropy(self.model.lm_head, states, places.targets, self.logits_at_once)
@@ -310,48 +333,6 @@ def _refuse_mismatch(placeholders: int, features: int) -> None:
             f"the prompts hold {placeholders} placeholders, the images give {features} visual tokens: build the "
             "inputs with the processor that belongs to this model"
         )
-
-
-def summed_cross_entropy(
-    lm_head: nn.Module, states: Tensor, targets: Tensor, logits_at_once: int | None = None
-) -> Tensor:
-    """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
-
-    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them:
-    `logits_at_once` values; None takes what suits the device.
-    """
-    if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
-        values = logits_at_once or (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8)
-        return _SummedCrossEntropy.apply(states, lm_head, targets, values)
-    return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, values: int) -> Tensor:
-        weight = lm_head.weight
-        total = torch.zeros((), device=states.device)
-        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(states), max(1, values // len(weight))):
-            chunk = slice(start, start + max(1, values // len(weight)))
-            logits = lm_head(states[chunk]).float()
-            target = targets[chunk].unsqueeze(1)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
-            if gradient is not None:
-                logits.sub_(normalizer).exp_()
-                logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
-                torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
-            del logits  # before the next ones are made
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (of_states,) = ctx.saved_tensors
-        return of_states * gradient, None, None, None
 
 
 def train_only_projector(model: Llava, compute_dtype: torch.dtype, tune: str = "projector") -> None:
