@@ -4,7 +4,7 @@ The code that travels with its checkpoints (config, model, processor) is in file
 in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mini_gemini",
+    "llava_next_video",
+    "temporal_video_llava",
+    "video_llava",
+)
 _REDUCED = "reduced_"
 
 
@@ -26,12 +34,15 @@ class Family:
         stem: what its classes are called after: LlavaNext for LlavaNextModel and ReducedLlavaNextModel.
         configuration, modeling, processing: the files of its reduced classes.
         inputs: what a prompt may hold: "image", "images" (several), "video".
-        towers: its vision towers, as attributes of the model and in the names of weights.
+        towers: its vision towers, as attributes of the model and in the names of weights, the one for images first.
         usual_tiles: tiles of an image as papers count them.
+        video_frames: frames of a video that the releases were trained with; 0: the family takes no videos.
+        any_frames: whether videos of other numbers of frames can be read too.
         counts_by_size: whether an image's number of visual tokens depends on its size.
         tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
         tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
         releases: those known by a short name: the language model (a class of transformers) and its sizes.
+        releases_side: pixels of a side of what their CLIP reads.
         image_processors: kinds of image processor that releases ship, and the class of transformers (Pillow backend)
             that gives the pixels that they were trained on.
     """
@@ -46,10 +57,13 @@ class Family:
     inputs: frozenset[str] = frozenset({"image", "images"})
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
+    video_frames = 0
+    any_frames = True
     counts_by_size = False
     tunes: tuple[str, ...] = ("projector",)
     tower_keys: tuple[str, ...] = ()
     releases: ClassVar[Mapping[str, tuple[str, Mapping[str, int]]]] = {}
+    releases_side = 336
     image_processors: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
@@ -94,8 +108,8 @@ class Family:
         """Pixels that the model is given of images in so many tiles."""
         return int(tiles * config.vision_config.image_size**2)
 
-    def build_tower(self, config: Any) -> Any:
-        """The vision tower alone, with random weights."""
+    def build_tower(self, config: Any, name: str) -> Any:
+        """The vision tower `name`, one of `towers`, alone, with random weights."""
         return import_module("transformers").AutoModel.from_config(config.vision_config)
 
     def untuned_parts(self, tune: str) -> tuple[str, ...]:
@@ -111,6 +125,12 @@ class Family:
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         if own.get("num_additional_image_tokens") is None:
             processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
+
+    def refuse_weights(self, names: Iterable[str], where: str) -> None:
+        """Refuses weights of another model than the config's, by their names. `where`: what a message calls them.
+
+        Raises ReductionError.
+        """
 
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that

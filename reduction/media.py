@@ -86,5 +86,7 @@ def _positions(order: list[tuple[int, int]], *kinds: ImagePositions | None) -> I
     if images is None or videos is None:
         return None
     found = (images, videos)
+    if any(number >= len(found[kind].tokens) for kind, number in order):
+        return None  # items that transformers has repeated for beams, whose pass is told its positions
     tokens = [found[kind].tokens[number] for kind, number in order]
     return ImagePositions(tokens, [found[kind].lengths[number] for kind, number in order])

@@ -62,16 +62,16 @@ class CostRow:
 
 def known_release(name: str) -> PreTrainedConfig | None:
     """The config of a release known by name, or None."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     for family in all_families():
         if name in family.releases:
+            tower = CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=family.releases_side,
+                patch_size=14,
+            )
             llm, sizes = family.releases[name]
             text = getattr(transformers, llm)(vocab_size=32064, **sizes)
             return family.plain_config_class(text_config=text, vision_config=tower, tie_word_embeddings=False)

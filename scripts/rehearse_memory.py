@@ -46,10 +46,12 @@ KNOWN_AS = {  # so that no recipe needs the network to be rehearsed
     "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
     "llava-hf/llava-1.5-13b-hf": "llava-1.5-13b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava-next-7b",
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": "llava-next-video-7b",
     "llava-hf/llava-v1.6-vicuna-13b-hf": "llava-next-13b",
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava-next-mistral-7b",
     "YanweiLi/MGM-7B": "mgm-7b",
     "YanweiLi/MGM-13B": "mgm-13b",
+    "LanguageBind/Video-LLaVA-7B": "video-llava-7b",
     "checkpoints/demo-llava": "demo",
 }
 TILED_SIDE = 672  # pixels of an image that LLaVA-NeXT cuts into four tiles beside the whole

@@ -29,6 +29,7 @@ from transformers import (
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.tiny import llava_next_video
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
@@ -72,7 +73,9 @@ def write_toy(folder: Path, recipe: str) -> Path:
     model: Any
     processor: Any
     if "onevision" in recipe:
-        return write_onevision(folder, side, layers)
+        return write_onevision(folder, side=side, layers=layers)
+    if "next-video" in recipe:
+        return llava_next_video.write_release(folder, side=side, layers=layers)
     if "next" in recipe:
         pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
         model = LlavaNextForConditionalGeneration(
@@ -113,6 +116,7 @@ def test_the_recipes_that_must_be_there() -> None:
         "llava-1.5-7b.yaml",
         "llava-interleave-qwen-0.5b.yaml",
         "llava-next-7b.yaml",
+        "llava-next-video-7b.yaml",
         "llava-onevision-qwen2-7b.yaml",
     ]
 
@@ -148,7 +152,7 @@ def test_a_recipe_runs_at_toy_size(
     final = open_release(str(folder))
     assert final.saved_reductions.visionzip == keys["visionzip"]
     layers = final.saved_reductions.layers
-    chosen = 17 if "onevision" in recipe else 14
+    chosen = 17 if "onevision" in recipe else 19 if "video" in recipe else 14
     assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == chosen
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     resolved = yaml.safe_load((folder / "config.yaml").read_text())

@@ -198,6 +198,10 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             return
         raise MissingFile(f"{folder} holds no weights (model*.safetensors): download the release again")
     specs = folder_specs(folder)
+    try:
+        family.refuse_weights(specs, str(folder))
+    except ReductionError as error:
+        raise UserError(str(error)) from error
     parts: dict[str, dict[str, TensorSpec]] = {"vision tower": {}, "projector": {}, "language model": {}}
     for name, spec in specs.items():
         part = (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from shortzip.data.errors import UserError
+from shortzip.reduction.families import FAMILIES
 from shortzip.reduction.layer_choice import Direction
 from shortzip.reduction.parsing import parse_budget, read_freeze
 from shortzip.reduction.selectors import VISIONZIP
@@ -93,8 +94,9 @@ class EstimateConfig:
     """
 
     model: str = "llava-1.5-7b"
-    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
-    folder with a config.json, or a Hub id (its config.json is downloaded)."""
+    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b,
+    llava-next-video-7b, mgm-7b, mgm-13b, video-llava-7b, demo), a folder with a config.json, or a Hub id (its
+    config.json is downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
     budgets: list[str] = field(default_factory=list)
@@ -349,6 +351,26 @@ class ConvertConfig:
     """Cast everything to it; null: as the release has it."""
     base: str | None = None
     """With --to llava: the original release that LLaVA's code loads the projector over."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """What `scripts/make_tiny_release.py` takes.
+
+    shortzip tiny --family mini_gemini --layout original --output tiny/mgm
+    """
+
+    output: Path
+    """A folder that does not exist yet."""
+    family: Literal[(*FAMILIES, "llava_interleave")] = "llava"  # type: ignore[valid-type]
+    """What it is a release of."""
+    layout: Literal["transformers", "original"] = "transformers"
+    """transformers', or the one that the family's authors release in."""
+    seed: int = 0
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
