@@ -1,5 +1,6 @@
-"""An image's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and no cached selection
-reads the text. Another image has another key; another tower, processor or budget, another folder."""
+"""An image's or a video's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and no cached
+selection reads the text. Another image has another key, and a video under another sampling; another tower, processor
+or budget, another folder."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from shortzip.data.images import (
     image_name,
 )
 from shortzip.data.known_images import KnownImages
+from shortzip.data.video_frames import video_key
+from shortzip.data.videos import Sampling, VideoSource
 from shortzip.reduction.families import family_of
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import refuse_to_keep, settled
@@ -105,6 +108,16 @@ class FeatureCache(Shards):
         """
         key = self.key_of(source, image_root)
         return self.get(key) if key in self else None
+
+    def find_video(
+        self, source: VideoSource, image_root: str | os.PathLike[str] | None, sampling: Sampling
+    ) -> dict[str, Tensor] | None:
+        """`video_tokens` [frames, budget, H of the tower] of a video of which these frames are seen, or None.
+
+        Raises `BadImage` if it cannot be read, and `DamagedShard`.
+        """
+        key = video_key(source, image_root, sampling, self.known_images)
+        return {"video_tokens": self.tensors(key)["tokens"]} if key in self else None
 
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""

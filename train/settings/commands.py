@@ -200,7 +200,7 @@ class PrepareConfig:
     output: Path
     """New folder to write to."""
     image_root: Path | None = None
-    """Folder that image paths start from; without it images are not looked for."""
+    """Folder that paths of images and videos start from; without it these are not looked for."""
     fraction: float = 0.1
     """Share of the usable rows."""
     seed: int = 0
@@ -208,13 +208,13 @@ class PrepareConfig:
     keep_text_only: bool = False
     """Keep rows without an image (they do not train the projector)."""
     drop_missing: bool = False
-    """Drop chosen rows whose image is not there; default: list them."""
+    """Drop chosen rows whose image or video is not there; default: list them."""
     verify_images: bool = False
-    """Decode every image, and drop the rows of those that cannot be."""
+    """Decode every image, and frames of every video, and drop the rows of those that cannot be."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of the rows is malformed."""
     num_workers: int | None = None
-    """Processes that decode images; null: one per core."""
+    """Processes that decode images and videos; null: one per core."""
     split: str | None = None
     """Split of a datasets table; null: train."""
     streaming: bool = False
