@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +33,8 @@ from shortzip.data.pixels import frames_pixels, pixels_of_row
 from shortzip.data.row_lengths import BudgetSource, Counted, encode_unread, lengths_depend_on
 from shortzip.data.supervision import Supervision
 from shortzip.data.video_files import require_pyav
-from shortzip.data.video_frames import frames_seen, read_frames
+from shortzip.data.video_frames import frames_seen as frames_of
+from shortzip.data.video_frames import read_frames
 from shortzip.data.videos import Sampling, VideoSource, check_video, frame_paths, video_name
 
 
@@ -134,6 +136,12 @@ class ConversationDataset(Dataset[Sample | Drop]):
         """Whether any row has a video that is left."""
         return bool(self.videos.any())
 
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """[n] int64, frames of its videos that are seen, of each row."""
+        left = zip(self.conversations, self.videos.tolist(), strict=True)
+        return np.asarray([sum(self.frames_seen(row)[:videos]) if videos else 0 for row, videos in left], np.int64)
+
     @property
     def mean_budget(self) -> int | None:
         """Of the images that rows hold, rounded; None where images have none of their own."""
@@ -181,7 +189,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
         try:
-            budgets, seen = self._budgets(conversation), self._frames_seen(conversation)
+            budgets, seen = self._budgets(conversation), self.frames_seen(conversation)
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
                 sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
@@ -198,10 +206,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
         left = (budgets or [])[: encoded.images]
         return Sample(conversation.id, encoded, pixels, sizes[: encoded.images], budgets=left, frames=frames)
 
-    def _frames_seen(self, conversation: Conversation) -> list[int]:
+    def frames_seen(self, conversation: Conversation) -> list[int]:
         """How many frames of each video of a row are seen. Raises BadImage."""
         of = self.image_root, self._sampling(conversation), self.known_images
-        return [frames_seen(source, *of) for source in conversation.videos]
+        return [frames_of(source, *of) for source in conversation.videos]
 
     def _sampling(self, conversation: Conversation) -> Sampling:
         if self.supervision.sampling is None and conversation.videos:
@@ -226,7 +234,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
                 sizes = self.supervision.sizes_in_row(sizes)
             budgets = self._budgets(conversation)
-            encoded = self.supervision.encode(conversation, sizes, budgets, self._frames_seen(conversation))
+            encoded = self.supervision.encode(conversation, sizes, budgets, self.frames_seen(conversation))
             tensors, of_videos = [], []
             for source in conversation.images[: encoded.images]:
                 stored = features.find(source, self.image_root)

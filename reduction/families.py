@@ -28,6 +28,8 @@ class Family:
         inputs: what a prompt may hold: "image", "images" (several), "video".
         towers: its vision towers, as attributes of the model and in the names of weights.
         usual_tiles: tiles of an image as papers count them.
+        video_frames: frames of a video that the releases were trained with; 0: the family takes no videos.
+        any_frames: whether videos of other numbers of frames can be read too.
         counts_by_size: whether an image's number of visual tokens depends on its size.
         tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
         tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
@@ -46,6 +48,8 @@ class Family:
     inputs: frozenset[str] = frozenset({"image", "images"})
     towers: tuple[str, ...] = ("vision_tower",)
     usual_tiles = 1
+    video_frames = 0
+    any_frames = True
     counts_by_size = False
     tunes: tuple[str, ...] = ("projector",)
     tower_keys: tuple[str, ...] = ()
@@ -118,6 +122,26 @@ class Family:
         side = config.vision_config.image_size
         return {"pixel_values": zero.expand(1, 3, side, side)}
 
+    def no_video(self, config: Any, zero: Any) -> dict[str, Any]:
+        """As `no_image`, an empty video as get_video_features takes it; of a family that takes videos."""
+        side, frames = config.vision_config.image_size, 1 if self.any_frames else self.video_frames
+        return {"pixel_values_videos": zero.expand(1, frames, 3, side, side)}
+
+    def check_frames(self, frames: int | None) -> int:
+        """How many frames of a video are seen where a user asks for `frames` (None: as the releases were trained).
+
+        Raises:
+            ReductionError: the family takes no videos, or only those of its own number of frames.
+        """
+        if not self.video_frames:
+            raise ReductionError(f"frames of a video is {frames}: a {self.title} takes no videos")
+        if frames is not None and frames != self.video_frames and not self.any_frames:
+            raise ReductionError(
+                f"frames of a video is {frames}: a {self.title} was built for {self.video_frames} and reads no other "
+                "number"
+            )
+        return self.video_frames if frames is None else frames
+
     def own_parameters(self, config: Any) -> int:
         """Parameters beside the tower, the two-layer projector and the language model; counted with the projector."""
         return 0
@@ -139,6 +163,15 @@ class Family:
 def family_named(name: str) -> Family:
     """The family of a name in FAMILIES."""
     return import_module(f".family_{name}", __package__).FAMILY
+
+
+def family_of_processor(processor: Any) -> Family:
+    """The family of a processor, reduced or transformers' own. Raises ReductionError: of none."""
+    names = {kind.__name__.removeprefix("Reduced") for kind in type(processor).__mro__}
+    for family in all_families():
+        if f"{family.stem}Processor" in names:
+            return family
+    raise ReductionError(f"a {type(processor).__name__} is the processor of none of {', '.join(FAMILIES)}")
 
 
 def all_families() -> list[Family]:

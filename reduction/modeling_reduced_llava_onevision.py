@@ -87,22 +87,21 @@ class ReducedLlavaOnevisionModel(ReducedModelMixin, LlavaOnevisionModel):
         pixel_values_videos: Tensor,
         vision_feature_layer: Any = None,
         vision_feature_select_strategy: str | None = None,
+        video_frames: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Projected visual tokens of V videos: `pooler_output` is a list of V tensors [F * budget + 1, H of the
         decoder], frame after frame, with one image_newline at the end.
 
         Args:
-            pixel_values_videos: [V, F, 3, S, S].
+            pixel_values_videos: [V, F, 3, S, S]; or [frames of all videos, 3, S, S] with `video_frames`.
+            video_frames: [V] int, how many frames each video has.
         """
         refuse_changed(self.config, self._reductions)
-        if pixel_values_videos.dim() != 5:
-            raise ReductionError(
-                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}, not [videos, frames, 3, S, S]"
-            )
-        frames, pixels = pixel_values_videos.shape[1], pixel_values_videos.flatten(0, 1)
+        frames = frames_of_each(pixel_values_videos, video_frames)
+        pixels = pixel_values_videos.flatten(0, -4)
         if self.config.visionzip is not None:
-            visual: Any = self.get_frame_tokens(pixel_values_videos, vision_feature_layer)
+            visual: Any = self.get_visual_tokens(pixels, vision_feature_layer)
             features: Any = self.project_videos(visual.tokens, frames)
             return PlacedFeatures(last_hidden_state=visual.tokens, pooler_output=features)
         hidden = self._patches(pixels, vision_feature_layer, vision_feature_select_strategy)
@@ -113,14 +112,15 @@ class ReducedLlavaOnevisionModel(ReducedModelMixin, LlavaOnevisionModel):
         """What is chosen of every frame of videos [V, F, 3, S, S]: N is V * F, video after video."""
         return self.get_visual_tokens(pixel_values_videos.flatten(0, 1), vision_feature_layer)
 
-    def project_videos(self, tokens: Tensor, frames: int) -> list[Tensor]:
+    def project_videos(self, tokens: Tensor, frames: int | Sequence[int]) -> list[Tensor]:
         """Projected visual tokens [F * budget + 1, H of the decoder] of each video, of the tokens [V * F, budget, H of
-        the tower] that `get_frame_tokens` gives of all frames."""
-        return self._joined(self.multi_modal_projector(tokens), frames)
+        the tower] that `get_frame_tokens` gives of all frames. `frames`: F, or of each video its own."""
+        counts = [frames] * (len(tokens) // frames) if isinstance(frames, int) else list(frames)
+        return self._joined(self.multi_modal_projector(tokens), counts)
 
-    def _joined(self, tokens: Tensor, frames: int) -> list[Tensor]:
+    def _joined(self, tokens: Tensor, frames: Sequence[int]) -> list[Tensor]:
         newline = self.image_newline[None].to(tokens)
-        return [torch.cat([video, newline]) for video in tokens.unflatten(0, (-1, frames)).flatten(1, 2)]
+        return [torch.cat([video.flatten(0, 1), newline]) for video in tokens.split(list(frames))]
 
     def _patches(self, pixels: Tensor, layer: Any, strategy: str | None) -> Tensor:
         """All that the tower gives of images [N, 3, S, S], in the layer that is read: [N, T, H]."""
@@ -139,6 +139,7 @@ class ReducedLlavaOnevisionModel(ReducedModelMixin, LlavaOnevisionModel):
         inputs_embeds: Tensor | None = None,
         image_sizes: Any = None,
         batch_num_images: Any = None,
+        video_frames: Any = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -159,7 +160,8 @@ class ReducedLlavaOnevisionModel(ReducedModelMixin, LlavaOnevisionModel):
         if pixel_values_videos is not None and len(pixel_values_videos):
             if "video" in found:
                 raise ReductionError("pixel_values_videos and mm_encoder_outputs['video'] are both given: give one")
-            found["video"] = self.get_video_features(pixel_values_videos, return_dict=True, **encoding)
+            given = {"video_frames": video_frames, "return_dict": True, **encoding}
+            found["video"] = self.get_video_features(pixel_values_videos, **given)
         if "video" in found:
             if pixel_values is not None and len(pixel_values):
                 found["image"] = self.get_image_features(pixel_values, image_sizes, return_dict=True, **encoding)
@@ -255,6 +257,22 @@ class ReducedLlavaOnevisionForConditionalGeneration(  # type: ignore[misc]
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+
+def frames_of_each(pixel_values_videos: Tensor, video_frames: Any) -> list[int]:
+    """The number of frames of each video. Raises ReductionError for pixels that are not those of such videos."""
+    shape = tuple(pixel_values_videos.shape)
+    if pixel_values_videos.dim() == 5:
+        return [shape[1]] * shape[0]
+    if pixel_values_videos.dim() != 4 or video_frames is None:
+        raise ReductionError(
+            f"pixel_values_videos has shape {shape}: needed is [videos, frames, 3, S, S], or [all frames, 3, S, S] "
+            "with video_frames"
+        )
+    counts = [int(count) for count in video_frames]
+    if sum(counts) != shape[0] or min(counts, default=1) < 1:
+        raise ReductionError(f"video_frames is {counts}, and pixel_values_videos has {shape[0]} frames")
+    return counts
 
 
 def uncut_among_several(image_sizes: Any, batch_num_images: Any) -> Any:

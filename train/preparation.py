@@ -149,6 +149,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     training = training_set(config.data, loosest(config, subject), config.seed, rows, kept)
     held_out = held_out_set(config.data, subject.processor, kept) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
+    refuse_videos(config, training)
     check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
@@ -174,11 +175,20 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     check_shared_memory(training, plan, config.data.num_workers)
     if checkpoint:
         restore(checkpoint, subject.parameters, adamw, schedule, accelerator)
-    loss = SupervisedLoss(subject.model, teacher=subject.teacher, distill=config.distill)
+    videos = any(dataset.has_videos for dataset in datasets)
+    loss = SupervisedLoss(subject.model, teacher=subject.teacher, distill=config.distill, videos=videos)
     engine = start_engine(accelerator, loss, adamw, subject.parameters, config.max_grad_norm)
     if checkpoint:
         engine.restore_moments(checkpoint.optimizer)
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
+
+
+def refuse_videos(config: TuneConfig, training: ConversationDataset) -> None:
+    """Raises ConfigError for what is not done with videos yet, where rows have some."""
+    asked = {"budget_schedule": config.budget_schedule is not None, "data.cache_teacher": config.data.cache_teacher}
+    for key in (key for key, is_set in asked.items() if is_set and training.has_videos):
+        count = int((training.videos > 0).sum())
+        raise ConfigError(f"{key} is set, and {count} rows have videos, which it does not know: set it to null")
 
 
 def keep_budgets(config: TuneConfig, subject: Subject, rows: TrainingRows, session: Session) -> BudgetsKept | None:

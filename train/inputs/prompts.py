@@ -52,6 +52,10 @@ class LeftOut:
             self._counts[size, budget] = int(whole) - self._supervision.placeholders(size, budget)
         return self._counts[size, budget]
 
+    def of_video(self, frames: int) -> int:
+        """As the call, of a video of which so many frames are seen."""
+        return int(self._every.video_tokens(frames)) - self._supervision.video_placeholders(frames)
+
 
 def extra_positions(model_config: Any, supervision: Supervision, sizes: Sequence[tuple[int, int]]) -> int:
     """How many positions more than its tokens a prompt takes whose images have these (height, width): with original

@@ -37,6 +37,8 @@ SINCE = {
     "positions": "compact",
     "distill": None,
     "tune": "projector",
+    "data.video_frames": None,
+    "data.video_fps": None,
 }  # settings that an older checkpoint does not name, and what they were then
 FILES = ("projector.safetensors", "optimizer.safetensors", "state.json")
 _OLDER_FILES = {*FILES, "rng.safetensors"}  # nothing reads the fourth any more

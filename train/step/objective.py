@@ -19,17 +19,20 @@ from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
 from shortzip.reduction.shortv import ActiveRows
 from shortzip.train.settings.distill import DistillConfig
+from shortzip.train.step.cross_entropy import summed_cross_entropy
 from shortzip.train.step.lean_autograd import Take
-from shortzip.train.step.memory import LOGITS_AT_ONCE
 from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
-from shortzip.train.step.visual_features import visual_features
+from shortzip.train.step.visual_features import image_features, in_order, video_features, visual_features
 
 Llava = Any  # transformers' or a reduced one, of any family
 
 FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_budgets")
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "pixel_values", "image_sizes", "image_budgets", "pixel_values_videos",
+    "video_frames",
+)  # fmt: skip
 
 
 def count_supervised(labels: Tensor) -> int:
@@ -67,7 +70,7 @@ class SupervisedLoss(nn.Module):
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
     trained, and where the weights lie, is to be settled before. `plain` turns it off. `logits_at_once`: values; None
-    takes what suits the device.
+    takes what suits the device. `videos`: whether rows may have videos.
 
     With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
     train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
@@ -82,8 +85,10 @@ class SupervisedLoss(nn.Module):
         logits_at_once: int | None = None,
         teacher: Teacher | None = None,
         distill: DistillConfig | None = None,
+        videos: bool = False,
     ) -> None:
         super().__init__()
+        self.videos = videos
         self.model, self.logits_at_once = model, logits_at_once
         self.teacher, self.distill = teacher, distill
         self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
@@ -109,7 +114,11 @@ class SupervisedLoss(nn.Module):
             layout = replace(layout, taught=False)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
-            layout = LayOut(self.model.config.image_token_id)(integers)
+            config = self.model.config
+            video = config.video_token_id if family_of(config.model_type).video_frames else None
+            layout = LayOut(config.image_token_id, video_token_id=video)(
+                {**integers, **{key: batch.inputs[key] for key in ("video_frames",) if key in batch.inputs}}
+            )
         return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout)
 
     def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
@@ -124,15 +133,13 @@ class SupervisedLoss(nn.Module):
         ids, mask, labels = (
             batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         )
-        every, visual = layout.every_token.to(device), ids == self.model.config.image_token_id
-        features, images = visual_features(self.model, batch)
+        every, visual = layout.every_token.to(device), self._is_visual(ids)
+        features, images, unused = self._every_feature(batch, layout, device)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
-        if features is None:
-            unused = self._no_features(device)
-            embeds = embedding(ids)
+        embeds = embedding(ids)
+        if unused is not None:
             embeds = embeds + 0 * unused.sum().to(embeds)
-        else:
-            embeds = embedding(ids)
+        if features is not None:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
         moved: dict[str, Tensor] = {}
         if keeps_positions(self.model.config):
@@ -156,6 +163,29 @@ class SupervisedLoss(nn.Module):
             lesson, taught = self._lesson(self._kept_lessons(batch, device)), every.taught
         return plain_lesson_loss(self.model.lm_head, states, every.targets, lesson, taught)
 
+    def _is_visual(self, ids: Tensor) -> Tensor:
+        """Which of these ids [B, L] are placeholders, of images and of videos alike."""
+        config = self.model.config
+        visual = ids == config.image_token_id
+        return visual | (ids == config.video_token_id) if self._takes_videos else visual
+
+    @property
+    def _takes_videos(self) -> bool:
+        return family_of(self.model.config.model_type).video_frames > 0
+
+    def _every_feature(
+        self, batch: Mapping[str, Tensor], layout: Layout, device: torch.device
+    ) -> tuple[Tensor | None, ImagePositions | None, Tensor | None]:
+        """As `visual_features`, and what empty images and videos give in the place of those that are not there."""
+        images, positions = image_features(self.model.model, batch)
+        has_videos, unused = "video_frames" in batch, []
+        if images is None and (self.videos or not has_videos):
+            unused.append(self._no_features(device))
+        videos = video_features(self.model.model, batch)
+        if videos is None and self.videos:
+            unused.append(self._no_features(device, video=True))
+        return in_order(images, videos, layout.is_video), positions, torch.cat(unused) if unused else None
+
     def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
         frozen = self.model.config.shortv is not None
         return {"active_rows": ActiveRows(every.active, every.is_active)} if frozen else {}
@@ -176,7 +206,7 @@ class SupervisedLoss(nn.Module):
         rows = full.to(embedding.weight.device)
         embeds = embedding(rows.input_ids)
         visual = rows.input_ids == self.model.config.image_token_id
-        if "pixel_values" in batch:
+        if "pixel_values" in batch or "video_frames" in batch:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), self._teacher_features(batch, full.layout).to(embeds))
         else:
             assert self.teacher is not None
@@ -186,7 +216,7 @@ class SupervisedLoss(nn.Module):
 
     def _teacher_features(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         assert self.teacher is not None
-        features = self.teacher.features(batch)
+        features = self.teacher.features(batch, layout.is_video)
         _refuse_mismatch(layout.placeholders, len(features))
         return features
 
@@ -202,7 +232,7 @@ class SupervisedLoss(nn.Module):
         return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
-        features, images = visual_features(self.model, batch)
+        features, images = visual_features(self.model.model, batch, layout.is_video)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         device = self._device
         loss = torch.zeros((), device=device)
@@ -283,10 +313,15 @@ class SupervisedLoss(nn.Module):
         weights = (weight for name in parts for weight in projector.get_submodule(name).parameters())
         return sum(0 * weight.sum() for weight in weights if weight.requires_grad)
 
-    def _no_features(self, device: torch.device) -> Tensor:
-        """What an empty image gives, through the tower where there is one."""
+    def _no_features(self, device: torch.device, video: bool = False) -> Tensor:
+        """What an empty image, or video, gives, through the tower where there is one."""
         if isinstance(self.model.model.vision_tower, nn.Identity):
             return self.model.model.multi_modal_projector(self._no_token(device))
+        if video:
+            config: Any = self.model.config
+            zero = torch.zeros((), device=device, dtype=self.model.dtype)
+            empty = family_of(config.model_type).no_video(config, zero)
+            return torch.cat(list(self.model.model.get_video_features(**empty).pooler_output))
         features = self.model.model.get_image_features(**self._no_image(device))
         return torch.cat(list(features.pooler_output))
 
@@ -310,48 +345,6 @@ def _refuse_mismatch(placeholders: int, features: int) -> None:
             f"the prompts hold {placeholders} placeholders, the images give {features} visual tokens: build the "
             "inputs with the processor that belongs to this model"
         )
-
-
-def summed_cross_entropy(
-    lm_head: nn.Module, states: Tensor, targets: Tensor, logits_at_once: int | None = None
-) -> Tensor:
-    """Sum of the cross-entropies of lm_head(states [S, H]) against targets [S]; float32.
-
-    With an untrained head the logits live for a few hundred positions at a time, and their gradient with them:
-    `logits_at_once` values; None takes what suits the device.
-    """
-    if type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
-        values = logits_at_once or (LOGITS_AT_ONCE if states.is_cuda else LOGITS_AT_ONCE // 8)
-        return _SummedCrossEntropy.apply(states, lm_head, targets, values)
-    return nn.functional.cross_entropy(lm_head(states).float(), targets, reduction="sum")
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of positions: softmax - one-hot is known as soon as the logits are."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, values: int) -> Tensor:
-        weight = lm_head.weight
-        total = torch.zeros((), device=states.device)
-        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(states), max(1, values // len(weight))):
-            chunk = slice(start, start + max(1, values // len(weight)))
-            logits = lm_head(states[chunk]).float()
-            target = targets[chunk].unsqueeze(1)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
-            if gradient is not None:
-                logits.sub_(normalizer).exp_()
-                logits.scatter_add_(1, target, torch.full_like(normalizer, -1))
-                torch.matmul(logits.to(weight.dtype), weight, out=gradient[chunk])
-            del logits  # before the next ones are made
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (of_states,) = ctx.saved_tensors
-        return of_states * gradient, None, None, None
 
 
 def train_only_projector(model: Llava, compute_dtype: torch.dtype, tune: str = "projector") -> None:

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortzip.data.errors import UserError
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
 from shortzip.reduction.image_budgets import most_tokens, placed
 from shortzip.reduction.positions import ImagePositions, PlacedFeatures
 from shortzip.reduction.visual_tokens import VisualTokens
 
 
-def visual_features(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ImagePositions | None]:
-    """Projected visual tokens [N, H] of all images of a micro-batch, in the order of their placeholders, and where
-    they stand, if not where they are counted.
+def visual_features(
+    inner: Any, batch: Mapping[str, Tensor], is_video: Tensor | None = None
+) -> tuple[Tensor | None, ImagePositions | None]:
+    """Projected visual tokens [N, H] of all images and videos of a micro-batch, in the order of their placeholders,
+    and where they stand, if not where they are counted.
 
-    Computed from pixel_values, or from visual_tokens (what the tower and VisionZip make of them); None without either.
+    Computed from pixels, or from what the tower and the selection make of them; None without either. `inner`: a model
+    without its head. `is_video`: as `Layout` has it.
     """
-    inner: Any = model.model
+    images, positions = image_features(inner, batch)
+    return in_order(images, video_features(inner, batch), is_video), positions
+
+
+def image_features(inner: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ImagePositions | None]:
+    """Those of the images, from pixel_values or visual_tokens, and their positions; None without either."""
     sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
     if "visual_tokens" in batch and "image_budgets" in batch:
         images: Any = placed_features(inner, batch)
@@ -35,6 +44,43 @@ def visual_features(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | N
     own = {"image_budgets": batch["image_budgets"]} if "image_budgets" in batch else {}
     images = inner.get_image_features(pixel_values=batch["pixel_values"], **sizes, **own)
     return torch.cat(list(images.pooler_output)), images.get("positions")
+
+
+def video_features(inner: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Those of the videos, from pixel_values_videos or video_tokens; None without either.
+
+    Videos of as many frames go as [V, F, 3, S, S], which every family with videos takes.
+    """
+    if "video_frames" not in batch:
+        return None
+    counts = batch["video_frames"].tolist()
+    alike = len(set(counts)) == 1
+    if "video_tokens" in batch:
+        return torch.cat(list(inner.project_videos(batch["video_tokens"], counts[0] if alike else counts)))
+    pixels = batch["pixel_values_videos"]
+    if alike:
+        videos = inner.get_video_features(pixel_values_videos=pixels.unflatten(0, (-1, counts[0])))
+    else:
+        videos = inner.get_video_features(pixel_values_videos=pixels, video_frames=counts)
+    return torch.cat(list(videos.pooler_output))
+
+
+def in_order(images: Tensor | None, videos: Tensor | None, is_video: Tensor | None) -> Tensor | None:
+    """Visual tokens [N, H] of images and of videos in the order of their placeholders.
+
+    `is_video` [N] bool on the CPU: which placeholders are those of videos; None: none. Raises UserError where there
+    are others than visual tokens.
+    """
+    if is_video is None or videos is None or images is None:
+        return videos if images is None else images
+    if (len(images), len(videos)) != (int((~is_video).sum()), int(is_video.sum())):
+        raise UserError(
+            f"the prompts hold {int((~is_video).sum())} placeholders of images and {int(is_video.sum())} of videos, "
+            f"which give {len(images)} and {len(videos)} visual tokens: build the inputs with the processor that "
+            "belongs to this model"
+        )
+    place = torch.where(is_video, len(images) + is_video.cumsum(0), (~is_video).cumsum(0)) - 1
+    return torch.cat([images, videos.to(images)])[place.to(images.device, non_blocking=True)]
 
 
 def placed_features(inner: Any, batch: Mapping[str, Tensor]) -> PlacedFeatures:
