@@ -142,6 +142,12 @@ class Family:
             )
         return self.video_frames if frames is None else frames
 
+    def video_tokens(self, config: Any, visionzip: Mapping[str, Any] | None, frames: int) -> int:
+        """Visual tokens of a video of so many frames: of each the budget, or, where `visionzip` is None, all."""
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        per_frame = side * side if visionzip is None else visionzip["dominant"] + visionzip["contextual"]
+        return int(frames * per_frame)
+
     def own_parameters(self, config: Any) -> int:
         """Parameters beside the tower, the two-layer projector and the language model; counted with the projector."""
         return 0

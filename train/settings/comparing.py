@@ -242,6 +242,8 @@ class PapersConfig:
     """The papers' figures, to stand beside the rows."""
     text_tokens: int = 64
     """Text tokens of the prompt, about one image, whose FLOPs are counted (64 in ShortV's paper)."""
+    frames: int | None = None
+    """Of tasks with videos: frames of a video that are seen, and whose FLOPs are counted instead of an image's."""
     processes: int = 1
     """Processes (GPUs) of each run of lmms-eval."""
     device: str = "cuda"
@@ -274,7 +276,7 @@ class PapersConfig:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        if min(self.processes, self.batch_size, self.text_tokens) < 1:
+        if min(self.processes, self.batch_size, self.text_tokens, 1 if self.frames is None else self.frames) < 1:
             counts = f"processes {self.processes}, batch_size {self.batch_size}, text_tokens {self.text_tokens}"
             raise ConfigError(f"{counts}: at least 1 each is needed")
 

@@ -65,6 +65,18 @@ def video_features(inner: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
     return torch.cat(list(videos.pooler_output))
 
 
+def given_to_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a micro-batch as a model's own forward takes them: videos of as many frames as [V, F, 3, S, S]."""
+    if "video_frames" not in inputs:
+        return dict(inputs)
+    counts = set(inputs["video_frames"].tolist())
+    if len(counts) > 1:
+        return dict(inputs)
+    alike = inputs["pixel_values_videos"].unflatten(0, (-1, counts.pop()))
+    rest = {key: held for key, held in inputs.items() if key != "video_frames"}
+    return {**rest, "pixel_values_videos": alike}
+
+
 def in_order(images: Tensor | None, videos: Tensor | None, is_video: Tensor | None) -> Tensor | None:
     """Visual tokens [N, H] of images and of videos in the order of their placeholders.
 
