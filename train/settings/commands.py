@@ -110,6 +110,8 @@ class EstimateConfig:
     """Text tokens of a training sample."""
     tiles: int | None = None
     """Images per sample, or tiles in LLaVA-NeXT. Default: 1, and 5 in LLaVA-NeXT, as the papers count."""
+    frames: int | None = None
+    """Instead: a video of so many frames per sample; of families that take videos."""
     global_batch_size: int = 128
     """Samples of an optimiser step."""
     per_device_train_batch_size: int = 16
