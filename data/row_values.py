@@ -130,12 +130,12 @@ def _as_videos(held: Any) -> list[Any]:
 
 def video_of(held: Any, sample_id: str, source: str) -> VideoSource:
     """A video as a row holds it: a path, or those of its frames. Raises BadSample for what is neither."""
+    is_encoded = isinstance(held, bytes | EmbeddedImage)
     if isinstance(held, dict) and (held.get("path") or held.get("bytes")):  # as `datasets` gives one undecoded
-        if held.get("bytes"):
-            raise malformed(
-                sample_id, source, "a video stands in the row as bytes: write it to a file, and name it by its path"
-            )
-        held = held["path"]
+        is_encoded, held = bool(held.get("bytes")), held.get("path")
+    if is_encoded:
+        words = "a video stands in the row as bytes: write it to a file, and name it by its path"
+        raise malformed(sample_id, source, words)
     if isinstance(held, str) and held:
         if is_data_uri(held):
             raise malformed(sample_id, source, "a video is a data: URI: write it to a file, and name it by its path")

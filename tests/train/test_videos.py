@@ -11,6 +11,7 @@ from PIL import Image
 from runs import checkpoint_tensors, copy_until, run_here, write_recipe
 from tiny_onevision import SIDE, write_onevision
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.drops import BadSample
@@ -19,7 +20,7 @@ from shortzip.data.supervision import Supervision
 from shortzip.data.videos import Sampling
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.identity import data_identity
-from shortzip.train.inputs.loading import layout_of
+from shortzip.train.inputs.loading import SharingCollator, layout_of
 from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
 from shortzip.train.run.checkpoint import CheckpointError
@@ -212,6 +213,20 @@ def test_the_release_s_own_number_of_frames(release: Path, tiny_release: Path) -
     assert sampling_of(without) is None
     with pytest.raises(ValueError, match=r"frames of a video is 8: a LLaVA-1\.5 takes no videos"):
         sampling_of(without, 8)
+
+
+def test_data_workers_decode_the_frames(release: Path, rows: Path) -> None:
+    _, processor = load_release(str(release), REDUCTIONS)
+    dataset = dataset_of(processor, rows)
+    collate = SharingCollator(Collator.of(dataset.supervision, layout_of(dataset.supervision)))
+    batches = [[0, 1, 2], [3, 4], [5, 6]]
+    loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=2)
+    for numbers, found in zip(batches, loader, strict=True):
+        expected = batch_of(dataset, *numbers)
+        assert found.inputs.keys() == expected.inputs.keys()
+        assert all(torch.equal(found.inputs[key], expected.inputs[key]) for key in expected.inputs)
+        assert found.inputs["pixel_values_videos"].is_shared()
+        assert torch.equal(found.layout.is_video, expected.layout.is_video)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

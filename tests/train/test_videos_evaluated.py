@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from made_videos import write_frames, write_video
 from PIL import Image
@@ -23,6 +24,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.evaluate_papers import check_rows, model_arguments
 from shortzip.train.evaluation.answers import evaluate
 from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat
+from shortzip.train.evaluation.lmms_plugin import doc_to_messages, doc_to_visual, write_questions
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.inputs.videos import visual_tokens_of
 from shortzip.train.release.loading import load_release
@@ -46,8 +48,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluation_reads_videos(release: Path, rows: Path) -> None:
     """Loss and answers of mixed rows in batches are those of the rows alone, in the model's own forward."""
-    from accelerate import Accelerator
-
     model, processor = load_release(str(release), Reductions(BUDGET, LAYERS))
     dataset = dataset_of(processor, rows)
     results = [
@@ -224,6 +224,33 @@ def test_frames_by_lmms_eval_s_arguments_and_what_is_refused(
         chat.visuals.turns([{"role": "user", "content": [part]}])
     with pytest.raises(ValueError, match="no such file"):
         Task(chat, {"text": "x", "visuals": [shown["file"] + ".gone.mp4"]}).ask()
+
+
+def test_held_out_rows_with_videos_are_a_local_task(release: Path, rows: Path, tmp_path: Path) -> None:
+    """Its documents, asked through lmms-eval's interface, are answered as `evaluate` answers the rows."""
+    model, processor = load_release(str(release), Reductions(BUDGET, LAYERS))
+    told = read_instructions(rows)
+    with pytest.raises(ValueError, match="frames: a local task's videos are files or folders; this one is a list"):
+        write_questions(told, str(rows.parent), tmp_path / "q.jsonl")
+    told = told[:-1]
+    assert write_questions(told, str(rows.parent), tmp_path / "q.jsonl") == 6
+    documents = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [len(document["videos"]) for document in documents] == [1, 0, 0, 2, 1, 1]
+    dataset = dataset_of(processor, rows)
+    _, answers = evaluate("tiny", model, dataset, Accelerator(cpu=True), batch_size=4, max_new_tokens=4, timed=False)
+    chat = ReducedLlavaChat(str(release), max_frames_num=FRAMES, batch_size=2, **HOW)
+    chat.task_dict = {"task": {"test": documents}}
+    requests = [
+        Instance(
+            "generate_until",  # type: ignore[arg-type]
+            ("", doc_to_messages, {"max_new_tokens": 4}, number, "task", "test"),  # type: ignore[arg-type]
+            idx=0,
+            metadata={"task": "task", "doc_id": number, "repeats": 1},
+        )
+        for number in range(len(documents))
+    ]
+    assert chat.generate_until(requests) == [answer.answer for answer in answers][:6]
+    assert len(doc_to_visual(documents[4])) == 2
 
 
 # ---------------------------------------------------------------------------------------------- the recipe's own tasks

@@ -34,6 +34,8 @@ class HeldOut:
     """Only the first so many conversations; null means all, or as the run."""
     on_bad_sample: Literal["raise", "skip"] | None = None
     """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
+    video_frames: int | None = None
+    """Frames of a video that are seen; null means as many as the release was trained with, or as the run."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def test_placeholders() -> None:
         (llava(video="https://a.org/a.mp4"), "is an address: fetch the videos"),
         (llava(video="data:video/mp4;base64,AAAA"), "a video is a data: URI: write it to a file"),
         (llava(video={"bytes": "AAAA"}), "stands in the row as bytes: write it to a file"),
+        (llava(video=b"AAAA"), "stands in the row as bytes: write it to a file"),
         (llava(video=3), "a video is int 3, neither a path nor a list of frames"),
         (llava(video=[["1.jpg", "a.mp4"]]), "a frame of a video is str .a.mp4., no path of an image"),
         (llava(video="a\0.mp4"), "the video path .* has a NUL character"),
