@@ -60,12 +60,19 @@ class MicroBatch:
         sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
         dropped: rows of this micro-batch that could not be read: hand them to `DropLog.extend`.
         layout: what the collator was told to make of the integers, for the loss.
+        budget: the model config's `visionzip` key that the rows are laid out for, where it changes in a run.
+        narrower: the same rows under budgets of fewer tokens, where the step reads them so too, without what they
+            share with this one: pixels, lessons.
+        turn: which of these readings it is, for the loss.
     """
 
     inputs: dict[str, torch.Tensor]
     sample_ids: list[str]
     dropped: list[Drop] = field(default_factory=list)
     layout: Any = None
+    budget: dict[str, Any] | None = None
+    narrower: list["MicroBatch"] = field(default_factory=list)
+    turn: Any = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same with pixels and features on a device.
@@ -77,12 +84,13 @@ class MicroBatch:
             key: tensor.to(device, non_blocking=True) if tensor.is_floating_point() else tensor
             for key, tensor in self.inputs.items()
         }
-        return replace(self, inputs=moved)
+        return replace(self, inputs=moved, narrower=[batch.to(device) for batch in self.narrower])
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory (what DataLoader's `pin_memory` calls)."""
         pinned = {key: tensor.pin_memory() for key, tensor in self.inputs.items()}
-        return replace(self, inputs=pinned, layout=self.layout and self.layout.pin_memory())
+        narrower = [batch.pin_memory() for batch in self.narrower]
+        return replace(self, inputs=pinned, layout=self.layout and self.layout.pin_memory(), narrower=narrower)
 
 
 class Collator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from shortzip.data import images
-
-_FRAMES_AT_ONCE = 4
 
 
 def pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
@@ -32,12 +29,11 @@ def pixels_of_row(images: Sequence[Image.Image], image_processor: Any, several: 
 
 
 def frames_pixels(frames: Iterator[Image.Image], processor: Any) -> torch.Tensor:
-    """The pixels [F, 3, H, W] float32 of a video's RGB frames, as the processor of a family with videos makes them: a
-    few frames at a time, since those of a file may be large."""
-    parts = []
-    while some := list(islice(frames, _FRAMES_AT_ONCE)):
-        parts.append(processor.video_processor([some])[0])
-    return torch.cat(parts)
+    """The pixels [F, 3, H, W] float32 of a video's RGB frames, as the processor of a family with videos makes them.
+
+    One is made at a time, since those of a file may be large and those of a folder of different sizes.
+    """
+    return torch.stack([processor.pixels_of_frame(frame) for frame in frames])
 
 
 def cuts_lone_images_only(image_processor: Any) -> bool:

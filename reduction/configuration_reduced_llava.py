@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
+from .configuration_budgets import check_budgets, validate_budgets
 from .configuration_pruning import check_pruned_layers, is_whole, validate_fastv
 from .errors import ReductionError
 from .extras import extra
@@ -39,6 +40,7 @@ def validate(config: Any) -> None:
     validate_shortv(config.shortv)
     validate_fastv(config.fastv)
     validate_positions(config.positions)
+    validate_budgets(config.budgets)
     if config.visionzip is not None:
         tower: Any = config.vision_config
         if tower.model_type not in TOWER_HAS_CLS:
@@ -71,6 +73,7 @@ def validate(config: Any) -> None:
             )
         if config.visionzip.get("per_image") is not None:
             extra("image_budgets", "visionzip.per_image").refuse_beside(config.visionzip, config.fastv, limit)
+    check_budgets(config, TOWER_HAS_CLS.get(config.vision_config.model_type, False))
     if config.shortv is not None:
         text: Any = config.text_config
         if text.model_type not in DECODERS:
@@ -210,6 +213,8 @@ class ReducedLlavaConfig(LlavaConfig):
             (configuration_pruning.py).
         positions: "compact" or "original": where tokens stand once `visionzip` leaves others out (positions.py).
         base_release: of a projector-only checkpoint, the release it belongs to (base_release.py).
+        budgets: [{"dominant": int, "contextual": int}, ...], those that the projector was tuned for, where they are
+            several: `visionzip` may be any of them (configuration_budgets.py).
 
     Raises:
         ValueError: see `validate`.
@@ -223,6 +228,7 @@ class ReducedLlavaConfig(LlavaConfig):
     fastv: Any = None
     positions: Any = COMPACT
     base_release: Any = None
+    budgets: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -245,6 +251,7 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     fastv: Any = None
     positions: Any = COMPACT
     base_release: Any = None
+    budgets: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

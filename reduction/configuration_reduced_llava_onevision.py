@@ -37,6 +37,7 @@ class ReducedLlavaOnevisionConfig(LlavaOnevisionConfig):
     fastv: Any = None
     positions: Any = COMPACT
     base_release: Any = None
+    budgets: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -4,7 +4,7 @@ The code that travels with its checkpoints (config, model, processor) is in file
 in `train/release/layout_NAME.py`. Nothing else of ShortZip asks which family a model is of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 from .errors import ReductionError
 
 # Adding a family is a line here (README.md, "Adding a family").
-FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mini_gemini",
+    "llava_next_video",
+    "temporal_video_llava",
+    "video_llava",
+)
 _REDUCED = "reduced_"
 
 
@@ -26,7 +34,7 @@ class Family:
         stem: what its classes are called after: LlavaNext for LlavaNextModel and ReducedLlavaNextModel.
         configuration, modeling, processing: the files of its reduced classes.
         inputs: what a prompt may hold: "image", "images" (several), "video".
-        towers: its vision towers, as attributes of the model and in the names of weights.
+        towers: its vision towers, as attributes of the model and in the names of weights, the one for images first.
         usual_tiles: tiles of an image as papers count them.
         video_frames: frames of a video that the releases were trained with; 0: the family takes no videos.
         any_frames: whether videos of other numbers of frames can be read too.
@@ -34,6 +42,7 @@ class Family:
         tunes: what of the projector's module may be trained: all of it, unless `untuned_parts` says otherwise.
         tower_keys: keys of the config beside `vision_config` that visual tokens depend on.
         releases: those known by a short name: the language model (a class of transformers) and its sizes.
+        releases_side: pixels of a side of what their CLIP reads.
         image_processors: kinds of image processor that releases ship, and the class of transformers (Pillow backend)
             that gives the pixels that they were trained on.
     """
@@ -54,6 +63,7 @@ class Family:
     tunes: tuple[str, ...] = ("projector",)
     tower_keys: tuple[str, ...] = ()
     releases: ClassVar[Mapping[str, tuple[str, Mapping[str, int]]]] = {}
+    releases_side = 336
     image_processors: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
@@ -116,6 +126,12 @@ class Family:
         if own.get("num_additional_image_tokens") is None:
             processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
 
+    def refuse_weights(self, names: Iterable[str], where: str) -> None:
+        """Refuses weights of another model than the config's, by their names. `where`: what a message calls them.
+
+        Raises ReductionError.
+        """
+
     def no_image(self, config: Any, zero: Any) -> dict[str, Any]:
         """An empty image as the model's get_image_features takes it: what a micro-batch without images runs, so that
         all processes call the same layers. `zero`: a scalar tensor of the model's dtype, on its device."""
@@ -124,29 +140,40 @@ class Family:
 
     def no_video(self, config: Any, zero: Any) -> dict[str, Any]:
         """As `no_image`, an empty video as get_video_features takes it; of a family that takes videos."""
-        side, frames = config.vision_config.image_size, 1 if self.any_frames else self.video_frames
+        side, frames = config.vision_config.image_size, 1 if self.any_frames else self.frames_read(config)
         return {"pixel_values_videos": zero.expand(1, frames, 3, side, side)}
 
-    def check_frames(self, frames: int | None) -> int:
-        """How many frames of a video are seen where a user asks for `frames` (None: as the releases were trained).
+    def frames_read(self, release: Any) -> int:
+        """The frames of a video that a release was trained with, by its config or its processor."""
+        return self.video_frames
+
+    def check_frames(self, frames: int | None, release: Any) -> int:
+        """How many frames of a video are seen where a user asks for `frames` (None: as `frames_read` says).
 
         Raises:
             ReductionError: the family takes no videos, or only those of its own number of frames.
         """
         if not self.video_frames:
             raise ReductionError(f"frames of a video is {frames}: a {self.title} takes no videos")
-        if frames is not None and frames != self.video_frames and not self.any_frames:
+        own = self.frames_read(release)
+        if frames is not None and frames != own and not self.any_frames:
             raise ReductionError(
-                f"frames of a video is {frames}: a {self.title} was built for {self.video_frames} and reads no other "
-                "number"
+                f"frames of a video is {frames}: a {self.title} was built for {own} and reads no other number"
             )
-        return self.video_frames if frames is None else frames
+        return own if frames is None else frames
 
     def video_tokens(self, config: Any, visionzip: Mapping[str, Any] | None, frames: int) -> int:
         """Visual tokens of a video of so many frames: of each the budget, or, where `visionzip` is None, all."""
         side = config.vision_config.image_size // config.vision_config.patch_size
         per_frame = side * side if visionzip is None else visionzip["dominant"] + visionzip["contextual"]
         return int(frames * per_frame)
+
+    def tokens_of_budgets(self, model: Any, pixel_values: Any, budgets: Sequence[dict[str, Any]]) -> list[Any]:
+        """What `get_visual_tokens` of a model without its head gives of images under each of several `visionzip` keys
+        of one method. The tower runs once; of a baseline, once a budget."""
+        from .image_budgets import tokens_of_budgets
+
+        return tokens_of_budgets(model, pixel_values, budgets)
 
     def own_parameters(self, config: Any) -> int:
         """Parameters beside the tower, the two-layer projector and the language model; counted with the projector."""
@@ -173,9 +200,10 @@ def family_named(name: str) -> Family:
 
 def family_of_processor(processor: Any) -> Family:
     """The family of a processor, reduced or transformers' own. Raises ReductionError: of none."""
-    names = {kind.__name__.removeprefix("Reduced") for kind in type(processor).__mro__}
-    for family in all_families():
-        if f"{family.stem}Processor" in names:
+    by_processor = {f"{family.stem}Processor": family for family in all_families()}
+    for kind in type(processor).__mro__:  # its own before those that it is made of
+        family = by_processor.get(kind.__name__.removeprefix("Reduced"))
+        if family is not None:
             return family
     raise ReductionError(f"a {type(processor).__name__} is the processor of none of {', '.join(FAMILIES)}")
 

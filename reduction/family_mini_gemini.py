@@ -1,6 +1,6 @@
 """Mini-Gemini (MGM): a LLaVA whose patches mine a second tower's features of the image in high resolution."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from .families import Family
@@ -51,6 +51,10 @@ class MiniGemini(Family):
         from .mini_gemini import MiniGeminiTower
 
         return MiniGeminiTower(config)
+
+    def tokens_of_budgets(self, model: Any, pixel_values: Any, budgets: Sequence[dict[str, Any]]) -> list[Any]:
+        found: list[Any] = model.visual_tokens_under(budgets, pixel_values)
+        return found
 
     def own_parameters(self, config: Any) -> int:
         """The mining's: three LayerNorms and linears."""

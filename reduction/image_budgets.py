@@ -323,6 +323,15 @@ def chosen_tokens(
     return budgets, of_rows
 
 
+def tokens_of_budgets(model: Any, pixel_values: Tensor, budgets: Sequence[dict[str, Any]]) -> list[VisualTokens]:
+    """As Family.tokens_of_budgets, where the tower is all that the tokens come of. `pixel_values`: [N, 3, S, S]."""
+    views = [with_budget(model, visionzip) for visionzip in budgets]
+    if budgets[0].get("method") in BASELINES:  # which look at the image in ways of their own
+        return [view.get_visual_tokens(pixel_values) for view in views]
+    rows, (_, of_rows) = torch.arange(len(pixel_values)), chosen_tokens(model, pixel_values)
+    return [of_rows(rows, view) for view in views]
+
+
 def placed(
     model: Any,
     budgets: Sequence[int],

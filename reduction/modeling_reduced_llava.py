@@ -35,6 +35,7 @@ from .refusals import (
     refuse_mismatch,
     refuse_missing_images,
     refuse_unmasked_attention,
+    refuse_videos,
     visual_of_token_types,
 )
 from .selectors import BASELINES, VISIONZIP, has_own_budgets, selector_of
@@ -126,6 +127,7 @@ class ReducedModelMixin(WithoutHeadMixin):
                 with.
         """
         refuse_changed(self.config, self._reductions)
+        refuse_videos(type(self).__name__, kwargs.get("pixel_values_videos"))
         in_decoder = self.config.shortv is not None or self.config.fastv is not None
         if isinstance(image_sizes, Tensor):
             image_sizes = image_sizes.tolist()  # read several times, waited for once
@@ -136,8 +138,7 @@ class ReducedModelMixin(WithoutHeadMixin):
             pixel_values = encode_first(encode, pixel_values, image_sizes, kwargs)
         if self.config.visionzip is not None or in_decoder:
             features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            has_image = features is not None or (pixel_values is not None and pixel_values.shape[0] > 0)
-            if has_image:
+            if features is not None or (pixel_values is not None and pixel_values.shape[0] > 0):
                 visual = self._placeholders(input_ids, inputs_embeds)
                 if self._checks_rows():
                     lengths = (
@@ -163,11 +164,10 @@ class ReducedModelMixin(WithoutHeadMixin):
                 elif visual is not None and "active_rows" not in kwargs:
                     kwargs["active_rows"] = active_rows(visual)
         if moves:
-            text: Any = self.language_model.config
             tokens: Any = inputs_embeds if input_ids is None else input_ids
-            kwargs, shifts = moved_pass(text, tokens, visual, features, mm_token_type_ids, kwargs)
-        if image_sizes is not None:
-            kwargs["image_sizes"] = image_sizes
+            text, types = self.language_model.config, mm_token_type_ids
+            kwargs, shifts = moved_pass(text, tokens, visual, features, types, kwargs)
+        kwargs |= {} if image_sizes is None else {"image_sizes": image_sizes}
         outputs = super().forward(  # type: ignore[misc]
             input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -21,11 +21,11 @@ from .refusals import refuse_changed
 from .selectors import has_own_budgets
 
 
-class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
-    """LlavaNextModel whose images come as `budget` visual tokens per tile and whose decoder has frozen layers."""
+class ReducedTilesMixin(ReducedModelMixin):
+    """A reduced model whose images come as `budget` visual tokens per tile; goes before the transformers class."""
 
-    config: ReducedLlavaNextConfig
-    config_class = ReducedLlavaNextConfig
+    image_newline: Any
+    pack_image_features: Any
 
     @can_return_tuple
     def get_image_features(
@@ -176,6 +176,13 @@ class ReducedLlavaNextModel(ReducedModelMixin, LlavaNextModel):
         parts = tokens[1:].split([cls, dominant, tokens.shape[1] - cls - dominant], dim=1)
         cls_tokens, patches, contextual = (part.flatten(0, 1) for part in parts)
         return torch.cat([tokens[0], patches[order], cls_tokens, contextual])
+
+
+class ReducedLlavaNextModel(ReducedTilesMixin, LlavaNextModel):
+    """LlavaNextModel whose images come as `budget` visual tokens per tile and whose decoder has frozen layers."""
+
+    config: ReducedLlavaNextConfig
+    config_class = ReducedLlavaNextConfig
 
 
 class ReducedLlavaNextForConditionalGeneration(  # type: ignore[misc]

@@ -6,6 +6,7 @@ mean of what was assigned to it, of both parts. CLS has no window, and nothing i
 their paper does not mention) every tile has the budget.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,21 +82,33 @@ class ReducedMiniGeminiModel(ReducedLlavaModel):
             raise ReductionError("visionzip is null: this model keeps every visual token and chooses none")
         validate(self.config)
         validate_mini_gemini(self.config)
+        return self.visual_tokens_under([zipped], pixel_values, vision_feature_layer)[0]
+
+    def visual_tokens_under(
+        self, budgets: Sequence[dict[str, Any]], pixel_values: Tensor, vision_feature_layer: Any = None
+    ) -> list[VisualTokens]:
+        """As `get_visual_tokens`, under each of several `visionzip` keys of one method; both towers run once."""
         tower, selected = self.vision_tower, self._block(vision_feature_layer)
         self._check_pixels(pixel_values)
         low = tower.low_resolution(pixel_values)
-        method = zipped.get("method", VISIONZIP)
+        method = budgets[0].get("method", VISIONZIP)
         if method in BASELINES:
             patches = self._clip_patches(low, selected)
             refined = self._add_mined(patches, pixel_values)
             baselines = extra("baselines", f"visionzip: method {method}")
-            found = baselines.keep_patches(refined, low, method, zipped["dominant"], zipped.get("seed", 0))
-            return self._of_images(VisualTokens(targets=found.kept[:, :0], **found._asdict()))
-        selector = selector_of(zipped)
+            kept = (
+                baselines.keep_patches(refined, low, method, zipped["dominant"], zipped.get("seed", 0))
+                for zipped in budgets
+            )
+            return [self._of_images(VisualTokens(targets=part.kept[:, :0], **part._asdict())) for part in kept]
+        selector = selector_of(budgets[0])
         states = run_to_block(tower.clip, low, selected, True, bool(selector.reads & {"attention", "keys"}))
         refined = self._add_mined(states.hidden[:, 1:], pixel_values)
         projector = self.multi_modal_projector
-        return self._of_images(tokens_of_block(*states, selector, zipped, True, projector, low, refined))
+        return [
+            self._of_images(tokens_of_block(*states, selector, zipped, True, projector, low, refined))
+            for zipped in budgets
+        ]
 
     def image_positions(
         self, kept: Tensor, targets: Tensor, image_sizes: Any = None, strategy: str | None = None

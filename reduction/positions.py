@@ -286,16 +286,22 @@ class CountsPositions:
     config: Any
     model: Any
 
+    def _visual_of_prompt(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, encoded: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Where the placeholders of a prompt stand, [B, L] bool, and the features that take their places, if any."""
+        return self.model._placeholders(input_ids, inputs_embeds), encoded.get("image")
+
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As transformers' method, which is called unless `generate` is given `position_ids`."""
         positions: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[misc]
         if keeps_positions(self.config):
             self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[attr-defined]
-            images, embeds = model_kwargs["mm_encoder_outputs"].get("image"), model_kwargs.get("inputs_embeds")
+            embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+            ids = model_kwargs.get("input_ids", inputs_tensor) if embeds is None else None
+            visual, images = self._visual_of_prompt(ids, embeds, model_kwargs["mm_encoder_outputs"])
             if images is None and embeds is not None:
                 refuse_merged(model_kwargs.get("mm_token_type_ids"))
-            ids = model_kwargs.get("input_ids", inputs_tensor) if embeds is None else None
-            visual, cache = self.model._placeholders(ids, embeds), model_kwargs.get("past_key_values")
             model_kwargs["position_shifts"] = shifts_of_prompt(visual, images, positions.shape[-1], cache)
         return positions
 

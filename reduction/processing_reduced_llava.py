@@ -55,6 +55,7 @@ class ReducedProcessorMixin:
     """What the reduced processors have in common; goes before the transformers class."""
 
     takes_budgets: ClassVar[bool] = False  # for each image, in a call
+    takes_videos: ClassVar[bool] = False
 
     visionzip: dict[str, Any] | None
     image_processor: Any
@@ -80,8 +81,13 @@ class ReducedProcessorMixin:
 
         Raises:
             ReductionError: `budgets` are not one whole number in range for each image, or `visionzip` is None; chooser
-                coverage without a `model`.
+                coverage without a `model`; videos where the model reads images alone.
         """
+        if kwargs.get("videos") is not None and not self.takes_videos:
+            raise ReductionError(
+                f"videos: {type(self).__name__} is of a model that reads images, and no videos: take a release that "
+                "does, such as LanguageBind/Video-LLaVA-7B or a LLaVA-OneVision, or give frames as images"
+            )
         called, encoded = self._for_call(images, budgets, model)
         images, scaled = _as_bytes(images)
         if scaled:

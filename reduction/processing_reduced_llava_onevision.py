@@ -3,23 +3,18 @@
 import math
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import MultiModalData
 
 from .configuration_reduced_llava import validate_visionzip
-from .errors import ReductionError
-from .processing_reduced_llava import ReducedProcessorMixin
+from .processing_videos import ReducedVideosProcessorMixin
 
 _OF_FRAMES = ("size", "resample", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
 
 
-class ReducedLlavaOnevisionProcessor(ReducedProcessorMixin, LlavaOnevisionProcessor):
+class ReducedLlavaOnevisionProcessor(ReducedVideosProcessorMixin, LlavaOnevisionProcessor):
     """LlavaOnevisionProcessor that writes `dominant + contextual` placeholders per tile, and per frame of a video.
 
     Without `visionzip`, as many as transformers' writes. Several images of a prompt are given as a list within the
@@ -58,40 +53,16 @@ class ReducedLlavaOnevisionProcessor(ReducedProcessorMixin, LlavaOnevisionProces
         # Past LlavaOnevisionProcessor's own __init__, which asks for a video processor.
         super(LlavaOnevisionProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def video_processor(self, videos: list[Any], **kwargs: Any) -> Tensor:
-        """[V, F, 3, S, S] float32 of V videos of F frames each, resized to the tower's square.
-
-        `videos`: each a list of PIL images, or an array or tensor [F, H, W, 3] or [F, 3, H, W] of 0 to 255.
-
-        Raises ReductionError for videos of different numbers of frames.
-        """
+    def _frame_processor(self) -> Any:
+        """SigLIP's, which resizes to the tower's square."""
         own = self.image_processor.to_dict()
-        images = SiglipImageProcessorPil(**{key: own[key] for key in _OF_FRAMES if own.get(key) is not None})
-        frames = [_frames(video) for video in videos]
-        counts = sorted({len(video) for video in frames})
-        if len(counts) != 1 or counts[0] < 1:
-            raise ReductionError(
-                f"videos have {counts} frames: those of one batch must have the same number, 1 at least: sample them "
-                "evenly, such as np.linspace(0, length - 1, 8).astype(int)"
-            )
-        return torch.stack([images(video, return_tensors="pt")["pixel_values"] for video in frames])
-
-    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
-        one = all(isinstance(frame, Image.Image) for frame in videos) if isinstance(videos, (list, tuple)) else False
-        if one or (not isinstance(videos, (list, tuple)) and np.asarray(videos).ndim == 4):
-            videos = [videos]
-        inputs = {"pixel_values_videos": self.video_processor(list(videos))}
-        count = len(inputs["pixel_values_videos"])
-        return inputs, [self.replace_video_token(inputs, number) for number in range(count)]
+        return SiglipImageProcessorPil(**{key: own[key] for key in _OF_FRAMES if own.get(key) is not None})
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         counts = [int(count) for count in image_inputs["batch_num_images"]]
         several = [count != 1 for count in counts for _ in range(count)]
         size = [int(length) for length in image_inputs["image_sizes"][image_idx]]
         return self.image_token * self.image_tokens((0, 0) if several[image_idx] else (size[0], size[1]))
-
-    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
-        return self.video_token * self.video_tokens(len(video_inputs["pixel_values_videos"][video_idx]))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
@@ -119,26 +90,14 @@ class ReducedLlavaOnevisionProcessor(ReducedProcessorMixin, LlavaOnevisionProces
         # An image of one tile ends in image_newline.
         return int(tiles * (self.visionzip["dominant"] + self.visionzip["contextual"]) + (tiles == 1))
 
-    def video_tokens(self, frames: int) -> int:
-        """Placeholders of a video of so many frames, with its image_newline."""
-        if self.visionzip is not None:
-            return int(frames * (self.visionzip["dominant"] + self.visionzip["contextual"]) + 1)
+    def _plain_video_tokens(self, frames: int) -> int:
+        """Every other patch of a row, of every other row."""
         assert self.num_image_tokens is not None
-        return int(frames * math.ceil(math.isqrt(self.num_image_tokens) / 2) ** 2 + 1)
+        return int(frames * math.ceil(math.isqrt(self.num_image_tokens) / 2) ** 2)
 
-
-def _frames(video: Any) -> list[Image.Image]:
-    """The frames of a video as PIL images."""
-    if isinstance(video, (list, tuple)) and all(isinstance(frame, Image.Image) for frame in video):
-        return [frame.convert("RGB") for frame in video]
-    pixels = np.asarray(video)
-    if pixels.ndim == 4 and pixels.shape[-1] != 3 and pixels.shape[1] == 3:
-        pixels = pixels.transpose(0, 2, 3, 1)
-    if pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ReductionError(f"a video has shape {pixels.shape}; needed are PIL images, or [frames, height, width, 3]")
-    if np.issubdtype(pixels.dtype, np.floating) and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:
-        pixels = (pixels * 255).round()
-    return [Image.fromarray(frame.astype(np.uint8)) for frame in pixels]
+    def _beside_frames(self) -> int:
+        """A video ends in image_newline."""
+        return 1
 
 
 ReducedLlavaOnevisionProcessor.register_for_auto_class("AutoProcessor")

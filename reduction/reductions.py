@@ -208,6 +208,12 @@ class Reductions:
             return self
         return replace(self, visionzip={key: value for key, value in self.visionzip.items() if key != "per_image"})
 
+    def with_budget(self, budget: Mapping[str, int]) -> Self:
+        """The same with as many dominant and contextual tokens as `budget` says, by the same method."""
+        assert self.visionzip is not None
+        named = {key: budget[key] for key in ("dominant", "contextual")}
+        return replace(self, visionzip={**self.visionzip, **named})
+
     @property
     def largest_budget(self) -> Self:
         """The same with the largest budget that an image can have for all of them."""

@@ -122,6 +122,15 @@ def refuse_missing_images(config: Any, input_ids: Tensor, past_key_values: Any) 
     )
 
 
+def refuse_videos(name: str, pixel_values_videos: Any) -> None:
+    """Refuses videos for a model that would leave them out without a word. `name`: its class."""
+    if pixel_values_videos is not None:
+        raise ReductionError(
+            f"pixel_values_videos: a {name} reads images, and no videos: take a release that does, such as "
+            "LanguageBind/Video-LLaVA-7B or a LLaVA-OneVision, or give frames as images"
+        )
+
+
 def refuse_unmasked_attention(key: str, text_config: Any, output_attentions: bool | None) -> None:
     """Refuses attention that computes every query, and maps of attention that some tokens do not have.
 

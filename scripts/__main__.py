@@ -64,6 +64,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "commands.AppConfig",
             "a page in the browser: all tokens, reduced and tuned side by side",
         ),
+        Verb(
+            "tiny",
+            "scripts.make_tiny_release",
+            "commands.TinyConfig",
+            "write a random release of half a megabyte, of any family in either layout",
+        ),
     ),
     "Prepare": (
         Verb(
@@ -125,7 +131,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb(
             "frontier",
             "scripts.frontier",
-            "comparing.FrontierConfig",
+            "frontier.FrontierConfig",
             "accuracy against tokens for every method and budget",
             recipe="frontier-demo",
         ),

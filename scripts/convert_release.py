@@ -18,7 +18,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.train.release.convert import convert_to_transformers, merged_config, refuse_adapter
 from shortzip.train.release.hub import fetch
-from shortzip.train.release.layouts import is_original
+from shortzip.train.release.layouts import is_original, layout_for
 from shortzip.train.release.loading import load_processor
 from shortzip.train.release.opening import find_projector_file, open_release, release_projector, resolve_towers
 from shortzip.train.release.spec import ReleaseSpec
@@ -75,11 +75,10 @@ def to_llava(settings: ConvertConfig) -> None:
         shape="llava",
         base=settings.base,
         vision_tower=settings.vision_tower,
+        budgets=release.saved_budgets,
     )
-    say(
-        f"python -m llava.serve.cli --model-path {settings.output} --model-base {settings.base or 'BASE'} "
-        "--image-file IMAGE"
-    )
+    module, file = layout_for(release.config["model_type"]).command
+    say(f"python -m {module} --model-path {settings.output} --model-base {settings.base or 'BASE'} {file}")
 
 
 if __name__ == "__main__":

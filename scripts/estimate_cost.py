@@ -5,7 +5,8 @@
 
 Four rows: none / VisionZip / ShortV / both. Columns: visual tokens of a sample, prefill FLOPs (by ShortV's formula,
 and with the key heads that the config really has), KV cache of the prefill, FLOPs and memory of a training step that
-tunes the projector, and whether that fits on the card. FLOPs count a multiply-add as two. The memory is an estimate
+tunes the projector, and whether that fits on the card. With --budgets there is a row for each of them, and one for a
+projector that is tuned for all. FLOPs count a multiply-add as two. The memory is an estimate
 for one device that holds the whole model: `train/step/memory.py` says what is counted.
 """
 
@@ -25,14 +26,16 @@ from shortzip.data.files import read_json, refuse_to_replace, write_atomically, 
 from shortzip.reduction import flops
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.families import all_families, family_of
-from shortzip.reduction.parsing import budget_by, parse_budget, parse_bytes, parse_freeze
+from shortzip.reduction.parsing import budget_by, format_budget, parse_budget, parse_bytes, parse_freeze
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import VISIONZIP
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.budget_list import listed_budgets
 from shortzip.train.settings.command_line import parse_config, run_command, say
 from shortzip.train.settings.commands import EstimateConfig
 from shortzip.train.step import memory as training_cost
 from shortzip.train.step.flops import RowShape, teacher_flops
-from shortzip.train.step.teaching_cost import teacher_bytes
+from shortzip.train.step.teaching_cost import lesson_bytes, teacher_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET = "54+10"
@@ -60,16 +63,16 @@ class CostRow:
 
 def known_release(name: str) -> PreTrainedConfig | None:
     """The config of a release known by name, or None."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     for family in all_families():
         if name in family.releases:
+            tower = CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=family.releases_side,
+                patch_size=14,
+            )
             llm, sizes = family.releases[name]
             text = getattr(transformers, llm)(vocab_size=32064, **sizes)
             return family.plain_config_class(text_config=text, vision_config=tower, tie_word_embeddings=False)
@@ -131,6 +134,10 @@ def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]
         frozen = parse_freeze(settings.freeze or DEFAULT_FREEZE, num_layers)
     frozen = frozen if isinstance(frozen, int) else len(frozen)
     both = Reductions(budget)
+    if settings.budgets:
+        return config, _of_budgets(config, settings, both.visionzip, frozen)
+    if settings.sandwich:
+        raise UserError("sandwich is true, and there are no budgets: give two or more (--budgets 64,128,192)")
     reduced = f"{'VisionZip' if both.method == VISIONZIP else both.method_words} {both.budget_words}"
     return config, [
         _row(config, settings, "none", None, 0),
@@ -140,8 +147,40 @@ def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]
     ]
 
 
+def _of_budgets(config: PreTrainedConfig, settings: EstimateConfig, visionzip: Any, frozen: int) -> list[CostRow]:
+    """None, each of the budgets, and one projector for all of them: a step's mean FLOPs, in the memory of the largest.
+    Raises ConfigError for a list that no projector is tuned for."""
+    listed = [budget.as_key() for budget in listed_budgets(settings.budgets, VisionZipConfig.of(visionzip))]
+    rows = [_row(config, settings, f"{format_budget(key)}, {frozen} frozen", key, frozen) for key in listed]
+    asked = _teacher_flops(config, settings)
+    flops_of = [row.training_flops - asked for row in rows]
+    if settings.sandwich:
+        between = flops_of[1:-1]
+        mean = flops_of[0] + flops_of[-1] + (sum(between) // len(between) if between else 0)
+    else:
+        mean = sum(flops_of) // len(flops_of)
+    name = "one for all" + (", sandwich" if settings.sandwich else "")
+    together = _row(config, settings, name, listed[-1], frozen, sandwich=settings.sandwich)
+    return [_row(config, settings, "none", None, 0), *rows, replace(together, training_flops=mean + asked)]
+
+
+def _teacher_flops(config: PreTrainedConfig, settings: EstimateConfig) -> int:
+    """Of a teacher that is asked in a step, if one is."""
+    if not settings.distill:
+        return 0
+    tiles, whole = _tiles(config, settings), _visual_tokens(config, settings, None)
+    row = RowShape(settings.training_text_tokens, whole, settings.training_text_tokens, tiles)
+    return settings.global_batch_size * teacher_flops(config, row)
+
+
 def _row(
-    config: PreTrainedConfig, settings: EstimateConfig, name: str, visionzip: Mapping[str, Any] | None, frozen: int
+    config: PreTrainedConfig,
+    settings: EstimateConfig,
+    name: str,
+    visionzip: Mapping[str, Any] | None,
+    frozen: int,
+    *,
+    sandwich: bool = False,
 ) -> CostRow:
     tiles = _tiles(config, settings)
     text, prompt = config.text_config, settings.text_tokens
@@ -160,12 +199,8 @@ def _row(
         gradient_checkpointing=settings.gradient_checkpointing,
         weights=settings.weights,
     )
-    parts = _memory_parts(config, settings, step)
-    training_flops = training_cost.training_step_flops(config, step)
-    if settings.distill:
-        whole = _visual_tokens(config, settings, None)
-        row = RowShape(settings.training_text_tokens, whole, settings.training_text_tokens, tiles)
-        training_flops += settings.global_batch_size * teacher_flops(config, row)
+    parts = _memory_parts(config, settings, step, sandwich)
+    training_flops = training_cost.training_step_flops(config, step) + _teacher_flops(config, settings)
     return CostRow(
         name=name,
         visual_tokens=visual,
@@ -177,7 +212,7 @@ def _row(
         training_flops=training_flops,
         training_bytes=sum(parts.values()),
         memory=parts,
-        largest_micro_batch=_largest_micro_batch(config, settings, step),
+        largest_micro_batch=_largest_micro_batch(config, settings, step, sandwich),
     )
 
 
@@ -187,7 +222,7 @@ def _tiles(config: PreTrainedConfig, settings: EstimateConfig) -> int:
     if settings.frames is not None:
         if settings.tiles is not None:
             raise UserError(f"tiles {settings.tiles} and frames {settings.frames} are both given: give one")
-        return family_of(config.model_type).check_frames(settings.frames)
+        return family_of(config.model_type).check_frames(settings.frames, config)
     return flops.usual_tiles(config) if settings.tiles is None else settings.tiles
 
 
@@ -201,24 +236,30 @@ def _visual_tokens(config: PreTrainedConfig, settings: EstimateConfig, visionzip
 
 
 def _memory_parts(
-    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep
+    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, sandwich: bool
 ) -> dict[str, int]:
-    """The parts of the memory at a step's peak; with `distill` the teacher's too."""
+    """The parts of the memory at a step's peak; with `distill` the teacher's too, and where settings say `sandwich`
+    what narrower readings are compared with: nothing in a row that has none."""
     memory = training_cost.training_step_memory(config, step)
-    if not settings.distill:
-        return asdict(memory)
-    whole = _visual_tokens(config, settings, None)
-    student = memory.activations + memory.working
-    return {**asdict(memory), "teacher": teacher_bytes(config, step, whole, student)}
+    parts = asdict(memory)
+    if settings.sandwich:
+        parts["sandwich"] = lesson_bytes(config, step) if sandwich else 0
+    if settings.distill:
+        whole = _visual_tokens(config, settings, None)
+        student = memory.activations + memory.working
+        parts["teacher"] = teacher_bytes(config, step, whole, student)
+    return parts
 
 
-def _largest_micro_batch(config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep) -> int:
+def _largest_micro_batch(
+    config: PreTrainedConfig, settings: EstimateConfig, step: training_cost.TrainingStep, sandwich: bool
+) -> int:
     """The most samples, up to the global batch, whose training step fits into ``memory``; 0: none."""
     card_bytes = parse_bytes(settings.memory)
     low, high = 0, step.global_batch_size
     while low < high:
         middle = (low + high + 1) // 2
-        parts = _memory_parts(config, settings, replace(step, micro_batch_size=middle))
+        parts = _memory_parts(config, settings, replace(step, micro_batch_size=middle), sandwich)
         fits = sum(parts.values()) <= card_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

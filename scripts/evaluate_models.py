@@ -19,11 +19,13 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from shortzip.data.errors import FileInTheWay
 from shortzip.data.files import refuse_to_replace
+from shortzip.reduction.configuration_budgets import is_listed
 from shortzip.reduction.reductions import Reductions
+from shortzip.reduction.selectors import VISIONZIP
 from shortzip.train.evaluation.comparison import Candidate, check_candidates, compare, table_of, write_evaluation
 from shortzip.train.finish import candidates_of
 from shortzip.train.release.lineage import check_run, check_settings, release_of
-from shortzip.train.release.opening import open_release
+from shortzip.train.release.opening import Release, open_release
 from shortzip.train.release.spec import ReleaseSpec, dtype_of
 from shortzip.train.run.processes import PATIENCE, on_main_process
 from shortzip.train.run.report import Reporter
@@ -67,11 +69,19 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
             check_settings(final.source, settings, file)
             check_run(final, release_of(final, settings), file)
             rows += [replace(row, name=several + row.name) for row in candidates_of(runs[model], Path(model), final)]
+            under = asked_budget(config, final)
+            if under is not None:
+                has_flags = True
+                if not is_listed(under.visionzip, final.saved_budgets):
+                    tuned = ReleaseSpec.of(runs[model]).tuned(str(Path(model) / FINAL))
+                    rows.append(Candidate(f"{several}{under.budget_words}, tuned", tuned, under))
             continue
         spec = ReleaseSpec(model, config.revision)
         saved = open_release(spec).saved_reductions
         if not saved.is_empty:
-            rows.append(Candidate(model, spec))
+            under = asked_budget(config, open_release(spec))
+            has_flags |= under is not None
+            rows.append(Candidate(model if under is None else f"{model}, {under.budget_words}", spec, under))
             continue
         release = Candidate(several + "all tokens", spec, Reductions())
         rows.append(release)
@@ -86,9 +96,21 @@ def candidates_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> li
     if reduces and not has_flags:
         raise ConfigError(
             f"{', '.join(config.model)}: reduced checkpoints and runs are evaluated as they were saved, so visionzip, "
-            "shortv and fastv mean nothing here: leave them out, or add the release as a --model"
+            "shortv and fastv mean nothing here (but for the budget of one that was tuned for several): leave them "
+            "out, or add the release as a --model"
         )
     return rows
+
+
+def asked_budget(config: EvaluateConfig, tuned: Release) -> Reductions | None:
+    """What a checkpoint that was tuned for several budgets keeps under the one that is asked for, by its own method;
+    None for others, which are evaluated as they were saved."""
+    saved = tuned.saved_reductions
+    if config.visionzip is None or config.shortv or config.fastv or not tuned.saved_budgets:
+        return None
+    if saved.visionzip is None or config.visionzip.method not in (VISIONZIP, saved.method):
+        return None
+    return saved.with_budget(config.visionzip.as_key())
 
 
 def precision_for(

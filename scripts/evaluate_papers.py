@@ -103,7 +103,7 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
         release = releases[row.model]
         if row.kind == TUNED:
             saved = Row.saved(row.model, release.saved_reductions)
-            if saved != row:
+            if saved != row and row not in _other_rows(row.model, release):
                 raise ConfigError(
                     f"tuned: {row.model} was saved with {saved.settings}, and is given with {row.settings}: write "
                     f"{{model: {row.model}, {saved.settings}}}"
@@ -114,11 +114,18 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
         try:
             model_config = reduced_config(release, row.reductions)
             if config.frames is not None:
-                family_of(model_config.model_type).check_frames(config.frames)
+                family_of(model_config.model_type).check_frames(config.frames, model_config)
         except ValueError as error:
             raise ConfigError(f"{row.title}, {row.settings}: {error}") from error
         rows[row] = Checked(release, llm_flops(model_config, row, config.text_tokens, config.frames))
     return rows
+
+
+def _other_rows(model: str, release: Release) -> list[Row]:
+    """Those of a tuned checkpoint under the budgets of its list that are not the one it was saved with."""
+    saved = release.saved_reductions
+    under = [saved.with_budget(budget) for budget in release.saved_budgets or [] if saved.visionzip is not None]
+    return [Row.saved(model, reductions) for reductions in under if reductions != saved]
 
 
 # ------------------------------------------------------------------------------------------- what results belong to
@@ -131,8 +138,8 @@ def computed_on(config: PapersConfig) -> str:
     return config.device.partition(":")[0]
 
 
-def model_arguments(row: Row, config: PapersConfig) -> str:
-    """lmms-eval's --model_args of a row."""
+def model_arguments(row: Row, config: PapersConfig, release: Release | None = None) -> str:
+    """lmms-eval's --model_args of a row. `release`: of a tuned one, which may have been tuned for several budgets."""
     auto = "float32" if computed_on(config) == "cpu" else "bfloat16"
     arguments = {"pretrained": row.model, "dtype": auto if config.dtype == "auto" else config.dtype}
     if row.kind == TRAINING_FREE:
@@ -141,6 +148,8 @@ def model_arguments(row: Row, config: PapersConfig) -> str:
             arguments["method"] = row.method
         if row.positions != COMPACT:
             arguments["positions"] = row.positions
+    elif release is not None and row in _other_rows(row.model, release):
+        arguments |= {"budget": row.budget, "method": row.method}
     if config.frames is not None:
         arguments["max_frames_num"] = str(config.frames)
     if config.revision and row.model == config.model:
@@ -201,7 +210,7 @@ def depends_on(row: Row, release: Release, task_digest: str, config: PapersConfi
     """
     return {
         "asked": task_digest,
-        "model's arguments": model_arguments(row, config),
+        "model's arguments": model_arguments(row, config, release),
         "computed on": computed_on(config),
         "model": release.revision or release_content(release),
     }
@@ -210,13 +219,14 @@ def depends_on(row: Row, release: Release, task_digest: str, config: PapersConfi
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-def command_of(row: Row, task: Task, config: PapersConfig, folder: Path) -> list[str]:
-    """The run of lmms-eval for one row and task."""
+def command_of(row: Row, task: Task, config: PapersConfig, folder: Path, release: Release | None = None) -> list[str]:
+    """The run of lmms-eval for one row and task. `release`: as of `model_arguments`."""
     launch = [sys.executable, "-m"]
     if config.processes > 1:
         launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(config.processes), "-m"]
     command = [
-        *launch, "lmms_eval", "--model", "reduced_llava", "--model_args", model_arguments(row, config),
+        *launch, "lmms_eval", "--model", "reduced_llava", "--model_args",
+        model_arguments(row, config, release),
         "--tasks", task.task, "--batch_size", str(config.batch_size), "--device", config.device,
         "--output_path", str(folder), "--log_samples",
         "--verbosity", "DEBUG",  # else it swallows what goes wrong, and the other processes wait for the one it was in
@@ -263,7 +273,7 @@ def run_all(
             say(what if results is None else f"{what}: kept")
             try:
                 if results is None:
-                    results = _run(command_of(row, task, config, folder), task, folder, stop)
+                    results = _run(command_of(row, task, config, folder, checked.release), task, folder, stop)
                     store.keep(name, parts, results)
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:

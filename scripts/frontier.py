@@ -37,6 +37,7 @@ from shortzip.scripts.tune_points import (
     candidate_of,
     held_out_data,
     measure_share,
+    run_of,
 )
 from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
 from shortzip.train.evaluation.comparison import check_candidates, describe_machine, prefill_times
@@ -72,8 +73,8 @@ from shortzip.train.settings.command_line import (
     run_command,
     say,
 )
-from shortzip.train.settings.comparing import FrontierConfig
 from shortzip.train.settings.config import ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.settings.frontier import FrontierConfig
 
 SELECTION_BATCH = 16  # images
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +125,8 @@ def layers_to_freeze(config: FrontierConfig, recipe: TuneConfig) -> dict[Ranked,
                 folder.mkdir(parents=True, exist_ok=True)
                 # Points that freeze layers have compact positions, whatever the recipe's are.
                 asked = replace(
-                    recipe, visionzip=visionzip, shortv=shortv, fastv=None, positions="compact",
+                    recipe, visionzip=visionzip, shortv=shortv, fastv=None, positions="compact", budgets=[],
+                    sandwich=False, budget_schedule=None,
                     data=replace(recipe.data, cache_features=None), seed=seed, output_dir=str(folder),
                 )  # fmt: skip
                 known[key] = choose_layers(asked, release, accelerator)[0] or []
@@ -302,6 +304,8 @@ def run(config: FrontierConfig) -> None:
     check_instructions(recipe.data)
     unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
     check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
+    for point in tuned_points(config, unfrozen) if config.tune else []:
+        run_of(point, config, recipe)  # raises where the recipe's settings do not go with a point
     with writing(Path(config.output)):
         Path(config.output).mkdir(parents=True, exist_ok=True)
     try:

@@ -34,6 +34,7 @@ from shortzip.train.rehearsal.fake_models import reduced
 from shortzip.train.rehearsal.real_rows import integers_of_conversations, largest_micro_batch, recipe_conversations
 from shortzip.train.rehearsal.rows import Integers, RowLengths, integers_of
 from shortzip.train.rehearsal.step import Rehearsal, StepToRehearse, rehearse
+from shortzip.train.settings.budget_list import listed_budgets
 from shortzip.train.settings.command_line import load_config, parse_config, run_command
 from shortzip.train.settings.commands import RehearseConfig
 from shortzip.train.settings.config import TuneConfig
@@ -45,10 +46,12 @@ KNOWN_AS = {  # so that no recipe needs the network to be rehearsed
     "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
     "llava-hf/llava-1.5-13b-hf": "llava-1.5-13b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava-next-7b",
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": "llava-next-video-7b",
     "llava-hf/llava-v1.6-vicuna-13b-hf": "llava-next-13b",
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava-next-mistral-7b",
     "YanweiLi/MGM-7B": "mgm-7b",
     "YanweiLi/MGM-13B": "mgm-13b",
+    "LanguageBind/Video-LLaVA-7B": "video-llava-7b",
     "checkpoints/demo-llava": "demo",
 }
 TILED_SIDE = 672  # pixels of an image that LLaVA-NeXT cuts into four tiles beside the whole
@@ -105,6 +108,8 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
     Raises `UserError` and `ConfigError` for a model or a recipe that cannot be rehearsed, and where nothing fits.
     """
     recipe = load_config(["--config", find_recipe(settings.recipe)]) if settings.recipe else None
+    if recipe is not None and recipe.budgets and not recipe.sandwich:
+        recipe = under_largest(recipe)
     config, most = reduced_of(settings, recipe), recipe.global_batch_size if recipe else 128
     frozen = config.shortv["layers"] if config.shortv else []
     row = row_of_settings(settings, recipe, config, frozen)
@@ -135,6 +140,12 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
     )
     row = replace(row, micro_batch_size=rows, text_tokens=max(1, length - row.visual_tokens))
     return step, row, said
+
+
+def under_largest(recipe: TuneConfig) -> TuneConfig:
+    """A recipe for several budgets as one for that which takes most."""
+    assert recipe.visionzip is not None
+    return replace(recipe, visionzip=listed_budgets(recipe.budgets, recipe.visionzip)[-1], budgets=[])
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,11 @@ def reduced_of(settings: RehearseConfig, recipe: TuneConfig | None) -> Any:
         freeze = str(recipe.shortv.freeze) if recipe.shortv and recipe.shortv.freeze else None
         if recipe.fastv is not None:
             raise UserError("fastv: pruning inside the language model cannot be rehearsed: set it to null")
+        if recipe.sandwich:
+            raise UserError(
+                "sandwich: what narrower readings of a micro-batch are compared with cannot be rehearsed: set it to "
+                "false, and leave the room that shortzip estimate --budgets … --sandwich true says"
+            )
         if recipe.distill is not None:
             raise UserError(
                 "distill: what a teacher takes cannot be rehearsed: set it to null, and leave the room that "

@@ -23,15 +23,15 @@ from shortzip.data.files import read_json, write_atomically
 from shortzip.data.kept import Kept, conversations_digest, identity_of
 from shortzip.train.evaluation.answers import write_answers
 from shortzip.train.evaluation.comparison import Candidate, answer_files, compare
-from shortzip.train.evaluation.frontier_points import Point, is_cacheable, point_of
+from shortzip.train.evaluation.frontier_points import ELASTIC, Point, is_cacheable, point_of, share_of, tuned_as
 from shortzip.train.inputs.samples import held_out_conversations, training_conversations
 from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.run_folder import FINAL, STATUS, is_finished
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import dump_config, load_config, parse_config, run_command, what_to_mend
-from shortzip.train.settings.comparing import FrontierConfig
 from shortzip.train.settings.config import DataConfig, FastVConfig, ShortVConfig, TuneConfig, VisionZipConfig
+from shortzip.train.settings.frontier import FrontierConfig
 from shortzip.train.tune_projector import run as tune
 
 FORMAT = 2  # of what is kept of a point: to be raised when that changes
@@ -54,9 +54,10 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
     Runs share what the tower gives of each image, where that is all that the choice depends on and no teacher reads
     all of it, and token counts.
     """
-    zipped = point.reductions.visionzip
+    point = tuned_as(point, config)
+    is_elastic, zipped = point.series == ELASTIC, point.reductions.visionzip
     schedule, budget = recipe.budget_schedule, 0 if zipped is None else zipped["dominant"] + zipped["contextual"]
-    if schedule is not None and not 0 < budget < schedule.start:  # there is nothing to come down to
+    if is_elastic or (schedule is not None and not 0 < budget < schedule.start):  # there is nothing to come down to
         schedule = None
     features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
     kept = features if schedule is None and is_cacheable(point.reductions) else None
@@ -68,6 +69,8 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
         budget_schedule=schedule,
+        budgets=list(config.budgets) if is_elastic else [],
+        sandwich=is_elastic and config.sandwich,
         data=replace(recipe.data, cache_features=kept, cache_teacher=said, cache_dir=tokens),
         cpu_threads=recipe.cpu_threads if config.processes == 1 else 1,
         seed=point.seed or 0,
@@ -87,15 +90,17 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
 
 
 def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content: Mapping[str, Any]) -> Path:
-    """The run's folder of a tuned point: tuned now, or continued, unless it is finished by the same recipe on the same
-    `content` (`tuned_on`).
+    """The folder of the run of a tuned point: tuned now, or continued, unless it is finished by the same recipe on the
+    same `content` (`tuned_on`).
 
     Raises what the run raises; ends this process, with the run stopped, when that is asked to stop meanwhile.
     """
-    run = run_of(point, config, recipe)
+    run, point = run_of(point, config, recipe), tuned_as(point, config)
     folder = Path(run.output_dir)
     given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
-    kept, parts = Kept(given.parent), {"recipe": text, **content}
+    # As recipes were written before there were lists of budgets, so that what was tuned by them is still known.
+    known_as = text.replace("budgets: []\n", "").replace("sandwich: false\n", "")
+    kept, parts = Kept(given.parent), {"recipe": known_as, **content}
     is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
     if is_begun and is_finished(folder):
         return folder
@@ -109,7 +114,8 @@ def candidate_of(point: Point, model: str, recipe: TuneConfig) -> Candidate:
     """What is evaluated of a point: `model` is the recipe's, or of a tuned point its checkpoint."""
     release = ReleaseSpec.of(recipe)
     if point.tuned:
-        return Candidate(point.name, release.tuned(model))
+        reductions = point.reductions if point.series == ELASTIC else None  # else as it was saved
+        return Candidate(point.name, release.tuned(model), reductions)
     return Candidate(point.name, release, point.reductions)
 
 
@@ -197,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     points = [point_of(values) for values in read_json(Path(argv[0]).with_name(POINTS))["points"]]
     if config.processes > 1:
         torch.set_num_threads(1)
-    measure_share(config, points[int(number) - 1 :: int(processes)])
+    measure_share(config, share_of(points, config, int(number), int(processes)))
 
 
 if __name__ == "__main__":

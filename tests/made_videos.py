@@ -1,4 +1,4 @@
-"""Video files made on the spot by PyAV: each frame has a grey level of its own, and a white bar at its top."""
+"""Video files made on the spot by PyAV: each frame has a grey level of its own below, and a white bar at its top."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_video(
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.gop_size = key_every
+        stream.codec_context.gop_size, stream.bit_rate = key_every, 4_000_000
         if seconds is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
@@ -66,8 +66,11 @@ def write_sound(file: Path) -> Path:
 
 
 def picture(number: int, size: tuple[int, int] = (48, 32), first: int = 0) -> Image.Image:
-    """A frame as it is before it is encoded."""
+    """A frame as it is before it is encoded: no two of its patches are alike."""
     pixels = np.full((size[1], size[0], 3), (first + number * STEP) % 256, np.uint8)
+    down, across = np.mgrid[size[1] // 4 : size[1] * 3 // 4, : size[0]]
+    waves = np.sin(across / 7 + number) + np.cos(down / 5 - across / 11) + across / size[0]
+    pixels[size[1] // 4 : size[1] * 3 // 4] = (128 + 30 * waves)[..., None].astype(np.uint8)
     pixels[: size[1] // 4] = 255
     return Image.fromarray(pixels)
 

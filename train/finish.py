@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,18 @@ def write_final(
     reductions: Reductions,
     settings: Mapping[str, Any],
     say: Callable[[str], None],
+    budgets: Sequence[Mapping[str, int]] | None = None,
 ) -> None:
     """Writes `folder`/final: the release's untrained tensors bit for bit, and the tuned projector in float32.
 
     An adapter is merged into the projector, and saved beside it in `folder`/final/adapter. `settings`: what the run
-    was tuned with, which is written beside them.
+    was tuned with, which is written beside them. `budgets`: those that it was tuned for, where they are several.
     """
     target = folder / FINAL
     if not target.is_symlink():  # of a run that ended here before, and is continued from an older step
         discard(target, say)
     projector = trained.merged() if isinstance(trained, ProjectorAdapter) else trained
-    write_reduced_checkpoint(target, release, projector, processor, reductions)
+    write_reduced_checkpoint(target, release, projector, processor, reductions, budgets=budgets)
     if isinstance(trained, ProjectorAdapter):
         trained.save(target / ADAPTER_FOLDER, release.name)
     write_record(target, release, settings)
@@ -86,6 +87,8 @@ def control_of(config: TuneConfig, folder: Path) -> TuneConfig:
         fastv=None,
         positions="compact",
         budget_schedule=None,
+        budgets=[],
+        sandwich=False,
         data=replace(config.data, cache_features=None),
         output_dir=str(folder / CONTROL),
         overwrite_output_dir=False,
@@ -107,11 +110,23 @@ def candidates_of(config: TuneConfig, folder: Path, final: Release) -> list[Cand
     if not saved.is_empty:
         rows.append(Candidate("reduced, untuned", release, saved))
         rows.append(Candidate("reduced + tuned", tuned))
+        rows += _of_other_budgets(final, release, tuned)
     else:
         rows.append(Candidate("all tokens + tuned", tuned))
     if config.control:
         control = release.tuned(str(folder / CONTROL / FINAL))
         rows.append(Candidate("all tokens + the same tuning", control))
+    return rows
+
+
+def _of_other_budgets(final: Release, release: ReleaseSpec, tuned: ReleaseSpec) -> list[Candidate]:
+    """The checkpoint under each budget that it was tuned for beside the one it is loaded with, and its release."""
+    saved, rows = final.saved_reductions, []
+    for budget in final.saved_budgets or []:
+        under = saved.with_budget(budget)
+        if under != saved:
+            rows.append(Candidate(f"{under.budget_words}, untuned", release, under))
+            rows.append(Candidate(f"{under.budget_words}, tuned", tuned, under))
     return rows
 
 

@@ -21,11 +21,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop, DropLog
+from shortzip.reduction.configuration_budgets import tokens_of
 from shortzip.reduction.errors import ReductionError
+from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
-from shortzip.train.inputs.budgets import Budgets, budget_of
+from shortzip.train.inputs.budgets import Budgets, DrawnBudgets, ScheduledBudgets, budget_of
+from shortzip.train.inputs.feature_cache import UnderOneBudget
 from shortzip.train.inputs.feature_filling import ImageRows, known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
 from shortzip.train.inputs.image_budgets import BudgetsKept, budgets_by_tower
@@ -43,7 +46,7 @@ from shortzip.train.inputs.samples import (
     training_set,
 )
 from shortzip.train.publish.push import check_publishable
-from shortzip.train.release.loading import load_release
+from shortzip.train.release.loading import load_release, reduced_config
 from shortzip.train.release.opening import Release, open_release
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.run.checkpoint import Checkpoint, check_same_run, versions
@@ -51,6 +54,7 @@ from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.report import component_table
 from shortzip.train.run.run_start import RunFolder
 from shortzip.train.run.session import Session
+from shortzip.train.settings.budget_list import listed_budgets
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.reduced import reductions_of
@@ -106,6 +110,8 @@ class Subject:
     """What is trained in the projector's place, if anything."""
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name; fp32."""
+    listed: list[dict[str, Any]]
+    """The `visionzip` keys of the budgets that it is tuned for, fewest tokens first; empty for its own alone."""
     teacher: Teacher | None
     """The release itself, with all visual tokens; None: labels alone, or lessons that are kept."""
 
@@ -149,7 +155,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     training = training_set(config.data, loosest(config, subject), config.seed, rows, kept)
     held_out = held_out_set(config.data, subject.processor, kept) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
-    refuse_videos(config, training)
+    refuse_videos(config, subject, training)
     check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
@@ -162,13 +168,13 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
             dataset.features, dataset.known_images = kept.features, kept.features.known_images
     elif config.data.cache_features is not None:
         run.accept(state.step)
-        store_features(config, subject.release, subject.tower, subject.model, subject.processor, datasets, session)
+        release, tower, model, processor = subject.release, subject.tower, subject.model, subject.processor
+        store_features(config, release, tower, model, processor, datasets, session, subject.listed)
+        if held_out is not None and held_out.features is not None and subject.listed:
+            held_out.features = UnderOneBudget(held_out.features, tokens_of(model.config.visionzip))
     plan, total_steps = plan_batches(config, subject, training, state, session)
-    budgets = None
-    if config.budget_schedule is not None:
-        budgets = Budgets(
-            subject.model.config.visionzip, config.budget_schedule, total_steps, config.global_batch_size, training
-        )
+    budgets = budgets_of_steps(config, subject, training, total_steps)
+    if budgets is not None:
         plan.in_time = budgets.lengths_of
     adamw, schedule = make_optimizer(config, subject.parameters, total_steps)
     check_learns(schedule, plan, training, total_steps)
@@ -183,9 +189,15 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
 
 
-def refuse_videos(config: TuneConfig, training: ConversationDataset) -> None:
+def refuse_videos(config: TuneConfig, subject: Subject, training: ConversationDataset) -> None:
     """Raises ConfigError for what is not done with videos yet, where rows have some."""
-    asked = {"budget_schedule": config.budget_schedule is not None, "data.cache_teacher": config.data.cache_teacher}
+    towers = family_of(subject.model.config.model_type).towers
+    asked = {
+        "data.cache_features": config.data.cache_features if len(towers) > 1 else None,
+        "budget_schedule": config.budget_schedule,
+        "budgets": config.budgets,
+        "data.cache_teacher": config.data.cache_teacher,
+    }
     for key in (key for key, is_set in asked.items() if is_set and training.has_videos):
         count = int((training.videos > 0).sum())
         raise ConfigError(f"{key} is set, and {count} rows have videos, which it does not know: set it to null")
@@ -204,8 +216,24 @@ def keep_budgets(config: TuneConfig, subject: Subject, rows: TrainingRows, sessi
     return BudgetsKept(images[0].features)
 
 
+def budgets_of_steps(
+    config: TuneConfig, subject: Subject, training: ConversationDataset, total_steps: int
+) -> Budgets | None:
+    """Those of a run's steps, where they change; else None."""
+    own, size = subject.model.config.visionzip, config.global_batch_size
+    if config.budgets:
+        return DrawnBudgets(own, size, training, subject.listed, config.seed, config.sandwich)
+    if config.budget_schedule is not None:
+        return ScheduledBudgets(own, size, training, config.budget_schedule, total_steps)
+    return None
+
+
 def loosest(config: TuneConfig, subject: Subject) -> Any:
     """The processor of the loosest budget that a step has. Raises ConfigError for one that no image has."""
+    if config.budgets:
+        processor = copy.copy(subject.processor)
+        processor.visionzip = subject.listed[-1]
+        return processor
     if config.budget_schedule is None:
         return subject.processor
     model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
@@ -221,6 +249,20 @@ def loosest(config: TuneConfig, subject: Subject) -> Any:
     return processor
 
 
+def listed_keys(config: TuneConfig, release: Release) -> list[dict[str, Any]]:
+    """The `visionzip` keys of `config.budgets`. Raises ConfigError for one that the release's images cannot have."""
+    if not config.budgets:
+        return []
+    assert config.visionzip is not None
+    keys = [budget.as_key() for budget in listed_budgets(config.budgets, config.visionzip)]
+    for words, key in zip(config.budgets, keys, strict=True):
+        try:
+            reduced_config(release, Reductions(key))
+        except ReductionError as error:
+            raise ConfigError(f"budgets: {words}: {error}") from error
+    return keys
+
+
 def load_subject(
     config: TuneConfig,
     run: RunFolder,
@@ -233,7 +275,7 @@ def load_subject(
 
     `rows`: what the frozen layers are chosen on, where the config asks for that and no checkpoint names them.
     """
-    dtype = release.spec.dtype
+    dtype, listed = release.spec.dtype, listed_keys(config, release)
     layers, loaded = (
         (checkpoint.state["layers"], None)
         if checkpoint
@@ -256,9 +298,12 @@ def load_subject(
     parameters = adapter.parameters if adapter else projector_parameters(model)
     session.report.table(component_table(describe_components(model)))
     session.report.say(f"budget: {reductions.describe()}; frozen layers: {layers or 'none'}")
+    if listed:
+        how = "each step has the largest, the smallest and one between" if config.sandwich else "each step has one"
+        session.report.say(f"budgets: {', '.join(map(str, config.budgets))}; {how}")
     if (instead := reductions.in_place_of_cls(release.config)) is not None:
         session.report.say(instead)
-    return Subject(release, reductions, layers, tower, model, processor, adapter, parameters, teacher)
+    return Subject(release, reductions, layers, tower, model, processor, adapter, parameters, listed, teacher)
 
 
 def recognise(

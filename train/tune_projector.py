@@ -51,6 +51,7 @@ from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.micro_batch import half_the_micro_batch, in_words
 from shortzip.train.step.objective import count_supervised
+from shortzip.train.step.sandwich import readings_of
 
 
 class NonFiniteLoss(UserError):
@@ -117,10 +118,13 @@ def tune(config: TuneConfig, run: RunFolder, session: Session) -> None:
     if session.accelerator.is_main_process and start.training.drops.drops:
         start.training.drops.write(run.path / DROPPED)
     subject, settings, say = start.subject, config.shaping_settings(), session.report.say
+    budgets = [{key: budget[key] for key in ("dominant", "contextual")} for budget in subject.listed] or None
     tuned = subject.adapter or start.engine.projector()
     on_main_process(
         session.accelerator,
-        lambda: write_final(run.path, subject.release, tuned, subject.processor, subject.reductions, settings, say),
+        lambda: write_final(
+            run.path, subject.release, tuned, subject.processor, subject.reductions, settings, say, budgets
+        ),
     )
     session.accelerator.free_memory()
 
@@ -169,15 +173,14 @@ class Loop:
         start, position = self.start, self.state.samples_seen
         return step_inputs(start.training, self.plan, self.accelerator, self.config, position, start.budgets)
 
-    def set_budget(self, step: int) -> None:
-        """Has the model keep the budget of a step, counted from 0."""
+    def keep_own_budget(self) -> None:
+        """Has the model keep the run's own budget, where steps have others."""
         if self.start.budgets is not None:
-            change_budget(self.start.subject.model.model, self.start.budgets.at(step))
+            change_budget(self.start.subject.model.model, dict(self.start.budgets.target))
 
     def step(self) -> Step | None:
         """Gradient, update and schedule of the next global batch; None, and nothing done, where memory ran out."""
         started = time.perf_counter()
-        self.set_budget(self.state.step)
         batch, micro_batches = next(self.inputs)
         waited = time.perf_counter() - started
 
@@ -220,8 +223,10 @@ class Loop:
         scale = self.accelerator.num_processes / supervised  # engines average gradients over the processes
         try:
             for number, micro in enumerate(micro_batches):
-                is_last = number == len(micro_batches) - 1
-                loss += self.engine.backward(micro.to(self.device), scale, last=is_last)
+                readings = readings_of(micro.to(self.device))
+                for place, reading in enumerate(readings):
+                    is_last = number == len(micro_batches) - 1 and place == len(readings) - 1
+                    loss += self.engine.backward(reading, scale, last=is_last)
         except torch.OutOfMemoryError as error:
             is_halved = self.plan is not self.start.plan
             self.plan = half_the_micro_batch(self.plan, error, again=is_halved or not self.engine.can_repeat)
@@ -268,11 +273,12 @@ class Loop:
         """Writes a line of metrics.jsonl, if it is time for one, and shows how far the run is."""
         samples, steps_left = step.batch.samples, self.start.total_steps - self.state.step
         budgets, lengths = self.start.budgets, self.plan.lengths_of(step.batch.position, samples)
-        visual = None
+        visual = []
         if budgets is not None:
-            visual = budgets.supervision(budgets.step_at(step.batch.position)).placeholders(self.flops.size)
+            keys = budgets.of_step(budgets.step_at(step.batch.position))
+            visual = [budgets.supervision_of(key).placeholders(self.flops.size) for key in keys]
         tokens, seconds = int(lengths.sum()), time.perf_counter() - step.started
-        self.speed.add(len(samples), tokens, seconds, step.waited, self.flops(samples, visual))
+        self.speed.add(len(samples), tokens, seconds, step.waited, self.flops(samples, *visual))
         if self.is_due(self.config.logging_steps):
             values = self.measured(step, seconds, steps_left)
             self.metrics.write("train", self.state.step, **values)
@@ -316,7 +322,7 @@ class Loop:
         """Measures the held-out loss, unless asked to stop meanwhile: then it stays due."""
         held_out, step = self.start.held_out, self.state.step
         assert held_out is not None
-        self.set_budget(self.start.total_steps)  # the run's own
+        self.keep_own_budget()
         plan = BatchPlan(
             held_out.lengths.tolist(),
             len(held_out),

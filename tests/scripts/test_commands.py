@@ -133,6 +133,10 @@ COMMANDS = {
         "--data.instructions {rows} --output configs/eval/tasks --name demo_scenes --overwrite",
         "--data.instructions {rows} --data.image_root {folder} --output {at}/tasks",
     ],
+    "make_tiny_release": [
+        "--output {held}", "--output {file}/x", "--output {at}/tiny --family llama", "--output {at}/tiny --seed -1",
+        "--output {at}/tiny --layout onnx", "", "--output {at}/tiny --layout original --family llava_interleave",
+    ],
     "prepare_subset": [
         "{at}/none.json --output {at}/subset", "{broken_json} --output {at}/subset",
         "{bytes_json} --output {at}/subset",

@@ -178,3 +178,38 @@ def test_a_video_is_frames_times_tokens(tmp_path: Path):
         estimate(EstimateConfig(frames=8))
     with pytest.raises(ValueError, match=r"729|patches"):
         estimate(EstimateConfig(model=str(tmp_path), budget="900+10", frames=8))
+
+
+def test_one_projector_for_several_budgets_takes_their_mean_in_the_memory_of_the_largest():
+    asked = {"budgets": ["64", "128", "162+30"], "freeze": "19"}
+    _, (_, *rows, together) = estimate(EstimateConfig(**asked))
+    assert [row.name for row in rows] == ["54+10, 19 frozen", "108+20, 19 frozen", "162+30, 19 frozen"]
+    for row, budget in zip(rows, ("54+10", "108+20", "162+30"), strict=True):
+        _, (_, _, _, alone) = estimate(EstimateConfig(budget=budget, freeze="19"))
+        assert (row.visual_tokens, row.training_flops, row.memory) == (
+            alone.visual_tokens, alone.training_flops, alone.memory,
+        )  # fmt: skip
+    assert together.training_flops == sum(row.training_flops for row in rows) // 3
+    assert together.memory == rows[-1].memory
+    _, sandwiched = estimate(EstimateConfig(**asked, sandwich=True))
+    assert sandwiched[-1].training_flops == sum(row.training_flops for row in rows)
+    assert sandwiched[-1].training_bytes > together.training_bytes == sandwiched[-2].training_bytes
+    assert sandwiched[-1].memory["sandwich"] > sandwiched[0].memory["sandwich"] == 0
+    _, taught = estimate(EstimateConfig(**asked, sandwich=True, distill=True))
+    _, alone = estimate(EstimateConfig(budget="54+10", freeze="19", distill=True))
+    teacher = alone[3].training_flops - rows[0].training_flops
+    assert taught[-1].training_flops - sandwiched[-1].training_flops == teacher, "it is asked once"
+    assert "one for all, sandwich" in report(read_config("llava-1.5-7b"), taught, EstimateConfig(**asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"budgets": ["64"]}, "two or more are needed"),
+        ({"budgets": ["64", "54+10"]}, r"54\+10 has 64 tokens"),
+        ({"sandwich": True}, "sandwich is true, and there are no budgets"),
+    ],
+)
+def test_lists_that_cannot_be_estimated_are_refused(asked, words):
+    with pytest.raises(ValueError, match=words):
+        estimate(EstimateConfig(**asked))

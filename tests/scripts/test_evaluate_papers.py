@@ -693,11 +693,31 @@ def test_a_task_that_all_tokens_lack_is_not_counted() -> None:
     assert "| 5.0 | 9.0 | 90.0 (1 of 2) |" in show(config, lines)
 
 
-def tuned_checkpoint(folder: Path, tiny_release: Path, **reductions: Any) -> str:
+def tuned_checkpoint(folder: Path, tiny_release: Path, budgets: Any = None, **reductions: Any) -> str:
     release = open_release(str(tiny_release))
     _, processor = load_release(release)
-    write_reduced_checkpoint(folder, release, release_projector(release), processor, Reductions(**reductions))
+    write_reduced_checkpoint(
+        folder, release, release_projector(release), processor, Reductions(**reductions), budgets=budgets
+    )
     return str(folder)
+
+
+def test_a_checkpoint_for_several_budgets_has_a_row_for_each(tiny_release: Path, tmp_path: Path) -> None:
+    budget, other = {"dominant": 6, "contextual": 3}, {"dominant": 12, "contextual": 6}
+    tuned = tuned_checkpoint(tmp_path / "tuned", tiny_release, [budget, other], visionzip=budget)
+    base = PapersConfig(str(tiny_release), [Task("t", "t", ["m"])], "o", device="cpu")
+    rows = check_rows(replace(base, tuned=[Tuned(tuned, "6+3"), Tuned(tuned, "12+6")]))
+    given = [model_arguments(row, base, checked.release) for row, checked in rows.items() if row.kind == TUNED]
+    assert given == [
+        f"pretrained={tuned},dtype=float32", f"pretrained={tuned},dtype=float32,budget=12+6,method=visionzip",
+    ]  # fmt: skip
+    whole, small, large = (checked.llm_flops for checked in rows.values())
+    assert small < large < whole
+    (row,) = [row for row in rows if row.budget == "12+6"]
+    command = command_of(row, base.tasks[0], base, tmp_path, rows[row].release)
+    assert f"pretrained={tuned},dtype=float32,budget=12+6,method=visionzip" in command
+    with pytest.raises(ConfigError, match=r"was saved with budget: 6\+3"):
+        check_rows(replace(base, tuned=[Tuned(tuned, "9+6")]))
 
 
 def test_a_tuned_checkpoint_stands_in_its_own_row(tiny_release: Path, tmp_path: Path) -> None:

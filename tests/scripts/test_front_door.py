@@ -21,9 +21,10 @@ from shortzip.train.settings.commands import (
     PublishConfig,
     ShowConfig,
 )
-from shortzip.train.settings.comparing import EvaluateConfig, FrontierConfig, PapersConfig
+from shortzip.train.settings.comparing import EvaluateConfig, PapersConfig
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.flags import Flags
+from shortzip.train.settings.frontier import FrontierConfig
 from shortzip.train.settings.recipes import find_recipe
 
 WITHOUT_THEM = """

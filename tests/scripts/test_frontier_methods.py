@@ -26,7 +26,7 @@ from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import load_config, parse_config
-from shortzip.train.settings.comparing import FrontierConfig, Kind
+from shortzip.train.settings.frontier import FrontierConfig, Kind
 
 ROOT = Path(__file__).parents[2]
 

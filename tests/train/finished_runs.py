@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.finish import write_final
 from shortzip.train.release.loading import load_release
@@ -33,7 +34,9 @@ def finish(folder: Path, model: Path, reductions: Reductions, **settings: Any) -
     (folder / "config.yaml").write_text(dump_config(config))
     _, processor = load_release(release, reductions)
     projector = {name: tensor + 0.05 for name, tensor in release_projector(release).items()}
-    write_final(folder, release, projector, processor, reductions, config.shaping_settings(), lambda _: None)
+    budgets = [parse_budget(str(budget)) for budget in config.budgets] or None
+    shaping = config.shaping_settings()
+    write_final(folder, release, projector, processor, reductions, shaping, lambda _: None, budgets)
     return folder
 
 

@@ -20,7 +20,7 @@ from shortzip.data.supervision import Encoded, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
-from shortzip.train.inputs.budgets import Budgets, budget_of, with_budget, with_placeholders
+from shortzip.train.inputs.budgets import ScheduledBudgets, budget_of, with_budget, with_placeholders
 from shortzip.train.inputs.loading import step_inputs
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
@@ -32,8 +32,10 @@ from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 TARGET = {"dominant": 4, "contextual": 2}
 
 
-def budgets_of(steps: int, start: int = 24, share: float = 0.5, dataset: Any = None, batch: int = 6) -> Budgets:
-    return Budgets(TARGET, BudgetScheduleConfig(start, share), steps, batch, dataset)
+def budgets_of(
+    steps: int, start: int = 24, share: float = 0.5, dataset: Any = None, batch: int = 6
+) -> ScheduledBudgets:
+    return ScheduledBudgets(TARGET, batch, dataset, BudgetScheduleConfig(start, share), steps)
 
 
 def test_the_budget_falls_linearly_and_ends_as_the_runs_own() -> None:

@@ -42,7 +42,7 @@ def published(request: pytest.FixtureRequest, tiny_release: Path, tmp_path_facto
     family, name = request.param
     root = tmp_path_factory.mktemp("published")
     folder = root / "checkpoint"
-    source = tiny_release if family == "llava" else write_next_release(root / "next", GRIDS)
+    source = tiny_release if family == "llava" else write_next_release(root / "next", grids=GRIDS)
     release, reductions = open_release(str(source)), REDUCTIONS[name]
     _, processor = load_release(release, reductions)
     projector = {name: tensor + 0.05 for name, tensor in release_projector(release).items()}

@@ -238,7 +238,7 @@ def test_micro_batches_are_sized_for_the_engine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("how", ["asked", "kept", "kept, on a schedule"])
+@pytest.mark.parametrize("how", ["asked", "kept", "kept, on a schedule", "asked, and a sandwich of budgets"])
 def test_every_engine_hears_the_same_teacher(
     zero: Mapping[str, dict[str, str]],
     recipe: Path,
@@ -246,9 +246,11 @@ def test_every_engine_hears_the_same_teacher(
     engine: str,
     how: str,
 ) -> None:
-    """Asked in every step, or before the first one by all processes together; also while the budget falls."""
+    """Asked in every step, or before the first one by all processes together; also while the budget falls, and where
+    the largest of several teaches the others."""
     keys = ("--distill.weight", "0.5", "--distill.temperature", "2.0", "--max_steps", "4", "--eval_steps", "null")
     keys += ("--budget_schedule.start", "20", "--budget_schedule.share", "0.8") if "schedule" in how else ()
+    keys += ("--budgets", "4+2,8+4,16+8", "--sandwich", "true") if "sandwich" in how else ()
     kept_at = [
         ("--data.cache_teacher", str(tmp_path / name)) if "kept" in how else () for name in ("alone's", "run's")
     ]

@@ -20,7 +20,7 @@ from shortzip.scripts.evaluate_models import main
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.release.loading import load_release
 from shortzip.train.settings.checks import ConfigError
-from shortzip.train.settings.comparing import FrontierConfig
+from shortzip.train.settings.frontier import FrontierConfig
 
 TOKENS, ROWS = 6, 5
 

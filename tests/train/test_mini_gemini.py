@@ -186,7 +186,8 @@ def test_what_mini_gemini_has_no_such_thing_of_is_refused(converted: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architectures": ["MGMGemmaForCausalLM"]}, "the 2B is a Gemma and the 8x7B a Mixtral"),
+        ({"architectures": ["MGMGemmaForCausalLM"]}, "that of MGMGemmaForCausalLM, known are .* 2B is a Gemma"),
+        ({"architectures": ["MGMMixtralForCausalLM"]}, "that of MGMMixtralForCausalLM, known are .* 8x7B a Mixtral"),
         ({"mm_vision_select_feature": "cls_patch"}, "CLS has no window to mine in"),
         ({"image_size_aux": None}, "lacks image_size_aux"),
     ],

@@ -29,6 +29,7 @@ from transformers import (
 
 from shortzip.data.dataset import MicroBatch
 from shortzip.reduction.reductions import Reductions
+from shortzip.scripts.tiny import llava_next_video
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
@@ -52,6 +53,7 @@ def write_toy(folder: Path, recipe: str) -> Path:
     tokenizer = build_tokenizer()
     if "qwen" in recipe:
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    side = 14 * PATCH if "elastic" in recipe else SIDE  # 196 patches: so do the largest of several
     layers = 40 if "13b" in recipe else 28 if "onevision" in recipe else 24 if "qwen" in recipe else 32
     width = 64 if "4bit" in recipe else 32  # NF4 goes by blocks of 64
     text: dict[str, Any] = {
@@ -61,19 +63,21 @@ def write_toy(folder: Path, recipe: str) -> Path:
     }  # fmt: skip
     vision: dict[str, Any] = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "image_size": SIDE, "patch_size": PATCH,
+        "image_size": side, "patch_size": PATCH,
     }  # fmt: skip
     common = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
     arguments: dict[str, Any] = {"tokenizer": tokenizer, "patch_size": PATCH}
-    size = {"height": SIDE, "width": SIDE}
-    clip = {"size": {"shortest_edge": SIDE}, "crop_size": size}
+    size = {"height": side, "width": side}
+    clip = {"size": {"shortest_edge": side}, "crop_size": size}
     torch.manual_seed(0)
     model: Any
     processor: Any
     if "onevision" in recipe:
-        return write_onevision(folder, SIDE, layers)
+        return write_onevision(folder, side=side, layers=layers)
+    if "next-video" in recipe:
+        return llava_next_video.write_release(folder, side=side, layers=layers)
     if "next" in recipe:
-        pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+        pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
         model = LlavaNextForConditionalGeneration(
             LlavaNextConfig(
                 vision_config=CLIPVisionConfig(**vision),
@@ -108,9 +112,11 @@ def test_the_recipes_that_must_be_there() -> None:
         "llava-1.5-13b-3090-4bit.yaml",
         "llava-1.5-7b-3090.yaml",
         "llava-1.5-7b-distill.yaml",
+        "llava-1.5-7b-elastic.yaml",
         "llava-1.5-7b.yaml",
         "llava-interleave-qwen-0.5b.yaml",
         "llava-next-7b.yaml",
+        "llava-next-video-7b.yaml",
         "llava-onevision-qwen2-7b.yaml",
     ]
 
@@ -146,7 +152,7 @@ def test_a_recipe_runs_at_toy_size(
     final = open_release(str(folder))
     assert final.saved_reductions.visionzip == keys["visionzip"]
     layers = final.saved_reductions.layers
-    chosen = 17 if "onevision" in recipe else 14
+    chosen = 17 if "onevision" in recipe else 19 if "video" in recipe else 14
     assert set(layers) == set(keys["shortv"]["layers"]) if "layers" in keys["shortv"] else len(layers) == chosen
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     resolved = yaml.safe_load((folder / "config.yaml").read_text())

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
 from shortzip.data.batching import permutation
 from shortzip.data.dataset import Collator, ConversationDataset, Sample
@@ -35,6 +34,7 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.samples import TrainingRows, training_conversations, training_rows
 from shortzip.train.release.loading import load_release, share_weights
 from shortzip.train.release.opening import Release
+from shortzip.train.release.towers import leave_out_towers
 from shortzip.train.run.run_folder import LAYERS
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.reduced import reductions_of
@@ -167,7 +167,7 @@ def freeze_layers(loaded: Loaded, reductions: Reductions, *, with_tower: bool) -
     run's `reductions`, and its processor. `with_tower` False: with nothing in the tower's place."""
     model, processor = share_weights(loaded[0], reductions), loaded[1]
     if not with_tower:
-        model.model.vision_tower = nn.Identity()
+        leave_out_towers(model)
     return model, processor
 
 

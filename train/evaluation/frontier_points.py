@@ -13,9 +13,10 @@ from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
 from shortzip.reduction.selectors import merges, refuse_to_keep
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
-from shortzip.train.settings.comparing import DOMINANT_ONLY, FrontierConfig
+from shortzip.train.settings.frontier import DOMINANT_ONLY, FrontierConfig
 
 DRAWN = ("random", "random layers")
+ELASTIC = "one projector for all budgets"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
             if not reductions.is_empty:
                 points.append(Point(GRID_OF_POINTS, reductions))
+    points += _under_all_budgets(config, layers)
     for tokens in config.tokens or [sum(parse_budget(budget).values()) for budget in config.budgets[:1]]:
         points += _methods_at(config, tokens)
     for pruned in (Reductions(fastv=fastv.as_key()) for fastv in config.fastv):
@@ -92,6 +94,30 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             chosen = layers[ranking, freeze, ALL, config.seeds[0] if seed is None else seed]
             points.append(Point(f"{ranking} layers", _frozen(Reductions(), chosen), seed))
     return list({point.name: point for point in points}.values())
+
+
+def _under_all_budgets(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) -> list[Point]:
+    """Each budget as one projector for all of them meets it: with the frozen layers of the first."""
+    if not config.elastic:
+        return []
+    frozen = [layers["lc", freeze, config.budgets[0], config.seeds[0]] for freeze in config.freeze]
+    return [
+        Point(ELASTIC, _frozen(Reductions.parse(budget), chosen)) for chosen in frozen for budget in config.budgets
+    ]
+
+
+def tuned_as(point: Point, config: FrontierConfig) -> Point:
+    """The point whose run tunes this one: itself, or the first budget's where one projector is tuned for all."""
+    if point.series != ELASTIC:
+        return point
+    return replace(point, reductions=replace(Reductions.parse(config.budgets[0]), shortv=point.reductions.shortv))
+
+
+def share_of(points: Sequence[Point], config: FrontierConfig, number: int, processes: int) -> list[Point]:
+    """What the process of this number, from 1, tunes and evaluates: points of one run are in one share."""
+    runs = list(dict.fromkeys(tuned_as(point, config).name if point.tuned else point.name for point in points))
+    own = set(runs[number - 1 :: processes])
+    return [point for point in points if (tuned_as(point, config).name if point.tuned else point.name) in own]
 
 
 def _methods_at(config: FrontierConfig, tokens: int) -> Iterator[Point]:

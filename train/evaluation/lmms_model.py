@@ -151,7 +151,7 @@ class ReducedLlava(lmms):
             attn_implementation=attn_implementation,
         )
         release = open_release(spec)
-        if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_llava"):
+        if trust_remote_code and not str(release.config["model_type"]).startswith("reduced_"):
             raise UserError(f"trust_remote_code: {pretrained} is no reduced checkpoint, and its code is not run here")
         reductions = _reductions(release.saved_reductions, budget, method, seed, layers, fastv, positions)
         self._reader = None if text_tower is None else _reader(text_tower, method, reductions)

@@ -77,9 +77,7 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
 def _existing(name: str, image: str, image_root: str | None) -> Path:
     path = resolve_image_path(image, image_root).resolve()
     if not path.exists():
-        raise MissingFile(
-            f"{name}: there is no image or video {path}: give its folder as data.image_root"
-        )
+        raise MissingFile(f"{name}: there is no image or video {path}: give its folder as data.image_root")
     return path
 
 

@@ -13,7 +13,7 @@ from shortzip.train.evaluation.frontier_points import COMPACT, Point, point_of
 from shortzip.train.evaluation.paired import OTHER, Difference, OverSeeds, kinds_of, paired_difference, share_of
 from shortzip.train.evaluation.selection_cost import SelectionCost
 from shortzip.train.run.report import print_table
-from shortzip.train.settings.comparing import FrontierConfig
+from shortzip.train.settings.frontier import FrontierConfig
 
 DOWNSAMPLE = "downsample"
 Key = tuple[str, int, str, bool]  # method, tokens, positions, tuned

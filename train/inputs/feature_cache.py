@@ -7,11 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shortzip.data.dataset import FeatureSource
 from shortzip.data.errors import UserError
 from shortzip.data.images import (
     BadImage,
@@ -20,6 +23,7 @@ from shortzip.data.images import (
     image_name,
 )
 from shortzip.data.known_images import KnownImages
+from shortzip.data.supervision import takes_videos
 from shortzip.data.video_frames import video_key
 from shortzip.data.videos import Sampling, VideoSource
 from shortzip.reduction.families import family_of
@@ -48,8 +52,11 @@ def known_key(known: KnownImages, source: ImageSource, image_root: str | os.Path
     return key
 
 
-def features_identity(model: Any, processor: Any, tower: str | None = None) -> dict[str, Any]:
-    """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known.
+def features_identity(
+    model: Any, processor: Any, tower: str | None = None, budgets: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything but the image that its visual tokens depend on. `tower`: its digest, where that is known. `budgets`:
+    the `visionzip` keys under which they are kept, where they are several.
 
     Raises ValueError if the model keeps every visual token, or chooses by more than the image.
     """
@@ -67,10 +74,11 @@ def features_identity(model: Any, processor: Any, tower: str | None = None) -> d
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         **_of_family(model),
         "layer": config.vision_feature_layer,
-        "visionzip": settled(config.visionzip),
+        "visionzip": [settled(budget) for budget in budgets] if budgets else settled(config.visionzip),
         # What is kept for compact positions is found as it was before there were others.
         **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
+        **({"processor of frames": processor.frames_read_by()} if takes_videos(processor) else {}),
     }
 
 
@@ -102,7 +110,8 @@ class FeatureCache(Shards):
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         """`visual_tokens` [tiles, budget, H of the tower] and `visual_kept` [tiles, D] int64 of an image, or None.
 
-        Where tokens keep their positions, `visual_targets` [tiles, C] int64 too.
+        Where tokens keep their positions, `visual_targets` [tiles, C] int64 too. Where they are kept under several
+        budgets, all of these under each, as `visual_tokens.16` and so on.
 
         Raises `BadImage` if it cannot be read, and `DamagedShard`.
         """
@@ -114,16 +123,23 @@ class FeatureCache(Shards):
     ) -> dict[str, Tensor] | None:
         """`video_tokens` [frames, budget, H of the tower] of a video of which these frames are seen, or None.
 
+        Where tokens keep their positions, `video_kept` and `video_targets` too, as of `find`.
+
         Raises `BadImage` if it cannot be read, and `DamagedShard`.
         """
         key = video_key(source, image_root, sampling, self.known_images)
-        return {"video_tokens": self.tensors(key)["tokens"]} if key in self else None
+        if key not in self:
+            return None
+        held = self.tensors(key)
+        names = _KEPT if "targets" in held else _KEPT[:1]
+        return {f"video_{name}": held[name] for name in names}
 
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""
         held = self.tensors(key)
-        names = [name for name in _KEPT if name in held]
+        names = [name for name in held if name.partition(".")[0] in _KEPT]
         if _WIDTHS in held:
+            names = [name for name in _KEPT if name in held]
             widths = dict(zip(names, held[_WIDTHS][0].tolist(), strict=True))
             held = {name: held[name][:, : widths[name]] for name in names}
         return {f"visual_{name}": held[name] for name in names}
@@ -134,6 +150,35 @@ class FeatureCache(Shards):
         Raises `CannotWrite`.
         """
         self.write_tensors({key: by_name(parts) for key, parts in images.items()})
+
+
+@dataclass(frozen=True)
+class UnderOneBudget:
+    """Of features that are kept under several budgets, those of one: as if no other were."""
+
+    features: FeatureSource
+    tokens: int
+
+    def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
+        """As FeatureCache's."""
+        stored = self.features.find(source, image_root)
+        return None if stored is None else features_of(stored, self.tokens)
+
+    def find_video(
+        self, source: VideoSource, image_root: str | os.PathLike[str] | None, sampling: Sampling
+    ) -> dict[str, Tensor] | None:
+        """None: videos are not kept under several budgets."""
+        return None
+
+
+def name_of(part: str, tokens: int) -> str:
+    """What a part of an image's features is called under the budget of so many tokens, one of several."""
+    return f"{part}.{tokens}"
+
+
+def features_of(stored: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Of an image's features under several budgets, those of the one with so many tokens."""
+    return {name.partition(".")[0]: part for name, part in stored.items() if name.partition(".")[2] == str(tokens)}
 
 
 def by_name(parts: tuple[Tensor, ...], own_budget: bool = False) -> dict[str, Tensor]:

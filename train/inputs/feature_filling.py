@@ -4,7 +4,7 @@ it is full."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,14 +27,16 @@ from shortzip.data.known_images import KnownImages
 from shortzip.data.pixels import cuts_lone_images_only, frames_pixels, pixel_values
 from shortzip.data.video_frames import read_frames, video_key
 from shortzip.data.videos import Sampling, VideoSource, frame_paths
+from shortzip.reduction.configuration_budgets import tokens_of
+from shortzip.reduction.families import family_of
 from shortzip.reduction.image_budgets import budget_of, chosen_tokens, with_budget
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import has_own_budgets
 from shortzip.reduction.visual_tokens import VisualTokens
-from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity
+from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity, name_of
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
-from shortzip.train.release.towers import load_tower, tower_digest, tower_parts
+from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, tower_parts
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 
@@ -144,11 +146,13 @@ def fill_cache(
     batch_size: int = 16,
     num_workers: int = 0,
     prepare: Callable[[], None] = lambda: None,
+    budgets: Sequence[dict[str, Any]] = (),
 ) -> int:
     """Stores the visual tokens of every image and video of the datasets that has none yet; gives how many it computed.
 
     Each process takes its share of them, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
+    `budgets`: as of `features_identity`.
     """
     accelerator, known_images = session.accelerator, cache.known_images
     own_budgets = has_own_budgets(model.config.visionzip)
@@ -176,8 +180,11 @@ def fill_cache(
         if pixels:
             prepare()
             computed += len(pixels)
-            chosen = (_frame_tokens if is_video else _visual_tokens)(model, list(pixels.values()))
-            tokens = (by_name(parts, own_budgets) for parts in chosen)
+            if budgets:
+                tokens = _under_each(model, list(pixels.values()), budgets)
+            else:
+                chosen = (_frame_tokens if is_video else _visual_tokens)(model, list(pixels.values()))
+                tokens = (by_name(parts, own_budgets) for parts in chosen)
             shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
@@ -214,6 +221,21 @@ def _frame_tokens(model: Any, videos: list[Tensor]) -> Iterator[tuple[Tensor, ..
     for frames in videos:
         there = frames.to(next(model.model.vision_tower.parameters()).device)
         yield _parts(model, model.model.get_frame_tokens(there[None]))
+
+
+def _under_each(model: Any, images: list[Tensor], budgets: Sequence[dict[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
+    """What is kept of each image, given as [tiles, 3, S, S], under each of several budgets, by name."""
+    weight, counts = next(model.model.vision_tower.parameters()), [len(image) for image in images]
+    family, pixels = family_of(model.config.model_type), torch.cat(images).to(weight.device)
+    under = [
+        list(zip(*(part.split(counts) for part in _parts(model, visual)), strict=True))
+        for visual in family.tokens_of_budgets(model.model, pixels, budgets)
+    ]
+    for of_image in zip(*under, strict=True):
+        named: dict[str, Tensor] = {}
+        for budget, parts in zip(budgets, of_image, strict=True):
+            named |= {name_of(name, tokens_of(budget)): part for name, part in by_name(parts).items()}
+        yield named
 
 
 def _parts(model: Any, visual: VisualTokens) -> tuple[Tensor, ...]:
@@ -276,15 +298,16 @@ def store_features(
     processor: Any,
     datasets: Sequence[ConversationDataset | ImageRows],
     session: Session,
+    budgets: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Computes what `config.data.cache_features` lacks for a run, whose datasets then give features instead of pixels.
 
     `tower`: what `known_tower` gave; then the model has come without its tower, which is loaded only if an image has
-    no features yet. The model is left without it. Raises `StopRequested` on every process if one was asked to stop,
-    and ValueError if the tower is not the one that was known.
+    no features yet. The model is left without it. `budgets`: as of `features_identity`. Raises `StopRequested` on
+    every process if one was asked to stop, and ValueError if the tower is not the one that was known.
     """
     assert config.data.cache_features is not None
-    identity = features_identity(model, processor, tower)
+    identity = features_identity(model, processor, tower, budgets)
     cache = FeatureCache(config.data.cache_features, identity)
     for dataset in datasets:
         cache.known_images.learn(dataset.known_images.files)
@@ -298,12 +321,21 @@ def store_features(
         model.model.vision_tower.to(session.accelerator.device)
 
     workers = config.data.num_workers
-    computed = fill_cache(cache, model, processor, datasets, session, num_workers=workers, prepare=tower_on_device)
+    computed = fill_cache(
+        cache,
+        model,
+        processor,
+        datasets,
+        session,
+        num_workers=workers,
+        prepare=tower_on_device,
+        budgets=budgets,
+    )
     if session.accelerator.is_main_process:
         cache.known_images.keep(config.data.cache_features)
     if session.asked_to_stop():
         raise session.stopped()
-    model.model.vision_tower = nn.Identity()
+    leave_out_towers(model)
     for dataset in datasets:
         dataset.features = cache
     what = "images and videos" if _videos(datasets) else "images"

@@ -25,6 +25,7 @@ from shortzip.data.files import read_json, sampled_digest
 from shortzip.data.images import ImageSource, image_bytes, image_name, resolve_image_path
 from shortzip.data.videos import VideoSource, frame_paths, video_name
 from shortzip.reduction.base_release import fetch_base
+from shortzip.reduction.families import family_of
 from shortzip.train.release.opening import Release, release_projector
 from shortzip.train.release.tensor_files import open_tensors, weight_files
 from shortzip.train.run.checkpoint import CheckpointError, versions
@@ -40,14 +41,9 @@ _INCIDENTAL = {
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map", "dtype",
     "torch_dtype", "processor_class", "chat_template",
 }  # fmt: skip
-_REDUCTIONS = {
-    "visionzip",
-    "shortv",
-    "fastv",
-    "positions",
-    "base_release",
-}  # settings of the run, and where weights lie
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Settings of the run, and where weights lie.
+_REDUCTIONS = {"visionzip", "shortv", "fastv", "positions", "budgets", "base_release"}
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -125,7 +121,7 @@ def release_identity(release: Release) -> dict[str, str]:
     projector = {name: tensor.float() for name, tensor in release_projector(release).items()}
     generation = folder / "generation_config.json"
     return {
-        **_weights_identity(weights),
+        **_weights_identity(weights, family_of(config["model_type"]).towers),
         "the projector to begin with": _short(_tensors_digest(projector, _whole)),
         "the language model's config": _short(hashlib.sha256(_json(_plain(config.get("text_config"))))),
         "the vision tower's config": _short(hashlib.sha256(_json(_plain(config.get("vision_config"))))),
@@ -203,15 +199,16 @@ def changed_versions(saved: Mapping[str, str], installed: Mapping[str, str]) -> 
     return f"other library versions than when the checkpoint was written: {words}. Last digits may differ from here on"
 
 
-def _weights_identity(folder: Path) -> dict[str, str]:
-    """Digests of the untrained weights by part, however they are cut into files."""
+def _weights_identity(folder: Path, towers: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the untrained weights by part, however they are cut into files. `towers`: their names in weights."""
     digests: dict[str, dict[str, str]] = {"the language model's weights": {}, "the vision tower's weights": {}}
     for path in weight_files(folder):
         with open_tensors(path) as tensors:
             for name in tensors:
                 if "multi_modal_projector." in name:
                     continue
-                part = "the vision tower's weights" if "vision_tower." in name else "the language model's weights"
+                of_tower = any(f"{tower}." in name for tower in towers)
+                part = "the vision tower's weights" if of_tower else "the language model's weights"
                 digests[part][name] = _tensors_digest({name: tensors[name]}, _sample).hexdigest()
     return {part: _short(hashlib.sha256(_json(sorted(by_file.items())))) for part, by_file in digests.items()}
 

@@ -112,8 +112,9 @@ class SharingCollator:
     def __call__(self, rows: Sequence[Any]) -> MicroBatch:
         micro_batch = self.collate(rows)
         if get_worker_info() is not None:
-            for tensor in micro_batch.inputs.values():
-                tensor.share_memory_()
+            for batch in (micro_batch, *micro_batch.narrower):
+                for tensor in batch.inputs.values():
+                    tensor.share_memory_()
         return micro_batch
 
 

@@ -19,11 +19,10 @@ def sampling_of(processor: Any, frames: int | None = None, fps: float | None = N
     family = family_of_processor(processor)
     if not family.video_frames and frames is None and fps is None:
         return None
-    sampling = Sampling(family.check_frames(frames), fps)
+    sampling = Sampling(family.check_frames(frames, processor), fps)
     if fps is not None and not family.any_frames:
         raise ConfigError(
-            f"data.video_fps is {fps}: a {family.title} reads {family.video_frames} frames of every video: set it to "
-            "null"
+            f"data.video_fps is {fps}: a {family.title} reads {sampling.frames} frames of every video: set it to null"
         )
     return sampling
 

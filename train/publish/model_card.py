@@ -19,13 +19,15 @@ from shortzip.data.files import read_json
 from shortzip.data.subset_folder import subset_report
 from shortzip.reduction.configuration_pruning import PRUNING_METHODS, pruning_method
 from shortzip.reduction.configuration_reduced_llava import TOWER_HAS_CLS
-from shortzip.reduction.parsing import pruned_title
+from shortzip.reduction.families import family_of
+from shortzip.reduction.parsing import format_budget, pruned_title
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.selectors import BASELINES, VISIONZIP, Selector, selector_of
 from shortzip.train.publish.card_command import command_of
 from shortzip.train.publish.card_text import fenced, inline, is_repository, licence_id, one_line
 from shortzip.train.release.hub import fetch
+from shortzip.train.release.layouts import layout_for
 from shortzip.train.release.lineage import base_revision
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.writing import Shape, read_lineage
@@ -42,6 +44,8 @@ class RunRecord:
     name: str
     config: dict[str, Any]
     reductions: Reductions
+    budgets: list[dict[str, int]]
+    """Those that it was tuned for, where they are several."""
     lineage: list[dict[str, Any]]
     model_config: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -60,6 +64,7 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         config=config,
         reductions=release.saved_reductions,
+        budgets=release.saved_budgets or [],
         lineage=lineage,
         model_config=release.config,
         metrics=read_metrics(folder / METRICS) if (folder / METRICS).is_file() else [],
@@ -119,6 +124,8 @@ def write_card(run: RunRecord, *, repo_id: str, shape: Shape, size: int, picture
         in_transformers=loading_lines(repo_id, "full", run),
         lost=lost,
         budget=_budget(run),
+        budgets=", ".join(format_budget(budget) for budget in run.budgets),
+        other_budget=_other_budget(run),
         selector=_selector(run),
         frozen=_frozen(run),
         pruning=_pruning(run),
@@ -194,7 +201,9 @@ def _budget(run: RunRecord) -> str:
     if visionzip is None:
         return "all visual tokens"
     total = visionzip["dominant"] + visionzip["contextual"]
-    unit = "tile" if "next" in run.model_config["model_type"] else "image"
+    family = family_of(run.model_config["model_type"])
+    unit = "tile" if family.counts_by_size else "image"
+    unit += ", and per frame of a video" if "video" in family.inputs else ""
     selector, words = _selector(run), run.reductions.method_words
     if selector is None:
         how = f"chosen by the baseline {words}, not by VisionZip"
@@ -209,6 +218,14 @@ def _budget(run: RunRecord) -> str:
     if run.reductions.positions != COMPACT:
         how += f"; {run.reductions.positions} positions"
     return f"{total} of {_grid(run)} visual tokens per {unit} ({how})"
+
+
+def _other_budget(run: RunRecord) -> dict[str, Any] | None:
+    """What loads a checkpoint that was tuned for several budgets with another one than its own; None for others."""
+    if run.reductions.visionzip is None:
+        return None
+    keys = [{**run.reductions.visionzip, **budget} for budget in run.budgets]
+    return next((key for key in keys if key != run.reductions.visionzip), None)
 
 
 def _selector(run: RunRecord) -> Selector | None:
@@ -244,9 +261,10 @@ def loading_lines(repo_id: str, shape: Shape, run: RunRecord) -> str:
     """What loads a published reduced checkpoint: three lines of transformers, an engine's or LLaVA's own commands."""
     if shape == "llava":
         folder, base = repo_id.split("/")[-1], shlex.quote(one_line(_base(run)["name"]))
+        module, file = layout_for(run.model_config["model_type"]).command
         return (
             f"hf download {repo_id} --local-dir {folder}\n"
-            f"python -m llava.serve.cli --model-path {folder} --model-base {base} --image-file IMAGE"
+            f"python -m {module} --model-path {folder} --model-base {base} {file}"
         )
     if shape == "engine":
         return f"vllm serve {repo_id} --trust-remote-code --model-impl transformers"

@@ -168,6 +168,7 @@ def prepare(
                 base=base,
                 base_revision=commit,
                 vision_tower=record.config.get("vision_tower"),
+                budgets=final.saved_budgets,
             )
         files, left_out = published_files(folder)
         refuse_foreign_code(folder)

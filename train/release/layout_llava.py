@@ -35,6 +35,7 @@ class LlavaLayout:
     """An OriginalLayout (layouts.py); other families say what is not as here."""
 
     language_model = "Llama"
+    command = "llava.serve.cli", "--image-file IMAGE"
     config_class: Any = LlavaConfig
     architecture = "LlavaForConditionalGeneration"
     template = TEMPLATES / "vicuna_v1.jinja"
@@ -186,6 +187,18 @@ class LlavaLayout:
     def image_keys(self, config: Any) -> dict[str, Any]:
         """What LLaVA's config.json says of images, from transformers' config."""
         return {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+
+
+def plan_own_tower(plan: Plan, parts: Parts, inside: str) -> None:
+    """Takes a release's own tower, which was trained with it, else its folder's. `inside`: what begins the names of
+    its tensors among the release's."""
+    tensors, prefix, where = parts.tensors, inside, parts.where
+    if not any(name.startswith(prefix) for name in tensors.specs):
+        paths = weight_files(parts.tower)
+        if not paths:
+            raise MissingFile(f"{where} holds no vision tower, and {parts.tower} no weights of it")
+        tensors, prefix, where = Tensors.of(paths), "", str(parts.tower)
+    plan_tower(plan, tensors, prefix, parts.vision, where)
 
 
 def plan_tower(

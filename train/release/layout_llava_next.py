@@ -17,7 +17,7 @@ from shortzip.train.release.layouts import Parts
 class LlavaNextLayout(LlavaLayout):
     """As LLaVA-1.5's, with tiles."""
 
-    config_class = LlavaNextConfig
+    config_class: Any = LlavaNextConfig
     architecture = "LlavaNextForConditionalGeneration"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

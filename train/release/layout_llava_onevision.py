@@ -5,10 +5,8 @@ By the code of LLaVA-NeXT's repository and transformers' conversion; no release 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,19 @@ from transformers import SiglipVisionConfig as VisionConfig
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.data.supervision import load_template
-from shortzip.train.release.conversion_plan import Plan, Tensors
-from shortzip.train.release.layout_llava import TEMPLATES, LlavaLayout, plan_tower
+from shortzip.train.release.conversion_plan import Plan
+from shortzip.train.release.layout_llava import TEMPLATES, LlavaLayout, plan_own_tower
 from shortzip.train.release.layout_llava_next import pinpoints, plan_newline
 from shortzip.train.release.layouts import Parts
-from shortzip.train.release.original_layout import IMAGE_TOKEN, Vocabulary, check_projector_keys, check_sizes
-from shortzip.train.release.tensor_files import weight_files
+from shortzip.train.release.original_layout import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    Vocabulary,
+    check_projector_keys,
+    check_sizes,
+)
+from shortzip.train.release.plain_processor import PlainProcessor
 
-VIDEO_TOKEN = "<video>"
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _QWEN_KEYS = (
@@ -44,36 +47,6 @@ _QWEN_KEYS = (
     "tie_word_embeddings",
     "use_sliding_window",
 )
-
-
-@dataclass(frozen=True)
-class PlainProcessor:
-    """The files of a LlavaOnevisionProcessor, which itself asks for torchvision."""
-
-    tokenizer: Any
-    image_processor: Any
-    settings: Mapping[str, Any]
-    chat_template: str
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes them as releases in transformers' layout have them."""
-        self.tokenizer.save_pretrained(folder)
-        images = {
-            **json.loads(self.image_processor.to_json_string()),
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-        }
-        of_frames = ("size", "resample", "image_mean", "image_std", "rescale_factor")
-        videos = {
-            **{key: images[key] for key in of_frames},
-            "video_processor_type": "LlavaOnevisionVideoProcessor",
-        }
-        for name, held in (
-            ("preprocessor_config.json", images),
-            ("video_preprocessor_config.json", videos),
-            ("processor_config.json", {**self.settings, "processor_class": "LlavaOnevisionProcessor"}),
-        ):
-            (folder / name).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 class LlavaOnevisionLayout(LlavaLayout):
@@ -162,15 +135,12 @@ class LlavaOnevisionLayout(LlavaLayout):
             "image_token": IMAGE_TOKEN,
             "video_token": VIDEO_TOKEN,
         }
-        return PlainProcessor(parts.vocabulary.tokenizer, images, own, load_template("chatml"))
+        return PlainProcessor("LlavaOnevision", parts.vocabulary.tokenizer, images, own, load_template("chatml"))
 
     def plan_rest(self, plan: Plan, parts: Parts) -> None:
         """The newline, and the tower: the release's own, which was trained with it, else its folder's."""
         plan_newline(plan, parts)
-        tensors, prefix, where = parts.tensors, self.tower_inside, parts.where
-        if not any(name.startswith(prefix) for name in tensors.specs):
-            tensors, prefix, where = Tensors.of(weight_files(parts.tower)), "", str(parts.tower)
-        plan_tower(plan, tensors, prefix, parts.vision, where)
+        plan_own_tower(plan, parts, self.tower_inside)
 
     def to_original(self, config: Any, vision_tower: str | None, where: str) -> dict[str, Any]:
         """Raises ValueError for a tower that is no SigLIP, a language model that is no Qwen2, or a tower without a

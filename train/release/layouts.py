@@ -49,6 +49,8 @@ class OriginalLayout(Protocol):
     """The chat template that its releases were trained with."""
     language_model: str
     """The architecture of its language models, for messages."""
+    command: tuple[str, str]
+    """What its authors' code answers with on a terminal: the module, and its option for a file."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is one of this layout."""

@@ -21,8 +21,10 @@ from shortzip.train.release.writing import lineage, weights_folder
 from shortzip.train.settings.checks import ConfigError
 
 RECORD = "tuned_with.json"
-# Keys of config.json that say how it was written, and nothing of the model.
-_OF_THE_FILE = ("_name_or_path", "architectures", "auto_map", "base_release", "transformers_version", "dtype")
+# Keys of config.json that say how it was written or tuned, and nothing of the model.
+_OF_THE_FILE = (
+    "_name_or_path", "architectures", "auto_map", "base_release", "budgets", "transformers_version", "dtype",
+)  # fmt: skip
 
 
 def write_record(final: Path, release: Release, settings: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from shortzip.train.release.opening import Release, model_classes, open_release,
 from shortzip.train.release.processors import release_processor
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.tensor_files import weight_files
-from shortzip.train.release.towers import load_tower, towerless
+from shortzip.train.release.towers import leave_out_towers, load_tower, towerless
 
 LONG_LOAD = 1_000_000_000  # bytes of weights
 
@@ -110,6 +110,7 @@ def load_viewer(release: Release, reductions: Reductions | None = None) -> tuple
     config = reduced_config(release, reductions)
     with torch.device("meta"):
         model = model_class(config)
+    leave_out_towers(model)  # of several the others too: the model's first weights, which tell its device, are there
     model.model.vision_tower = load_tower(release.folder, config, torch.float32)
     if family_of(config.model_type).untuned_parts("projector"):  # which its visual tokens pass through
         model.model.multi_modal_projector.to_empty(device="cpu")

@@ -19,6 +19,7 @@ import shortzip.reduction.auto  # noqa: F401  # has transformers know the reduce
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_json
 from shortzip.reduction.base_release import PROJECTOR_FILE
+from shortzip.reduction.configuration_budgets import validate_budgets
 from shortzip.reduction.configuration_reduced_llava import check_parts
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.families import family_of
@@ -76,6 +77,17 @@ class Release:
             return Reductions.from_config(read_json(path))
         except ReductionError as error:
             raise UserError(f"{path}: {error}") from error
+
+    @property
+    def saved_budgets(self) -> list[dict[str, int]] | None:
+        """The budgets that its projector was tuned for, where they are several."""
+        path = self.source / "config.json"
+        budgets = read_json(path).get("budgets")
+        try:
+            validate_budgets(budgets)
+        except ReductionError as error:
+            raise UserError(f"{path}: {error}") from error
+        return budgets
 
     @property
     def original_config(self) -> dict[str, Any] | None:
@@ -186,6 +198,10 @@ def check_transformers_release(folder: Path, config: Mapping[str, Any], has_weig
             return
         raise MissingFile(f"{folder} holds no weights (model*.safetensors): download the release again")
     specs = folder_specs(folder)
+    try:
+        family.refuse_weights(specs, str(folder))
+    except ReductionError as error:
+        raise UserError(str(error)) from error
     parts: dict[str, dict[str, TensorSpec]] = {"vision tower": {}, "projector": {}, "language model": {}}
     for name, spec in specs.items():
         part = (

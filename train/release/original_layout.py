@@ -28,7 +28,7 @@ from shortzip.data.files import read_json
 from shortzip.reduction.weight_files import check_json
 from shortzip.train.release.tensor_files import TensorSpec
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 PROJECTOR_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
 PROJECTOR_NAMES = {
@@ -202,24 +202,26 @@ class Vocabulary:
     """Embedding rows needed: those of the release, or more where the placeholder needs one."""
 
 
-def split_after_images(tokenizer: Any, mark: str) -> Any:
-    """A fast tokenizer that starts the text after an image as LLaVA does: as a text of its own.
+def split_after_images(tokenizer: Any, *marks: str) -> Any:
+    """A fast tokenizer that starts the text after an image (or a video) as LLaVA does: as a text of its own.
 
     LLaVA tokenizes the pieces between images one by one, and sentencepiece tokenizers open every text with a space.
     transformers' fast ones leave it out after a special token, so that the ids would differ from those the release was
     trained on by one per image. A normalizer puts that space there. A tokenizer that needs none is returned as it is.
     """
     alone = tokenizer.encode("\nA", add_special_tokens=False)
-    if tokenizer.encode(f"{mark}\nA", add_special_tokens=False)[1:] == alone:
+    if all(tokenizer.encode(f"{mark}\nA", add_special_tokens=False)[1:] == alone for mark in marks):
         return tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["normalizer"] is not None:
         return tokenizer
     for token in state["added_tokens"]:
-        if token["content"] == mark:
+        if token["content"] in marks:
             token["normalized"] = True  # or the text is split at it before the normalizer sees it
     backend = Tokenizer.from_str(json.dumps(state))
-    backend.normalizer = normalizers.Replace(Regex(rf"{re.escape(mark)}(?!{re.escape(mark)}|\z)"), f"{mark} ")
+    another = "|".join(re.escape(mark) for mark in marks)
+    steps = [normalizers.Replace(Regex(rf"{re.escape(mark)}(?!{another}|\z)"), f"{mark} ") for mark in marks]
+    backend.normalizer = steps[0] if len(steps) == 1 else normalizers.Sequence(steps)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=tokenizer.bos_token,
@@ -232,10 +234,11 @@ def split_after_images(tokenizer: Any, mark: str) -> Any:
     )
 
 
-def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds `<image>`.
+def read_vocabulary(folder: Path, rows: int, marks: tuple[str, ...] = (IMAGE_TOKEN,)) -> Vocabulary:
+    """Turns the release's sentencepiece tokenizer into a fast one that gives LLaVA's ids, and adds `marks`, in their
+    order: `<image>`, and others beside it.
 
-    `rows`: embedding rows of the release. Where the placeholder's id lies beyond them, rows grow to the next multiple
+    `rows`: embedding rows of the release. Where a placeholder's id lies beyond them, rows grow to the next multiple
     of 64 (32 000 → 32 064, as in the transformers releases).
     """
     if not (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
@@ -250,10 +253,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         raise UserError(f"{folder}: the tokenizer has {len(slow)} tokens, the embeddings only {rows} rows")
     slow.padding_side = "left"
     slow.pad_token = slow.pad_token or slow.unk_token or slow.eos_token
-    slow.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    tokenizer = split_after_images(slow, IMAGE_TOKEN)
-    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
-    needed = image_token_id + 1
+    slow.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
+    tokenizer = split_after_images(slow, *marks)
+    ids = tokenizer.get_vocab()
+    image_token_id, needed = ids[IMAGE_TOKEN], max(ids[mark] for mark in marks) + 1
     return Vocabulary(tokenizer, image_token_id, rows if rows >= needed else math.ceil(needed / 64) * 64)
 
 

@@ -11,6 +11,7 @@ from shortzip.data.errors import UserError
 from shortzip.data.files import read_json
 from shortzip.data.supervision import choose_template
 from shortzip.reduction.families import family_of
+from shortzip.reduction.processing_videos import ReducedVideosProcessorMixin
 from shortzip.train.release.opening import Release, model_classes, understood
 from shortzip.train.release.original_layout import split_after_images
 
@@ -37,8 +38,14 @@ def release_processor(release: Release, model_config: Any) -> Any:
     if chat_template == "auto" and model_type.startswith("reduced_"):
         chat_template = "release"  # a reduced checkpoint carries the one that it was tuned with
     processor.chat_template = choose_template(processor, chat_template)
-    processor.tokenizer = split_after_images(processor.tokenizer, processor.image_token)
+    marks = [processor.image_token, *([processor.video_token] if takes_videos(processor) else [])]
+    processor.tokenizer = split_after_images(processor.tokenizer, *marks)
     return processor
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether a prompt of this processor may hold videos."""
+    return isinstance(processor, ReducedVideosProcessorMixin)
 
 
 def build_image_processor(settings: Mapping[str, Any], model_type: str, where: str = "release") -> BaseImageProcessor:

@@ -20,16 +20,18 @@ from shortzip.reduction.families import family_of
 from shortzip.train.release.content import content_of
 from shortzip.train.release.tensor_files import open_tensors, read_specs, weight_files
 
-PREFIX = "vision_tower."
-
 
 class _TowerlessMixin:
     _towers: tuple[str, ...]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        for name in self._towers:
-            setattr(self.model, name, nn.Identity())  # type: ignore[attr-defined]
+        _leave_out(self, self._towers)
+
+
+def _leave_out(model: Any, towers: tuple[str, ...]) -> None:
+    for name in towers:
+        setattr(model.model, name, nn.Identity())
 
 
 @cache
@@ -39,6 +41,11 @@ def towerless(model_class: Any) -> Any:
     ignored = tuple(rf"{name}\." for name in towers)
     own = {"_towers": towers, "_keys_to_ignore_on_load_unexpected": ignored}
     return type(f"Towerless{model_class.__name__}", (_TowerlessMixin, model_class), own)
+
+
+def leave_out_towers(model: Any) -> None:
+    """Puts nothing in the place of a loaded model's towers, all of them."""
+    _leave_out(model, family_of(model.config.model_type).towers)
 
 
 def tower_digest(tower: nn.Module) -> str:
@@ -63,18 +70,21 @@ def tower_parts(release: Path, dtype: torch.dtype) -> dict[str, Any] | None:
 
 
 def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The tower of a release's folder in transformers' layout, alone; nothing else of the weights is read.
+    """The tower of a release's folder in transformers' layout, alone (of several the one for images); nothing else of
+    the weights is read.
 
     `config`: of the LLaVA. Raises ValueError if the files hold other weights than its tower has.
     """
-    tower: nn.Module = family_of(config.model_type).build_tower(config)
+    family = family_of(config.model_type)
+    tower: nn.Module = family.build_tower(config)
+    prefix = f"{family.towers[0]}."
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(release):
-        names = [name for name in read_specs(path) if PREFIX in name]
+        names = [name for name in read_specs(path) if prefix in name]
         if names:
             with open_tensors(path) as stored:
                 for name in names:  # older releases have one more level, which transformers leaves out by now
-                    short = _newest_name(name.split(PREFIX, 1)[1])
+                    short = _newest_name(name.split(prefix, 1)[1])
                     tensors[short] = stored[name].to(dtype)
     expected = {_newest_name(name): name for name in tower.state_dict()}
     if expected.keys() != tensors.keys():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ def write_reduced_checkpoint(
     base: str | None = None,
     base_revision: str | None = None,
     vision_tower: str | None = None,
+    budgets: Sequence[Mapping[str, int]] | None = None,
 ) -> None:
     """Writes `target` whole or not at all.
 
@@ -68,7 +69,7 @@ def write_reduced_checkpoint(
     float32. `processor` and `reductions`: what it was tuned with. `base` and `base_revision`: for `projector`, a Hub
     id of the same release (its files are compared by digest before anything is loaded) when the run used a folder; for
     `llava`, the original release's name. `vision_tower`: for `llava`, the tower's name where the release does not tell
-    it.
+    it. `budgets`: those that the projector was tuned for, where they are several.
 
     Raises FileExistsError when `target` holds something, ValueError for an unknown shape or a projector that does not
     fit.
@@ -81,6 +82,7 @@ def write_reduced_checkpoint(
     config_class, model_class, _ = model_classes(release.config["model_type"])
     plain = {key: value for key, value in release.config.items() if key not in ("auto_map", "quantization_config")}
     plain["model_type"] = config_class.model_type
+    plain["budgets"] = None if budgets is None else [dict(budget) for budget in budgets]
     untuned = family_of(config_class.model_type).untuned_parts("projector")
     if untuned and shape != "full":  # the file is the whole projector, of whose parts some were not tuned
         tensors = {**{name: tensor.float() for name, tensor in release_projector(release).items()}, **tensors}
@@ -91,7 +93,7 @@ def write_reduced_checkpoint(
             layout = layout_for(config_class.model_type)
             original = layout.to_original(config_class.from_dict(plain), vision_tower, release.name)
         original = {key: value for key, value in original.items() if key != "auto_map"}
-        original |= {**reductions.as_config(), "lineage": descent}
+        original |= {**reductions.as_config(), "budgets": plain["budgets"], "lineage": descent}
         write_llava_projector(target, tensors, original, base=base or base_name(release))
         return
     weights = weights_folder(release)

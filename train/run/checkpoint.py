@@ -33,12 +33,14 @@ from safetensors.torch import load_file, save_file
 from shortzip.data.errors import UserError
 from shortzip.data.files import flush_to_disk, sha256
 
-SINCE = {
+SINCE: dict[str, Any] = {
     "positions": "compact",
     "distill": None,
     "tune": "projector",
     "data.video_frames": None,
     "data.video_fps": None,
+    "budgets": [],
+    "sandwich": False,
 }  # settings that an older checkpoint does not name, and what they were then
 FILES = ("projector.safetensors", "optimizer.safetensors", "state.json")
 _OLDER_FILES = {*FILES, "rng.safetensors"}  # nothing reads the fourth any more

@@ -125,7 +125,7 @@ def _expanded(pairs: Sequence[tuple[str, str | None]], kinds: dict[str, Any]) ->
     parameters = ParametersRead(kinds)
     for key, value in parameters.fold_pairs(pairs):
         if key == "config" and value is not None:
-            path = find_recipe(value, compares="budgets" in kinds)
+            path = find_recipe(value, compares="budgets" in kinds and "visionzip" not in kinds)
             content = read_settings(path, kinds)
             keys = list(_keys_in(content))
             check_keys(keys, with_parameters(list(kinds), keys), path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from shortzip.data.errors import UserError
+from shortzip.reduction.families import FAMILIES
 from shortzip.reduction.layer_choice import Direction
 from shortzip.reduction.parsing import parse_budget, read_freeze
 from shortzip.reduction.selectors import VISIONZIP
@@ -58,8 +59,7 @@ class AppConfig:
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     method: str | None = None
-    """How tokens are chosen, with parameters as in vispruner:important=0.25; null: as in the tuned run, else
-    visionzip."""
+    """How tokens are chosen, as in vispruner:important=0.25; null: as in the tuned run, else visionzip."""
     images: str | None = None
     """Folder of images to choose from; null: the demo's held-out scenes."""
     ranking: list[int] | None = None
@@ -93,13 +93,17 @@ class EstimateConfig:
     """
 
     model: str = "llava-1.5-7b"
-    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, demo), a
-    folder with a config.json, or a Hub id (its config.json is downloaded)."""
+    """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b,
+    llava-next-video-7b, mgm-7b, mgm-13b, demo), a folder with a config.json, or a Hub id (its config.json is
+    downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
+    budgets: list[str] = field(default_factory=list)
+    """Instead, several for one projector: dominant+contextual, or numbers that are divided as `budget` is."""
+    sandwich: bool = False
+    """With budgets: each step has the largest, the smallest and one between, and the largest teaches the others."""
     method: str | None = None
-    """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
-    model's own."""
+    """How they are chosen, as in vispruner:important=0.25. Default: with budget visionzip, else the model's own."""
     freeze: str | None = None
     """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
     memory: str = "24GiB"
@@ -347,6 +351,26 @@ class ConvertConfig:
     """Cast everything to it; null: as the release has it."""
     base: str | None = None
     """With --to llava: the original release that LLaVA's code loads the projector over."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """What `scripts/make_tiny_release.py` takes.
+
+    shortzip tiny --family mini_gemini --layout original --output tiny/mgm
+    """
+
+    output: Path
+    """A folder that does not exist yet."""
+    family: Literal[(*FAMILIES, "llava_interleave")] = "llava"  # type: ignore[valid-type]
+    """What it is a release of."""
+    layout: Literal["transformers", "original"] = "transformers"
+    """transformers', or the one that the family's authors release in."""
+    seed: int = 0
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)

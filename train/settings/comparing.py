@@ -1,11 +1,10 @@
-"""The settings of the commands that compare: `evaluate`, `papers` and `frontier`.
+"""The settings of two commands that compare: `evaluate` and `papers`; those of `frontier` are beside it (frontier.py).
 
 Nothing here imports what a command works with: its --help needs no torch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from shortzip.train.settings.flags import REPEATED
 ALL, NONE = "all", "none"
 TRAINING_FREE, TUNED = "training-free", "tuned"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DOMINANT_ONLY = "dominant only"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class EvaluateConfig:
     revision: str | None = None
     """Branch, tag or commit, for a single Hub id."""
     visionzip: VisionZipConfig | None = None
-    """Also evaluate each release with this budget. visionzip.dominant: patches kept as they are, CLS counted among
+    """Also evaluate each release with this budget, and a checkpoint that was tuned for several with it in its own's
+    place. visionzip.dominant: patches kept as they are, CLS counted among
     them; visionzip.contextual: tokens that the other patches are merged into; visionzip.method: another selection, or
     a baseline, whose parameters are keys beside it."""
     shortv: ShortVConfig | None = None
@@ -102,7 +101,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{key} is {getattr(self, key)}: at least 1 is needed")
 
 
-def _alike(key: str, text: str) -> str:
+def alike(key: str, text: str) -> str:
     """The one way to write a budget, method, layers or fastv, by which rows are compared. Raises ConfigError."""
     from shortzip.reduction.reductions import Reductions  # imports torch, which --help does not wait for
 
@@ -118,7 +117,7 @@ def _alike(key: str, text: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
+def refuse_repeated(key: str, values: Sequence[Any]) -> None:
     again = repeated(values)
     if again:
         raise ConfigError(f"{key}: {again[0]} stands there {values.count(again[0])} times; once is allowed")
@@ -169,10 +168,10 @@ class Tuned:
     """Where tokens stand."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", _alike("budget", self.budget))
-        object.__setattr__(self, "method", _alike("method", self.method))
-        object.__setattr__(self, "layers", _alike("layers", self.layers))
-        object.__setattr__(self, "fastv", _alike("fastv", self.fastv))
+        object.__setattr__(self, "budget", alike("budget", self.budget))
+        object.__setattr__(self, "method", alike("method", self.method))
+        object.__setattr__(self, "layers", alike("layers", self.layers))
+        object.__setattr__(self, "fastv", alike("fastv", self.fastv))
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,9 @@ class Published:
     """Measured by others than the method's authors: it stands behind their figure."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", _alike("budget", self.budget))
-        object.__setattr__(self, "layers", _alike("layers", self.layers))
-        object.__setattr__(self, "method", _alike("method", self.method))
+        object.__setattr__(self, "budget", alike("budget", self.budget))
+        object.__setattr__(self, "layers", alike("layers", self.layers))
+        object.__setattr__(self, "method", alike("method", self.method))
         if self.kind not in (TRAINING_FREE, TUNED):
             raise ConfigError(f"published: kind is {self.kind!r}; it must be {TRAINING_FREE} or {TUNED}")
 
@@ -265,14 +264,14 @@ class PapersConfig:
         if not self.tasks:
             raise ConfigError("tasks is empty: at least one benchmark is needed")
         names = [task.name for task in self.tasks]
-        _refuse_repeated("tasks", names)
-        object.__setattr__(self, "budgets", [_alike("budget", budget) for budget in self.budgets])
-        object.__setattr__(self, "layers", [_alike("layers", layers) for layers in self.layers])
-        object.__setattr__(self, "fastv", [_alike("fastv", fastv) for fastv in self.fastv])
-        object.__setattr__(self, "methods", [_alike("method", method) for method in self.methods])
-        _refuse_repeated("positions", self.positions)
-        _refuse_repeated("tuned", self.tuned)
-        _refuse_repeated("published", [entry.row_key for entry in self.published])
+        refuse_repeated("tasks", names)
+        object.__setattr__(self, "budgets", [alike("budget", budget) for budget in self.budgets])
+        object.__setattr__(self, "layers", [alike("layers", layers) for layers in self.layers])
+        object.__setattr__(self, "fastv", [alike("fastv", fastv) for fastv in self.fastv])
+        object.__setattr__(self, "methods", [alike("method", method) for method in self.methods])
+        refuse_repeated("positions", self.positions)
+        refuse_repeated("tuned", self.tuned)
+        refuse_repeated("published", [entry.row_key for entry in self.published])
         strange = [name for entry in self.published for name in entry.scores if name not in names]
         if strange:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
@@ -286,113 +285,3 @@ class PapersConfig:
     def asked(self) -> list[Task]:
         """The tasks that are run."""
         return [task for task in self.tasks if not (task.judge and self.skip_judged)]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of questions."""
-
-    name: str
-    """The column's heading."""
-    pattern: str
-    """The regular expression that is found in its questions."""
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"kinds: {self.name}: {self.pattern!r} is no regular expression: {error}") from error
-
-
-@dataclass(frozen=True)
-class FrontierConfig:
-    """Settings of scripts/frontier.py.
-
-    shortzip frontier --recipe llava-1.5-7b --budget 162+30,108+20,54+10 --freeze 0,60%
-    """
-
-    recipe: str
-    """The YAML of a run: release, data and how to tune."""
-    output: str
-    """Folder of everything that is written."""
-    budgets: list[str] = field(default_factory=list)
-    """Budgets (dominant+contextual), each with each of `freeze`. The first is the one the baselines are held to."""
-    freeze: list[str] = field(default_factory=lambda: ["0"])
-    """How many layers to freeze, as numbers or shares; those with the lowest LC on the visual tokens that a budget
-    leaves. The last is the one that rankings are compared at."""
-    methods: list[str] = field(default_factory=list)
-    """Ways to choose, with as many tokens as `tokens` says: visionzip and the others with their parameters, the
-    baselines (random, grid, pool, downsample), and "dominant only"."""
-    tokens: list[int] = field(default_factory=list)
-    """Visual tokens per image that each of `methods` is held to; empty: as many as the first budget has."""
-    contextual_share: float = 0.25
-    """Share of these tokens that a merging method makes of others; one that merges nothing keeps all as dominant."""
-    positions: list[Literal["compact", "original"]] = field(default_factory=lambda: ["compact"])
-    """Which positions visual tokens have in the language model, for each of `methods`, untuned."""
-    tune_original: list[str] = field(default_factory=list)
-    """Those of `methods` that are also tuned with original positions; the others are with compact ones."""
-    reference: str = VISIONZIP
-    """The one of `methods` that the others are compared with, at equal tokens, positions and tuning."""
-    kinds: list[Kind] = field(default_factory=list)
-    """Kinds of questions that are told apart; a question is of the first whose pattern it fits."""
-    resamples: int = 10_000
-    """How often questions and seeds are drawn for an interval (bootstrap)."""
-    fastv: list[FastVConfig] = field(default_factory=list)
-    """Pruning inside the language model, on all tokens."""
-    rankings: list[str] = field(default_factory=list)
-    """Other rankings of the layers to freeze, on all tokens, beside lc: cosine, random."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of what is drawn at random, and of tuning."""
-    tune: bool = False
-    """Also tune each point by the recipe, once per seed."""
-    prefill_rounds: int = 3
-    """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
-    samples: int | None = None
-    """Only the first so many held-out conversations; null: as the recipe says."""
-    processes: int = 1
-    """Processes that tune and evaluate the tuned points side by side; on a CPU one per core, each with one thread."""
-    report_only: bool = False
-    """Measure nothing: write the report of what is measured so far."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ConfigError("seeds is empty: at least one is needed")
-        if self.prefill_rounds < 1:
-            raise ConfigError(f"prefill_rounds is {self.prefill_rounds}: at least 1 is needed")
-        for name, values in (
-            ("seeds", self.seeds), ("budgets", self.budgets), ("freeze", self.freeze), ("methods", self.methods),
-            ("fastv", self.fastv), ("rankings", self.rankings), ("tokens", self.tokens),
-            ("positions", self.positions), ("tune_original", self.tune_original),
-        ):  # fmt: skip
-            again = repeated(values)
-            if again:
-                raise ConfigError(f"{name}: {again[0]!r} stands there twice")
-        if not self.freeze:
-            raise ConfigError("freeze is empty: give at least one number of layers, 0 to freeze none")
-        for freeze in self.freeze:
-            if not re.fullmatch(r"\d+|\d+(\.\d+)?%", freeze):
-                raise ConfigError(f"freeze {freeze!r}: a number of layers (19) or a share (60%) is needed")
-        bad = [ranking for ranking in self.rankings if ranking not in ("cosine", "random")]
-        if bad:
-            raise ConfigError(f"{bad[0]!r} is none of cosine, random")
-        if self.methods and not (self.budgets or self.tokens):
-            raise ConfigError("methods are held to `tokens` or to the first budget: both are empty")
-        self._check_methods()
-
-    def _check_methods(self) -> None:
-        """Raises ConfigError for what the table of `methods` cannot be made of."""
-        for key in ("methods", "tune_original"):
-            words = [each if each == DOMINANT_ONLY else _alike("method", each) for each in getattr(self, key)]
-            object.__setattr__(self, key, words)
-        if min([*self.tokens, self.processes, self.resamples]) < 1:
-            raise ConfigError(
-                f"tokens {self.tokens}, processes {self.processes}, resamples {self.resamples}: at least 1 is needed"
-            )
-        if not 0 <= self.contextual_share < 1:
-            raise ConfigError(f"contextual_share is {self.contextual_share}: 0 up to, but not including, 1 is needed")
-        if self.methods and not self.positions:
-            raise ConfigError("positions is empty: compact, original or both are needed")
-        foreign = [method for method in self.tune_original if method not in self.methods]
-        if foreign:
-            raise ConfigError(f"tune_original: {foreign[0]!r} is none of methods: {', '.join(self.methods)}")
-        _refuse_repeated("kinds", [kind.name for kind in self.kinds])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from shortzip.data.videos import MOST_FRAMES
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.train.settings.budget import BudgetScheduleConfig, FastVConfig, VisionZipConfig
+from shortzip.train.settings.budget_list import check_budgets
 from shortzip.train.settings.checks import ConfigError, _at_least, _within, check_seed, refuse_idle_positions
 from shortzip.train.settings.distill import DistillConfig, check_teacher
 from shortzip.train.settings.method_parameters import flat_settings
@@ -96,8 +97,7 @@ class DataConfig:
     max_length: int = 2048
     """Tokens per conversation, visual tokens included; longer ones are cut after a whole turn."""
     video_frames: int | None = None
-    """Frames of a video that are seen, evenly spread; null: as many as the release was trained with. With video_fps:
-    at most so many."""
+    """Frames of a video that are seen; null: as the release was trained. With video_fps: at most so many."""
     video_fps: float | None = None
     """Instead of evenly spread frames, so many per second of a video; null: evenly spread."""
     num_workers: int = 2
@@ -127,12 +127,9 @@ class DataConfig:
             raise ConfigError(f"data.fraction is {self.fraction}: a share above 0 and up to 1 is needed")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}: a share from 0 to 1 is needed")
-        if self.video_fps is not None and not 0 < self.video_fps <= 1000:
-            raise ConfigError(f"data.video_fps is {self.video_fps}: frames per second, above 0 and up to 1000")
-        _at_least(self, "data.", eval_samples=1)
-        _within(self, "data.", max_length=(2, 1 << 20), num_workers=(0, 512), worker_timeout=(0, 7 * 24 * 3600))
-        if self.video_frames is not None:
-            _within(self, "data.", video_frames=(1, MOST_FRAMES))
+        _at_least(self, "data.", eval_samples=1, video_fps=0.001)
+        lengths = {"max_length": (2, 1 << 20), "video_frames": (1, MOST_FRAMES)}
+        _within(self, "data.", **lengths, num_workers=(0, 512), worker_timeout=(0, 7 * 24 * 3600))
         if self.eval_instructions is None and (self.eval_image_root or self.eval_samples):
             raise ConfigError("data.eval_image_root and data.eval_samples need data.eval_instructions")
 
@@ -163,6 +160,12 @@ class TuneConfig:
     budget_schedule: BudgetScheduleConfig | None = None
     """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
     visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
+    budgets: list[str | int] = field(default_factory=list)
+    """Several budgets for one projector, of which the own is one: 12+4, or a number of tokens in its shares. Each step
+    has one of them, drawn with the seed; the checkpoint names them all, and is loaded with any. Empty: the own."""
+    sandwich: bool = False
+    """With budgets: each step has the largest, the smallest and one drawn of those between. The largest learns as
+    ever, the others what it says (train/step/sandwich.py)."""
     shortv: ShortVConfig | None = None
     """The frozen layers; null freezes none. shortv.layers: their indices, from 0; or shortv.freeze: how many, as a
     number or a share (60%), those with the lowest LC (shortv.ranking: lc, cosine or random), measured when the run
@@ -329,6 +332,14 @@ class TuneConfig:
         check_teacher(self.distill, self.data.cache_teacher, self.data.cache_features)
         if self.budget_schedule is not None:
             self.budget_schedule.check(self.visionzip, self.data.cache_features)
+        words = check_budgets(
+            self.budgets,
+            self.sandwich,
+            self.visionzip,
+            None if self.fastv is None else self.fastv.as_key(),
+            {"budget_schedule": self.budget_schedule},
+        )
+        object.__setattr__(self, "budgets", words)
         refuse_idle_positions(self.positions, self.visionzip, self.fastv)
         if self.data.cache_features is not None and self.visionzip is None:
             raise ConfigError(

@@ -28,6 +28,7 @@ SHORT = {
     "overwrite": "overwrite_output_dir",
 }
 OLD = {"-o": "output", "--budgets": "budget", "--folder": "output"}  # for one version, as - for _ is
+LISTS = ("freeze", "budgets")  # which are written with commas, too
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "null")
 WITHOUT_VALUE = ("help", "print_config")
 
@@ -134,13 +135,16 @@ class Flags:
             yield from self._budget(value)
         elif key == "freeze" and self.layers and value is not None:
             yield from self._frozen(value)
-        elif key == "freeze" and value is not None and get_origin(self.kinds.get(key)) is list and value[:1] != "[":
-            yield key, json.dumps(value.split(","))
+        elif key in LISTS and value not in (None, "null") and self._is_list(key) and value[:1] != "[":
+            yield key, json.dumps([part.strip() for part in value.split(",")])
         else:
             yield self.short.get(key, key), value
 
+    def _is_list(self, key: str) -> bool:
+        return get_origin(self.kinds.get(key)) is list
+
     def _budget(self, value: str) -> Iterator[tuple[str, str]]:
-        if "budgets" in self.kinds:
+        if "visionzip" not in self.kinds:
             yield "budgets", json.dumps([budget.strip() for budget in value.strip("[]").split(",")])
         elif value in ("none", "all"):
             yield "visionzip", "null"

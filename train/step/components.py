@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from shortzip.reduction.families import family_of
 from shortzip.train.step.objective import Llava
 
 
 def describe_components(model: Llava) -> list[tuple[str, int, str, bool]]:
     """(component, parameters, dtypes, is it trained) of every part of the model, for the report at the start."""
     parts = {
-        "vision tower": model.model.vision_tower,
+        **{name.replace("_", " "): getattr(model.model, name) for name in family_of(model.config.model_type).towers},
         "projector": model.model.multi_modal_projector,
         "language model": model.model.language_model,
         "LM head": model.lm_head,

@@ -1,4 +1,4 @@
-"""The cross-entropy of supervised positions, summed, with logits that are never there all at once."""
+"""Cross-entropy of many positions, whose logits never exist at once."""
 
 from __future__ import annotations
 

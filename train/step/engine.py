@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from shortzip.data.dataset import MicroBatch
+from shortzip.reduction.families import family_of
 from shortzip.train.run.checkpoint import optimizer_tensors, restore_optimizer
 from shortzip.train.run.launcher import is_sharded
 from shortzip.train.step.objective import SupervisedLoss
@@ -47,10 +48,16 @@ def spread(module: SupervisedLoss, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
     module.plain, inner = True, module.model.model
-    whole = (inner.vision_tower, inner.multi_modal_projector)
+    whole = _whole_parts(inner)
     for layer in inner.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params={weight for part in whole for weight in part.parameters()})
+
+
+def _whole_parts(inner: Any) -> list[nn.Module]:
+    """Towers and projector of a model without its head."""
+    towers = family_of(inner.config.model_type).towers
+    return [*(getattr(inner, name) for name in towers), inner.multi_modal_projector]
 
 
 class WholeEngine:
@@ -139,7 +146,7 @@ class ShardedEngine(WholeEngine):
         from torch.distributed.device_mesh import init_device_mesh
 
         device, inner = self.accelerator.device, module.model.model
-        for part in (inner.vision_tower, inner.multi_modal_projector):
+        for part in _whole_parts(inner):
             part.to(device)
         spread(module, init_device_mesh(device.type, (self.accelerator.num_processes,)))
         self.module: Any = module

@@ -142,10 +142,8 @@ class StepFlops:
 
         self.of_videos = np.zeros(len(dataset), dtype=np.int64)  # visual tokens
         if dataset.has_videos:
-            frames = dataset.frames
-            self.of_videos = np.asarray(
-                [supervision.video_placeholders(int(count)) if count else 0 for count in frames]
-            )
+            counts = [supervision.video_placeholders(count) if count else 0 for count in dataset.frames.tolist()]
+            self.of_videos = np.asarray(counts)
 
     @property
     def most(self) -> tuple[int, int]:
@@ -155,20 +153,28 @@ class StepFlops:
         row = int(self.dataset.frames.argmax())
         return max(self.visual, int(self.of_videos[row])), max(self.tiles, int(self.dataset.frames[row]))
 
-    def __call__(self, samples: Sequence[int], visual: int | None = None) -> int:
-        """`visual`: tokens of an image in this step, where they are others than the dataset's."""
-        return sum(self._of(sample, self.visual if visual is None else visual) for sample in samples)
+    def __call__(self, samples: Sequence[int], *visual: int) -> int:
+        """`visual`: tokens of an image in this step, where they are others than the dataset's; several where the rows
+        are read several times."""
+        return sum(self._of(sample, visual or (self.visual,)) for sample in samples)
 
-    def _of(self, sample: int, of_image: int) -> int:
+    def _of(self, sample: int, of_images: Sequence[int]) -> int:
         length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
         videos, frames = int(self.of_videos[sample]), int(self.dataset.frames[sample])
         visual = min(length, images * self.visual + videos)
-        seen, supervised = min(visual, images * of_image + videos), int(self.dataset.supervised[sample])
+        supervised = int(self.dataset.supervised[sample])
         tiles = (images if frames else max(1, images)) * self.tiles + frames
-        row = RowShape(length - visual, seen, supervised, tiles)
-        needed = needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+        rows = [
+            RowShape(length - visual, min(visual, images * of_image + videos), supervised, tiles)
+            for of_image in (of_images if images else of_images[:1])  # from text alone all say the same
+        ]
+        needed = sum(
+            needed_flops(self.config, row, shared=self.shared, frozen_layers=self.frozen, tower=self.tower)
+            for row in rows
+        )
         if self.taught is None:
             return needed
+        row = rows[0]
         of_frames = self.every_video(frames) if frames else 0
         whole = replace(row, visual=images * self.taught + of_frames)
         return needed + teacher_flops(self.config, whole, shared=self.shared)

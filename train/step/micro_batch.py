@@ -26,7 +26,7 @@ from shortzip.train.step.engine import weights_share
 from shortzip.train.step.flops import StepFlops
 from shortzip.train.step.memory import TrainingStep, pixel_bytes, training_step_memory
 from shortzip.train.step.supervised_states import can_walk
-from shortzip.train.step.teaching_cost import teacher_bytes
+from shortzip.train.step.teaching_cost import lesson_bytes, teacher_bytes
 
 MARGIN = 0.1  # of a device's memory is left free: for fragments, and for what the estimate does not know
 CPU_ROWS = 8
@@ -53,13 +53,15 @@ class StepEstimate:
 
     `config`: of a LLaVA. `row`: a conversation as long as the longest, with one image; its `micro_batch_size` and
     `gradient_checkpointing` are not read. `most_rows`: conversations of a global batch on one device. `taught`: visual
-    tokens of that conversation as a teacher reads it in the step; None: none does.
+    tokens of that conversation as a teacher reads it in the step; None: none does. `sandwich`: it is read under
+    smaller budgets too, one after the other.
     """
 
     config: Any
     row: TrainingStep
     most_rows: int
     taught: int | None = None
+    sandwich: bool = False
 
     @property
     def longest(self) -> int:
@@ -77,9 +79,10 @@ class StepEstimate:
             self.row, text_tokens=text, micro_batch_size=rows, gradient_checkpointing=limits.gradient_checkpointing
         )
         parts = training_step_memory(self.config, step)
+        total = parts.total + (lesson_bytes(self.config, step) if self.sandwich else 0)
         if self.taught is None:
-            return parts.total
-        return parts.total + teacher_bytes(self.config, step, self.taught, parts.activations + parts.working)
+            return total
+        return total + teacher_bytes(self.config, step, self.taught, parts.activations + parts.working)
 
     def largest(self, memory: int, gradient_checkpointing: bool) -> MicroBatchLimits | None:
         """The largest micro-batch whose estimate is within `memory` bytes; None if one row of the longest is not."""
@@ -205,7 +208,8 @@ def estimate_of(
         cached_features=not counted.tower,
         weights_share=1.0 if share is None else share,
     )
-    estimate = StepEstimate(model.config, row, -(-config.global_batch_size // num_processes), counted.taught)
+    most = -(-config.global_batch_size // num_processes)
+    estimate = StepEstimate(model.config, row, most, counted.taught, config.sandwich)
     training_step_memory(model.config, row)  # refuses families that it does not know
     return estimate
 

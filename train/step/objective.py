@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
-from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
+from shortzip.reduction.refusals import change_budget
 from shortzip.reduction.shortv import ActiveRows
 from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.cross_entropy import summed_cross_entropy
 from shortzip.train.step.lean_autograd import Take
 from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
+from shortzip.train.step.pruning_queries import fastv_query as fastv_query
+from shortzip.train.step.sandwich import Turn
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
 from shortzip.train.step.visual_features import image_features, in_order, video_features, visual_features
@@ -40,27 +42,6 @@ def count_supervised(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def fastv_query(model: Llava, labels: Tensor) -> dict[str, Tensor]:
-    """With pruning inside the language model, the positions whose attention decides what is kept; nothing otherwise.
-
-    [B], the end of the first prompt, as when it is answered (the end of the row would see the answers). Of
-    PyramidDrop, as in its authors' training, [B, S]: the positions just before every supervised span, -1 filling up; a
-    row without such is not pruned.
-    """
-    config: Any = model.config
-    if config.fastv is None:
-        return {}
-    supervised = labels != IGNORE_INDEX
-    length = labels.shape[1]
-    if pruning_method(config.fastv) == "pyramiddrop":
-        ends = torch.nn.functional.pad(supervised[:, 1:] & ~supervised[:, :-1], (0, 1))
-        count = max(int(ends.sum(dim=1).max()), 1)
-        places = ends.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return {"fastv_query": places.where(ends.gather(1, places), -1)}
-    first = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), length)
-    return {"fastv_query": (first - 1).clamp(min=0)}
-
-
 class SupervisedLoss(nn.Module):
     """The module that an engine wraps: a micro-batch in, the sum of its supervised tokens' cross-entropies out.
 
@@ -75,6 +56,8 @@ class SupervisedLoss(nn.Module):
     With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
     train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
     (train/inputs/lesson_cache.py). In others (held-out conversations) labels alone count.
+
+    A micro-batch with a `budget` of its own is read under it, and one with a `turn` as train/step/sandwich.py says.
     """
 
     def __init__(
@@ -109,7 +92,9 @@ class SupervisedLoss(nn.Module):
         Raises:
             ValueError: placeholders and visual tokens do not match.
         """
-        layout = batch.layout
+        if batch.budget is not None:
+            change_budget(self.model.model, batch.budget)
+        layout, turn = batch.layout, batch.turn
         if layout is not None and self.distill is None:
             layout = replace(layout, taught=False)
         if layout is None:
@@ -119,9 +104,9 @@ class SupervisedLoss(nn.Module):
             layout = LayOut(config.image_token_id, video_token_id=video)(
                 {**integers, **{key: batch.inputs[key] for key in ("video_frames",) if key in batch.inputs}}
             )
-        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout)
+        return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout, turn)
 
-    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
         """Every token through every layer.
 
         Every process calls the same modules in the same order, forward and backward, whatever is in its micro-batch:
@@ -155,6 +140,10 @@ class SupervisedLoss(nn.Module):
             **fastv_query(self.model, labels),
         )
         states = Take.apply(outputs.last_hidden_state.flatten(0, 1), every.ends)
+        if turn is not None and turn.follows:
+            return plain_lesson_loss(self.model.lm_head, states, every.targets, self._lesson_of(turn))
+        if turn is not None:
+            turn.widest.keep(states)
         if not layout.taught:
             return nn.functional.cross_entropy(self.model.lm_head(states).float(), every.targets, reduction="sum")
         if layout.full is not None:
@@ -177,14 +166,14 @@ class SupervisedLoss(nn.Module):
         self, batch: Mapping[str, Tensor], layout: Layout, device: torch.device
     ) -> tuple[Tensor | None, ImagePositions | None, Tensor | None]:
         """As `visual_features`, and what empty images and videos give in the place of those that are not there."""
-        images, positions = image_features(self.model.model, batch)
-        has_videos, unused = "video_frames" in batch, []
+        images, unused = image_features(self.model.model, batch), []
+        has_videos = "video_frames" in batch
         if images is None and (self.videos or not has_videos):
             unused.append(self._no_features(device))
         videos = video_features(self.model.model, batch)
         if videos is None and self.videos:
             unused.append(self._no_features(device, video=True))
-        return in_order(images, videos, layout.is_video), positions, torch.cat(unused) if unused else None
+        return *in_order(images, videos, layout.is_video), torch.cat(unused) if unused else None
 
     def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
         frozen = self.model.config.shortv is not None
@@ -224,6 +213,10 @@ class SupervisedLoss(nn.Module):
         assert self.distill is not None
         return Lesson(said, self.distill.weight, self.distill.temperature)
 
+    def _lesson_of(self, turn: Turn) -> Lesson:
+        """What the widest reading said, which is all that narrower ones learn."""
+        return Lesson(turn.widest.said(), 1.0, 1.0 if self.distill is None else self.distill.temperature)
+
     def _kept_lessons(self, batch: Mapping[str, Tensor], device: torch.device) -> TopTokens:
         """The lessons [T, k] of the rows that answer an image; [0, 1] of a micro-batch without such."""
         if "taught_ids" not in batch:
@@ -231,7 +224,7 @@ class SupervisedLoss(nn.Module):
         ids = batch["taught_ids"].to(device, non_blocking=True).long()
         return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
-    def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
         features, images = visual_features(self.model.model, batch, layout.is_video)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         device = self._device
@@ -239,16 +232,18 @@ class SupervisedLoss(nn.Module):
         if layout.with_image is not None:
             assert features is not None
             lesson = None
-            if layout.taught:
+            if turn is not None and turn.follows:
+                lesson = self._lesson_of(turn)
+            elif layout.taught:
                 full = layout.full
                 said = self._kept_lessons(batch, device) if full is None else self._teacher_states(batch, full.layout)
                 lesson = self._lesson(said)
-            loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson)
+            loss = loss + self._loss_of(layout.with_image, _used(features, layout), images, lesson, turn)
         else:
             projector = self.model.model.multi_modal_projector
             connected = projector(self._no_token(device)) if features is None else features
             loss = loss + 0 * connected.float().sum() + self._unread(projector)
-        if layout.text_only is not None:
+        if layout.text_only is not None and (turn is None or not turn.follows):
             with torch.no_grad():  # these rows give the projector no gradient: their loss is only reported
                 reported = self._loss_of(layout.text_only, None)
             if layout.taught:
@@ -267,7 +262,12 @@ class SupervisedLoss(nn.Module):
         return supervised_states(self.model.model.language_model, features, places, fixed, frozen=False)
 
     def _loss_of(
-        self, rows: Rows, visual: Tensor | None, images: ImagePositions | None = None, lesson: Lesson | None = None
+        self,
+        rows: Rows,
+        visual: Tensor | None,
+        images: ImagePositions | None = None,
+        lesson: Lesson | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Summed loss of rows that see these visual tokens [N, H], or none. `images`: where the tokens of the
         micro-batch's images stand, if not where they are counted."""
@@ -277,6 +277,8 @@ class SupervisedLoss(nn.Module):
         if images is not None:
             places = keep_positions(places, images)
         states = supervised_states(decoder, visual, places, fixed, again)
+        if turn is not None and not turn.follows:
+            turn.widest.keep(states)
         if lesson is not None:
             return summed_lesson_loss(self.model.lm_head, states, places.targets, lesson)
         return summed_cross_entropy(self.model.lm_head, states, places.targets, self.logits_at_once)

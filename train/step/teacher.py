@@ -111,7 +111,7 @@ def plain_lesson_loss(
 
 
 class _SummedLessonLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of positions, as in cross_entropy.py."""
+    """Loss and gradient in one pass over chunks of positions, as `_SummedCrossEntropy` (cross_entropy)."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, lm_head: nn.Linear, targets: Tensor, lesson: Lesson) -> Tensor:

@@ -10,6 +10,14 @@ from shortzip.train.step.activations import tower_activation_bytes
 from shortzip.train.step.memory import LOGITS_AT_ONCE, TrainingStep
 
 
+def lesson_bytes(config: Any, step: TrainingStep) -> int:
+    """Bytes of what is said at the supervised positions of a micro-batch, and is compared there: its hidden states,
+    and its half of the logits. With `sandwich` all that the narrower readings add to the widest one's step."""
+    text, rows, b = config.text_config, step.micro_batch_size, step.bytes_per_value
+    states = rows * step.text_tokens * text.hidden_size * b
+    return int(states + min(rows * step.text_tokens * text.vocab_size, LOGITS_AT_ONCE // 2) * (b + 8))
+
+
 def teacher_bytes(config: Any, step: TrainingStep, visual_tokens: int, student: int) -> int:
     """Bytes that it adds to the peak of a step: an estimate from above.
 
@@ -28,7 +36,5 @@ def teacher_bytes(config: Any, step: TrainingStep, visual_tokens: int, student: 
     masks = rows * (step.text_tokens + visual_tokens) ** 2 * b
     features = rows * visual_tokens * text.hidden_size * b
     tower = tower_activation_bytes(config, rows * step.tiles, b)
-    states = rows * step.text_tokens * text.hidden_size * b
-    logits = min(rows * step.text_tokens * text.vocab_size, LOGITS_AT_ONCE // 2) * (b + 8)
     projector = parameter_counts(config).projector * b
-    return projector + states + logits + max(0, layer + masks + features + tower - student)
+    return projector + lesson_bytes(config, step) + max(0, layer + masks + features + tower - student)

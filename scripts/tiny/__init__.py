@@ -1,0 +1,1 @@
+"""Releases of half a megabyte, a file for each family: random weights, the real classes."""
