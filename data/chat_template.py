@@ -197,6 +197,27 @@ def _replace(eval_context: Any, s: str, old: str, new: str, count: int | None = 
     return jinja2.filters.do_replace(eval_context, s, old, new, count)
 
 
+_IMAGES_ALONE = (
+    "{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}\n"
+    "{%- if images -%}{{ ((['<image>'] * (images | length)) + [text | trim]) | join('\\n') | trim }}"
+)
+_WITH_VIDEOS = (
+    "{%- set seen = content | selectattr('type', 'in', ['image', 'video']) | map(attribute='type') | list -%}\n"
+    "{%- if seen -%}{{ ('<' ~ (seen | join('>\\n<')) ~ '>\\n' ~ (text | trim)) | trim }}"
+)
+
+_ONE_IMAGE = "{{- '<image>' -}}"
+_ALL_SEEN = (
+    "{%- for part in turn['content'] if part['type'] in ['image', 'video'] -%}"
+    "{{- '<' ~ part['type'] ~ '>' -}}{%- endfor -%}"
+)
+
+
+def reading_videos(template: str) -> str:
+    """One of data/templates/ for a release that takes videos: `<video>` stands where its part does, as `<image>`."""
+    return template.replace(_IMAGES_ALONE, _WITH_VIDEOS).replace(_ONE_IMAGE, _ALL_SEEN)
+
+
 @lru_cache(maxsize=16)
 def compiled(template: str) -> jinja2.Template:
     """A chat template, with the tags, filters and functions that transformers gives it.

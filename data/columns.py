@@ -15,8 +15,8 @@ _KINDS = tuple(
     (re.compile(names), why)
     for names, why in (
         (
-            r"(videos?|audios?|speech|sounds?|depths?|point_?clouds?)(_?(paths?|files?|urls?|names?|frames?))?|frames(_?paths?)?",
-            "it shows or plays something that is no image, and only images are read",
+            r"(audios?|speech|sounds?|depths?|point_?clouds?)(_?(paths?|files?|urls?|names?|frames?))?",
+            "it shows or plays something that is no image and no video, and only those are read",
         ),
         (
             r"tools?|tool_(calls?|choice|responses?|call_id)|functions?|function_calls?|observations?",
@@ -44,6 +44,7 @@ _WEIGHTS = re.compile(
 )
 _MASKS = re.compile(r"(loss_)?mask(ed)?|mask_(history|prompt|answer|loss)|ignore(_loss)?|no_loss|train_on(_\w+)?")
 _IMAGE_LIKE = re.compile(r"(images?|imgs?|pictures?|photos?)(_?(paths?|files?|urls?|names?|filenames?|bytes))?")
+_VIDEO_LIKE = re.compile(r"(videos?|clips?)(_?(paths?|files?|urls?|names?|filenames?|frames?))?|frames(_?paths?)?")
 _FILE = re.compile(r"file_?names?|files?|paths?|urls?")
 _IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
@@ -67,25 +68,32 @@ def _kind(name: str) -> str:
         return "system"
     if column in ("image", "images"):
         return "image"
-    for kind, names in (("weight", _WEIGHTS), ("mask", _MASKS), ("file", _FILE), ("named image", _IMAGE_LIKE)):
+    if column in ("video", "videos"):
+        return "video"
+    kinds = (("weight", _WEIGHTS), ("mask", _MASKS), ("file", _FILE), ("named image", _IMAGE_LIKE))
+    for kind, names in (*kinds, ("named video", _VIDEO_LIKE)):
         if names.fullmatch(column):
             return kind
     return next((why for names, why in _KINDS if names.fullmatch(column)), "")
 
 
-def refused_column(row: Mapping[Any, Any], has_images: bool) -> str | None:
+def refused_column(row: Mapping[Any, Any], has_images: bool, has_videos: bool = False) -> str | None:
     """Why a row is not to be used for one of its columns, in words that name it; None if it can be.
 
     Args:
         row: the row; its turns are looked at by `refused_key`.
         has_images: whether it has images in the columns that images are read from.
+        has_videos: likewise videos.
     """
     for name, value in row.items():
         kind = _kind(str(name))
-        if kind in ("", "system", "image") or is_empty(value):
+        if kind in ("", "system", "image", "video") or is_empty(value):
             continue
         if _is_named_image(kind, value):
             why = None if has_images else "images are read from 'image' and 'images': call it so"
+        elif kind == "named video":
+            is_there = has_videos or value is False
+            why = None if is_there else "videos are read from 'video' and 'videos': call it so"
         else:
             why = _changed_meaning(kind, str(name), value, is_answer=True)
         if why is not None:
@@ -103,6 +111,8 @@ def refused_key(turn: Mapping[Any, Any], role: str) -> str | None:
             why: str | None = "a system prompt is read from the row's 'system', or from a turn of its own"
         elif kind == "image" or _is_named_image(kind, value):
             why = "images are read from the row's 'image' or 'images'"
+        elif kind in ("video", "named video"):
+            why = None if value is False else "videos are read from the row's 'video' or 'videos'"
         else:
             why = _changed_meaning(kind, str(name), value, is_answer=role == "assistant")
         if why is not None:

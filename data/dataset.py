@@ -3,7 +3,8 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,41 +26,28 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import joined, pixels_of_row, stacked
+from shortzip.data.micro_batches import Collator as Collator
+from shortzip.data.micro_batches import MicroBatch as MicroBatch
+from shortzip.data.micro_batches import Sample as Sample
+from shortzip.data.pixels import frames_pixels, pixels_of_row
 from shortzip.data.row_lengths import BudgetSource, Counted, encode_unread, lengths_depend_on
-from shortzip.data.supervision import IGNORE_INDEX, Encoded, Supervision
-
-LayOut = Callable[[dict[str, torch.Tensor]], Any]
+from shortzip.data.supervision import Supervision
+from shortzip.data.video_files import require_pyav
+from shortzip.data.video_frames import frames_seen as frames_of
+from shortzip.data.video_frames import read_frames
+from shortzip.data.videos import Sampling, VideoSource, check_video, frame_paths, video_name
 
 
 class FeatureSource(Protocol):
-    """Where an image's features are kept, for a dataset that gives them instead of its pixels."""
+    """Where features of images and videos are kept, for a dataset that gives them instead of pixels."""
 
     def find(self, source: ImageSource, image_root: str | os.PathLike[str] | None) -> dict[str, torch.Tensor] | None:
         """Tensors [tiles of the image, …] by name, or None if there are none for this image."""
 
-
-@dataclass(slots=True)
-class Sample:
-    """One row, ready to be collated.
-
-    Attributes:
-        id: the row's id.
-        encoded: its tokens.
-        pixels: per image a float32 tensor: [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
-        image_sizes: (height, width) of each image in pixels, before it was resized.
-        features: instead of pixels, what is known of each image: tensors [tiles, …] by name.
-        lesson: what a teacher says at the row's supervised positions: tensors [positions, …] by name.
-        budgets: of each image, where it has its own.
-    """
-
-    id: str
-    encoded: Encoded
-    pixels: list[torch.Tensor]
-    image_sizes: list[tuple[int, int]]
-    features: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    lesson: dict[str, torch.Tensor] = field(default_factory=dict)
-    budgets: list[int] = field(default_factory=list)
+    def find_video(
+        self, source: VideoSource, image_root: str | os.PathLike[str] | None, sampling: Sampling
+    ) -> dict[str, torch.Tensor] | None:
+        """Tensors [frames, …] by name, of a video whose frames are seen as `sampling` says; None if there are none."""
 
 
 class LessonSource(Protocol):
@@ -73,57 +61,13 @@ class LessonSource(Protocol):
         """
 
 
-@dataclass(slots=True)
-class MicroBatch:
-    """What one forward pass takes.
-
-    Attributes:
-        inputs: keyword arguments of the model: input_ids, attention_mask, labels, each [B, L] int64 and padded on the
-            right; pixel_values [N, 3, H, W] float32 (LLaVA-NeXT: [N, tiles, 3, H, W]) and, for LLaVA-NeXT, image_sizes
-            [N, 2] int64 — both absent without images; image_budgets [N] int64, where images have their own. `labels`
-            are -100 where nothing is supervised, not shifted. And the rows' lessons, one behind the other.
-        sample_ids: the rows' ids; empty for a micro-batch that only keeps a process in step.
-        dropped: rows of this micro-batch that could not be read: hand them to `DropLog.extend`.
-        layout: what the collator was told to make of the integers, for the loss.
-        budget: the model config's `visionzip` key that the rows are laid out for, where it changes in a run.
-        narrower: the same rows under budgets of fewer tokens, where the step reads them so too, without what they
-            share with this one: pixels, lessons.
-        turn: which of these readings it is, for the loss.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    sample_ids: list[str]
-    dropped: list[Drop] = field(default_factory=list)
-    layout: Any = None
-    budget: dict[str, Any] | None = None
-    narrower: list["MicroBatch"] = field(default_factory=list)
-    turn: Any = None
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same with pixels and features on a device.
-
-        Integers stay: the loss lays out its work from them on the CPU, and to read them back from a device is to wait
-        until it has done everything before.
-        """
-        moved = {
-            key: tensor.to(device, non_blocking=True) if tensor.is_floating_point() else tensor
-            for key, tensor in self.inputs.items()
-        }
-        return replace(self, inputs=moved, narrower=[batch.to(device) for batch in self.narrower])
-
-    def pin_memory(self) -> "MicroBatch":
-        """The same in page-locked memory (what DataLoader's `pin_memory` calls)."""
-        pinned = {key: tensor.pin_memory() for key, tensor in self.inputs.items()}
-        narrower = [batch.pin_memory() for batch in self.narrower]
-        return replace(self, inputs=pinned, layout=self.layout and self.layout.pin_memory(), narrower=narrower)
-
-
 class ConversationDataset(Dataset[Sample | Drop]):
     """Conversations that can be trained on, with their lengths known.
 
     Every row is tokenized once when the dataset is built; rows without supervised tokens, rows that are too long and
-    rows whose image files are not there are dropped and counted then. Images are opened when a row is asked for, and
-    it is tokenized again, by a worker: 1.3 ms of CPU in the mix, a tenth of its image's, for no tokens kept (1.5 kB).
+    rows whose image or video files are not there are dropped and counted then. Images and videos are opened when a row
+    is asked for, and it is tokenized again, by a worker: 1.3 ms of CPU in the mix, a tenth of its image's, for no
+    tokens kept (1.5 kB).
 
     Args:
         conversations: what to train on.
@@ -141,6 +85,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         lengths: [n] int64, tokens of each, visual tokens included.
         supervised: [n] int64, supervised tokens of each.
         images: [n] int64, images left of each.
+        videos: [n] int64, videos left of each.
         cut: rows cut off at `max_length`, by what: {"turn": …, "answer": …}.
         features: where images' features are taken from instead of their pixels; None, the default: nowhere.
         lessons: where what a teacher says of the rows is taken from; None, the default: nowhere.
@@ -180,10 +125,22 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.lengths = np.asarray([row.tokens for row in rows], dtype=np.int64)
         self.supervised = np.asarray([row.supervised for row in rows], dtype=np.int64)
         self.images = np.asarray([row.images for row in rows], dtype=np.int64)
+        self.videos = np.asarray([row.videos for row in rows], dtype=np.int64)
         self.cut = dict(Counter(row.cut for row in rows if row.cut))
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any row has a video that is left."""
+        return bool(self.videos.any())
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """[n] int64, frames of its videos that are seen, of each row."""
+        left = zip(self.conversations, self.videos.tolist(), strict=True)
+        return np.asarray([sum(self.frames_seen(row)[:videos]) if videos else 0 for row, videos in left], np.int64)
 
     @property
     def mean_budget(self) -> int | None:
@@ -200,7 +157,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         raises where bad samples are not skipped: torch would make a RuntimeError with a traceback for a message of it.
 
         Raises:
-            BadSample: an image is missing or unreadable, outside a worker and where bad samples are not skipped.
+            BadSample: an image or video is missing or unreadable, outside a worker and where bad samples are not
+                skipped.
         """
         conversation = self.conversations[index]
         try:
@@ -231,21 +189,38 @@ class ConversationDataset(Dataset[Sample | Drop]):
         images: list[Image.Image] = []
         processor = self.supervision.processor.image_processor
         try:
-            budgets = self._budgets(conversation)
+            budgets, seen = self._budgets(conversation), self.frames_seen(conversation)
             if self.supervision.needs_image_sizes:
                 images = [open_image(source, self.image_root) for source in conversation.images]
                 sizes = self.supervision.sizes_in_row([(image.height, image.width) for image in images])
-                encoded = self.supervision.encode(conversation, sizes, budgets)
+                encoded = self.supervision.encode(conversation, sizes, budgets, seen)
                 images = images[: encoded.images]
             else:
-                encoded = self.supervision.encode(conversation, None, budgets)
+                encoded = self.supervision.encode(conversation, None, budgets, seen)
                 images = [open_image(source, self.image_root) for source in conversation.images[: encoded.images]]
                 sizes = [(image.height, image.width) for image in images]
             pixels = pixels_of_row(images, processor, several=len(conversation.images) > 1)
+            frames = [self._frames(source) for source in conversation.videos[: encoded.videos]]
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
         left = (budgets or [])[: encoded.images]
-        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images], budgets=left)
+        return Sample(conversation.id, encoded, pixels, sizes[: encoded.images], budgets=left, frames=frames)
+
+    def frames_seen(self, conversation: Conversation) -> list[int]:
+        """How many frames of each video of a row are seen. Raises BadImage."""
+        of = self.image_root, self._sampling(conversation), self.known_images
+        return [frames_of(source, *of) for source in conversation.videos]
+
+    def _sampling(self, conversation: Conversation) -> Sampling:
+        if self.supervision.sampling is None and conversation.videos:
+            raise UserError(f"row {conversation.id!r} has videos, and how many frames of one are seen is not said")
+        return self.supervision.sampling or Sampling(1)
+
+    def _frames(self, source: VideoSource) -> torch.Tensor:
+        """The pixels of the frames of a video, [F, 3, H, W] float32. Raises BadImage."""
+        sampling = self.supervision.sampling
+        assert sampling is not None
+        return frames_pixels(read_frames(source, self.image_root, sampling), self.supervision.processor)
 
     def _budgets(self, conversation: Conversation) -> list[int] | None:
         if self.budget_of is None:
@@ -259,8 +234,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 sizes = [self.known_images.size(source, self.image_root) for source in conversation.images]
                 sizes = self.supervision.sizes_in_row(sizes)
             budgets = self._budgets(conversation)
-            encoded = self.supervision.encode(conversation, sizes, budgets)
-            tensors = []
+            encoded = self.supervision.encode(conversation, sizes, budgets, self.frames_seen(conversation))
+            tensors, of_videos = [], []
             for source in conversation.images[: encoded.images]:
                 stored = features.find(source, self.image_root)
                 if stored is None:
@@ -268,10 +243,17 @@ class ConversationDataset(Dataset[Sample | Drop]):
                     name, problem = image_name(source), "has changed since its features were stored: start anew"
                     raise BadImage("unreadable_image", name, problem)
                 tensors.append(stored)
+            for video in conversation.videos[: encoded.videos]:
+                stored = features.find_video(video, self.image_root, self._sampling(conversation))
+                if stored is None:
+                    problem = "has changed since its features were stored: start anew"
+                    raise BadImage("unreadable_video", video_name(video), problem)
+                of_videos.append(stored)
         except BadImage as error:
             raise BadSample(error.problem, conversation.id, str(error), error.file) from error
         left = (budgets or [])[: encoded.images]
-        return Sample(conversation.id, encoded, [], sizes[: encoded.images], tensors, budgets=left)
+        sizes = sizes[: encoded.images]
+        return Sample(conversation.id, encoded, [], sizes, tensors, budgets=left, video_features=of_videos)
 
     def _counted(
         self,
@@ -310,7 +292,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 drops.append(Drop.of(error))
             else:
                 size = len(encoded.input_ids)
-                rows.append(Counted(number, size, encoded.supervised, encoded.images, encoded.cut))
+                rows.append(Counted(number, size, encoded.supervised, encoded.images, encoded.cut, encoded.videos))
         progress(len(conversations), len(conversations))
         return rows, drops
 
@@ -324,6 +306,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
                 for source in conversation.images[: row.images]:
                     if isinstance(source, str):
                         check_image_file(resolve_image_path(source, self.image_root), hint=len(missing) < HINTS)
+                for video in conversation.videos[: row.videos]:
+                    check_video(video, self.image_root, hint=len(missing) < HINTS)
+                    if frame_paths(video, self.image_root) is None:
+                        require_pyav()
             except BadImage as error:
                 missing.append(Drop(conversation.id, error.problem, str(error), error.file))
             else:
@@ -336,61 +322,3 @@ class ConversationDataset(Dataset[Sample | Drop]):
             )
         self.drops.extend(replace(drop, detail=drop.detail + more) for drop in missing)
         return present
-
-
-class Collator:
-    """Rows to a `MicroBatch`: DataLoader's `collate_fn`.
-
-    Args:
-        pad_token_id: what the rows are filled up with (they are masked there).
-        lay_out: makes `MicroBatch.layout` of the inputs' integers, here, where data workers are: what has a
-            `pin_memory` of its own. None: nothing is made of them.
-
-    An empty list, or one of rows that all had to be dropped, gives one row of one token and no supervised one: the
-    process takes part in the step and adds nothing to it.
-    """
-
-    def __init__(self, pad_token_id: int, lay_out: LayOut | None = None) -> None:
-        self.pad_token_id, self.lay_out = pad_token_id, lay_out
-
-    @classmethod
-    def of(cls, supervision: Supervision, lay_out: LayOut | None = None) -> "Collator":
-        """The collator for a tokenizer; its end token fills up where it has no padding token."""
-        tokenizer = supervision.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return cls(int(pad), lay_out)
-
-    def __call__(self, rows: Sequence[Sample | Drop]) -> MicroBatch:
-        """Pad and stack."""
-        samples = [row for row in rows if isinstance(row, Sample)]
-        dropped = [row for row in rows if isinstance(row, Drop)]
-        length = max((len(sample.encoded.input_ids) for sample in samples), default=1)
-        shape = max(len(samples), 1), length
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            filled = len(sample.encoded.input_ids)
-            input_ids[row, :filled] = torch.tensor(sample.encoded.input_ids)
-            labels[row, :filled] = torch.tensor(sample.encoded.labels)
-            attention_mask[row, :filled] = 1
-        if not samples:
-            attention_mask[:] = 1
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        pixels = [image for sample in samples for image in sample.pixels]
-        if pixels:
-            inputs["pixel_values"] = stacked(pixels)
-            if pixels[0].dim() == 4:
-                inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        features = [of_image for sample in samples for of_image in sample.features]
-        if features:
-            inputs |= {name: joined([of_image[name] for of_image in features]) for name in features[0]}
-            inputs["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        budgets = [budget for sample in samples for budget in sample.budgets]
-        if budgets:
-            inputs["image_budgets"] = torch.tensor(budgets)
-        lessons = [sample.lesson for sample in samples if sample.lesson]
-        if lessons:
-            inputs |= {name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]}
-        layout = None if self.lay_out is None else self.lay_out(inputs)
-        return MicroBatch(inputs, [sample.id for sample in samples], dropped, layout)

@@ -13,9 +13,11 @@ from shortzip.data.errors import UserError, printable, shown
 OnBadSample = Literal["raise", "skip"]
 
 # What is wrong with the data (a bad sample), against what the settings leave out (a drop that is nobody's fault).
-IMAGE_REASONS = frozenset({"missing_image", "unreadable_image", "outside_image_root"})
+IMAGE_REASONS = frozenset(
+    {"missing_image", "unreadable_image", "outside_image_root", "missing_video", "unreadable_video"}
+)
 BAD_REASONS = IMAGE_REASONS | {"malformed_row", "placeholder_count", "template"}
-DROP_REASONS = frozenset({"no_answer", "too_long", "text_only"})
+DROP_REASONS = frozenset({"no_answer", "too_long", "text_only", "video"})
 
 
 class BadSample(UserError):
@@ -65,7 +67,7 @@ class DropLog:
     Args:
         on_bad_sample: "raise" stops at the first bad row, with its id and file; "skip" counts it and goes on.
             Drops that are the settings' doing (`DROP_REASONS`: a row too long, without an answer, without an image
-            where images are wanted) are always counted, never raised.
+            where images are wanted, with a video where the family takes none) are always counted, never raised.
         max_bad_fraction: share of bad rows among those seen, 0 to 1, above which `check` raises.
 
     Attributes:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _KINDS = (
     (rb"\s*<(!doctype\s+)?html", "a web page: the download failed, fetch it again"),
@@ -61,7 +62,8 @@ def _others(rest: str) -> Iterator[tuple[str, str]]:
         yield unicodedata.normalize(form, slashed), cure
     # OCR-VQA's images are often saved under their true suffix, .gif or .png, where the JSON says .jpg.
     stem, suffix = os.path.splitext(slashed)
-    for other in dict.fromkeys((suffix.lower(), suffix.upper(), *SUFFIXES, *(ending.upper() for ending in SUFFIXES))):
+    usual = VIDEO_SUFFIXES if suffix.lower() in VIDEO_SUFFIXES else SUFFIXES
+    for other in dict.fromkeys((suffix.lower(), suffix.upper(), *usual, *(ending.upper() for ending in usual))):
         yield stem + other, "rename it, the content decides"
     name = slashed.rsplit("/", 1)
     for changed in (name[-1].lower(), name[-1].upper()):

@@ -36,11 +36,11 @@ _UPRIGHT = {
 }
 
 Seen = TypeVar("Seen")
-ImageProblem = Literal["missing_image", "unreadable_image", "outside_image_root"]
+ImageProblem = Literal["missing_image", "unreadable_image", "outside_image_root", "missing_video", "unreadable_video"]
 
 
 class BadImage(UserError):
-    """An image that cannot be used, with the file and the reason."""
+    """An image, or a video, that cannot be used, with the file and the reason."""
 
     def __init__(self, problem: ImageProblem, file: str, detail: str) -> None:
         super().__init__(problem, file, detail)

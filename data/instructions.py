@@ -10,24 +10,29 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shortzip.data.columns import SYSTEM, is_empty, refused_column, refused_key
+from shortzip.data.columns import refused_column
 from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.images import ImageSource
 from shortzip.data.json_rows import JsonRowError, MalformedRow, iterate_json_rows
-from shortzip.data.row_values import check_text, found_in_words, image_of, images_of, malformed, stray_media
+from shortzip.data.row_values import (
+    check_text,
+    found_in_words,
+    image_of,
+    images_of,
+    malformed,
+    stray_media,
+    video_of,
+    videos_of,
+)
+from shortzip.data.turns import format_of, misfit, role_of, row_id, system_turn, turn_list
+from shortzip.data.videos import VideoSource
 
 PLACEHOLDER = "<image>"
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
+VIDEO_PLACEHOLDER = "<video>"
+_MARKS = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 # What stands for an image elsewhere: the row means a place by it, and it is not to be learned as a text.
 _FOREIGN_PLACEHOLDER = re.compile(
     r"<\|?\s*(image|img|picture)s?([_ -]?(\d+|pad|placeholder|token|soft_token|here|start))?\s*\|?>|<start_of_image>"
@@ -36,14 +41,12 @@ _FOREIGN_PLACEHOLDER = re.compile(
 )
 _UNDECIDED = 100  # rows
 
-InstructionFormat = Literal["llava", "messages"]
-
 EXPECTED = (
     "Expected one of: LLaVA's JSON or JSONL, rows like "
     '{"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nQ"}, '
     '{"from": "gpt", "value": "A"}]}; the messages format, rows like '
     '{"messages": [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}], '
-    '"images": ["1.jpg"]}; or a datasets table (parquet, save_to_disk, Hub) with the same columns'
+    '"images": ["1.jpg"]} (videos likewise); or a datasets table (parquet, save_to_disk, Hub) with the same columns'
 )
 
 
@@ -59,28 +62,31 @@ class Conversation:
         id: the row's id; rows without one are called by their place in the file ("#12").
         images: the images in the order of their placeholders: paths relative to the image root, or embedded images.
         turns: (role, text), roles "system" (first only), "user", "assistant", the last two alternating from a
-            "user" on. `<image>` in a text stands for the next image.
-        is_placed: the row named no place for its images, so they stand at the start of the first question.
+            "user" on. `<image>` in a text stands for the next image, `<video>` for the next video.
+        is_placed: the row named no place for its images or videos, so they stand at the start of the first question.
+        videos: the videos in the order of their placeholders: files, folders of frames, or the frames' files, by
+            paths relative to the image root.
     """
 
     id: str
     images: tuple[ImageSource, ...]
     turns: tuple[tuple[str, str], ...]
     is_placed: bool = field(default=False, compare=False)
+    videos: tuple[VideoSource, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns as transformers' chat messages, with content lists.
 
-        The images of a turn are moved to its start and its text is stripped then, as LLaVA does for training; a turn
-        without images is left as it is.
+        The images and videos of a turn are moved to its start and its text is stripped then, as LLaVA does for
+        training; a turn without any is left as it is.
         """
+        marks = _MARKS if self.videos else re.compile(PLACEHOLDER)
         messages = []
         for role, text in self.turns:
-            count = text.count(PLACEHOLDER)
-            content: list[dict[str, str]] = [{"type": "image"}] * count
-            if count:
-                text = text.replace(PLACEHOLDER, "").strip()
-            if text or not count:
+            content: list[dict[str, str]] = [{"type": mark.strip("<>")} for mark in marks.findall(text)]
+            if content:
+                text = marks.sub("", text).strip()
+            if text or not content:
                 content = [*content, {"type": "text", "text": text}]
             messages.append({"role": role, "content": content})
         return messages
@@ -164,7 +170,7 @@ def parse_rows(rows: Iterable[Any], source: str) -> Iterator[tuple[Any, Conversa
     if waiting == []:
         raise UserError(f"{source} holds no rows. {EXPECTED}.")
     if waiting is not None:
-        raise UnknownFormat(f"{source}: {_misfit(waiting[0])}. {EXPECTED}.")
+        raise UnknownFormat(f"{source}: {misfit(waiting[0])}. {EXPECTED}.")
 
 
 def _parsed(row: Any, index: int, source: str) -> Conversation | BadSample:
@@ -190,82 +196,40 @@ def parse_row(row: Any, index: int = 0, source: str = "") -> Conversation:
     )
 
 
-def format_of(row: Any) -> InstructionFormat | None:
-    """Which format a row is in; None if it fits none, or has no turn to tell it by."""
-    turns = _given_turns(row)
-    first = next((turn for turn in turns if isinstance(turn, dict) and turn), {})
-    if {"from", "value"} <= first.keys():
-        return "llava"
-    return "messages" if {"role", "content"} <= first.keys() else None
-
-
-def _given_turns(row: Any) -> list[Any]:
-    """What a row has as turns, under any of the names; nothing where it has no list of them."""
-    if not isinstance(row, dict):
-        return []
-    if _is_prompt_and_completion(row):
-        return _spoken(row["prompt"], "user") + _spoken(row["completion"], "assistant")
-    turns = row.get("conversations") or row.get("messages")
-    return turns if isinstance(turns, list) else []
-
-
-def _is_prompt_and_completion(row: dict[str, Any]) -> bool:
-    named = [bool(row.get(key)) for key in ("prompt", "completion", "messages", "conversations")]
-    return named == [True, True, False, False]
-
-
-def _spoken(content: Any, role: str) -> list[Any]:
-    """TRL's prompts and completions: a list of messages, or a text that is one."""
-    return content if isinstance(content, list) else [{"role": role, "content": content}]
-
-
-def _misfit(row: Any) -> str:
-    """Why the first row fits no format."""
-    if isinstance(row, MalformedRow):
-        return f"in the first row {row.problem}"
-    if not isinstance(row, dict):
-        return f"the first row is {found_in_words(row)}"
-    first = next((turn for turn in _given_turns(row) if isinstance(turn, dict) and turn), None)
-    if first is None:
-        return f"the first row has the keys {sorted(map(str, row))} and no turns"
-    return (
-        f"the turns of the first row have the keys {sorted(map(str, first))}, where 'from' and 'value' or 'role' and "
-        "'content' are known"
-    )
-
-
 def parse_llava_row(row: Any, index: int = 0, source: str = "") -> Conversation:
-    """Read a row of LLaVA's JSON: id, image (a path, or a list of paths), conversations.
+    """Read a row of LLaVA's JSON: id, image (a path, or a list of paths), video (likewise), conversations.
 
     Raises:
         BadSample: as `parse_row`.
     """
     sample_id = row_id(row, index, source)
     pairs: list[tuple[str, str]] = []
-    for number, turn in enumerate(_turn_list(row, sample_id, source)):
+    for number, turn in enumerate(turn_list(row, sample_id, source)):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise malformed(sample_id, source, f"turn {number} has no text 'value': {found_in_words(turn)}")
-        pairs.append((_role(turn, "from", number, sample_id, source), turn["value"]))
-    return _conversation(row, sample_id, images_of(row, sample_id, source), pairs, source)
+        pairs.append((role_of(turn, "from", number, sample_id, source), turn["value"]))
+    beside = images_of(row, sample_id, source), videos_of(row, sample_id, source)
+    return _conversation(row, sample_id, *beside, pairs, source)
 
 
 def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversation:
-    """Read a row of the messages format: messages of role and content, images beside them or inside the content.
+    """Read a row of the messages format: messages of role and content, images and videos beside them or inside.
 
     Content is a text (with `<image>` where an image stands) or a list of parts: `{"type": "text", "text": …}`,
     `{"type": "image"}`, which may carry its path as `image`, `path` or `url`, and `{"type": "image_url", "image_url":
-    {"url": …}}`. TRL's `prompt` and `completion` are messages too: those of the prompt, then those of the completion.
+    {"url": …}}`; `{"type": "video"}` and `{"type": "video_url"}` likewise. TRL's `prompt` and `completion` are
+    messages too: those of the prompt, then those of the completion.
 
     Raises:
         BadSample: as `parse_row`.
     """
     sample_id = row_id(row, index, source)
     pairs: list[tuple[str, str]] = []
-    inline: list[ImageSource] = []
-    for number, turn in enumerate(_turn_list(row, sample_id, source)):
+    inline: dict[str, list[Any]] = {"image": [], "video": []}
+    for number, turn in enumerate(turn_list(row, sample_id, source)):
         if not isinstance(turn, dict):
             raise malformed(sample_id, source, f"message {number} is {found_in_words(turn)}, not an object")
-        role = _role(turn, "role", number, sample_id, source)
+        role = role_of(turn, "role", number, sample_id, source)
         content = turn.get("content")
         if isinstance(content, str):
             pairs.append((role, content))
@@ -273,52 +237,53 @@ def parse_messages_row(row: Any, index: int = 0, source: str = "") -> Conversati
             pairs.append((role, "".join(_part(part, number, inline, sample_id, source) for part in content)))
         else:
             raise malformed(sample_id, source, f"message {number} has no 'content': {found_in_words(turn)}")
-    beside = images_of(row, sample_id, source)
-    if inline and beside:
-        raise malformed(sample_id, source, "images stand both inside the messages and beside them")
-    return _conversation(row, sample_id, tuple(inline) or beside, pairs, source)
+    beside: dict[str, tuple[Any, ...]] = {
+        "image": images_of(row, sample_id, source),
+        "video": videos_of(row, sample_id, source),
+    }
+    for kind in inline:
+        if inline[kind] and beside[kind]:
+            raise malformed(sample_id, source, f"{kind}s stand both inside the messages and beside them")
+    images, videos = (tuple(inline[kind]) or beside[kind] for kind in ("image", "video"))
+    return _conversation(row, sample_id, images, videos, pairs, source)
 
 
-def _part(part: Any, number: int, inline: list[ImageSource], sample_id: str, source: str) -> str:
-    """The text of a part of a message's content; an image that it carries is added to `inline`."""
+def _part(part: Any, number: int, inline: dict[str, list[Any]], sample_id: str, source: str) -> str:
+    """The text of a part of a message's content; an image or video that it carries is added to `inline`."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "video", "video_url"):
         what = f"of the type {kind!r}" if isinstance(kind, str) and kind != "text" else found_in_words(part)
         raise malformed(
-            sample_id, source, f"message {number} has a content part {what}; read are 'text', 'image' and 'image_url'"
+            sample_id,
+            source,
+            f"message {number} has a content part {what}; read are 'text', 'image' and 'image_url', 'video' and "
+            "'video_url'",
         )
-    held = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    medium = kind.removesuffix("_url")
+    held = next((part[key] for key in (medium, "path", "url", f"{medium}_url") if part.get(key) is not None), None)
     if isinstance(held, dict) and "url" in held:
         held = held["url"]
     if held is not None:
-        inline.append(image_of(held, sample_id, source))
-    elif kind == "image_url":
-        raise malformed(sample_id, source, f"message {number} has an image_url without a url")
-    return PLACEHOLDER
-
-
-def row_id(row: Any, index: int, source: str = "") -> str:
-    """What a row is called: its id, or its place in the file.
-
-    Raises:
-        BadSample: an id that is no text (half of a surrogate pair).
-    """
-    own_id = row.get("id") if isinstance(row, dict) else None
-    if own_id is None or own_id == "":
-        return f"#{index}"
-    check_text(str(own_id), "its id", f"#{index}", source)
-    return str(own_id)
+        inline[medium].append((image_of if medium == "image" else video_of)(held, sample_id, source))
+    elif kind.endswith("_url"):
+        raise malformed(sample_id, source, f"message {number} has an {kind} without a url")
+    return f"<{medium}>"
 
 
 def _conversation(
-    row: dict[str, Any], sample_id: str, images: tuple[ImageSource, ...], pairs: list[tuple[str, str]], source: str
+    row: dict[str, Any],
+    sample_id: str,
+    images: tuple[ImageSource, ...],
+    videos: tuple[VideoSource, ...],
+    pairs: list[tuple[str, str]],
+    source: str,
 ) -> Conversation:
-    refused = refused_column(row, bool(images))
+    refused = refused_column(row, bool(images), bool(videos))
     if refused is not None:
         raise malformed(sample_id, source, refused)
-    system = _system(row, pairs, sample_id, source)
+    system = system_turn(row, pairs, sample_id, source)
     turns = pairs[bool(pairs) and pairs[0][0] == "system" :]
     # As LLaVA does: a conversation that the assistant opens begins with the user's first turn.
     if turns and turns[0][0] == "assistant":
@@ -329,72 +294,36 @@ def _conversation(
             raise malformed(sample_id, source, f"turn {number} is the {role}'s where the {expected}'s is due")
     if not turns:
         raise malformed(sample_id, source, "there is no user's turn")
+    if videos and not images:
+        system, turns = _in_place_of_images(system, len(videos)), _in_place_of_images(turns, len(videos))
     for role, text in system + turns:
         check_text(text, f"the {role}'s turn", sample_id, source)
-        stray = stray_media(role, text)
+        stray = stray_media(role, text.replace(VIDEO_PLACEHOLDER, "") if videos else text)
         if stray is not None:
-            raise malformed(
-                sample_id, source, f"the {role}'s turn has the placeholder {stray}: videos and sound are not read"
-            )
-    placeholders = sum(text.count(PLACEHOLDER) for _, text in system + turns)
-    is_placed = bool(images) and not placeholders
-    if is_placed:
+            what = f"write {VIDEO_PLACEHOLDER}" if videos else "the row holds no video, and sound is not read"
+            raise malformed(sample_id, source, f"the {role}'s turn has the placeholder {stray}: {what}")
+    said = [text for _, text in system + turns]
+    counts = {mark: sum(text.count(mark) for text in said) for mark in (PLACEHOLDER, VIDEO_PLACEHOLDER)}
+    given = {PLACEHOLDER: len(images), VIDEO_PLACEHOLDER: len(videos)}
+    unplaced = [mark for mark in given if given[mark] and not counts[mark]]
+    for mark in unplaced:
         foreign = next((match[0] for _, text in turns if (match := _FOREIGN_PLACEHOLDER.search(text))), None)
-        if foreign is not None:
-            raise BadSample(
-                "placeholder_count",
-                sample_id,
-                f"{len(images)} images, and {foreign} in a text, which is no placeholder here: write {PLACEHOLDER}",
-                source,
-            )
-        turns = [("user", PLACEHOLDER * len(images) + "\n" + turns[0][1]), *turns[1:]]
-    elif placeholders != len(images):
-        raise BadSample(
-            "placeholder_count",
-            sample_id,
-            f"{len(images)} images but {placeholders} {PLACEHOLDER} placeholders; each image needs one",
-            source,
-        )
-    return Conversation(sample_id, images, tuple(system + turns), is_placed)
+        if foreign is not None and mark == PLACEHOLDER:
+            detail = f"{len(images)} images, and {foreign} in a text, which is no placeholder here: write {mark}"
+            raise BadSample("placeholder_count", sample_id, detail, source)
+    for mark, what in ((PLACEHOLDER, "image"), (VIDEO_PLACEHOLDER, "video")):
+        is_counted = mark == PLACEHOLDER or videos  # without a video, <video> is a word of a question about HTML
+        if is_counted and mark not in unplaced and counts[mark] != given[mark]:
+            detail = f"{given[mark]} {what}s but {counts[mark]} {mark} placeholders; each {what} needs one"
+            raise BadSample("placeholder_count", sample_id, detail, source)
+    if unplaced:
+        turns = [("user", "".join(mark * given[mark] for mark in unplaced) + "\n" + turns[0][1]), *turns[1:]]
+    return Conversation(sample_id, images, tuple(system + turns), bool(unplaced), videos)
 
 
-def _system(row: dict[str, Any], pairs: list[tuple[str, str]], sample_id: str, source: str) -> list[tuple[str, str]]:
-    """The system turn: the one among the turns, or what a column beside them says."""
-    system = pairs[:1] if pairs and pairs[0][0] == "system" else []
-    for name, value in row.items():
-        if str(name).lower() not in SYSTEM or is_empty(value):
-            continue
-        if not isinstance(value, str):
-            raise malformed(sample_id, source, f"the column {name!r} is {found_in_words(value)}, not a text")
-        if system and system[0][1] != value:
-            raise malformed(sample_id, source, f"the column {name!r} and another system prompt differ: keep one")
-        system = [("system", value)]
-    return system
-
-
-def _turn_list(row: Any, sample_id: str, source: str) -> list[Any]:
-    if isinstance(row, dict) and row.get("conversations") and row.get("messages"):
-        raise malformed(sample_id, source, "it has both 'conversations' and 'messages': keep one")
-    turns = _given_turns(row)
-    prompt = row["prompt"] if turns and _is_prompt_and_completion(row) else None
-    if isinstance(prompt, list) and any(isinstance(one, dict) and one.get("role") == "assistant" for one in prompt):
-        raise malformed(sample_id, source, "the prompt holds an answer, which would be learned as well: use messages")
-    if not turns:
-        key = (
-            "messages"
-            if isinstance(row, dict) and row.get("conversations") is None and "messages" in row
-            else "conversations"
-        )
-        raise malformed(sample_id, source, f"there is no list {key!r} of turns in {found_in_words(row)}")
-    return turns
-
-
-def _role(turn: dict[str, Any], key: str, number: int, sample_id: str, source: str) -> str:
-    name = turn.get(key)
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None or (role == "system" and number):
-        raise malformed(sample_id, source, f"turn {number} has the role {name!r}; known are {', '.join(ROLES)}")
-    refused = refused_key(turn, role) if len(turn) > 2 else None  # beside its role and text
-    if refused is not None:
-        raise malformed(sample_id, source, f"in turn {number}, {refused}")
-    return role
+def _in_place_of_images(turns: list[tuple[str, str]], videos: int) -> list[tuple[str, str]]:
+    """Turns whose `<image>` stand for so many videos, as in LLaVA's own video mixes: written as `<video>`."""
+    said = "".join(text for _, text in turns)
+    if VIDEO_PLACEHOLDER in said or said.count(PLACEHOLDER) != videos:
+        return turns
+    return [(role, text.replace(PLACEHOLDER, VIDEO_PLACEHOLDER)) for role, text in turns]

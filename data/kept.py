@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from shortzip.data.errors import UserError
-from shortzip.data.files import read_json, sweep, write_atomically, writing
+from shortzip.data.files import read_json, sha256, sweep, write_atomically, writing
 from shortzip.data.images import BadImage, image_bytes
 from shortzip.data.instructions import Conversation
+from shortzip.data.videos import VideoSource, files_of
 
 
 def identity_of(parts: Any) -> str:
@@ -27,9 +28,9 @@ def identity_of(parts: Any) -> str:
 def conversations_digest(
     conversations: Iterable[Conversation], image_root: str | os.PathLike[str] | None = None
 ) -> str:
-    """SHA-256 (hex) of conversations: ids, turns, and the bytes of their images, wherever these lie.
+    """SHA-256 (hex) of conversations: ids, turns, and the bytes of their images and videos, wherever these lie.
 
-    An image that cannot be read counts by what is wrong with it.
+    An image or video that cannot be read counts by what is wrong with it.
     """
     digest = hashlib.sha256()
     for conversation in conversations:
@@ -39,8 +40,18 @@ def conversations_digest(
                 images.append(hashlib.sha256(image_bytes(source, image_root)).hexdigest())
             except (BadImage, OSError) as error:
                 images.append(f"{type(error).__name__}: {error}")
-        digest.update(json.dumps([conversation.id, conversation.turns, images]).encode() + b"\n")
+        row: list[Any] = [conversation.id, conversation.turns, images]
+        if conversation.videos:
+            row.append([_video_digests(source, image_root) for source in conversation.videos])
+        digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _video_digests(source: VideoSource, image_root: str | os.PathLike[str] | None) -> list[str]:
+    try:
+        return [sha256(file) for file in files_of(source, image_root)]
+    except (BadImage, OSError) as error:
+        return [f"{type(error).__name__}: {error}"]
 
 
 class Kept:

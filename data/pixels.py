@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,14 @@ def pixels_of_row(images: Sequence[Image.Image], image_processor: Any, several: 
         rows = [list(images) if len(images) > 1 else [images[0], images[0]]]
         return list(image_processor(rows, return_tensors="pt")["pixel_values"][: len(images)])
     return [pixel_values(image, image_processor) for image in images]
+
+
+def frames_pixels(frames: Iterator[Image.Image], processor: Any) -> torch.Tensor:
+    """The pixels [F, 3, H, W] float32 of a video's RGB frames, as the processor of a family with videos makes them.
+
+    One is made at a time, since those of a file may be large and those of a folder of different sizes.
+    """
+    return torch.stack([processor.pixels_of_frame(frame) for frame in frames])
 
 
 def cuts_lone_images_only(image_processor: Any) -> bool:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from shortzip.data.drops import BadSample
+from shortzip.data.errors import UserError
 from shortzip.data.images import BadImage, ImageSource
 from shortzip.data.instructions import Conversation
 from shortzip.data.known_images import KnownImages
 from shortzip.data.supervision import Encoded, Supervision
+from shortzip.data.video_frames import frames_seen
+from shortzip.data.videos import VideoSource, video_name
 
 _CACHE_FORMAT = 4
 BudgetSource = Callable[[ImageSource, str | os.PathLike[str] | None], int]
@@ -18,13 +21,15 @@ BudgetSource = Callable[[ImageSource, str | os.PathLike[str] | None], int]
 
 
 class Counted(NamedTuple):
-    """A row that can be used: its place among all rows, tokens, supervised tokens, images left, and `Encoded.cut`."""
+    """A row that can be used: its place among all rows, tokens, supervised tokens, images left, `Encoded.cut`, and
+    videos left."""
 
     number: int
     tokens: int
     supervised: int
     images: int
     cut: str | None
+    videos: int = 0
 
 
 def encode_unread(
@@ -35,19 +40,30 @@ def encode_unread(
     budget_of: BudgetSource | None = None,
 ) -> Encoded:
     """Tokens and labels of a conversation; of its images no more than the headers are read, where sizes matter, and
-    what `budget_of` reads.
+    what `budget_of` reads; of its videos their lengths, where the number of frames that are seen depends on them.
 
-    Raises BadSample for a bad row or image.
+    Raises BadSample for a bad row, image or video.
     """
+    frames: list[int] = []
     sizes = budgets = None
     try:
         if supervision.needs_image_sizes:
             sizes = [known_images.size(source, image_root) for source in conversation.images]
         if budget_of is not None:
             budgets = [budget_of(source, image_root) for source in conversation.images]
+        if supervision.takes_videos:
+            frames = [_frames_seen(source, supervision, image_root, known_images) for source in conversation.videos]
     except BadImage as error:
         raise BadSample(error.problem, conversation.id, str(error), error.file) from error
-    return supervision.encode(conversation, sizes, budgets)
+    return supervision.encode(conversation, sizes, budgets, frames)
+
+
+def _frames_seen(
+    source: VideoSource, supervision: Supervision, image_root: str | os.PathLike[str] | None, known: KnownImages
+) -> int:
+    if supervision.sampling is None:
+        raise UserError(f"{video_name(source)}: how many frames of a video are seen is not said")
+    return frames_seen(source, image_root, supervision.sampling, known)
 
 
 def lengths_depend_on(
@@ -59,7 +75,8 @@ def lengths_depend_on(
 ) -> dict[str, Any]:
     """All that `Supervision.encode` reads of conversations, as the parts of an identity.
 
-    Of an image that is the number of its placeholders, which processor, budget and (of LLaVA-NeXT) its size decide.
+    Of an image that is the number of its placeholders, which processor, budget and (of LLaVA-NeXT) its size decide; of
+    a video likewise, which processor and sampling decide.
     """
     tokenizer, digest = supervision.tokenizer, hashlib.sha256()
     for conversation in conversations:
@@ -71,7 +88,10 @@ def lengths_depend_on(
                 images.append(supervision.placeholders(size, own))
             except BadImage as error:
                 images.append(error.problem)
-        digest.update(json.dumps([conversation.id, images, conversation.turns]).encode() + b"\n")
+        row: list[Any] = [conversation.id, images, conversation.turns]
+        if conversation.videos:
+            row.append(_placeholders_of_videos(conversation, supervision, image_root, known_images))
+        digest.update(json.dumps(row).encode() + b"\n")
     return {
         "format": _CACHE_FORMAT,
         "conversations and placeholders": digest.hexdigest(),
@@ -83,3 +103,20 @@ def lengths_depend_on(
         "splits special tokens": tokenizer.split_special_tokens,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
+
+
+def _placeholders_of_videos(
+    conversation: Conversation,
+    supervision: Supervision,
+    image_root: str | os.PathLike[str] | None,
+    known: KnownImages,
+) -> list[int | str]:
+    if not supervision.takes_videos:
+        return ["none is taken"] * len(conversation.videos)
+    found: list[int | str] = []
+    for source in conversation.videos:
+        try:
+            found.append(supervision.video_placeholders(_frames_seen(source, supervision, image_root, known)))
+        except BadImage as error:
+            found.append(error.problem)
+    return found

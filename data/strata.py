@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
 
 from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import UserError
@@ -23,10 +24,11 @@ NO_FOLDER = "(no folder)"
 
 
 def source_of(conversation: Conversation) -> str:
-    """The source of a row, as its first image's path shows it: `coco` for `coco/train2017/1.jpg`."""
-    if not conversation.images:
+    """The source of a row, as its first image's (or video's) path shows it: `coco` for `coco/train2017/1.jpg`."""
+    if not conversation.images and not conversation.videos:
         return TEXT_ONLY
-    first = conversation.images[0]
+    first: Any = (*conversation.images, *conversation.videos)[0]
+    first = first[0] if isinstance(first, tuple) else first
     named = first if isinstance(first, str) else ""
     # Windows writes backslashes, and reads both.
     parts = (PureWindowsPath if "\\" in named else PurePosixPath)(named).parts
@@ -38,7 +40,8 @@ def rank_of(conversation: Conversation, seed: int) -> int:
     # An embedded image, and a row without an id, are called by their place in the file, which must not come in.
     paths = [source for source in conversation.images if isinstance(source, str)]
     name = "" if conversation.id.startswith("#") else conversation.id
-    text = json.dumps([seed, name, paths, conversation.turns], separators=(",", ":"))
+    said = [seed, name, paths, conversation.turns, *([conversation.videos] if conversation.videos else [])]
+    text = json.dumps(said, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -115,14 +118,15 @@ def check_drawable(
     """Refuse a row that no share of the rows is to hold.
 
     Raises:
-        BadSample: it has no answer, no image (that the projector could learn from), or an image outside the root.
+        BadSample: it has no answer, no image or video (that the projector could learn from), or one outside the root.
     """
     if not any(text for role, text in conversation.turns if role == "assistant"):
         raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from", source)
-    if not conversation.images and not keep_text_only:
+    if not conversation.images and not conversation.videos and not keep_text_only:
         raise BadSample("text_only", conversation.id, "no image, so no gradient for the projector", source)
+    of_videos = (path for video in conversation.videos for path in ((video,) if isinstance(video, str) else video))
     try:
-        for path in conversation.images:
+        for path in (*conversation.images, *of_videos):
             # Without an image root, nobody can say what lies outside of it, but `..` shows.
             if isinstance(path, str) and (image_root is not None or not os.path.isabs(path)):
                 resolve_image_path(path, image_root or "image root")

@@ -1,16 +1,13 @@
-"""A share of an instruction mix as a file, with the list of images it needs and a report on what was left out."""
+"""A share of an instruction mix as a file, with the lists of images and videos it needs and a report on what was left
+out."""
 
 import hashlib
 import json
 import os
-import threading
-import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,25 +15,17 @@ from shortzip.data.data_uris import InlineImage
 from shortzip.data.drops import BadSample, DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.images import (
-    HINTS,
     BadImage,
-    ImageProblem,
-    check_image_file,
     image_bytes,
-    image_name,
     image_suffix,
-    open_image,
-    resolve_image_path,
 )
 from shortzip.data.instructions import EXPECTED, Conversation, UnknownFormat, parse_row, parse_rows
 from shortzip.data.json_rows import JsonRowError, iterate_json_rows
 from shortzip.data.strata import Ranking, check_drawable, source_of, too_small
 from shortzip.data.subset_folder import IMAGES, REPORT, SUBSET, new_subset
+from shortzip.data.subset_media import Media, Progress
 from shortzip.data.tables import iterate_table
-
-# Called with what is being done, how far it is, and how far it goes where that is known.
-Progress = Callable[[str, int, int | None], None]
-Problems = dict[str, tuple[ImageProblem, str]]
+from shortzip.data.videos import VideoSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +34,14 @@ class SubsetOptions:
 
     Attributes:
         instructions: a JSON, JSONL or parquet file, a folder of a `datasets` table, or a dataset on the Hub.
-        output: folder for the subset, its list of images and the report.
-        image_root: folder that image paths are relative to; None: the images are not looked for.
+        output: folder for the subset, its lists of images and videos and the report.
+        image_root: folder that paths of images and videos are relative to; None: these are not looked for.
         fraction: share of the usable rows, above 0 and at most 1.
         seed: another seed draws other rows.
         keep_text_only: keep rows without an image; they give the projector no gradient.
-        missing: "keep" rows whose image is not there yet, or "drop" them.
-        verify_images: decode every image; rows with one that cannot be decoded are dropped.
+        missing: "keep" rows whose image or video is not there yet, or "drop" them.
+        verify_images: decode every image, and every video's frames at `VERIFIED_FRAMES` places; rows with one that
+            cannot be decoded are dropped.
         max_bad_fraction: more malformed rows than this share are an error.
         num_workers: processes that decode; None: one per core.
         split: split of a `datasets` table; None: "train".
@@ -119,7 +109,8 @@ class _Reader:
 
 
 def prepare_subset(options: SubsetOptions, progress: Progress) -> dict[str, Any]:
-    """Draw a subset and write `subset.json`, `images.txt`, `missing_images.txt`, `dropped.jsonl` and `report.json`.
+    """Draw a subset and write `subset.json`, `images.txt`, `missing_images.txt`, `videos.txt` and `missing_videos.txt`
+    where rows have videos, `dropped.jsonl` and `report.json`.
 
     The images of a table are written to `images/` in the output folder, which is the image root then. The folder
     appears whole when all is done; cut off before, the same command begins anew.
@@ -164,21 +155,28 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
     ranking, picked = pick(reader, folder / IMAGES, drops, progress)
     embedded = _embedded(picked, folder / IMAGES, options)
     root = folder / IMAGES if embedded else options.image_root
-    problems = _image_problems(picked, root, options, progress)
-    missing = sorted(path for path, (problem, _) in problems.items() if problem == "missing_image")
-    pairs = [pair for pair in picked if not _drop_for_images(pair[0], problems, options, drops)]
+    if root is None:
+        _refuse_without_root(options)
+    media = Media(root, options.verify_images, options.num_workers, options.missing == "keep")
+    media.look([conversation for conversation, _ in picked], progress)
+    pairs = [pair for pair in picked if not _drop_for_media(pair[0], media, options, drops)]
     if ranking.ranks and not picked:
         raise UserError(too_small(options.fraction, len(ranking.ranks)))
     if not pairs:
         raise UserError(f"no row is left for the subset. {drops.summary()}.")
     drops.placed = sum(conversation.is_placed for conversation, _ in pairs)
     images = sorted({path for conversation, _ in pairs for path in conversation.images if isinstance(path, str)})
-    missing = [path for path in missing if path in set(images)] if options.missing == "keep" else missing
+    missing = media.missing_images(images)
     if embedded:
         root = options.output / IMAGES
     digest = _write_rows(folder / SUBSET, [row for _, row in pairs])
     _write_lines(folder / "images.txt", images)
     _write_lines(folder / "missing_images.txt", missing)
+    videos = list(dict.fromkeys(video for conversation, _ in pairs for video in conversation.videos))
+    missing_videos = media.missing_videos(videos)
+    if videos:
+        _write_lines(folder / "videos.txt", _paths_of(videos))
+        _write_lines(folder / "missing_videos.txt", _paths_of(missing_videos))
     drops.write(folder / "dropped.jsonl")
     report = {
         "instructions": options.instructions,
@@ -195,6 +193,8 @@ def _write_subset(options: SubsetOptions, folder: Path, reader: _Reader, progres
         "answer_characters": answer_histogram([conversation for conversation, _ in pairs]),
         "images": len(images),
         "missing_images": len(missing),
+        "videos": len(videos),
+        "missing_videos": len(missing_videos),
         "images_verified": options.verify_images,
         "sha256": digest,
     }
@@ -302,64 +302,22 @@ def as_llava_row(conversation: Conversation) -> dict[str, Any]:
     row: dict[str, Any] = {"id": conversation.id}
     if conversation.images:
         row["image"] = conversation.images[0] if len(conversation.images) == 1 else list(conversation.images)
+    if conversation.videos:
+        row["video"] = list(conversation.videos)
     row["conversations"] = [{"from": names[role], "value": text} for role, text in conversation.turns]
     return row
 
 
-def _image_problems(picked: Picked, root: Path | None, options: SubsetOptions, progress: Progress) -> Problems:
-    """What is wrong with the images of the chosen rows, by path."""
-    paths = sorted({path for conversation, _ in picked for path in conversation.images if isinstance(path, str)})
-    if root is None:
-        _refuse_without_root(options)
-        return {}
-    if not options.verify_images:
-        return check_images(paths, root)
-    problems: Problems = {}
-    chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
-    with ProcessPoolExecutor(options.num_workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        for done, of_chunk in enumerate(pool.map(check_images, chunks, repeat(root), repeat(True))):
-            problems.update(of_chunk)
-            progress("decoding images", min(64 * (done + 1), len(paths)), len(paths))
-    return problems
+def _drop_for_media(conversation: Conversation, media: Media, options: SubsetOptions, drops: DropLog) -> bool:
+    found = media.problem_of(conversation)
+    if found is not None:
+        drops.add(BadSample(found[0], conversation.id, found[1], options.instructions))
+    return found is not None
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent, if that is killed: it would wait for work, and hold locks, for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def check_images(paths: Sequence[str], root: Path, decode: bool = False) -> Problems:
-    """Images that are missing, no files, empty, or (with `decode`) that cannot be decoded, and why."""
-    problems: Problems = {}
-    for path in paths:
-        try:
-            if decode:
-                open_image(path, root)
-            else:
-                check_image_file(resolve_image_path(path, root), hint=len(problems) < HINTS)
-        except BadImage as error:
-            problems[path] = (error.problem, error.detail)
-    return problems
-
-
-def _drop_for_images(conversation: Conversation, problems: Problems, options: SubsetOptions, drops: DropLog) -> bool:
-    for path in conversation.images:
-        problem, detail = problems.get(path, (None, "")) if isinstance(path, str) else (None, "")
-        if options.verify_images and isinstance(path, InlineImage):
-            try:
-                open_image(path)
-            except BadImage as error:
-                problem, detail = error.problem, error.detail
-        if problem is not None and not (problem == "missing_image" and options.missing == "keep"):
-            drops.add(BadSample(problem, conversation.id, f"{image_name(path)}: {detail}", options.instructions))
-            return True
-    return False
+def _paths_of(videos: Sequence[VideoSource]) -> list[str]:
+    """The paths that videos are named by: of files and folders, or of frames."""
+    return sorted({path for video in videos for path in ((video,) if isinstance(video, str) else video)})
 
 
 def answer_histogram(conversations: Sequence[Conversation]) -> dict[str, int]:

@@ -6,23 +6,25 @@ before each piece; so it is done here.
 """
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shortzip.data.chat_template import TemplateError, compiled, render
+from shortzip.data.chat_template import TemplateError, compiled, reading_videos, render
 from shortzip.data.drops import BadSample
+from shortzip.data.encoded import IGNORE_INDEX as IGNORE_INDEX
+from shortzip.data.encoded import Encoded as Encoded
+from shortzip.data.encoded import token_range
 from shortzip.data.errors import MissingFile, UserError
 from shortzip.data.files import read_text
 from shortzip.data.instructions import Conversation
 from shortzip.data.pixels import cuts_lone_images_only
+from shortzip.data.videos import Sampling
 
 Processor = Any  # transformers' or a reduced one, of any family
 
-IGNORE_INDEX = -100
+_Span = tuple[int, int]
 _SPACE = "\u2581"  # how sentencepiece writes a space
 TEMPLATES = (
     "vicuna_v1",
@@ -43,31 +45,6 @@ _FAMILIES = {
     r"<\|im_start\|>assistant\s+A(<\|im_end\|>)?",
     "mistral_instruct": r"\[INST\]\s*{image}\s*Q\s*\[/INST\]\s*A\s*(<\\s>|</s>)?",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A conversation as tokens.
-
-    Attributes:
-        input_ids: [L] token ids, as many placeholder ids per image as the model fills.
-        labels: [L] the id at supervised positions, -100 elsewhere; not shifted.
-        answers: token ranges (start, end) of the answers that are left, end token included. `input_ids[:start]` is
-            the prompt that the answer follows.
-        images: how many of the conversation's images are left (the first ones).
-        cut: None, "turn" if whole turns were cut off for `max_length`, "answer" if the first answer itself was.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    answers: list[tuple[int, int]]
-    images: int
-    cut: str | None = None
-
-    @property
-    def supervised(self) -> int:
-        """Number of supervised tokens."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 def load_template(name: str) -> str:
@@ -101,6 +78,16 @@ def choose_template(processor: Processor, name: str = "auto") -> str:
         ValueError: "release", and it has none; "auto", and its own would not have the end token learned.
         FileNotFoundError: no such template.
     """
+    chosen = _choose(processor, name)
+    return reading_videos(chosen) if takes_videos(processor) else chosen
+
+
+def takes_videos(processor: Processor) -> bool:
+    """Whether a processor is that of a family that takes videos, which have a placeholder then."""
+    return hasattr(processor, "video_token")
+
+
+def _choose(processor: Processor, name: str) -> str:
     own = _own_template(processor)
     if name == "release":
         if not own:
@@ -147,12 +134,19 @@ class Supervision:
         chat_template: jinja source; None: `processor.chat_template`. Answers are found by its generation marks, or,
             where it has none, by rendering the conversation up to and including each answer.
         max_length: longest row in tokens, visual tokens included; None: no limit.
+        sampling: which frames of videos are seen; None where no video is read from files.
 
     Raises:
         ValueError: no template, a tokenizer without offsets, or a `max_length` below 2.
     """
 
-    def __init__(self, processor: Processor, chat_template: str | None = None, max_length: int | None = 2048) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        chat_template: str | None = None,
+        max_length: int | None = 2048,
+        sampling: Sampling | None = None,
+    ) -> None:
         template = chat_template or _own_template(processor)
         if not template:
             raise UserError(
@@ -173,6 +167,7 @@ class Supervision:
         self.tokenizer = processor.tokenizer
         self.template = template
         self.max_length = max_length
+        self.sampling = sampling
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         opening = self.tokenizer("x").input_ids[:1]
         self._bos = opening if opening == [self.tokenizer.bos_token_id] else []
@@ -181,6 +176,7 @@ class Supervision:
         self._takes_space = bare == spaced and self.tokenizer.convert_ids_to_tokens(bare)[0].startswith(_SPACE)
         # Where images are cut into the tiles of a grid, which one depends on their size.
         self.needs_image_sizes = hasattr(processor.image_processor, "image_grid_pinpoints")
+        self.takes_videos = takes_videos(processor)
         self._placeholders: dict[tuple[tuple[int, int], int | None], int] = {}
 
     def placeholders(self, size: tuple[int, int], budget: int | None = None) -> int:
@@ -192,6 +188,10 @@ class Supervision:
             counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)], **own)
             self._placeholders[size, budget] = int(counted["num_image_tokens"][0])
         return self._placeholders[size, budget]
+
+    def video_placeholders(self, frames: int) -> int:
+        """Placeholders for a video of which so many frames are seen."""
+        return int(self.processor.video_tokens(frames))
 
     def sizes_in_row(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Sizes of all images of one row as `placeholders` and the model take them: (0, 0) for one that is not cut
@@ -237,6 +237,7 @@ class Supervision:
         conversation: Conversation,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         budgets: Sequence[int] | None = None,
+        frames: Sequence[int] = (),
     ) -> Encoded:
         """Token ids and the answers' places.
 
@@ -248,37 +249,51 @@ class Supervision:
             conversation: what to encode.
             image_sizes: (height, width) of each image in pixels; needed where `needs_image_sizes`.
             budgets: of each image, where it has its own.
+            frames: how many frames of each video are seen.
 
         Raises:
-            BadSample: "no_answer" without a single answer, "too_long" when not even the first question fits, or the
-                template does not fit the conversation.
+            BadSample: "video" where the family takes none, "no_answer" without a single answer, "too_long" when not
+                even the first question fits, or the template does not fit the conversation.
         """
+        if conversation.videos and not self.takes_videos:
+            raise BadSample(
+                "video",
+                conversation.id,
+                f"{len(conversation.videos)} videos, and this release takes none (reduction/README.md, 'Families')",
+            )
         text, spans = self.render(conversation)
         if not spans:
             raise BadSample("no_answer", conversation.id, "every answer is empty: nothing to learn from")
-        ids, characters, images = self._tokenize(conversation, text, image_sizes, budgets)
-        answers = [tokens for tokens in (_token_range(characters, span) for span in spans) if tokens[0] < tokens[1]]
+        ids, characters, images, videos = self._tokenize(conversation, text, image_sizes, budgets, frames)
+        visual = images + videos
+        answers = [tokens for tokens in (token_range(characters, span) for span in spans) if tokens[0] < tokens[1]]
         length, cut = len(ids), None
         if self.max_length is not None and length > self.max_length:
-            length, cut = self._fit(conversation, answers, images)
+            length, cut = self._fit(conversation, answers, visual)
             answers = [(start, min(end, length)) for start, end in answers if start < length]
         labels = [IGNORE_INDEX] * length
         for start, end in answers:
             labels[start:end] = ids[start:end]
-        for start, end in images:
+        for start, end in visual:
             # An image inside an answer is nothing that the language model could say.
             if end <= length:
                 labels[start:end] = [IGNORE_INDEX] * (end - start)
-        return Encoded(ids[:length], labels, answers, sum(end <= length for _, end in images), cut)
+        left, shown = (sum(end <= length for _, end in places) for places in (images, videos))
+        return Encoded(ids[:length], labels, answers, left, cut, shown)
 
-    def prompt(self, conversation: Conversation, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+    def prompt(
+        self,
+        conversation: Conversation,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        frames: Sequence[int] = (),
+    ) -> list[int]:
         """[L] ids of a conversation that ends with the user's turn, up to where the answer is generated.
 
         Raises:
             BadSample: the template does not fit the conversation.
         """
         text, _ = self._jinja(conversation, conversation.messages(), prompt=True)
-        return self._tokenize(conversation, text, image_sizes)[0]
+        return self._tokenize(conversation, text, image_sizes, frames=frames)[0]
 
     def _jinja(
         self, conversation: Conversation, messages: list[dict[str, Any]], marks: bool = False, prompt: bool = False
@@ -295,43 +310,59 @@ class Supervision:
         text: str,
         image_sizes: Sequence[tuple[int, int]] | None,
         budgets: Sequence[int] | None = None,
-    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
-        """Ids, the character range of each in `text`, and the token range of each image."""
+        frames: Sequence[int] = (),
+    ) -> tuple[list[int], list[_Span], list[_Span], list[_Span]]:
+        """Ids, the character range of each in `text`, and the token ranges of images and of videos."""
         expected = len(conversation.images)
         if image_sizes is None:
             if expected and self.needs_image_sizes:
                 raise UserError("this processor's placeholders depend on the image: image_sizes are needed")
             image_sizes = [(0, 0)] * expected
-        mark = self.processor.image_token
-        pieces = text.split(mark)
-        image_sizes = self.sizes_in_row(image_sizes)
-        if len(pieces) - 1 != expected or len(image_sizes) != expected:
-            raise BadSample(
-                "placeholder_count",
-                conversation.id,
-                f"{expected} images but the chat template renders {len(pieces) - 1} {mark} placeholders; "
-                "each image needs one",
+        image_sizes, budgets = self.sizes_in_row(image_sizes), budgets or [None] * expected  # type: ignore[list-item]
+        if len(image_sizes) != expected or len(frames) != len(conversation.videos):
+            raise UserError(
+                f"row {conversation.id!r}: {len(image_sizes)} sizes for {expected} images, {len(frames)} numbers of "
+                f"frames for {len(conversation.videos)} videos"
             )
+        processor: Any = self.processor
+        counts = {processor.image_token: [*map(self.placeholders, image_sizes, budgets)]}
+        numbers, found = {processor.image_token: processor.image_token_id}, {processor.image_token: list[_Span]()}
+        if self.takes_videos:
+            counts[processor.video_token] = [*map(self.video_placeholders, frames)]
+            numbers[processor.video_token], found[processor.video_token] = processor.video_token_id, []
+        self._check_marks(conversation, text, {mark: len(held) for mark, held in counts.items()})
         with_bos = self._bos and not text.startswith(self.tokenizer.bos_token)
         ids: list[int] = list(self._bos) if with_bos else []
-        characters: list[tuple[int, int]] = [(0, 0)] * len(ids)
-        images: list[tuple[int, int]] = []
+        characters: list[_Span] = [(0, 0)] * len(ids)
         at = 0
-        for number, piece in enumerate(pieces):
-            if number:
-                count = self.placeholders(image_sizes[number - 1], budgets[number - 1] if budgets else None)
-                images.append((len(ids), len(ids) + count))
-                ids += [self.processor.image_token_id] * count
-                characters += [(at, at + len(mark))] * count
-                at += len(mark)
-            extra = self._takes_space and piece.startswith((" ", _SPACE))
-            text_of = " " * extra + piece
-            tokens = self.tokenizer(text_of, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids += tokens["input_ids"]
-            first = at - extra
-            characters += [(max(first + start, at), first + end) for start, end in tokens["offset_mapping"]]
+        for piece in re.split(f"({'|'.join(map(re.escape, counts))})", text):
+            if piece in counts:
+                count = counts[piece][len(found[piece])]
+                found[piece].append((len(ids), len(ids) + count))
+                ids += [numbers[piece]] * count
+                characters += [(at, at + len(piece))] * count
+            else:
+                extra = self._takes_space and piece.startswith((" ", _SPACE))
+                text_of = " " * extra + piece
+                tokens = self.tokenizer(text_of, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                ids += tokens["input_ids"]
+                first = at - extra
+                characters += [(max(first + start, at), first + end) for start, end in tokens["offset_mapping"]]
             at += len(piece)
-        return ids, characters, images
+        videos = found[processor.video_token] if self.takes_videos else []
+        return ids, characters, found[processor.image_token], videos
+
+    def _check_marks(self, conversation: Conversation, text: str, expected: Mapping[str, int]) -> None:
+        """Raises BadSample where a rendered text has not one mark for each image and video."""
+        for mark, count in expected.items():
+            what, rendered = "image" if mark == self.processor.image_token else "video", text.count(mark)
+            if rendered != count:
+                raise BadSample(
+                    "placeholder_count",
+                    conversation.id,
+                    f"{count} {what}s but the chat template renders {rendered} {mark} placeholders; each {what} needs "
+                    "one",
+                )
 
     def _fit(
         self, conversation: Conversation, answers: list[tuple[int, int]], images: list[tuple[int, int]]
@@ -350,10 +381,3 @@ class Supervision:
                 f"max_length is {limit}",
             )
         return limit, "answer"
-
-
-def _token_range(characters: list[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens that hold any character of a span. (Several tokens may share one character: byte fallback.)"""
-    start = bisect_right(characters, span[0], key=lambda held: held[1])
-    end = bisect_left(characters, span[1], key=lambda held: held[0])
-    return start, max(start, end)

@@ -138,6 +138,36 @@ class Family:
         side = config.vision_config.image_size
         return {"pixel_values": zero.expand(1, 3, side, side)}
 
+    def no_video(self, config: Any, zero: Any) -> dict[str, Any]:
+        """As `no_image`, an empty video as get_video_features takes it; of a family that takes videos."""
+        side, frames = config.vision_config.image_size, 1 if self.any_frames else self.frames_read(config)
+        return {"pixel_values_videos": zero.expand(1, frames, 3, side, side)}
+
+    def frames_read(self, release: Any) -> int:
+        """The frames of a video that a release was trained with, by its config or its processor."""
+        return self.video_frames
+
+    def check_frames(self, frames: int | None, release: Any) -> int:
+        """How many frames of a video are seen where a user asks for `frames` (None: as `frames_read` says).
+
+        Raises:
+            ReductionError: the family takes no videos, or only those of its own number of frames.
+        """
+        if not self.video_frames:
+            raise ReductionError(f"frames of a video is {frames}: a {self.title} takes no videos")
+        own = self.frames_read(release)
+        if frames is not None and frames != own and not self.any_frames:
+            raise ReductionError(
+                f"frames of a video is {frames}: a {self.title} was built for {own} and reads no other number"
+            )
+        return own if frames is None else frames
+
+    def video_tokens(self, config: Any, visionzip: Mapping[str, Any] | None, frames: int) -> int:
+        """Visual tokens of a video of so many frames: of each the budget, or, where `visionzip` is None, all."""
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        per_frame = side * side if visionzip is None else visionzip["dominant"] + visionzip["contextual"]
+        return int(frames * per_frame)
+
     def tokens_of_budgets(self, model: Any, pixel_values: Any, budgets: Sequence[dict[str, Any]]) -> list[Any]:
         """What `get_visual_tokens` of a model without its head gives of images under each of several `visionzip` keys
         of one method. The tower runs once; of a baseline, once a budget."""
@@ -166,6 +196,16 @@ class Family:
 def family_named(name: str) -> Family:
     """The family of a name in FAMILIES."""
     return import_module(f".family_{name}", __package__).FAMILY
+
+
+def family_of_processor(processor: Any) -> Family:
+    """The family of a processor, reduced or transformers' own. Raises ReductionError: of none."""
+    by_processor = {f"{family.stem}Processor": family for family in all_families()}
+    for kind in type(processor).__mro__:  # its own before those that it is made of
+        family = by_processor.get(kind.__name__.removeprefix("Reduced"))
+        if family is not None:
+            return family
+    raise ReductionError(f"a {type(processor).__name__} is the processor of none of {', '.join(FAMILIES)}")
 
 
 def all_families() -> list[Family]:

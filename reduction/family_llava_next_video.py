@@ -33,5 +33,10 @@ class LlavaNextVideo(LlavaNext):
                 f"tower reads {side} by {side}: set size and crop_size to its"
             )
 
+    def video_tokens(self, config: Any, visionzip: Any, frames: int) -> int:
+        """Where every token is kept, patches are pooled, by two and two of a row and a column."""
+        every = super().video_tokens(config, visionzip, frames)
+        return every // 4 if visionzip is None else every
+
 
 FAMILY: Family = LlavaNextVideo()

@@ -1,5 +1,6 @@
 """LLaVA-OneVision: LLaVA-NeXT's tiles for one image, a tile for each of several, and videos frame by frame."""
 
+import math
 from typing import Any, ClassVar
 
 from .families import Family
@@ -30,6 +31,11 @@ class LlavaOnevision(LlavaNext):
             processor.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
         if own.get("vision_feature_select_strategy") is None:
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+
+    def video_tokens(self, config: Any, visionzip: Any, frames: int) -> int:
+        side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)  # frames are pooled
+        per_frame = side * side if visionzip is None else visionzip["dominant"] + visionzip["contextual"]
+        return int(frames * per_frame + 1)
 
 
 FAMILY: Family = LlavaOnevision()

@@ -48,6 +48,9 @@ class TemporalVideoLlava(VideoLlava):
         super().complete_processor(processor, own, config)
         processor.video_frames = config.video_frames
 
+    def frames_read(self, release: Any) -> int:
+        return int(release.video_frames)
+
     def build_tower(self, config: Any, name: str) -> Any:
         if name != "video_tower":
             return super().build_tower(config, name)

@@ -40,6 +40,10 @@ class VideoLlava(Family):
                 "are Video-LLaVA's: give its release in the authors' layout (LanguageBind/Video-LLaVA-7B)"
             )
 
+    def video_tokens(self, config: Any, visionzip: Any, frames: int) -> int:
+        """Where every token is kept, CLS is among a frame's."""
+        return super().video_tokens(config, visionzip, frames) + (frames if visionzip is None else 0)
+
     def more_tower_parameters(self, config: Any) -> int:
         """The video tower's."""
         return clip_parameters(config.vision_config)

@@ -170,6 +170,13 @@ def usual_tiles(config: PreTrainedConfig) -> int:
     return family_of(config.model_type).tiles(config)
 
 
+def visual_tokens_of_video(config: PreTrainedConfig, visionzip: Mapping[str, Any] | None, frames: int) -> int:
+    """Visual tokens of a video of which so many frames are seen. Raises ReductionError for what the family does not
+    read."""
+    family = family_of(config.model_type)
+    return family.video_tokens(config, visionzip, family.check_frames(frames, config))
+
+
 def visual_tokens_per_image(config: PreTrainedConfig, budget: tuple[int, int] | None, tiles: int = 1) -> int:
     """Visual tokens of one image: the tower's whole grid, or ``budget`` = (dominant, contextual), times ``tiles``.
 

@@ -46,7 +46,7 @@ def in_order(is_video: Tensor, images: Any, videos: Any) -> Any:
     return PlacedFeatures(
         last_hidden_state=images.last_hidden_state,
         pooler_output=list(merged.split(lengths)),  # type: ignore[arg-type]
-        positions=_positions(order, images.get("positions"), videos.get("positions")),
+        positions=positions_in_order(order, images.get("positions"), videos.get("positions")),
     )
 
 
@@ -81,7 +81,8 @@ def order_of(is_video: list[bool], images: list[int], videos: list[int]) -> list
     return order
 
 
-def _positions(order: list[tuple[int, int]], *kinds: ImagePositions | None) -> ImagePositions | None:
+def positions_in_order(order: list[tuple[int, int]], *kinds: ImagePositions | None) -> ImagePositions | None:
+    """The positions of images and videos, given apart, in the order that `order_of` gives."""
     images, videos = kinds
     if images is None or videos is None:
         return None

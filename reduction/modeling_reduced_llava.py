@@ -237,13 +237,13 @@ class ReducedForGenerationMixin(CountsPositions, NamesItsModelMixin):
         mm_token_type_ids: Tensor | None = None,
         fastv_query: Tensor | None = None,
         image_budgets: Any = None,
+        video_frames: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' method. What it names, `generate` takes: `mm_token_type_ids` beside `inputs_embeds`,
-        `fastv_query`, a position of the whole prompt, and `image_budgets`, which only the tower is told."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
-        )
+        `fastv_query`, a position of the whole prompt; towers alone are told `image_budgets` and `video_frames`."""
+        given = {"inputs_embeds": inputs_embeds, "mm_token_type_ids": mm_token_type_ids, **kwargs}
+        inputs = super().prepare_inputs_for_generation(input_ids, **given)
         if fastv_query is not None:
             embeds = inputs.get("inputs_embeds")
             whole, given = (input_ids, inputs["input_ids"]) if embeds is None else (inputs_embeds, embeds)

@@ -4,7 +4,7 @@ Images and videos then go the same way: to the merge, to frozen layers and to pr
 other alike (media.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,42 +32,63 @@ class ReducedVideosMixin(ReducedModelMixin):
         pixel_values_videos: Tensor,
         vision_feature_layer: Any = None,
         vision_feature_select_strategy: str | None = None,
+        video_frames: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Projected visual tokens of V videos: `pooler_output` is a list of V tensors [tokens, H of the decoder],
         frame after frame, as `_joined` joins them.
 
         Args:
-            pixel_values_videos: [V, F, 3, S, S].
+            pixel_values_videos: [V, F, 3, S, S]; or [frames of all videos, 3, S, S] with `video_frames`, of families
+                whose frames are read one by one.
+            video_frames: [V] int, how many frames each video has.
 
         Raises:
             ValueError: pixels of another shape.
         """
         refuse_changed(self.config, self._reductions)
-        if pixel_values_videos.dim() != 5:
-            raise ReductionError(
-                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}, not [videos, frames, 3, S, S]"
-            )
         layer, strategy = vision_feature_layer, vision_feature_select_strategy
+        frames = frames_of_each(pixel_values_videos, video_frames)
+        if pixel_values_videos.dim() == 4:
+            pixel_values_videos = pixel_values_videos[None]
         if self.config.visionzip is None:
-            return self._plain_videos(pixel_values_videos, layer, strategy)
+            if isinstance(frames, int):
+                return self._plain_videos(pixel_values_videos, layer, strategy)
+            parts = pixel_values_videos.split(frames, dim=1)
+            each: list[Any] = [self._plain_videos(part, layer, strategy) for part in parts]
+            return PlacedFeatures(pooler_output=[tokens for of_one in each for tokens in of_one.pooler_output])  # type: ignore[arg-type]
         visual: Any = self.get_frame_tokens(pixel_values_videos, layer)
-        frames = pixel_values_videos.shape[1]
         features: Any = self.project_videos(visual.tokens, frames)
         return PlacedFeatures(
             last_hidden_state=visual.tokens,
             pooler_output=features,
-            positions=self.video_positions(visual.kept, visual.targets, frames),
+            positions=self.positions_of_videos(visual.kept, visual.targets, frames),
         )
 
     def get_frame_tokens(self, pixel_values_videos: Tensor, vision_feature_layer: Any = None) -> VisualTokens:
         """What is chosen of every frame of videos [V, F, 3, S, S]: N is V * F, video after video."""
         return self.get_visual_tokens(pixel_values_videos.flatten(0, 1), vision_feature_layer)
 
-    def project_videos(self, tokens: Tensor, frames: int) -> list[Tensor]:
+    def project_videos(self, tokens: Tensor, frames: int | Sequence[int]) -> list[Tensor]:
         """Projected visual tokens of each video, joined, of the tokens [V * F, budget, H of the tower] that
-        `get_frame_tokens` gives of all frames."""
-        return self._joined(self.multi_modal_projector(tokens), frames)
+        `get_frame_tokens` gives of all frames. `frames`: F, or of each video its own."""
+        projected = self.multi_modal_projector(tokens)
+        if isinstance(frames, int):
+            return self._joined(projected, frames)
+        parts = zip(projected.split(list(frames)), frames, strict=True)
+        return [video for part, count in parts for video in self._joined(part, count)]
+
+    def positions_of_videos(self, kept: Tensor, targets: Tensor, frames: int | Sequence[int]) -> ImagePositions | None:
+        """As `video_positions`, of videos that may have their own numbers of frames."""
+        if isinstance(frames, int):
+            return self.video_positions(kept, targets, frames)
+        of_each = zip(kept.split(list(frames)), targets.split(list(frames)), frames, strict=True)
+        placed = [self.video_positions(*of_video) for of_video in of_each]
+        found = [positions for positions in placed if positions is not None]
+        if len(found) < len(placed):
+            return None
+        tokens = [tokens for positions in found for tokens in positions.tokens]
+        return ImagePositions(tokens, [length for positions in found for length in positions.lengths])
 
     def video_positions(self, kept: Tensor, targets: Tensor, frames: int) -> ImagePositions | None:
         """Where the tokens of each video stand among all that the plain model gives of it; None where they are
@@ -90,6 +111,7 @@ class ReducedVideosMixin(ReducedModelMixin):
         pixel_values_videos: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         image_sizes: Any = None,
+        video_frames: Any = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -109,7 +131,8 @@ class ReducedVideosMixin(ReducedModelMixin):
         if pixel_values_videos is not None and len(pixel_values_videos):
             if "video" in found:
                 raise ReductionError("pixel_values_videos and mm_encoder_outputs['video'] are both given: give one")
-            found["video"] = self.get_video_features(pixel_values_videos, return_dict=True, **encoding)
+            given = {"video_frames": video_frames, "return_dict": True, **encoding}
+            found["video"] = self.get_video_features(pixel_values_videos, **given)
         if "video" in found:
             if pixel_values is not None and len(pixel_values):
                 found["image"] = self.get_image_features(pixel_values, image_sizes, return_dict=True, **encoding)
@@ -170,3 +193,19 @@ class ReducedVideosForGenerationMixin(ReducedForGenerationMixin):
         found = {kind: held for kind, held in encoded.items() if held is not None}
         visual = self.model._placeholders(*self.model._as_images(input_ids, inputs_embeds))
         return visual, self.model.encoded(input_ids, inputs_embeds, found)
+
+
+def frames_of_each(pixel_values_videos: Tensor, video_frames: Any) -> int | list[int]:
+    """The number of frames of all videos, or of each. Raises ReductionError for pixels that are not those of such."""
+    shape = tuple(pixel_values_videos.shape)
+    if pixel_values_videos.dim() == 5:
+        return int(shape[1])
+    if pixel_values_videos.dim() != 4 or video_frames is None:
+        raise ReductionError(
+            f"pixel_values_videos has shape {shape}, not [videos, frames, 3, S, S], nor (with video_frames) "
+            "[all frames, 3, S, S]"
+        )
+    counts = [int(count) for count in video_frames]
+    if sum(counts) != shape[0] or min(counts, default=1) < 1:
+        raise ReductionError(f"video_frames is {counts}, and pixel_values_videos has {shape[0]} frames")
+    return counts

@@ -3,6 +3,7 @@
 What their code does to frames at random, at inference too (every other video is mirrored), is left out.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -80,6 +81,11 @@ class _Frames:
     def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.side = side
         self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+
+    def to_json_string(self) -> str:
+        return json.dumps(
+            {"side": self.side, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        )
 
     def __call__(self, frames: list[Image.Image], **kwargs: Any) -> dict[str, Tensor]:
         """`pixel_values` [F, 3, S, S] float32, of frames of one size."""

@@ -3,6 +3,7 @@
 transformers' own video processors need torchvision, which gives other values than Pillow here and there.
 """
 
+import json
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,16 @@ class ReducedVideosProcessorMixin(ReducedProcessorMixin):
     def _frame_processor(self) -> Any:
         """The image processor (Pillow backend) of frames."""
         raise NotImplementedError
+
+    def pixels_of_frame(self, frame: Image.Image) -> Tensor:
+        """[3, S, S] float32 of a frame, as `video_processor` makes them of it among others."""
+        pixels: Tensor = self._frame_processor()([frame.convert("RGB")], return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def frames_read_by(self) -> dict[str, Any]:
+        """The settings by which a frame becomes pixels, as JSON values."""
+        images = self._frame_processor()
+        return {"class": type(images).__name__, **json.loads(images.to_json_string())}
 
     def _plain_video_tokens(self, frames: int) -> int:
         """Placeholders of the frames of a video of which every token is kept."""

@@ -16,6 +16,7 @@ from shortzip.data.files import held_alone, refuse_to_replace
 from shortzip.data.kept import conversations_digest, identity_of
 from shortzip.data.supervision import Supervision
 from shortzip.train.inputs.samples import folder_of
+from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.spec import ReleaseSpec
@@ -41,7 +42,7 @@ def run(config: AnswerConfig) -> None:
     spec = ReleaseSpec(config.model, config.revision, chat_template=config.chat_template, dtype=dtype)
     release = open_release(spec)
     model, processor = load_release(release)
-    supervision = Supervision(processor, max_length=None)
+    supervision = Supervision(processor, max_length=None, sampling=sampling_of(processor))
     identity = identity_of(
         {
             "questions": conversations_digest(questions, root),

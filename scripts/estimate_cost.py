@@ -1,6 +1,7 @@
 """Prints what a LLaVA costs with and without its reductions, from its config alone (no weights are read).
 
     python scripts/estimate_cost.py --model llava-1.5-7b --budget 54+10 --freeze 19 --memory 24GiB
+    python scripts/estimate_cost.py --model FOLDER_OF_A_LLAVA_ONEVISION --budget 70+10 --frames 32
 
 Four rows: none / VisionZip / ShortV / both. Columns: visual tokens of a sample, prefill FLOPs (by ShortV's formula,
 and with the key heads that the config really has), KV cache of the prefill, FLOPs and memory of a training step that
@@ -167,8 +168,7 @@ def _teacher_flops(config: PreTrainedConfig, settings: EstimateConfig) -> int:
     """Of a teacher that is asked in a step, if one is."""
     if not settings.distill:
         return 0
-    tiles = flops.usual_tiles(config) if settings.tiles is None else settings.tiles
-    whole = flops.visual_tokens_per_image(config, None, tiles)
+    tiles, whole = _tiles(config, settings), _visual_tokens(config, settings, None)
     row = RowShape(settings.training_text_tokens, whole, settings.training_text_tokens, tiles)
     return settings.global_batch_size * teacher_flops(config, row)
 
@@ -182,11 +182,13 @@ def _row(
     *,
     narrower: Mapping[str, Any] | None = None,
 ) -> CostRow:
-    tiles = flops.usual_tiles(config) if settings.tiles is None else settings.tiles
+    tiles = _tiles(config, settings)
     text, prompt = config.text_config, settings.text_tokens
-    budget = None if visionzip is None else (visionzip["dominant"], visionzip["contextual"])
-    visual = flops.visual_tokens_per_image(config, budget, tiles)
+    visual = _visual_tokens(config, settings, visionzip)
     selection = 0 if visionzip is None else flops.selection_flops(config, visionzip, tiles)
+    pooled = settings.frames is not None and visionzip is None  # behind the projector, which sees every patch
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    projected = tiles * side * side if pooled else visual
     step = training_cost.TrainingStep(
         text_tokens=settings.training_text_tokens,
         visual_tokens=visual,
@@ -207,13 +209,32 @@ def _row(
         frozen_layers=frozen,
         prefill_flops=flops.llm_prefill_flops(text, prompt, visual, frozen),
         prefill_flops_grouped=flops.llm_prefill_flops_grouped(text, prompt, visual, frozen),
-        tower_flops=flops.vision_tower_flops(config, tiles) + selection + flops.projector_flops(config, visual),
+        tower_flops=flops.vision_tower_flops(config, tiles) + selection + flops.projector_flops(config, projected),
         kv_cache_bytes=flops.kv_cache_bytes(text, prompt + visual, step.bytes_per_value),
         training_flops=training_flops,
         training_bytes=sum(parts.values()),
         memory=parts,
         largest_micro_batch=_largest_micro_batch(config, settings, step, read),
     )
+
+
+def _tiles(config: PreTrainedConfig, settings: EstimateConfig) -> int:
+    """Images, tiles or frames of a sample. Raises UserError where both are given, ReductionError for a family that
+    takes no videos."""
+    if settings.frames is not None:
+        if settings.tiles is not None:
+            raise UserError(f"tiles {settings.tiles} and frames {settings.frames} are both given: give one")
+        return family_of(config.model_type).check_frames(settings.frames, config)
+    return flops.usual_tiles(config) if settings.tiles is None else settings.tiles
+
+
+def _visual_tokens(config: PreTrainedConfig, settings: EstimateConfig, visionzip: Mapping[str, Any] | None) -> int:
+    """Visual tokens of a sample. Raises ReductionError for a budget that the grid cannot fill."""
+    budget = None if visionzip is None else (visionzip["dominant"], visionzip["contextual"])
+    of_images = flops.visual_tokens_per_image(config, budget, _tiles(config, settings))
+    if settings.frames is None:
+        return of_images
+    return flops.visual_tokens_of_video(config, visionzip, settings.frames)
 
 
 def _memory_parts(
@@ -226,7 +247,7 @@ def _memory_parts(
     if settings.sandwich:
         parts["sandwich"] = 0 if narrower is None else sandwich_bytes(config, step, narrower)
     if settings.distill:
-        whole = flops.visual_tokens_per_image(config, None, step.tiles)
+        whole = _visual_tokens(config, settings, None)
         student = memory.activations + memory.working
         parts["teacher"] = teacher_bytes(config, step, whole, student)
     return parts
@@ -271,11 +292,11 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
             f"{settings.model}: {counts.total / 1e9:.3g} B parameters, {counts.projector / 1e6:.3g} M of them in the "
             f"projector; {text.num_hidden_layers} LLM layers of width {text.hidden_size}",
             "",
-            f"Prefill of one sample with {settings.text_tokens} text tokens",
+            f"Prefill of one sample with {settings.text_tokens} text tokens{_of_video(settings)}",
             _prefill_table(rows),
             "",
             f"Training step of the projector: {settings.global_batch_size} samples of {settings.training_text_tokens} "
-            f"text tokens, {settings.per_device_train_batch_size} in memory at once,",
+            f"text tokens{_of_video(settings)}, {settings.per_device_train_batch_size} in memory at once,",
             f"{settings.weights}, {recomputed} gradient checkpointing",
             _training_table(rows, settings.memory),
             "",
@@ -283,6 +304,10 @@ def report(config: PreTrainedConfig, rows: list[CostRow], settings: EstimateConf
             "device that holds the whole model.",
         ]
     )
+
+
+def _of_video(settings: EstimateConfig) -> str:
+    return "" if settings.frames is None else f" and a video of {settings.frames} frames"
 
 
 def _prefill_table(rows: list[CostRow]) -> str:

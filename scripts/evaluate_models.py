@@ -135,6 +135,7 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
             eval_image_root=config.data.image_root,
             eval_samples=config.data.samples,
             on_bad_sample=config.data.on_bad_sample or "raise",
+            video_frames=config.data.video_frames,
         )
     for run in runs.values():
         if run.data.eval_instructions is not None:
@@ -144,6 +145,7 @@ def data_for(config: EvaluateConfig, runs: Mapping[str, TuneConfig]) -> DataConf
                 eval_image_root=config.data.image_root or own.eval_image_root,
                 eval_samples=own.eval_samples if config.data.samples is None else config.data.samples,
                 on_bad_sample=config.data.on_bad_sample or own.on_bad_sample,
+                video_frames=config.data.video_frames or own.video_frames,
             )
     raise ConfigError("data.instructions is needed: no run among the models names held-out conversations")
 

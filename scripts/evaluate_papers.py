@@ -30,6 +30,7 @@ import yaml
 
 from shortzip.data.files import read_json, write_atomically, writing
 from shortzip.data.kept import Kept, identity_of
+from shortzip.reduction.families import family_of
 from shortzip.reduction.positions import COMPACT
 from shortzip.train.evaluation.papers_table import (
     Row,
@@ -112,9 +113,11 @@ def check_rows(config: PapersConfig) -> dict[Row, Checked]:
             check_untuned(release)
         try:
             model_config = reduced_config(release, row.reductions)
+            if config.frames is not None:
+                family_of(model_config.model_type).check_frames(config.frames, model_config)
         except ValueError as error:
             raise ConfigError(f"{row.title}, {row.settings}: {error}") from error
-        rows[row] = Checked(release, llm_flops(model_config, row, config.text_tokens))
+        rows[row] = Checked(release, llm_flops(model_config, row, config.text_tokens, config.frames))
     return rows
 
 
@@ -147,6 +150,8 @@ def model_arguments(row: Row, config: PapersConfig, release: Release | None = No
             arguments["positions"] = row.positions
     elif release is not None and row in _other_rows(row.model, release):
         arguments |= {"budget": row.budget, "method": row.method}
+    if config.frames is not None:
+        arguments["max_frames_num"] = str(config.frames)
     if config.revision and row.model == config.model:
         arguments["revision"] = config.revision
     return ",".join(f"{key}={value}" for key, value in arguments.items())

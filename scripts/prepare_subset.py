@@ -3,7 +3,8 @@
     python scripts/prepare_subset.py llava_v1_5_mix665k.json --image_root DIR --fraction 0.1 --seed 0 --output OUT
 
 Writes to OUT, a new folder: subset.json, images.txt (what to fetch), missing_images.txt (what is not in DIR yet),
-dropped.jsonl (every row left out, and why) and report.json.
+videos.txt and missing_videos.txt likewise where rows have videos, dropped.jsonl (every row left out, and why) and
+report.json.
 """
 
 from collections.abc import Sequence
@@ -76,6 +77,11 @@ def print_report(report: dict[str, Any], options: SubsetOptions, console: Consol
     lengths = ", ".join(f"{length}: {count:,}" for length, count in report["answer_characters"].items())
     say(f"answers by characters: {lengths}")
     say(f"images needed: {report['images']:,} ({options.output / 'images.txt'})")
+    if report["videos"]:
+        say(f"videos needed: {report['videos']:,} ({options.output / 'videos.txt'}); they are not fetched here")
+    if report["missing_videos"]:
+        say(f"{report['missing_videos']:,} of them are missing in {report['image_root']}:", style="bold")
+        say(f"{options.output / 'missing_videos.txt'}. Put them there, or draw with --drop_missing.")
     if report["image_root"] is None:
         say("images were not looked for, without --image_root")
     elif report["missing_images"]:

@@ -30,6 +30,7 @@ from shortzip.train.evaluation.answers import held_out_loss
 from shortzip.train.finish import compare_and_draw, control_of, publish_if_asked, write_final
 from shortzip.train.inputs.loading import loader_of, step_inputs
 from shortzip.train.inputs.preflight import answer_images, refuse_zero_gradient
+from shortzip.train.inputs.videos import visual_tokens_of
 from shortzip.train.preparation import Prepared, prepare
 from shortzip.train.release.spec import dtype_of
 from shortzip.train.run.checkpoint import Checkpoint, save_checkpoint
@@ -192,8 +193,8 @@ class Loop:
             return None
         is_asked = self.session.stop.signal is not None
         drops = [drop for micro in micro_batches for drop in micro.dropped]
-        image_token = self.start.subject.model.config.image_token_id
-        sees_image = not self.has_learned and answer_images(micro_batches, image_token)  # asked until it is known
+        visual = visual_tokens_of(self.start.subject.processor)
+        sees_image = not self.has_learned and answer_images(micro_batches, *visual)  # asked until it is known
         total_loss, stops, dropped, images = self.session.total(loss, is_asked, len(drops), sees_image)
 
         # Every process has the same loss by now, and will have the same gradient: it decides as the others do.

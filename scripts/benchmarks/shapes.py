@@ -62,6 +62,10 @@ SHAPES = {
     "llava-next-7b": ModelShape(
         _7B, _CLIP_L, 27, 5, [31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2], tiles=5
     ),
+    "video-cpu": ModelShape(  # a video: 8 frames of 224 pixels, 256 patches each, and 17 tokens of each
+        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+        {**_CLIP_L, "image_size": 224}, 14, 3, [0, 1, 8, 9, 10, 11, 12, 13, 14, 15], tiles=8,
+    ),
     "next-cpu": ModelShape(  # LLaVA-NeXT-7B's tokens, depth and proportions at a quarter of its width
         {**_7B, "hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16},
         _CLIP_L, 27, 5, [31, 29, 30, 28, 26, 27, 22, 24, 21, 23, 25, 20, 19, 17, 18, 15, 12, 0, 2], tiles=5,

@@ -88,9 +88,9 @@ PREFILL_RATIOS = (
 class StepBenchmarkConfig:
     """What `scripts/benchmarks/step.py` takes."""
 
-    shape: Literal["demo", "cpu", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "next-cpu"] = "cpu"
-    """Sizes of the model: a release's, `cpu` (CLIP-L/14-336 and a 16-layer, 1024-wide Llama), or `next-cpu`
-    (LLaVA-NeXT-7B's tokens and depth at a quarter of its width)."""
+    shape: Literal["demo", "cpu", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "next-cpu", "video-cpu"] = "cpu"
+    """Sizes of the model: a release's, `cpu` (CLIP-L/14-336 and a 16-layer, 1024-wide Llama), `next-cpu`
+    (LLaVA-NeXT-7B's tokens and depth at a quarter of its width), or `video-cpu` (8 frames of 224 pixels a row)."""
     parts: list[Literal["step", "savings", "prefill", "generation", "tower"]] = field(default_factory=lambda: ["step"])
     """What to measure; savings: ShortZip's step without each of its savings in turn
     (scripts/benchmarks/savings.py)."""

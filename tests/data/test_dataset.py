@@ -193,9 +193,9 @@ def test_lengths_are_counted_once(
     calls: list[str] = []
     encode = Supervision.encode
 
-    def counted(self: Supervision, conversation: Conversation, sizes: Any = None, budgets: Any = None) -> Any:
+    def counted(self: Supervision, conversation: Conversation, *of_row: Any) -> Any:
         calls.append(conversation.id)
-        return encode(self, conversation, sizes, budgets)
+        return encode(self, conversation, *of_row)
 
     monkeypatch.setattr(Supervision, "encode", counted)
     again = ConversationDataset(rows, supervision, root, cache_dir=tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from shortzip.data.hints import hint_for_missing
 from shortzip.data.images import HINTS, BadImage, check_image_file
-from shortzip.data.subset import check_images
+from shortzip.data.subset_media import check_images
 
 
 def touch(file: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from shortzip.data.drops import BadSample
 from shortzip.data.errors import printable, shown
 from shortzip.data.images import FORMATS, BadImage, image_size, image_suffix, open_image
-from shortzip.train.evaluation.lmms_model import _as_image
+from shortzip.train.evaluation.lmms_visuals import _as_image
 
 ORIENTATION = 0x0112
 

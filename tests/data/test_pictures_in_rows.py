@@ -12,7 +12,7 @@ from shortzip.data.dataset import ConversationDataset, Sample
 from shortzip.data.drops import BadSample, Drop, DropLog
 from shortzip.data.images import HINTS
 from shortzip.data.instructions import Conversation
-from shortzip.data.subset import check_images
+from shortzip.data.subset_media import check_images
 from shortzip.data.supervision import Supervision, load_template
 
 

@@ -49,8 +49,6 @@ def test_a_system_column_is_the_system_turn(form: Any, column: str) -> None:
         {"tools": [{"type": "function"}]},
         {"functions": [{"name": "f"}]},
         {"history": [["earlier", "answer"]]},
-        {"video": "clip.mp4"},
-        {"videos": ["clip.mp4"]},
         {"video_path": "clip.mp4"},
         {"audio": "a.wav"},
         {"audios": ["a.wav"]},
@@ -110,7 +108,7 @@ def test_turns_that_are_learned_as_all_are_pass(key: str, value: Any) -> None:
 )
 def test_a_stray_placeholder_of_a_video_or_sound_is_a_bad_row(mark: str) -> None:
     for text in (f"<image>{mark}\nQ", f"<image>\nWhat is said in {mark}?"):
-        with pytest.raises(BadSample, match=f"placeholder {re.escape(mark)}: videos and sound are not read"):
+        with pytest.raises(BadSample, match=f"placeholder {re.escape(mark)}: the row holds no video, and sound"):
             parse_row(llava(conversations=[{"from": "human", "value": text}, ANSWER]))
     with pytest.raises(BadSample, match="the assistant's turn has the placeholder"):
         parse_row(llava(conversations=[QUESTION, {"from": "gpt", "value": f"{mark}"}]))

@@ -97,7 +97,7 @@ def test_what_is_no_image_is_refused_in_a_short_message(image: str, said: str) -
         assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("kind", ["video", "audio", "input_audio", "video_url"])
+@pytest.mark.parametrize("kind", ["audio", "input_audio", "audio_url"])
 def test_parts_that_are_not_read_are_named(kind: str) -> None:
     with pytest.raises(BadSample, match=f"a content part of the type '{kind}'; read are 'text', 'image' and"):
         parse_row(in_parts({"type": kind, kind: "x"}))

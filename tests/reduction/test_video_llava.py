@@ -28,6 +28,8 @@ LAYOUTS = {
 }
 ORIGINAL = {"visionzip": {"dominant": 4, "contextual": 2}, "positions": "original"}
 kinds = pytest.mark.parametrize("kind", ["hf", "temporal"])
+# The original's model is all of the other's and more.
+mostly_temporal = pytest.mark.parametrize("kind", [pytest.param("hf", marks=pytest.mark.slow), "temporal"])
 
 
 @cache
@@ -126,7 +128,7 @@ def test_every_frame_sees_the_others_of_its_video_and_of_no_other() -> None:
     torch.testing.assert_close(before[1], after[1], rtol=0, atol=1e-6)
 
 
-@kinds
+@mostly_temporal
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_rows_in_a_batch_are_what_they_are_alone(kind: str, reduction: str, side: str) -> None:
@@ -137,7 +139,7 @@ def test_rows_in_a_batch_are_what_they_are_alone(kind: str, reduction: str, side
         torch.testing.assert_close(together, logits(model, batch_of([row]))[0], rtol=0, atol=2e-5)
 
 
-@kinds
+@mostly_temporal
 @pytest.mark.parametrize("keys", [REDUCTIONS["none"], REDUCTIONS["both"], ORIGINAL], ids=["none", "both", "original"])
 def test_batches_generate_greedily_and_by_beams_what_their_rows_do(kind: str, keys: dict[str, Any]) -> None:
     model = build(kind, **keys)
@@ -231,7 +233,7 @@ def key_of(method: str) -> dict[str, Any]:
     return {"dominant": dominant, "contextual": contextual, "method": method}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("hf", marks=pytest.mark.slow), "temporal"])
+@mostly_temporal
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_chooses_of_each_frame_what_it_would_of_that_frames_states(kind: str, method: str) -> None:
     model = build(kind, visionzip=key_of(method))

@@ -154,6 +154,32 @@ def test_as_a_command():
     assert "Traceback" not in ended.stderr
 
 
+def test_a_video_is_frames_times_tokens(tmp_path: Path):
+    """LLaVA-OneVision's: 196 pooled tokens of a frame or the budget, and one newline; the tower sees every frame."""
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064, "model_type": "qwen2"}  # fmt: skip
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16,
+              "image_size": 384, "patch_size": 14, "model_type": "siglip_vision_model"}  # fmt: skip
+    config = {"model_type": "llava_onevision", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = EstimateConfig(model=str(tmp_path), budget="70+10", freeze="60%", frames=32)
+    config, (none, reduced, _, _) = estimate(settings)
+    assert (none.visual_tokens, reduced.visual_tokens) == (32 * 196 + 1, 32 * 80 + 1)
+    tower = flops.vision_tower_flops(config, 32)
+    assert none.tower_flops == tower + flops.projector_flops(config, 32 * 729)
+    assert reduced.tower_flops - flops.projector_flops(config, reduced.visual_tokens) >= tower
+    assert none.training_flops > reduced.training_flops
+    assert "64 text tokens and a video of 32 frames" in report(config, [none, reduced], settings)
+    taught = EstimateConfig(model=str(tmp_path), budget="70+10", freeze="60%", frames=32, distill=True)
+    assert estimate(taught)[1][1].training_flops > reduced.training_flops
+    with pytest.raises(ValueError, match="tiles 2 and frames 8 are both given"):
+        estimate(EstimateConfig(model=str(tmp_path), tiles=2, frames=8))
+    with pytest.raises(ValueError, match=r"a LLaVA-1\.5 takes no videos"):
+        estimate(EstimateConfig(frames=8))
+    with pytest.raises(ValueError, match=r"729|patches"):
+        estimate(EstimateConfig(model=str(tmp_path), budget="900+10", frames=8))
+
+
 def test_one_projector_for_several_budgets_takes_their_mean_in_the_memory_of_the_largest():
     asked = {"budgets": ["64", "128", "162+30"], "freeze": "19"}
     _, (_, *rows, together) = estimate(EstimateConfig(**asked))

@@ -17,13 +17,14 @@ from test_lmms_eval import answer, run_lmms_eval, samples
 from test_video_releases import single_image_rows
 
 from shortzip.data.dataset import Collator, ConversationDataset
-from shortzip.data.instructions import read_instructions
+from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.families import all_families, family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.make_tiny_release import write_tiny_release
 from shortzip.train.evaluation.lmms_plugin import write_task
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_processor, load_release
 from shortzip.train.release.opening import open_release, read_projector, release_projector
 from shortzip.train.release.writing import write_reduced_checkpoint
@@ -99,13 +100,19 @@ def video(tried: Tried) -> None:
 
 
 def training(tried: Tried) -> None:
-    assert tried.said == "images"
     model, processor = tried.load()
+    sampling = sampling_of(processor)
+    assert tried.said == ("images" if sampling is None else "images, videos")
     train_only_projector(model, torch.float32)
     model.zero_grad()
-    supervision = Supervision(processor, max_length=None)
+    supervision = Supervision(processor, max_length=None, sampling=sampling)
     conversations = read_instructions(tried.rows)[:5]
+    if sampling is not None:
+        frames = tuple(str(image) for row in conversations for image in row.images)
+        turns = (("user", "<video>\nname the colour"), ("assistant", "it is red"))
+        conversations.append(Conversation("video", (), turns, videos=(frames,)))
     dataset = ConversationDataset(conversations, supervision, tried.rows.parent)
+    assert dataset.has_videos is (sampling is not None)
     loss = SupervisedLoss(model)(Collator.of(supervision)([dataset.load(row) for row in conversations]))
     loss.backward()
     assert all(float(weight.grad.abs().max()) > 0 for weight in projector_parameters(model).values())

@@ -58,7 +58,7 @@ def session() -> Session:
 def filled(root: Path, loaded: tuple[Any, Any], dataset: ConversationDataset, **options: Any) -> FeatureCache:
     model, processor = loaded
     cache = FeatureCache(root, features_identity(model, processor))
-    fill_cache(cache, model, processor.image_processor, [dataset], session(), **options)
+    fill_cache(cache, model, processor, [dataset], session(), **options)
     return cache
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_shard_is_computed_anew_and_that_is_said(
         reader.get(next(key for key, place in reader._places.items() if place[0] == shards[0].name))
     again = FeatureCache(tmp_path, features_identity(*loaded))
     model, processor = loaded
-    computed = fill_cache(again, model, processor.image_processor, [dataset], session())
+    computed = fill_cache(again, model, processor, [dataset], session())
     assert 0 < computed <= 12, "those of the damaged one alone"
     assert "1 of the shards" in caplog.text
     assert again._places.keys() == expected.keys()

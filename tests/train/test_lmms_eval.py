@@ -411,7 +411,7 @@ def _answers(model: ReducedLlava, documents: list[dict[str, Any]]) -> tuple[list
 
 
 def test_videos_are_refused(model: ReducedLlava) -> None:
-    with pytest.raises(ValueError, match="images only; this task gives a dict"):
+    with pytest.raises(ValueError, match="images and videos only; this task gives a dict"):
         Asked(model, [{"text": "x", "images": [{"type": "video"}]}]).ask("generate_until")
 
 

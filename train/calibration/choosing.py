@@ -71,7 +71,7 @@ def choose_prompts(
         if len(prompts) == count:
             break
         conversation = conversations[index]
-        if not conversation.images:
+        if not conversation.images or conversation.videos:
             continue
         try:
             encoded = encode_unread(conversation, supervision, image_root, KnownImages())
@@ -84,8 +84,8 @@ def choose_prompts(
             prompts.append(CalibrationPrompt(conversation, encoded.input_ids[: starts[0]]))
     if not prompts:
         raise UserError(
-            f"{source}: none of the {len(conversations)} conversations answers something after an image, so LC cannot "
-            "be measured on them. Give others, or shortv.layers"
+            f"{source}: none of the {len(conversations)} conversations answers something after an image (those with "
+            "videos are left out), so LC cannot be measured on them. Give others, or shortv.layers"
         )
     return prompts
 
@@ -106,14 +106,19 @@ def load_sample(prompt: CalibrationPrompt, dataset: ConversationDataset) -> Cali
 
 
 def with_prompt(sample: Sample, supervision: Supervision, prompt: list[int]) -> Sample:
-    """The sample with only the images that stand in `prompt`, a beginning of its tokens."""
-    placeholders, images = prompt.count(supervision.processor.image_token_id), 0
+    """The sample with only the images and videos that stand in `prompt`, a beginning of its tokens."""
+    placeholders, images, videos = prompt.count(supervision.processor.image_token_id), 0, 0
     while placeholders > 0:
         budget = sample.budgets[images] if sample.budgets else None
         placeholders -= supervision.placeholders(sample.image_sizes[images], budget)
         images += 1
+    of_videos = prompt.count(supervision.processor.video_token_id) if sample.frames else 0
+    while of_videos > 0:
+        of_videos -= supervision.video_placeholders(len(sample.frames[videos]))
+        videos += 1
     of_images = sample.pixels[:images], sample.image_sizes[:images]
-    return Sample(sample.id, sample.encoded, *of_images, budgets=sample.budgets[:images])
+    budgets, frames = sample.budgets[:images], sample.frames[:videos]
+    return Sample(sample.id, sample.encoded, *of_images, budgets=budgets, frames=frames)
 
 
 def choose_layers(

@@ -33,7 +33,7 @@ from shortzip.train.evaluation.questions import (
     Question,
     Row,
     load_samples,
-    placeholder_of,
+    placeholders_in,
     prompt_inputs,
     questions_of,
     text_of,
@@ -41,6 +41,7 @@ from shortzip.train.evaluation.questions import (
 from shortzip.train.inputs.samples import check_positions
 from shortzip.train.run.session import Session
 from shortzip.train.step.objective import MODEL_INPUTS, Llava, count_supervised, fastv_query
+from shortzip.train.step.visual_features import given_to_model
 
 
 @dataclass(frozen=True)
@@ -216,12 +217,13 @@ def _read_rows(
     sums.loss, sums.tokens = sums.loss + loss, sums.tokens + tokens
     is_right = []
     for number, row in enumerate(rows):
-        sums.images += len(row.sample.image_sizes)
+        sums.images += len(row.sample.image_sizes) + len(row.sample.frames)
         sums.visual += sum(
             map(dataset.supervision.placeholders, row.sample.image_sizes, row.sample.budgets or repeat(None))
         )
+        sums.visual += sum(map(dataset.supervision.video_placeholders, row.sample.frame_counts))
         for question, (begin, end) in row.questions:
-            placeholders = question.prompt.count(placeholder_of(dataset))
+            placeholders = placeholders_in(dataset, question.prompt)
             sums.prompts += 1
             sums.placeholders += placeholders
             sums.text += len(question.prompt) - placeholders
@@ -284,7 +286,8 @@ def _teacher_forced(
     with `reader`, each image's question."""
     device = model.lm_head.weight.device
     labels = batch.inputs["labels"]  # on the CPU, as all integers of a micro-batch
-    inputs: dict[str, Any] = {key: batch.inputs[key].to(device) for key in MODEL_INPUTS if key in batch.inputs}
+    given = given_to_model({key: batch.inputs[key] for key in MODEL_INPUTS if key in batch.inputs})
+    inputs: dict[str, Any] = {key: tensor.to(device) for key, tensor in given.items()}
     inputs = inputs if reader is None else reader.given(model, inputs, asked)
     chosen_by = {key: query.to(device) for key, query in fastv_query(model, labels).items()}
     targets, supervised = labels[:, 1:], labels[:, 1:] != IGNORE_INDEX

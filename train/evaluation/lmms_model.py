@@ -5,7 +5,8 @@
 
 `ReducedLlavaChat` is what lmms-eval takes by default: its tasks give chat messages. `ReducedLlava` is the same for its
 older protocol of a text and images, which its tasks of type loglikelihood and multiple_choice still need
-(`--force_simple`). Importing this module needs lmms-eval; train/evaluation/lmms_plugin.py tells it where to look.
+(`--force_simple`). Tasks with videos are for families that take them. Importing this module needs lmms-eval;
+train/evaluation/lmms_plugin.py tells it where to look.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
-from PIL import Image
 from torch.nn import functional
 from tqdm import tqdm
 
 from shortzip.data.dataset import Collator
 from shortzip.data.errors import UserError
-from shortzip.data.images import open_image
-from shortzip.data.instructions import PLACEHOLDER, Conversation
+from shortzip.data.instructions import Conversation
 from shortzip.data.supervision import Supervision
 from shortzip.reduction.question_tokens import QuestionReader
 from shortzip.reduction.reductions import ALL, NONE, Reductions
 from shortzip.reduction.selectors import VISIONZIP
+from shortzip.train.evaluation.lmms_visuals import Reader, with_marks, words
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, encode_prompt
+from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
@@ -62,6 +63,8 @@ class _Question:
     text: str
     """What the user asked last, which CDPruner chooses by."""
     continuation: tuple[int, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    """(role, text) of the prompt, where a continuation follows."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class ReducedLlava(lmms):
         device: where one process computes; several processes take theirs from Accelerate.
         load_in_4bit: the language model's layers in NF4.
         batch_size: prompts at once.
+        max_frames_num: frames of a video that are seen, evenly spread; absent: as many as the release was trained
+            with. With `fps`: at most so many.
+        fps: instead of evenly spread frames, so many per second of a video.
         attn_implementation: eager or sdpa.
         chat_template: as data.chat_template of a run.
         trust_remote_code: true is allowed for reduced checkpoints only, and not needed: their classes are installed
@@ -122,6 +128,8 @@ class ReducedLlava(lmms):
         attn_implementation: str = "sdpa",
         chat_template: str = "auto",
         trust_remote_code: bool = False,
+        max_frames_num: int | None = None,
+        fps: float | None = None,
     ) -> None:
         super().__init__()
         if str(batch_size).startswith("auto") or int(batch_size) < 1:
@@ -150,7 +158,9 @@ class ReducedLlava(lmms):
         self._model, processor = load_release(release, reductions)
         self._model.to(self._device)
         self.batch_size = int(batch_size)
-        self.supervision = Supervision(processor, max_length=None)
+        sampling = sampling_of(processor, max_frames_num, fps)
+        self.supervision = Supervision(processor, max_length=None, sampling=sampling)
+        self.visuals = Reader(self.supervision)
 
     @property
     def device(self) -> torch.device:
@@ -196,9 +206,10 @@ class ReducedLlava(lmms):
     def _question(
         self, context: str, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
     ) -> _Question:
-        images = [_as_image(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
-        turns = [("user", _with_images(context, len(images)))]
-        return _Question(encode_prompt(self.supervision, turns, images), _words(context))
+        shown = self.visuals.read(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+        turns = [("user", with_marks(context, shown))]
+        prompt = encode_prompt(self.supervision, turns, shown.images, videos=shown.videos)
+        return _Question(prompt, words(context), turns=tuple(turns))
 
     def _continued(
         self,
@@ -210,13 +221,14 @@ class ReducedLlava(lmms):
         split: str,
     ) -> _Question:
         continuation = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-        prompt = self._question(context, doc_to_visual, doc_id, task, split).prompt
-        sizes = list(prompt.image_sizes)
-        turns = (("user", _with_images(context, len(sizes))), ("assistant", str(continuation).strip()))
-        encoded = self.supervision.encode(Conversation("", ("",) * len(sizes), turns), sizes)
+        question = self._question(context, doc_to_visual, doc_id, task, split)
+        prompt, sizes = question.prompt, list(question.prompt.image_sizes)
+        turns = (*question.turns, ("assistant", str(continuation).strip()))
+        conversation = Conversation("", ("",) * len(sizes), turns, videos=("",) * len(prompt.frames))
+        encoded = self.supervision.encode(conversation, sizes, frames=[len(video) for video in prompt.frames])
         start, end = encoded.answers[-1]
         prompt = replace(prompt, input_ids=encoded.input_ids[:start])
-        return _Question(prompt, _words(context), tuple(encoded.input_ids[start:end]))
+        return replace(question, prompt=prompt, continuation=tuple(encoded.input_ids[start:end]))
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -242,6 +254,8 @@ class ReducedLlava(lmms):
         """What the model is given; with CDPruner, the visual tokens in place of the images."""
         inputs: dict[str, Any] = batch_prompts(self.supervision, prompts, self.device)
         if self._reader is not None:
+            if any(question.prompt.frames for question in batch):
+                raise UserError("text_tower is given, and the task gives videos: CDPruner chooses of images only")
             questions = [question.text for question in batch for _ in question.prompt.image_sizes]
             inputs = self._reader.given(self.model, inputs, questions)
         return inputs
@@ -301,8 +315,9 @@ class ReducedLlavaChat(ReducedLlava):
         return self._batched(items, self._generate, "generate_until")
 
     def _conversation(self, doc_to_messages: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Question:
-        turns, images = _turns(doc_to_messages(self.task_dict[task][split][doc_id]))
-        return _Question(encode_prompt(self.supervision, turns, images), _words(turns[-1][1]))
+        turns, shown = self.visuals.turns(doc_to_messages(self.task_dict[task][split][doc_id]))
+        prompt = encode_prompt(self.supervision, turns, shown.images, videos=shown.videos)
+        return _Question(prompt, words(turns[-1][1]))
 
 
 def _reductions(
@@ -338,47 +353,6 @@ def _reader(text_tower: str, method: str | None, reductions: Reductions) -> Ques
         given = "no budget" if method is None else f"method {method}"
         raise UserError(f"text_tower is {text_tower!r}, with {given}: CDPruner takes a budget and no other method")
     return QuestionReader.from_pretrained(text_tower)
-
-
-def _words(text: str) -> str:
-    """A user's turn without its images."""
-    return text.replace(PLACEHOLDER, "").strip()
-
-
-def _as_image(visual: Any) -> Image.Image:
-    if isinstance(visual, (str, Image.Image)):
-        return open_image(visual)
-    raise UserError(f"reduced_llava looks at images only; this task gives a {type(visual).__name__}")
-
-
-def _with_images(text: str, count: int) -> str:
-    """A task's text with one `<image>` per image: its own where it has them, else all of them before it."""
-    if text.count(PLACEHOLDER) == count:
-        return text
-    return "\n".join([PLACEHOLDER] * count + [text.replace(PLACEHOLDER, "").strip()])
-
-
-def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[Image.Image]]:
-    """lmms-eval's chat messages as (role, text with `<image>`) and the images in their order.
-
-    Images stand where their parts do, but for a message whose text has a literal `<image>` for each of them.
-    """
-    turns, images = [], []
-    for message in messages:
-        pieces, texts = [], []
-        for part in message["content"]:
-            if part["type"] == "image":
-                images.append(_as_image(part["url"]))
-                pieces.append(PLACEHOLDER)
-            elif part["type"] == "text":
-                texts.append(part["text"])
-                pieces.append(part["text"].replace(PLACEHOLDER, ""))
-            else:
-                raise UserError(f"reduced_llava looks at images only; this task gives {part['type']}")
-        shown = len(message["content"]) - len(texts)
-        text = "\n".join(texts)
-        turns.append((str(message["role"]), text if text.count(PLACEHOLDER) == shown else "\n".join(pieces)))
-    return turns, images
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ before it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from shortzip.data.errors import FileInTheWay, MissingFile, UserError
 from shortzip.data.files import refuse_to_replace, write_atomically, writing
 from shortzip.data.images import open_image, resolve_image_path
-from shortzip.data.instructions import PLACEHOLDER, Conversation
+from shortzip.data.instructions import PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "eval" / "tasks"
 HELD_OUT_TEMPLATE = "_held_out_template_yaml"
@@ -38,14 +39,17 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
     """Writes one line per question, in the order of the conversations; returns their number.
 
     A line: id, turn (which answer, from 0), roles and texts (the turns up to the question), images (absolute paths of
-    all images in them) and expected. Raises ValueError for images that are embedded, and FileNotFoundError for those
-    that are not there.
+    all images in them), where any conversation has videos their paths likewise, and expected. Raises ValueError for
+    images that are embedded and for videos that are lists of frames, and FileNotFoundError for what is not there.
     """
-    lines = []
+    lines, has_videos = [], any(conversation.videos for conversation in conversations)
     for conversation in conversations:
         for source in conversation.images:
             if not isinstance(source, str):
                 raise UserError(f"{conversation.id}: a local task reads its images from files; this one is embedded")
+        for video in conversation.videos:
+            if not isinstance(video, str):
+                raise UserError(f"{conversation.id}: a local task's videos are files or folders; this one is a list")
         answers = [place for place, (role, _) in enumerate(conversation.turns) if role == "assistant"]
         for turn, place in enumerate(answers):
             before = conversation.turns[:place]
@@ -58,6 +62,10 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
                 "images": [str(_existing(conversation.id, str(image), image_root)) for image in shown],
                 "expected": conversation.turns[place][1].strip(),
             }
+            if has_videos:
+                count = sum(text.count(VIDEO_PLACEHOLDER) for _, text in before) if conversation.videos else 0
+                seen = conversation.videos[:count]
+                question["videos"] = [str(_existing(conversation.id, str(video), image_root)) for video in seen]
             if question["expected"]:
                 lines.append(json.dumps(question, ensure_ascii=False) + "\n")
     with writing(path):
@@ -68,8 +76,8 @@ def write_questions(conversations: Sequence[Conversation], image_root: str | Non
 
 def _existing(name: str, image: str, image_root: str | None) -> Path:
     path = resolve_image_path(image, image_root).resolve()
-    if not path.is_file():
-        raise MissingFile(f"{name}: there is no image {path}; give the folder that holds it as data.image_root")
+    if not path.exists():
+        raise MissingFile(f"{name}: there is no image or video {path}: give its folder as data.image_root")
     return path
 
 
@@ -104,19 +112,26 @@ def write_task(
 
 
 def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns before an answer as lmms-eval's chat messages, the images of a turn before its text."""
-    images = iter(doc["images"])
+    """The turns before an answer as lmms-eval's chat messages, the images and videos of a turn before its text."""
+    images, videos = iter(doc["images"]), doc.get("videos") or []
+    left = iter(videos)
+    marks = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}" if videos else PLACEHOLDER)
     messages = []
     for role, text in zip(doc["roles"], doc["texts"], strict=True):
-        content = [{"type": "image", "url": open_image(next(images))} for _ in range(text.count(PLACEHOLDER))]
-        words = text.replace(PLACEHOLDER, "").strip() if content else text
+        content: list[dict[str, Any]] = [
+            {"type": "image", "url": open_image(next(images))}
+            if mark == PLACEHOLDER
+            else {"type": "video", "url": next(left)}
+            for mark in marks.findall(text)
+        ]
+        words = marks.sub("", text).strip() if content else text
         messages.append({"role": role, "content": [*content, {"type": "text", "text": words}]})
     return messages
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    """The images of a question."""
-    return [open_image(path) for path in doc["images"]]
+    """The images and videos of a question."""
+    return [*(open_image(path) for path in doc["images"]), *(doc.get("videos") or [])]
 
 
 def middle_image(doc: dict[str, Any]) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from shortzip.reduction.flops import usual_tiles
+from shortzip.reduction.flops import usual_tiles, visual_tokens_of_video
 from shortzip.reduction.parsing import (
     budget_by,
     format_budget,
@@ -92,9 +92,13 @@ def rows_of(config: PapersConfig) -> list[Row]:
     return list(dict.fromkeys([*rows, *tuned]))
 
 
-def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int) -> int:
-    """FLOPs of the language model for a prompt of `text_tokens` about one image (in LLaVA-NeXT of five tiles)."""
-    visual = row.reductions.tokens_per_image(model, usual_tiles(model))
+def llm_flops(model: PreTrainedConfig, row: Row, text_tokens: int, frames: int | None = None) -> int:
+    """FLOPs of the language model for a prompt of `text_tokens` about one image (in LLaVA-NeXT of five tiles), or
+    about a video of so many frames."""
+    if frames is None:
+        visual = row.reductions.tokens_per_image(model, usual_tiles(model))
+    else:
+        visual = visual_tokens_of_video(model, row.reductions.visionzip, frames)
     return row.reductions.prefill_flops(model.text_config, text_tokens, visual)
 
 

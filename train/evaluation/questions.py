@@ -13,12 +13,15 @@ from torch import Tensor
 
 from shortzip.data.dataset import Collator, ConversationDataset, Sample
 from shortzip.data.drops import Drop, DropLog
-from shortzip.data.instructions import PLACEHOLDER
+from shortzip.data.instructions import PLACEHOLDER, VIDEO_PLACEHOLDER
 from shortzip.data.supervision import IGNORE_INDEX, Encoded
 from shortzip.reduction.question_tokens import QuestionReader
 from shortzip.train.calibration.choosing import with_prompt
+from shortzip.train.inputs.prompts import VISUAL_INPUTS
+from shortzip.train.inputs.videos import visual_tokens_of
 from shortzip.train.run.report import synchronise
 from shortzip.train.step.objective import Llava
+from shortzip.train.step.visual_features import given_to_model
 
 WARM_UPS, TIMED_RUNS = 2, 5
 
@@ -53,7 +56,7 @@ class Row:
             ids = [*question.prompt, *self.sample.encoded.input_ids[begin:end]]
             shown = with_prompt(self.sample, dataset.supervision, ids)
             labels = [IGNORE_INDEX] * begin + ids[begin:]
-            encoded = Encoded(ids, labels, [(begin, end)], len(shown.image_sizes))
+            encoded = Encoded(ids, labels, [(begin, end)], len(shown.image_sizes), videos=len(shown.frames))
             rows.append(Row(replace(shown, encoded=encoded), [(question, (begin, end))]))
         return rows
 
@@ -68,9 +71,9 @@ def load_samples(
     return {index: sample for index, sample in loaded.items() if isinstance(sample, Sample)}
 
 
-def placeholder_of(dataset: ConversationDataset) -> int:
-    """The token id that stands for a visual token."""
-    return dataset.supervision.processor.image_token_id
+def placeholders_in(dataset: ConversationDataset, ids: Sequence[int]) -> int:
+    """How many of these ids stand for visual tokens, of images and of videos."""
+    return sum(map(ids.count, visual_tokens_of(dataset.supervision.processor)))
 
 
 def questions_of(
@@ -80,7 +83,7 @@ def questions_of(
     ids = sample.encoded.input_ids
     asked = [text for role, text in dataset.conversations[index].turns if role == "user"]
     for turn, (start, end) in enumerate(sample.encoded.answers):
-        words = asked[turn].replace(PLACEHOLDER, "").strip()
+        words = asked[turn].replace(PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip()
         yield Question(index, sample.id, turn, words, ids[:start], text_of(dataset, ids[start:end])), (start, end)
 
 
@@ -93,7 +96,7 @@ def text_of(dataset: ConversationDataset, ids: Sequence[int]) -> str:
 def prompt_inputs(
     model: Llava, dataset: ConversationDataset, questions: Sequence[Question]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Prompts padded on the left, with the images that stand in them; and each image's question."""
+    """Prompts padded on the left, with the images and videos that stand in them; and each image's question."""
     collator = Collator.of(dataset.supervision)
     length = max(len(question.prompt) for question in questions)
     input_ids = torch.full((len(questions), length), collator.pad_token_id)
@@ -104,10 +107,9 @@ def prompt_inputs(
         input_ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
         attention_mask[row, length - len(question.prompt) :] = 1
         rows.append(with_prompt(samples[question.sample], dataset.supervision, question.prompt))
-    pictures = collator(rows).inputs
+    pictures = given_to_model(collator(rows).inputs)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    of_images = ("pixel_values", "image_sizes", "image_budgets")
-    inputs.update({key: pictures[key] for key in of_images if key in pictures})
+    inputs.update({key: pictures[key] for key in VISUAL_INPUTS if key in pictures})
     asked = [question.asked for question, row in zip(questions, rows, strict=True) for _ in row.image_sizes]
     return {key: tensor.to(model.device) for key, tensor in inputs.items()}, asked
 

@@ -40,7 +40,7 @@ def with_budget(supervision: Supervision, visionzip: Mapping[str, Any]) -> Super
     """The same rows under another budget."""
     processor: Any = copy.copy(supervision.processor)
     processor.visionzip = dict(visionzip)
-    return Supervision(processor, supervision.template, supervision.max_length)
+    return Supervision(processor, supervision.template, supervision.max_length, supervision.sampling)
 
 
 @dataclass(frozen=True)
@@ -230,4 +230,4 @@ def with_placeholders(encoded: Encoded, counts: Sequence[tuple[int, int]], image
         place += there
         moved[place] = len(ids)
     answers = [(moved[start], moved[end]) for start, end in encoded.answers]
-    return Encoded(ids, labels, answers, encoded.images, encoded.cut)
+    return Encoded(ids, labels, answers, encoded.images, encoded.cut, encoded.videos)

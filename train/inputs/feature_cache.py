@@ -1,5 +1,6 @@
-"""An image's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and no cached selection
-reads the text. Another image has another key; another tower, processor or budget, another folder."""
+"""An image's or a video's visual tokens, computed once (train/inputs/shards.py): the tower is untrained and no cached
+selection reads the text. Another image has another key, and a video under another sampling; another tower, processor
+or budget, another folder."""
 
 from __future__ import annotations
 
@@ -22,6 +23,9 @@ from shortzip.data.images import (
     image_name,
 )
 from shortzip.data.known_images import KnownImages
+from shortzip.data.supervision import takes_videos
+from shortzip.data.video_frames import video_key
+from shortzip.data.videos import Sampling, VideoSource
 from shortzip.reduction.families import family_of
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import refuse_to_keep, settled
@@ -74,6 +78,7 @@ def features_identity(
         # What is kept for compact positions is found as it was before there were others.
         **({"positions": config.positions} if keeps_positions(config) else {}),
         "processor": {"class": type(images).__name__, **json.loads(images.to_json_string())},
+        **({"processor of frames": processor.frames_read_by()} if takes_videos(processor) else {}),
     }
 
 
@@ -113,6 +118,22 @@ class FeatureCache(Shards):
         key = self.key_of(source, image_root)
         return self.get(key) if key in self else None
 
+    def find_video(
+        self, source: VideoSource, image_root: str | os.PathLike[str] | None, sampling: Sampling
+    ) -> dict[str, Tensor] | None:
+        """`video_tokens` [frames, budget, H of the tower] of a video of which these frames are seen, or None.
+
+        Where tokens keep their positions, `video_kept` and `video_targets` too, as of `find`.
+
+        Raises `BadImage` if it cannot be read, and `DamagedShard`.
+        """
+        key = video_key(source, image_root, sampling, self.known_images)
+        if key not in self:
+            return None
+        held = self.tensors(key)
+        names = _KEPT if "targets" in held else _KEPT[:1]
+        return {f"video_{name}": held[name] for name in names}
+
     def get(self, key: str) -> dict[str, Tensor]:
         """As `find`, by key."""
         held = self.tensors(key)
@@ -142,6 +163,12 @@ class UnderOneBudget:
         """As FeatureCache's."""
         stored = self.features.find(source, image_root)
         return None if stored is None else features_of(stored, self.tokens)
+
+    def find_video(
+        self, source: VideoSource, image_root: str | os.PathLike[str] | None, sampling: Sampling
+    ) -> dict[str, Tensor] | None:
+        """None: videos are not kept under several budgets."""
+        return None
 
 
 def name_of(part: str, tokens: int) -> str:

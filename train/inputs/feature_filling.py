@@ -1,5 +1,5 @@
-"""Filling the cache of features: each image once, by all processes together, and the tower not loaded where it is
-full."""
+"""Filling the cache of features: each image and video once, by all processes together, and the tower not loaded where
+it is full."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from shortzip.data.images import (
 from shortzip.data.instructions import Conversation
 from shortzip.data.kept import Kept, identity_of
 from shortzip.data.known_images import KnownImages
-from shortzip.data.pixels import cuts_lone_images_only, pixel_values
+from shortzip.data.pixels import cuts_lone_images_only, frames_pixels, pixel_values
+from shortzip.data.video_frames import read_frames, video_key
+from shortzip.data.videos import Sampling, VideoSource, frame_paths
 from shortzip.reduction.configuration_budgets import tokens_of
 from shortzip.reduction.families import family_of
 from shortzip.reduction.image_budgets import budget_of, chosen_tokens, with_budget
@@ -45,6 +47,27 @@ class _ReadImage(NamedTuple):
     key: str
     pixels: Tensor | None
     files: dict[str, dict[str, Any]]
+
+
+class _Videos(Dataset[_ReadImage | None]):
+    """As `_Images`, of videos: pixels are those of the frames that are seen."""
+
+    def __init__(self, sources: Sequence[tuple[VideoSource, Any, Sampling]], cache: FeatureCache, processor: Any):
+        self.sources, self.cache, self.processor = sources, copy.copy(cache), processor
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> _ReadImage | None:
+        video = self.sources[index]
+        known = self.cache.known_images = KnownImages()
+        try:
+            key = video_key(*video, known)
+            if key in self.cache:
+                return _ReadImage(key, None, known.files)
+            return _ReadImage(key, frames_pixels(read_frames(*video), self.processor), known.files)
+        except BadImage:
+            return None
 
 
 class _Images(Dataset[_ReadImage | None]):
@@ -89,11 +112,34 @@ def _sources(
     return list(sources.values())
 
 
+def _videos(datasets: Sequence[ConversationDataset | ImageRows]) -> list[tuple[VideoSource, Any, Sampling]]:
+    """Every video of the datasets once, in order, with the sampling of its frames."""
+    videos: dict[Any, tuple[VideoSource, Any, Sampling]] = {}
+    for dataset in datasets:
+        sampling = dataset.supervision.sampling if isinstance(dataset, ConversationDataset) else None
+        for conversation in dataset.conversations if sampling else []:
+            for source in conversation.videos:
+                assert sampling is not None
+                videos.setdefault((str(dataset.image_root), source, sampling), (source, dataset.image_root, sampling))
+    return list(videos.values())
+
+
+def _is_kept(cache: FeatureCache, video: tuple[VideoSource, Any, Sampling]) -> bool:
+    """Whether a video is known to be in the cache, without opening it."""
+    source, root, _ = video
+    try:
+        paths = frame_paths(source, root) or (str(source),)
+        known = all(cache.known_images.has("video key", path, root) for path in paths)
+        return known and video_key(*video, cache.known_images) in cache
+    except BadImage:
+        return False
+
+
 @torch.no_grad()
 def fill_cache(
     cache: FeatureCache,
     model: Any,
-    image_processor: Any,
+    processor: Any,
     datasets: Sequence[ConversationDataset | ImageRows],
     session: Session,
     *,
@@ -102,9 +148,9 @@ def fill_cache(
     prepare: Callable[[], None] = lambda: None,
     budgets: Sequence[dict[str, Any]] = (),
 ) -> int:
-    """Stores the visual tokens of every image of the datasets that has none yet; gives how many were computed.
+    """Stores the visual tokens of every image and video of the datasets that has none yet; gives how many it computed.
 
-    Each process takes its share of the images, and goes on when all are done or one was asked to stop. `prepare` is
+    Each process takes its share of them, and goes on when all are done or one was asked to stop. `prepare` is
     called before each batch that is computed: the model's tower must be there then, on the accelerator's device.
     `budgets`: as of `features_identity`.
     """
@@ -112,25 +158,33 @@ def fill_cache(
     own_budgets = has_own_budgets(model.config.visionzip)
     sweep(cache.folder)
     leave_out_damaged(cache, accelerator)
-    own = _sources(datasets, image_processor)[accelerator.process_index :: accelerator.num_processes]
-    share = [image for image in own if not (known_images.has("key", *image) and cache.key_of(*image) in cache)]
-    loader: Any = DataLoader(
-        _Images(share, cache, image_processor), batch_size, collate_fn=list, num_workers=num_workers
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    images = _sources(datasets, processor.image_processor)[share]
+    images = [image for image in images if not (known_images.has("key", *image) and cache.key_of(*image) in cache)]
+    videos = [video for video in _videos(datasets)[share] if not _is_kept(cache, video)]
+    of_images = DataLoader(
+        _Images(images, cache, processor.image_processor), batch_size, collate_fn=list, num_workers=num_workers
     )
+    # One video at a time: its frames are as many pixels as a batch of images.
+    of_videos = DataLoader(_Videos(videos, cache, processor), 1, collate_fn=list, num_workers=num_workers)
+    passes: list[tuple[Any, int, int]] = [(of_images, batch_size, 0), (of_videos, 1, len(images))]
+    batches = ((batch, done + number * size) for loader, size, done in passes for number, batch in enumerate(loader))
     computed, shard, files = 0, OpenShard(cache), {}
-    for number, batch in enumerate(loader):
-        session.report.progress("features", number * batch_size, len(share))
-        images = [image for image in batch if image is not None]
-        for image in images:
+    for batch, done in batches:
+        session.report.progress("features", done, len(images) + len(videos))
+        is_video = done >= len(images)
+        read = [image for image in batch if image is not None]
+        for image in read:
             files.update(image.files)
-        pixels = {image.key: image.pixels for image in images if image.pixels is not None and image.key not in shard}
+        pixels = {image.key: image.pixels for image in read if image.pixels is not None and image.key not in shard}
         if pixels:
             prepare()
             computed += len(pixels)
             if budgets:
                 tokens = _under_each(model, list(pixels.values()), budgets)
             else:
-                tokens = (by_name(parts, own_budgets) for parts in _visual_tokens(model, list(pixels.values())))
+                chosen = (_frame_tokens if is_video else _visual_tokens)(model, list(pixels.values()))
+                tokens = (by_name(parts, own_budgets) for parts in chosen)
             shard.add(dict(zip(pixels, tokens, strict=True)))
         if shard.is_due():
             shard.write()
@@ -160,6 +214,13 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
     for budget, of_image in zip(budgets, rows, strict=True):
         view = with_budget(model.model, budget_of(model.config.visionzip, budget))
         yield _parts(model, of_rows(of_image, view))
+
+
+def _frame_tokens(model: Any, videos: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """(tokens, kept) of the frames of each video, given as [F, 3, S, S]."""
+    for frames in videos:
+        there = frames.to(next(model.model.vision_tower.parameters()).device)
+        yield _parts(model, model.model.get_frame_tokens(there[None]))
 
 
 def _under_each(model: Any, images: list[Tensor], budgets: Sequence[dict[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
@@ -263,7 +324,7 @@ def store_features(
     computed = fill_cache(
         cache,
         model,
-        processor.image_processor,
+        processor,
         datasets,
         session,
         num_workers=workers,
@@ -277,8 +338,9 @@ def store_features(
     leave_out_towers(model)
     for dataset in datasets:
         dataset.features = cache
+    what = "images and videos" if _videos(datasets) else "images"
     session.report.say(
-        f"features: {computed} images computed, {len(cache)} in {cache.folder}; the tower is not needed"
+        f"features: {computed} {what} computed, {len(cache)} in {cache.folder}; the tower is not needed"
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shortzip.data.batching import permutation
 from shortzip.data.dataset import ConversationDataset
 from shortzip.data.files import read_json, sampled_digest
 from shortzip.data.images import ImageSource, image_bytes, image_name, resolve_image_path
+from shortzip.data.videos import VideoSource, frame_paths, video_name
 from shortzip.reduction.base_release import fetch_base
 from shortzip.reduction.families import family_of
 from shortzip.train.release.opening import Release, release_projector
@@ -30,7 +32,7 @@ from shortzip.train.run.checkpoint import CheckpointError, versions
 from shortzip.train.run.run_folder import read_status
 
 FORMAT = 1  # to be raised when the same parts give another result than before
-IMAGES, IMAGE_DIGITS = "the images", 8
+IMAGES, VIDEOS, IMAGE_DIGITS = "the images", "the videos", 8
 READERS = 16  # threads: on a network disk an image is mostly waited for
 _SAMPLE = 4096  # bytes read at each of three places of a tensor
 _SMALL = 1 << 16  # bytes of a tensor that is read whole: biases, norms
@@ -41,7 +43,7 @@ _INCIDENTAL = {
 }  # fmt: skip
 # Settings of the run, and where weights lie.
 _REDUCTIONS = {"visionzip", "shortv", "fastv", "positions", "budgets", "base_release"}
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -64,7 +66,8 @@ def run_identity(release: Release, dataset: ConversationDataset) -> dict[str, st
 def data_identity(dataset: ConversationDataset) -> dict[str, str]:
     """The digests of what is trained on: every turn, the images' names and content, the prompt's template.
 
-    That of the images holds IMAGE_DIGITS of each one of `images_of`, so that those that have changed can be named.
+    That of the images holds IMAGE_DIGITS of each one of `images_of`, so that those that have changed can be named;
+    that of the videos likewise, where there are any, with what decides which of their frames are seen.
     """
     turns, names = hashlib.sha256(), hashlib.sha256()
     for conversation in dataset.conversations:
@@ -79,8 +82,28 @@ def data_identity(dataset: ConversationDataset) -> dict[str, str]:
         "the turns of the conversations": _short(turns),
         "the names of the images": _short(names),
         IMAGES: images,
+        **_videos_identity(dataset),
         "the chat template": _short(hashlib.sha256(_json(dataset.supervision.template))),
     }
+
+
+def _videos_identity(dataset: ConversationDataset) -> dict[str, str]:
+    videos, sampling = videos_of(dataset), dataset.supervision.sampling
+    if not videos or sampling is None:
+        return {}
+    names = [[video_name(source) for source in conversation.videos] for conversation in dataset.conversations]
+    with ThreadPoolExecutor(READERS) as readers:
+        content = "".join(readers.map(lambda source: _video_digest(source, dataset), videos))
+    return {
+        "the names of the videos": _short(hashlib.sha256(_json(names))),
+        VIDEOS: content,
+        "which frames of videos are seen": _short(hashlib.sha256(_json(asdict(sampling)))),
+    }
+
+
+def videos_of(dataset: ConversationDataset) -> list[VideoSource]:
+    """Every video of the conversations once, in order."""
+    return list(dict.fromkeys(source for conversation in dataset.conversations for source in conversation.videos))
 
 
 def images_of(dataset: ConversationDataset) -> list[ImageSource]:
@@ -119,21 +142,29 @@ def check_same_origin(
 ) -> None:
     """Raises `CheckpointError` naming each part of `identity` that is another than in a checkpoint's state.
 
-    Images that no step has seen may have been mended, if it was a bad one that the run failed over. That, parts that
-    an older ShortZip did not note, and libraries of other versions are said. `path`: of the run.
+    Images and videos that no step has seen may have been mended, if it was a bad one that the run failed over. That,
+    parts that an older ShortZip did not note, and libraries of other versions are said. `path`: of the run.
     """
     saved = state.get("identity", {})
     changed = {part: part for part, digest in identity.items() if saved.get(part, digest) != digest}
-    if IMAGES in changed:
-        then, images = len(saved[IMAGES]) // IMAGE_DIGITS, images_of(dataset)
-        changed[IMAGES] = f"{IMAGES} ({then} then, {len(images)} now)"
-        if then == len(images):
-            others = {source for at, source in enumerate(images) if _digest_at(saved, at) != _digest_at(identity, at)}
-            name = image_name(next(source for source in images if source in others))
-            changed[IMAGES] = f"{IMAGES} ({len(others)} of {len(images)}, such as {name})"
-            if "BadSample" in read_status(path)["reason"] and not others & _seen_images(state, dataset):
-                say(f"{len(others)} images that no step has seen were mended since the run failed, such as {name}")
-                del changed[IMAGES]
+    of_kinds: tuple[tuple[str, list[Any], Callable[[Any], str]], ...] = (
+        (IMAGES, images_of(dataset), image_name),
+        (VIDEOS, videos_of(dataset), video_name),
+    )
+    for part, sources, name_of in of_kinds:
+        if part not in changed:
+            continue
+        then = len(saved[part]) // IMAGE_DIGITS
+        changed[part] = f"{part} ({then} then, {len(sources)} now)"
+        if then == len(sources):
+            digests = zip(sources, _digests(saved[part]), _digests(identity[part]), strict=True)
+            others = [source for source, before, now in digests if before != now]
+            name = name_of(others[0])
+            changed[part] = f"{part} ({len(others)} of {len(sources)}, such as {name})"
+            if "BadSample" in read_status(path)["reason"] and not set(others) & _seen(state, dataset):
+                what = part.removeprefix("the ")
+                say(f"{len(others)} {what} that no step has seen were mended since the run failed, such as {name}")
+                del changed[part]
     if changed:
         raise CheckpointError(
             f"{path} began with something else. Changed since: {', '.join(changed.values())}. Put back what it began "
@@ -148,14 +179,15 @@ def check_same_origin(
         say(versions_said)
 
 
-def _digest_at(parts: Mapping[str, str], place: int) -> str:
-    return parts[IMAGES][place * IMAGE_DIGITS : (place + 1) * IMAGE_DIGITS]
+def _digests(digits: str) -> list[str]:
+    return [digits[start : start + IMAGE_DIGITS] for start in range(0, len(digits), IMAGE_DIGITS)]
 
 
-def _seen_images(state: Mapping[str, Any], dataset: ConversationDataset) -> set[ImageSource]:
-    """The images of the rows that a checkpoint's steps have seen."""
+def _seen(state: Mapping[str, Any], dataset: ConversationDataset) -> set[ImageSource | VideoSource]:
+    """The images and videos of the rows that a checkpoint's steps have seen."""
     order = permutation(len(dataset), state["settings"]["seed"], 0)[: state["run"]["samples_seen"]]
-    return {source for row in order.tolist() for source in dataset.conversations[row].images}
+    rows = [dataset.conversations[row] for row in order.tolist()]
+    return {source for row in rows for source in (*row.images, *row.videos)}
 
 
 def changed_versions(saved: Mapping[str, str], installed: Mapping[str, str]) -> str | None:
@@ -218,6 +250,17 @@ def _sampled(source: ImageSource, image_root: Any) -> str:
     if isinstance(source, str):
         return sampled_digest(resolve_image_path(source, image_root))
     return hashlib.sha256(image_bytes(source)).hexdigest()
+
+
+def _video_digest(source: VideoSource, dataset: ConversationDataset) -> str:
+    """IMAGE_DIGITS of a video's file, or of its frames', by parts; dashes where one cannot be read."""
+    try:
+        paths = frame_paths(source, dataset.image_root) or (str(source),)
+        known, root = dataset.known_images, dataset.image_root
+        digests = [known.get("sampled digest", path, root, _sampled) for path in paths]
+    except (OSError, ValueError):
+        return "-" * IMAGE_DIGITS
+    return hashlib.sha256(_json(digests)).hexdigest()[:IMAGE_DIGITS]
 
 
 def _files_digest(folder: Path, names: Iterable[str]) -> Any:

@@ -72,10 +72,13 @@ def _in_time(batches: Iterable[GlobalBatch], process: int, budgets: Budgets) -> 
 def layout_of(supervision: Supervision, taught: bool = False, asked: bool = True) -> LayOut:
     """What lays out the integers of a micro-batch. `taught`: what a teacher says counts; if it is `asked` in the step,
     also as it reads the rows: with all their visual tokens."""
-    image_token_id = supervision.processor.image_token_id
+    processor: Any = supervision.processor
+    image, video = processor.image_token_id, processor.video_token_id if supervision.takes_videos else None
     if not (taught and asked):
-        return LayOut(image_token_id, taught=taught)
-    return LayOut(image_token_id, supervision.placeholders, unreduced(supervision).placeholders, taught=True)
+        return LayOut(image, taught=taught, video_token_id=video)
+    every = unreduced(supervision)
+    videos = (supervision.video_placeholders, every.video_placeholders)
+    return LayOut(image, supervision.placeholders, every.placeholders, True, video, videos)
 
 
 def step_inputs(
@@ -118,7 +121,7 @@ class SharingCollator:
 def check_shared_memory(dataset: ConversationDataset, plan: BatchPlan, num_workers: int) -> None:
     """Raises `UserError` if the shared memory is too small for what data workers have under way.
 
-    That is judged by one conversation with an image, which is loaded for it.
+    That is judged by one conversation with images or a video, which is loaded for it.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return
@@ -134,16 +137,17 @@ def check_shared_memory(dataset: ConversationDataset, plan: BatchPlan, num_worke
 
 
 def _micro_batch_bytes(dataset: ConversationDataset, plan: BatchPlan) -> int:
-    """Bytes of pixels, or cached features, in the largest micro-batch of the first step; 0 without images."""
+    """Bytes of pixels, or cached features, in the largest micro-batch of the first step; 0 without images and videos.
+    An image counts as much as a frame."""
     batch = plan.global_batch(0)
-    images = {sample: len(dataset.conversations[sample].images) for sample in batch.samples}
-    most = max(sum(images[sample] for sample in rows) for process in batch.micro_batches for rows in process)
-    for number in batch.samples:
-        sample = dataset[number] if images[number] else None
-        if isinstance(sample, Sample) and sample.encoded.images:
+    pictures = {sample: int(dataset.images[sample] + dataset.frames[sample]) for sample in batch.samples}
+    most = max(sum(pictures[sample] for sample in rows) for process in batch.micro_batches for rows in process)
+    for number in sorted(batch.samples, key=lambda sample: -dataset.frames[sample]):
+        sample = dataset[number] if pictures[number] else None
+        if isinstance(sample, Sample):
             held = Collator.of(dataset.supervision)([sample]).inputs
             floats = sum(tensor.nbytes for tensor in held.values() if tensor.is_floating_point())
-            return most * floats // sample.encoded.images
+            return most * floats // pictures[number]
     return 0
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import ConversationDataset, MicroBatch
 from shortzip.data.errors import UserError
-from shortzip.data.instructions import PLACEHOLDER, Conversation
+from shortzip.data.instructions import PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation
 from shortzip.data.supervision import IGNORE_INDEX
 
 
@@ -17,15 +19,22 @@ class NothingToLearn(UserError):
 
 
 def conversations_in_words(dataset: ConversationDataset) -> str:
-    """How many conversations there are, and how many have no image."""
-    without = sum(not conversation.images for conversation in dataset.conversations)
+    """How many conversations there are, how many have videos, and how many have neither image nor video."""
+    without = sum(not sees(conversation) for conversation in dataset.conversations)
     aside = f", {without} of them without an image: these give the projector no gradient" if without else ""
-    return f"{len(dataset)} conversations{aside}"
+    videos = int((dataset.videos > 0).sum())
+    shown = f", {videos} with videos ({int(dataset.frames.sum())} frames)" if videos else ""
+    return f"{len(dataset)} conversations{shown}{aside}"
+
+
+def sees(conversation: Conversation) -> bool:
+    """Whether it has an image or a video."""
+    return bool(conversation.images or conversation.videos)
 
 
 def check_sees_images(dataset: ConversationDataset) -> None:
     """Raises `NothingToLearn` if no conversation has an image, or none an answer after one."""
-    if not any(conversation.images for conversation in dataset.conversations):
+    if not any(map(sees, dataset.conversations)):
         raise NothingToLearn(
             f"none of the {len(dataset)} conversations has an image, and the projector learns from images only: "
             "data.instructions needs rows with image (or images) and an <image> in their text"
@@ -38,10 +47,11 @@ def check_sees_images(dataset: ConversationDataset) -> None:
 
 
 def answers_an_image(conversation: Conversation) -> bool:
-    """Whether an answer stands after an image."""
+    """Whether an answer stands after an image or a video."""
+    marks = [PLACEHOLDER] * bool(conversation.images) + [VIDEO_PLACEHOLDER] * bool(conversation.videos)
     roles = [role for role, _ in conversation.turns]
-    first = next((place for place, (_, text) in enumerate(conversation.turns) if PLACEHOLDER in text), len(roles))
-    return bool(conversation.images) and "assistant" in roles[first:]
+    shown = (place for place, (_, text) in enumerate(conversation.turns) if any(mark in text for mark in marks))
+    return "assistant" in roles[next(shown, len(roles)) :]
 
 
 def check_learns(schedule: Any, plan: BatchPlan, dataset: ConversationDataset, total_steps: int) -> None:
@@ -75,10 +85,12 @@ def check_learns(schedule: Any, plan: BatchPlan, dataset: ConversationDataset, t
     )
 
 
-def answer_images(micro_batches: Sequence[MicroBatch], image_token_id: int) -> bool:
-    """Whether a supervised token stands after a visual token, so that the projector must get a gradient."""
+def answer_images(micro_batches: Sequence[MicroBatch], *visual: int) -> bool:
+    """Whether a supervised token stands after a visual token, so that the projector must get a gradient. `visual`: the
+    placeholders' ids."""
     for micro_batch in micro_batches:
-        after_image = (micro_batch.inputs["input_ids"] == image_token_id).cumsum(1) > 0
+        ids = micro_batch.inputs["input_ids"]
+        after_image = torch.isin(ids, torch.tensor(visual)).cumsum(1) > 0
         if bool((after_image & (micro_batch.inputs["labels"] != IGNORE_INDEX)).any()):
             return True
     return False

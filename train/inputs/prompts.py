@@ -1,4 +1,4 @@
-"""Prompts as a batch: padded on the left, with the images that stand in them, ready for `generate`."""
+"""Prompts as a batch: padded on the left, with the images and videos that stand in them, ready for `generate`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from shortzip.data.instructions import Conversation
 from shortzip.data.pixels import pixels_of_row
 from shortzip.data.supervision import Encoded, Supervision
 from shortzip.reduction.positions import keeps_positions
+from shortzip.train.step.visual_features import given_to_model
+
+VISUAL_INPUTS = ("pixel_values", "image_sizes", "image_budgets", "pixel_values_videos", "video_frames")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids up to where an answer is generated, and the images that stand in them.
+    """Token ids up to where an answer is generated, and the images and videos that stand in them.
 
     Attributes:
         input_ids: [L] ids, as many placeholders per image as the model fills.
         pixels: per image a float32 tensor, [3, H, W], for LLaVA-NeXT [tiles, 3, H, W].
         image_sizes: (height, width) of each image in pixels, before it was resized.
+        frames: per video its frames' pixels, float32 [F, 3, H, W].
     """
 
     input_ids: list[int]
     pixels: Sequence[Tensor] = ()
     image_sizes: Sequence[tuple[int, int]] = ()
+    frames: Sequence[Tensor] = ()
 
 
 class LeftOut:
@@ -52,6 +57,10 @@ class LeftOut:
             self._counts[size, budget] = int(whole) - self._supervision.placeholders(size, budget)
         return self._counts[size, budget]
 
+    def of_video(self, frames: int) -> int:
+        """As the call, of a video of which so many frames are seen."""
+        return int(self._every.video_tokens(frames)) - self._supervision.video_placeholders(frames)
+
 
 def extra_positions(model_config: Any, supervision: Supervision, sizes: Sequence[tuple[int, int]]) -> int:
     """How many positions more than its tokens a prompt takes whose images have these (height, width): with original
@@ -60,17 +69,22 @@ def extra_positions(model_config: Any, supervision: Supervision, sizes: Sequence
 
 
 def encode_prompt(
-    supervision: Supervision, turns: Sequence[tuple[str, str]], images: Sequence[Image.Image], name: str = "prompt"
+    supervision: Supervision,
+    turns: Sequence[tuple[str, str]],
+    images: Sequence[Image.Image],
+    name: str = "prompt",
+    videos: Sequence[Tensor] = (),
 ) -> Prompt:
     """The prompt of a conversation that ends with the user's turn, as the release's template renders it.
 
     `turns` are (role, text) with one `<image>` per image of `images` (RGB), which come in the order of their
-    placeholders. Raises `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation
-    `name`.
+    placeholders; `videos` likewise, with `<video>`: the pixels of their frames, [F, 3, H, W] each. Raises
+    `shortzip.data.drops.BadSample` where counts or roles do not fit; it calls the conversation `name`.
     """
     sizes = supervision.sizes_in_row([(image.height, image.width) for image in images])
-    conversation = Conversation(name, ("",) * len(images), tuple(turns))
-    return Prompt(supervision.prompt(conversation, sizes), pixels_of(supervision, images), sizes)
+    conversation = Conversation(name, ("",) * len(images), tuple(turns), videos=("",) * len(videos))
+    ids = supervision.prompt(conversation, sizes, [len(video) for video in videos])
+    return Prompt(ids, pixels_of(supervision, images), sizes, videos)
 
 
 def pixels_of(supervision: Supervision, images: Sequence[Image.Image], several: bool | None = None) -> list[Tensor]:
@@ -82,7 +96,8 @@ def pixels_of(supervision: Supervision, images: Sequence[Image.Image], several: 
 
 def batch_prompts(supervision: Supervision, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
     """Keyword arguments of the model: input_ids and attention_mask [B, L] int64, and pixel_values (and, for
-    LLaVA-NeXT, image_sizes) where there are images."""
+    LLaVA-NeXT, image_sizes) where there are images, pixel_values_videos (and, where they differ in their number of
+    frames, video_frames) where there are videos."""
     collator = Collator.of(supervision)
     length = max(len(prompt.input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), length), collator.pad_token_id)
@@ -92,9 +107,12 @@ def batch_prompts(supervision: Supervision, prompts: Sequence[Prompt], device: t
         attention_mask[row, length - len(prompt.input_ids) :] = 1
     # The collator stacks the images (tiles filled up); its own rows, padded on the right, are not used.
     nothing = Encoded([], [], [], 0)
-    shown = [Sample("", nothing, list(prompt.pixels), list(prompt.image_sizes)) for prompt in prompts]
+    shown = [
+        Sample("", nothing, list(prompt.pixels), list(prompt.image_sizes), frames=list(prompt.frames))
+        for prompt in prompts
+    ]
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if any(prompt.pixels for prompt in prompts):
-        pictures = collator(shown).inputs
-        inputs |= {key: pictures[key] for key in ("pixel_values", "image_sizes") if key in pictures}
+    if any(prompt.pixels or prompt.frames for prompt in prompts):
+        pictures = given_to_model(collator(shown).inputs)
+        inputs |= {key: pictures[key] for key in VISUAL_INPUTS if key in pictures}
     return {key: tensor.to(device) for key, tensor in inputs.items()}

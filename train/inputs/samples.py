@@ -24,6 +24,7 @@ from shortzip.reduction.positions import keeps_positions
 from shortzip.train.inputs.image_budgets import budgets_by_picture
 from shortzip.train.inputs.preflight import check_sees_images
 from shortzip.train.inputs.prompts import LeftOut
+from shortzip.train.inputs.videos import configured_sampling
 from shortzip.train.settings.config import DEMO, DataConfig, DemoScenesConfig
 
 
@@ -57,7 +58,8 @@ def training_set(
     Raises `FileNotFoundError`, `shortzip.data.drops.BadSample` and `ValueError` for instructions that cannot be used.
     """
     conversations, root, drops = rows or training_rows(config, seed)
-    supervision = Supervision(processor, max_length=config.max_length)
+    sampling = configured_sampling(config, processor)
+    supervision = Supervision(processor, max_length=config.max_length, sampling=sampling)
     known_images = KnownImages(config.cache_features or config.cache_teacher)
     dataset = ConversationDataset(
         conversations,
@@ -108,7 +110,8 @@ def held_out_set(config: DataConfig, processor: Any, budget_of: BudgetSource | N
     """
     drops = DropLog(config.on_bad_sample, config.max_bad_fraction)
     conversations, root = held_out_conversations(config, drops)
-    supervision, known_images = Supervision(processor, max_length=None), KnownImages(config.cache_features)
+    supervision = Supervision(processor, max_length=None, sampling=configured_sampling(config, processor))
+    known_images = KnownImages(config.cache_features)
     budget_of = budget_of or budgets_by_picture(processor, known_images)
     return ConversationDataset(
         conversations, supervision, root, drops=drops, known_images=known_images, budget_of=budget_of
@@ -172,7 +175,11 @@ def left_out_tokens(dataset: ConversationDataset) -> np.ndarray:
         size = dataset.known_images.size(source, dataset.image_root) if needed else (0, 0)
         return left_out(size, None if dataset.budget_of is None else dataset.budget_of(source, dataset.image_root))
 
-    return np.asarray([sum(map(of_source, row.images)) for row in dataset.conversations], dtype=np.int64)
+    of_images = np.asarray([sum(map(of_source, row.images)) for row in dataset.conversations], dtype=np.int64)
+    if not dataset.has_videos:
+        return of_images
+    counts = [dataset.frames_seen(row)[:left] for row, left in zip(dataset.conversations, dataset.videos, strict=True)]
+    return of_images + np.asarray([sum(map(left_out.of_video, seen)) for seen in counts], dtype=np.int64)
 
 
 def check_instructions(config: DataConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from shortzip.data.batching import BatchPlan
 from shortzip.data.dataset import Collator, ConversationDataset, Sample, encode_unread
+from shortzip.data.errors import UserError
 from shortzip.data.known_images import KnownImages
 from shortzip.train.inputs.samples import training_set
 from shortzip.train.rehearsal.rows import Integers, integers_from
@@ -25,7 +26,11 @@ def recipe_conversations(config: TuneConfig) -> ConversationDataset:
     release = open_release(ReleaseSpec.of(config))
     layers = config.shortv.layers if config.shortv else None
     processor: Any = load_processor(release, reductions_of(config.visionzip, layers, None).largest_budget)
-    return training_set(config.data, processor, config.seed)
+    dataset = training_set(config.data, processor, config.seed)
+    if dataset.has_videos:
+        count = int((dataset.videos > 0).sum())
+        raise UserError(f"{count} conversations have videos, which are not rehearsed: shortzip estimate has --frames")
+    return dataset
 
 
 def largest_micro_batch(dataset: ConversationDataset, plan: BatchPlan) -> list[int]:

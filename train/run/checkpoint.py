@@ -37,6 +37,8 @@ SINCE: dict[str, Any] = {
     "positions": "compact",
     "distill": None,
     "tune": "projector",
+    "data.video_frames": None,
+    "data.video_fps": None,
     "budgets": [],
     "sandwich": False,
 }  # settings that an older checkpoint does not name, and what they were then

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from shortzip.data.errors import FileInTheWay
 from shortzip.data.files import read_text, write_atomically, writing
 from shortzip.data.images import BadImage, image_size, open_image
 from shortzip.data.instructions import Conversation, iterate_rows, parse_rows, read_instructions
+from shortzip.data.known_images import KnownImages
+from shortzip.data.pixels import frames_pixels
 from shortzip.data.supervision import Supervision
+from shortzip.data.video_frames import frames_seen, read_frames
+from shortzip.data.videos import Sampling, VideoSource
 from shortzip.train.inputs.prompts import Prompt, batch_prompts, extra_positions, pixels_of
 
 
@@ -35,12 +39,12 @@ class Answer:
     tokens: int = 0
     """Of the answer, its end token included where it came."""
     error: str | None = None
-    """Why there is no answer: an image that cannot be read, a prompt that does not fit."""
+    """Why there is no answer: an image or video that cannot be read, a prompt that does not fit."""
 
 
 def read_questions(source: str) -> list[Conversation]:
     """The conversations of a file up to their last question: what LLaVA's instructions may look like, and LLaVA's own
-    question files (question_id, text, image). Raises `BadSample` and `UserError`, as `read_instructions`."""
+    question files (question_id, text, image or video). Raises `BadSample` and `UserError`, as `read_instructions`."""
     if not Path(source).is_file() or Path(source).suffix == ".parquet":
         return [_up_to_the_question(conversation) for conversation in read_instructions(source)]
     questions = []
@@ -54,7 +58,7 @@ def read_questions(source: str) -> list[Conversation]:
 def _as_instruction(row: Any) -> Any:
     if not isinstance(row, dict) or not {"question_id", "text"} <= row.keys() or "conversations" in row:
         return row
-    shown = {key: row[key] for key in ("image",) if key in row}
+    shown = {key: row[key] for key in ("image", "video") if key in row}
     turn = {"from": "human", "value": row["text"]}
     return {"id": str(row["question_id"]), **shown, "conversations": [turn]}
 
@@ -62,7 +66,7 @@ def _as_instruction(row: Any) -> Any:
 def _up_to_the_question(conversation: Conversation) -> Conversation:
     turns = conversation.turns
     turns = turns[:-1] if turns[-1][0] == "assistant" else turns
-    return Conversation(conversation.id, conversation.images, turns, conversation.is_placed)
+    return replace(conversation, turns=turns)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Answerer:
                 sizes = [(0, 0)] * len(question.images)
                 if self.supervision.needs_image_sizes:
                     sizes = [image_size(source, self.image_root) for source in question.images]
-                ids = self.supervision.prompt(question, sizes)
+                ids = self.supervision.prompt(question, sizes, self._frames_seen(question))
             except (BadImage, BadSample) as error:
                 refused[place] = Answer(question.id, None, error=str(error))
                 continue
@@ -122,6 +126,19 @@ class Answerer:
                 jobs.append(_Job(place, ids, sizes))
         return jobs, refused
 
+    def _frames_seen(self, question: Conversation) -> list[int]:
+        """How many frames of each video are seen. Raises BadSample where the family takes none, and BadImage."""
+        sampling = self.supervision.sampling
+        if sampling is None and question.videos:
+            raise BadSample("video", question.id, f"{len(question.videos)} videos, and this release takes none")
+        known = KnownImages()
+        return [frames_seen(video, self.image_root, sampling or Sampling(1), known) for video in question.videos]
+
+    def _frames(self, video: VideoSource) -> torch.Tensor:
+        assert self.supervision.sampling is not None
+        frames = read_frames(video, self.image_root, self.supervision.sampling)
+        return frames_pixels(frames, self.supervision.processor)
+
     @torch.inference_mode()
     def _batch(self, questions: Sequence[Conversation], jobs: Sequence[_Job]) -> dict[int, Answer]:
         prompts: dict[int, Prompt] = {}
@@ -130,11 +147,12 @@ class Answerer:
             question = questions[job.place]
             try:
                 images = [open_image(source, self.image_root) for source in question.images]
+                frames = [self._frames(source) for source in question.videos]
             except BadImage as error:
                 answers[job.place] = Answer(question.id, None, error=str(error))
                 continue
             sizes = [(image.height, image.width) for image in images]
-            prompts[job.place] = Prompt(job.ids, pixels_of(self.supervision, images), sizes)
+            prompts[job.place] = Prompt(job.ids, pixels_of(self.supervision, images), sizes, frames)
         if not prompts:
             return answers
         inputs = batch_prompts(self.supervision, list(prompts.values()), self.model.device)

@@ -59,8 +59,7 @@ class AppConfig:
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     method: str | None = None
-    """How tokens are chosen, with parameters as in vispruner:important=0.25; null: as in the tuned run, else
-    visionzip."""
+    """How tokens are chosen, as in vispruner:important=0.25; null: as in the tuned run, else visionzip."""
     images: str | None = None
     """Folder of images to choose from; null: the demo's held-out scenes."""
     ranking: list[int] | None = None
@@ -104,8 +103,7 @@ class EstimateConfig:
     sandwich: bool = False
     """With budgets: each step has the largest, the smallest and one between, and the largest teaches the others."""
     method: str | None = None
-    """How they are chosen, with parameters as in vispruner:important=0.25. Default: with budget visionzip, else the
-    model's own."""
+    """How they are chosen, as in vispruner:important=0.25. Default: with budget visionzip, else the model's own."""
     freeze: str | None = None
     """Frozen layers: a number (19), a share (60%) or a list (31,29,30). Default: the model's own, else 60%."""
     memory: str = "24GiB"
@@ -116,6 +114,8 @@ class EstimateConfig:
     """Text tokens of a training sample."""
     tiles: int | None = None
     """Images per sample, or tiles in LLaVA-NeXT. Default: 1, and 5 in LLaVA-NeXT, as the papers count."""
+    frames: int | None = None
+    """Instead: a video of so many frames per sample; of families that take videos."""
     global_batch_size: int = 128
     """Samples of an optimiser step."""
     per_device_train_batch_size: int = 16
@@ -206,7 +206,7 @@ class PrepareConfig:
     output: Path
     """New folder to write to."""
     image_root: Path | None = None
-    """Folder that image paths start from; without it images are not looked for."""
+    """Folder that paths of images and videos start from; without it these are not looked for."""
     fraction: float = 0.1
     """Share of the usable rows."""
     seed: int = 0
@@ -214,13 +214,13 @@ class PrepareConfig:
     keep_text_only: bool = False
     """Keep rows without an image (they do not train the projector)."""
     drop_missing: bool = False
-    """Drop chosen rows whose image is not there; default: list them."""
+    """Drop chosen rows whose image or video is not there; default: list them."""
     verify_images: bool = False
-    """Decode every image, and drop the rows of those that cannot be."""
+    """Decode every image, and frames of every video, and drop the rows of those that cannot be."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of the rows is malformed."""
     num_workers: int | None = None
-    """Processes that decode images; null: one per core."""
+    """Processes that decode images and videos; null: one per core."""
     split: str | None = None
     """Split of a datasets table; null: train."""
     streaming: bool = False

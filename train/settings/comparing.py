@@ -32,6 +32,8 @@ class HeldOut:
     """Only the first so many conversations; null means all, or as the run."""
     on_bad_sample: Literal["raise", "skip"] | None = None
     """What a bad row or image gets: an error, or being left out and counted; null means an error, or as the run."""
+    video_frames: int | None = None
+    """Frames of a video that are seen; null means as many as the release was trained with, or as the run."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ class PapersConfig:
     """The papers' figures, to stand beside the rows."""
     text_tokens: int = 64
     """Text tokens of the prompt, about one image, whose FLOPs are counted (64 in ShortV's paper)."""
+    frames: int | None = None
+    """Of tasks with videos: frames of a video that are seen, and whose FLOPs are counted instead of an image's."""
     processes: int = 1
     """Processes (GPUs) of each run of lmms-eval."""
     device: str = "cuda"
@@ -273,7 +277,7 @@ class PapersConfig:
             raise ConfigError(f"published: scores of {strange[0]!r}; the tasks are {', '.join(names)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        if min(self.processes, self.batch_size, self.text_tokens) < 1:
+        if min(self.processes, self.batch_size, self.text_tokens, 1 if self.frames is None else self.frames) < 1:
             counts = f"processes {self.processes}, batch_size {self.batch_size}, text_tokens {self.text_tokens}"
             raise ConfigError(f"{counts}: at least 1 each is needed")
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from shortzip.data.videos import MOST_FRAMES
 from shortzip.reduction.parsing import parse_bytes
 from shortzip.train.settings.budget import BudgetScheduleConfig, FastVConfig, VisionZipConfig
 from shortzip.train.settings.budget_list import check_budgets
@@ -28,7 +29,7 @@ FREE_KEYS = (
     "report_to", "eval_steps", "eval_batch_size", "final_evaluation", "control", "max_new_tokens", "pictures",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_shape", "hub_base",
 )  # fmt: skip
-SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample")
+SHAPING_DATA_KEYS = ("fraction", "max_length", "chat_template", "on_bad_sample", "video_frames", "video_fps")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class DataConfig:
     """Only the first so many held-out conversations; null means all."""
     max_length: int = 2048
     """Tokens per conversation, visual tokens included; longer ones are cut after a whole turn."""
+    video_frames: int | None = None
+    """Frames of a video that are seen; null: as the release was trained. With video_fps: at most so many."""
+    video_fps: float | None = None
+    """Instead of evenly spread frames, so many per second of a video; null: evenly spread."""
     num_workers: int = 2
     """Processes that load images, per training process; 0 loads them in the loop."""
     worker_timeout: int = 300
@@ -122,8 +127,9 @@ class DataConfig:
             raise ConfigError(f"data.fraction is {self.fraction}: a share above 0 and up to 1 is needed")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}: a share from 0 to 1 is needed")
-        _at_least(self, "data.", eval_samples=1)
-        _within(self, "data.", max_length=(2, 1 << 20), num_workers=(0, 512), worker_timeout=(0, 7 * 24 * 3600))
+        _at_least(self, "data.", eval_samples=1, video_fps=0.001)
+        lengths = {"max_length": (2, 1 << 20), "video_frames": (1, MOST_FRAMES)}
+        _within(self, "data.", **lengths, num_workers=(0, 512), worker_timeout=(0, 7 * 24 * 3600))
         if self.eval_instructions is None and (self.eval_image_root or self.eval_samples):
             raise ConfigError("data.eval_image_root and data.eval_samples need data.eval_instructions")
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from shortzip.data.dataset import ConversationDataset
@@ -38,7 +39,7 @@ class RowShape:
     supervised: int
     """Tokens of its answers."""
     tiles: int = 1
-    """Images, or tiles, that the tower reads; counted only where `visual` is above 0."""
+    """Images, tiles, or frames of videos, that the tower reads; counted only where `visual` is above 0."""
 
 
 def plain_flops(
@@ -109,7 +110,8 @@ def teacher_flops(config: Any, row: RowShape, *, shared: int = 0) -> int:
 class StepFlops:
     """The FLOPs that a step over samples of `dataset` needs with `model`, for MFU.
 
-    LLaVA-NeXT's images, whose tiles differ, are counted as five each, and budgets per image as their mean. `taught`: a
+    LLaVA-NeXT's images, whose tiles differ, are counted as five each, budgets per image as their mean, and videos by
+    the frames that are seen. `taught`: a
     teacher is asked in the step.
     """
 
@@ -126,16 +128,30 @@ class StepFlops:
             size = (0, 0)
         own = dataset.mean_budget
         self.size, self.visual = size, supervision.placeholders(size, own)
-        self.taught = unreduced(supervision).placeholders(size) if taught else None
+        every = unreduced(supervision)
+        self.taught, self.every_video = every.placeholders(size) if taught else None, every.video_placeholders
         self.shared = 0
         if self.tiles == 1:
-            with_image = (conversation for conversation in dataset.conversations if conversation.images)
+            with_image = (row for row in dataset.conversations if row.images and not row.videos)
             first = next(with_image, None)
             if first is not None:
                 budgets = None if own is None else [own] * len(first.images)
                 ids = supervision.encode(first, None, budgets).input_ids
                 image = supervision.processor.image_token_id
                 self.shared = ids.index(image) if image in ids else 0
+
+        self.of_videos = np.zeros(len(dataset), dtype=np.int64)  # visual tokens
+        if dataset.has_videos:
+            counts = [supervision.video_placeholders(count) if count else 0 for count in dataset.frames.tolist()]
+            self.of_videos = np.asarray(counts)
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """Visual tokens, and tiles or frames, of one image, or of the row with most frames of videos."""
+        if not self.dataset.has_videos:
+            return self.visual, self.tiles
+        row = int(self.dataset.frames.argmax())
+        return max(self.visual, int(self.of_videos[row])), max(self.tiles, int(self.dataset.frames[row]))
 
     def __call__(self, samples: Sequence[int], *visual: int) -> int:
         """`visual`: tokens of an image in this step, where they are others than the dataset's; several where the rows
@@ -144,10 +160,12 @@ class StepFlops:
 
     def _of(self, sample: int, of_images: Sequence[int]) -> int:
         length, images = int(self.dataset.lengths[sample]), len(self.dataset.conversations[sample].images)
-        visual = min(length, images * self.visual)
-        supervised, tiles = int(self.dataset.supervised[sample]), max(1, images) * self.tiles
+        videos, frames = int(self.of_videos[sample]), int(self.dataset.frames[sample])
+        visual = min(length, images * self.visual + videos)
+        supervised = int(self.dataset.supervised[sample])
+        tiles = (images if frames else max(1, images)) * self.tiles + frames
         rows = [
-            RowShape(length - visual, min(visual, images * of_image), supervised, tiles)
+            RowShape(length - visual, min(visual, images * of_image + videos), supervised, tiles)
             for of_image in (of_images if images else of_images[:1])  # from text alone all say the same
         ]
         needed = sum(
@@ -157,5 +175,6 @@ class StepFlops:
         if self.taught is None:
             return needed
         row = rows[0]
-        whole = replace(row, visual=images * self.taught)
+        of_frames = self.every_video(frames) if frames else 0
+        whole = replace(row, visual=images * self.taught + of_frames)
         return needed + teacher_flops(self.config, whole, shared=self.shared)

@@ -1,7 +1,8 @@
 """How large a micro-batch may be, whether layers are computed again, and what is done when memory runs out.
 
 The estimate is that of scripts/estimate_cost.py (train/step/memory.py), for the costliest micro-batch that the
-limits allow: rows of about the longest conversation's length, each with one image, every text token supervised.
+limits allow: rows of about the longest conversation's length, each with one image, or as many frames of a video as
+any row has, every text token supervised.
 """
 
 from __future__ import annotations
@@ -194,11 +195,12 @@ def estimate_of(
     is_taught = config.distill is not None and config.data.cache_teacher is None
     counted = StepFlops(model, dataset, taught=is_taught)
     longest = int(dataset.lengths.max())
-    visual = min(counted.visual, longest - 1)
+    visual, tiles = counted.most
+    visual = min(visual, longest - 1)
     row = TrainingStep(
         text_tokens=longest - visual,
         visual_tokens=visual,
-        tiles=counted.tiles,
+        tiles=tiles,
         frozen_layers=tuple(counted.frozen),
         micro_batch_size=1,
         weights="4bit" if config.load_in_4bit else "float32" if config.mixed_precision == "no" else "bfloat16",

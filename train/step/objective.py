@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from shortzip.data.dataset import MicroBatch
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import IGNORE_INDEX
-from shortzip.reduction.configuration_pruning import pruning_method
 from shortzip.reduction.families import family_of
 from shortzip.reduction.flops import projector_input
 from shortzip.reduction.positions import ImagePositions, keeps_positions, shifts_of
@@ -23,41 +22,24 @@ from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.cross_entropy import summed_cross_entropy
 from shortzip.train.step.lean_autograd import Take
 from shortzip.train.step.places import EveryToken, FullRows, LayOut, Layout, Rows, keep_positions
+from shortzip.train.step.pruning_queries import fastv_query as fastv_query
 from shortzip.train.step.sandwich import Turn
 from shortzip.train.step.supervised_states import FixedText, can_walk, compute_fixed_text, supervised_states
 from shortzip.train.step.teacher import Lesson, Teacher, TopTokens, plain_lesson_loss, summed_lesson_loss
-from shortzip.train.step.visual_features import visual_features
+from shortzip.train.step.visual_features import image_features, in_order, video_features, visual_features
 
 Llava = Any  # transformers' or a reduced one, of any family
 
 FIXED_TEXTS = 4  # beginnings that are kept; nearly every row has the same one
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_budgets")
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "pixel_values", "image_sizes", "image_budgets", "pixel_values_videos",
+    "video_frames",
+)  # fmt: skip
 
 
 def count_supervised(labels: Tensor) -> int:
     """Supervised tokens of `labels` [B, L] that a next-token loss sees: the first position has nothing before it."""
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-def fastv_query(model: Llava, labels: Tensor) -> dict[str, Tensor]:
-    """With pruning inside the language model, the positions whose attention decides what is kept; nothing otherwise.
-
-    [B], the end of the first prompt, as when it is answered (the end of the row would see the answers). Of
-    PyramidDrop, as in its authors' training, [B, S]: the positions just before every supervised span, -1 filling up; a
-    row without such is not pruned.
-    """
-    config: Any = model.config
-    if config.fastv is None:
-        return {}
-    supervised = labels != IGNORE_INDEX
-    length = labels.shape[1]
-    if pruning_method(config.fastv) == "pyramiddrop":
-        ends = torch.nn.functional.pad(supervised[:, 1:] & ~supervised[:, :-1], (0, 1))
-        count = max(int(ends.sum(dim=1).max()), 1)
-        places = ends.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return {"fastv_query": places.where(ends.gather(1, places), -1)}
-    first = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), length)
-    return {"fastv_query": (first - 1).clamp(min=0)}
 
 
 class SupervisedLoss(nn.Module):
@@ -69,7 +51,7 @@ class SupervisedLoss(nn.Module):
     Where `can_walk` allows it, the language model computes only what the loss and the projector's gradient need
     (train/step/supervised_states.py): the same loss and gradient up to rounding. That is asked here, once: what is
     trained, and where the weights lie, is to be settled before. `plain` turns it off. `logits_at_once`: values; None
-    takes what suits the device.
+    takes what suits the device. `videos`: whether rows may have videos.
 
     With `distill` the cross-entropy is replaced, in micro-batches laid out as taught, by the sum that
     train/step/teacher.py describes: of what the `teacher` says, or, without one, of the rows' lessons
@@ -86,8 +68,10 @@ class SupervisedLoss(nn.Module):
         logits_at_once: int | None = None,
         teacher: Teacher | None = None,
         distill: DistillConfig | None = None,
+        videos: bool = False,
     ) -> None:
         super().__init__()
+        self.videos = videos
         self.model, self.logits_at_once = model, logits_at_once
         self.teacher, self.distill = teacher, distill
         self.teacher_projector = None if teacher is None else teacher.projector  # a module: it moves with the model
@@ -115,7 +99,11 @@ class SupervisedLoss(nn.Module):
             layout = replace(layout, taught=False)
         if layout is None:
             integers = {key: batch.inputs[key].cpu() for key in ("input_ids", "attention_mask", "labels")}
-            layout = LayOut(self.model.config.image_token_id)(integers)
+            config = self.model.config
+            video = config.video_token_id if family_of(config.model_type).video_frames else None
+            layout = LayOut(config.image_token_id, video_token_id=video)(
+                {**integers, **{key: batch.inputs[key] for key in ("video_frames",) if key in batch.inputs}}
+            )
         return (self._plain_loss if self.plain else self._needed_loss)(batch.inputs, layout, turn)
 
     def _plain_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
@@ -130,15 +118,13 @@ class SupervisedLoss(nn.Module):
         ids, mask, labels = (
             batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         )
-        every, visual = layout.every_token.to(device), ids == self.model.config.image_token_id
-        features, images = visual_features(self.model, batch)
+        every, visual = layout.every_token.to(device), self._is_visual(ids)
+        features, images, unused = self._every_feature(batch, layout, device)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
-        if features is None:
-            unused = self._no_features(device)
-            embeds = embedding(ids)
+        embeds = embedding(ids)
+        if unused is not None:
             embeds = embeds + 0 * unused.sum().to(embeds)
-        else:
-            embeds = embedding(ids)
+        if features is not None:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
         moved: dict[str, Tensor] = {}
         if keeps_positions(self.model.config):
@@ -166,6 +152,29 @@ class SupervisedLoss(nn.Module):
             lesson, taught = self._lesson(self._kept_lessons(batch, device)), every.taught
         return plain_lesson_loss(self.model.lm_head, states, every.targets, lesson, taught)
 
+    def _is_visual(self, ids: Tensor) -> Tensor:
+        """Which of these ids [B, L] are placeholders, of images and of videos alike."""
+        config = self.model.config
+        visual = ids == config.image_token_id
+        return visual | (ids == config.video_token_id) if self._takes_videos else visual
+
+    @property
+    def _takes_videos(self) -> bool:
+        return family_of(self.model.config.model_type).video_frames > 0
+
+    def _every_feature(
+        self, batch: Mapping[str, Tensor], layout: Layout, device: torch.device
+    ) -> tuple[Tensor | None, ImagePositions | None, Tensor | None]:
+        """As `visual_features`, and what empty images and videos give in the place of those that are not there."""
+        images, unused = image_features(self.model.model, batch), []
+        has_videos = "video_frames" in batch
+        if images is None and (self.videos or not has_videos):
+            unused.append(self._no_features(device))
+        videos = video_features(self.model.model, batch)
+        if videos is None and self.videos:
+            unused.append(self._no_features(device, video=True))
+        return *in_order(images, videos, layout.is_video), torch.cat(unused) if unused else None
+
     def _frozen_rows(self, every: EveryToken) -> dict[str, ActiveRows]:
         frozen = self.model.config.shortv is not None
         return {"active_rows": ActiveRows(every.active, every.is_active)} if frozen else {}
@@ -186,7 +195,7 @@ class SupervisedLoss(nn.Module):
         rows = full.to(embedding.weight.device)
         embeds = embedding(rows.input_ids)
         visual = rows.input_ids == self.model.config.image_token_id
-        if "pixel_values" in batch:
+        if "pixel_values" in batch or "video_frames" in batch:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), self._teacher_features(batch, full.layout).to(embeds))
         else:
             assert self.teacher is not None
@@ -196,7 +205,7 @@ class SupervisedLoss(nn.Module):
 
     def _teacher_features(self, batch: Mapping[str, Tensor], layout: Layout) -> Tensor:
         assert self.teacher is not None
-        features = self.teacher.features(batch)
+        features = self.teacher.features(batch, layout.is_video)
         _refuse_mismatch(layout.placeholders, len(features))
         return features
 
@@ -216,7 +225,7 @@ class SupervisedLoss(nn.Module):
         return TopTokens(batch["taught_log_probs"].to(device, non_blocking=True), ids)
 
     def _needed_loss(self, batch: Mapping[str, Tensor], layout: Layout, turn: Turn | None) -> Tensor:
-        features, images = visual_features(self.model, batch)
+        features, images = visual_features(self.model.model, batch, layout.is_video)
         _refuse_mismatch(layout.placeholders, 0 if features is None else len(features))
         device = self._device
         loss = torch.zeros((), device=device)
@@ -306,10 +315,15 @@ class SupervisedLoss(nn.Module):
         weights = (weight for name in parts for weight in projector.get_submodule(name).parameters())
         return sum(0 * weight.sum() for weight in weights if weight.requires_grad)
 
-    def _no_features(self, device: torch.device) -> Tensor:
-        """What an empty image gives, through the tower where there is one."""
+    def _no_features(self, device: torch.device, video: bool = False) -> Tensor:
+        """What an empty image, or video, gives, through the tower where there is one."""
         if isinstance(self.model.model.vision_tower, nn.Identity):
             return self.model.model.multi_modal_projector(self._no_token(device))
+        if video:
+            config: Any = self.model.config
+            zero = torch.zeros((), device=device, dtype=self.model.dtype)
+            empty = family_of(config.model_type).no_video(config, zero)
+            return torch.cat(list(self.model.model.get_video_features(**empty).pooler_output))
         features = self.model.model.get_image_features(**self._no_image(device))
         return torch.cat(list(features.pooler_output))
 

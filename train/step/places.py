@@ -6,7 +6,7 @@ Data workers do it (`lay_out` is what the collator is given), so that no integer
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from shortzip.data.supervision import IGNORE_INDEX, Supervision
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.positions import ImagePositions, packed_shifts
 from shortzip.reduction.shortv import active_rows
+from shortzip.train.step.wide_rows import expand_images
 
 
 class _Laid:
@@ -146,6 +147,7 @@ class Layout(_Laid):
             gradient; None without such.
         taught: whether what a teacher says counts in the loss.
         full: the rows with all visual tokens, as a teacher reads them; None where none is asked.
+        is_video: [placeholders] bool, which of them are those of videos, in the order of the rows; None: none.
     """
 
     every_token: EveryToken
@@ -155,6 +157,7 @@ class Layout(_Laid):
     text_only: Rows | None
     taught: bool = False
     full: FullRows | None = None
+    is_video: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def unreduced(supervision: Supervision) -> Supervision:
     """The same for a model that keeps every visual token."""
     processor: Any = copy.copy(supervision.processor)
     processor.visionzip = None
-    return Supervision(processor, supervision.template, supervision.max_length)
+    return Supervision(processor, supervision.template, supervision.max_length, supervision.sampling)
 
 
 @dataclass(frozen=True)
@@ -183,71 +186,65 @@ class LayOut:
         reduced: how many placeholders an image of (height, width) has in the rows.
         full: how many it has with all visual tokens, where a teacher reads the rows; None: none does.
         taught: whether what a teacher says counts in the loss.
+        video_token_id: of the placeholder of a video, of a family that takes videos. From here on visual tokens are
+            those of images and videos alike.
+        videos: how many placeholders a video of so many frames has in the rows, and with all visual tokens, where a
+            teacher reads them.
     """
 
     image_token_id: int
     reduced: Callable[[tuple[int, int]], int] | None = None
     full: Callable[[tuple[int, int]], int] | None = None
     taught: bool = False
+    video_token_id: int | None = None
+    videos: tuple[Callable[[int], int], Callable[[int], int]] | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Layout:
-        """The layout of input_ids, attention_mask, labels [B, L] and, where images differ in size, image_sizes."""
-        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        layout = replace(lay_out(*rows, image_token_id=self.image_token_id), taught=self.taught)
+        """The layout of input_ids, attention_mask, labels [B, L] and, where images differ in size, image_sizes; with
+        videos, video_frames."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        of_videos = torch.zeros_like(ids, dtype=torch.bool)
+        if self.video_token_id is not None:
+            of_videos = (ids == self.video_token_id) & mask.bool()
+        rows = (ids.masked_fill(of_videos, self.image_token_id), mask, inputs["labels"])
+        visual = (rows[0] == self.image_token_id) & mask.bool()
+        is_video = of_videos[visual] if bool(of_videos.any()) else None
+        layout = replace(lay_out(*rows, image_token_id=self.image_token_id), taught=self.taught, is_video=is_video)
         if self.full is None or self.reduced is None:
             return layout
-        wide = expand_images(*rows, self._counts(inputs), image_token_id=self.image_token_id)
-        return replace(layout, full=FullRows(*wide, lay_out(*wide, image_token_id=self.image_token_id)))
+        counts = self._counts(inputs, [] if is_video is None else is_video.tolist())
+        wide = expand_images(*rows, [count[:2] for count in counts], image_token_id=self.image_token_id)
+        kinds = [kind for _, wanted, kind in counts for _ in range(wanted)]
+        of_wide = lay_out(*wide, image_token_id=self.image_token_id)
+        full = replace(of_wide, is_video=None if is_video is None else torch.tensor(kinds))
+        return replace(layout, full=FullRows(*wide, full))
 
-    def _counts(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-        """Placeholders of each image of the micro-batch, in the rows and with all visual tokens."""
+    def _counts(self, inputs: Mapping[str, Tensor], is_video: list[bool]) -> list[tuple[int, int, bool]]:
+        """Placeholders of each image and video of the micro-batch, in the rows and with all visual tokens, and whether
+        it is a video; in the order of the rows."""
         assert self.reduced is not None
         assert self.full is not None
+        images = [(self.reduced(size), self.full(size), False) for size in self._sizes(inputs)]
+        if not is_video:
+            return images
+        assert self.videos is not None
+        within, whole = self.videos
+        videos = [(within(count), whole(count), True) for count in inputs["video_frames"].tolist()]
+        kinds, counts, at = (iter(images), iter(videos)), list[tuple[int, int, bool]](), 0
+        while at < len(is_video):
+            counts.append(next(kinds[is_video[at]]))
+            at += counts[-1][0]
+        return counts
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """(height, width) of each image of the micro-batch, where it matters."""
+        assert self.reduced is not None
         placeholders = int((inputs["input_ids"] == self.image_token_id).sum())
         if not placeholders:
             return []
         if "image_sizes" in inputs:
-            sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"].tolist()]
-        else:  # images that all have as many
-            sizes = [(0, 0)] * (placeholders // self.reduced((0, 0)))
-        return [(self.reduced(size), self.full(size)) for size in sizes]
-
-
-def expand_images(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    counts: Sequence[tuple[int, int]],
-    *,
-    image_token_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows [B, L], padded on the right, with other numbers of placeholders: [B, L'] each.
-
-    Args:
-        counts: of each image, in the order of the rows: the placeholders it has, and those it is to have.
-
-    Raises ReductionError where the rows hold other numbers of placeholders.
-    """
-    images = iter(counts)
-    wide: list[tuple[Tensor, ...]] = []
-    for ids, mask, targets in zip(input_ids, attention_mask, labels, strict=True):
-        length = int(mask.sum())
-        repeats, at = torch.ones(length, dtype=torch.int64), 0
-        visual = (ids[:length] == image_token_id).nonzero()[:, 0]
-        while at < len(visual):
-            there, wanted = next(images, (0, 0))
-            if not 0 < there <= len(visual) - at:
-                raise ReductionError(f"{len(visual) - at} placeholders are left in a row, of an image with {there}")
-            repeats[visual[at : at + there]] = 0
-            repeats[visual[at]] = wanted
-            at += there
-        wide.append(tuple(part[:length].repeat_interleave(repeats) for part in (ids, mask, targets)))
-    fill = (int(input_ids[attention_mask == 0][0]) if bool((attention_mask == 0).any()) else 0, 0, IGNORE_INDEX)
-    ids, mask, targets = (
-        torch.nn.utils.rnn.pad_sequence([row[part] for row in wide], batch_first=True, padding_value=fill[part])
-        for part in range(3)
-    )
-    return ids, mask, targets
+            return [(int(height), int(width)) for height, width in inputs["image_sizes"].tolist()]
+        return [(0, 0)] * (placeholders // self.reduced((0, 0)))  # images that all have as many
 
 
 def answers_image(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.step.memory import LOGITS_AT_ONCE
+from shortzip.train.step.visual_features import visual_features
 
 
 class TopTokens(NamedTuple):
@@ -65,11 +66,13 @@ class Teacher:
         self._view._reductions = Reductions().as_config()
 
     @torch.no_grad()
-    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """All projected visual tokens [N, H] of a micro-batch's images, of its pixel_values (and image_sizes)."""
-        sizes = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-        images = self._view.get_image_features(pixel_values=batch["pixel_values"], **sizes).pooler_output
-        return torch.cat(list(images))
+    def features(self, batch: Mapping[str, Tensor], is_video: Tensor | None = None) -> Tensor:
+        """All projected visual tokens [N, H] of a micro-batch's images and videos, of their pixels (and image_sizes).
+        `is_video`: as `Layout` has it, of all visual tokens."""
+        keys = ("pixel_values", "image_sizes", "pixel_values_videos", "video_frames")
+        features, _ = visual_features(self._view, {key: batch[key] for key in keys if key in batch}, is_video)
+        assert features is not None
+        return features
 
 
 @torch.no_grad()

@@ -1,0 +1,116 @@
+"""Every family that takes videos is trained on them the same way: placeholders, the step, caches and evaluation."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_videos import picture
+from test_videos import batch_of, plain_inputs, write_rows
+
+from shortzip.data.dataset import ConversationDataset, Sample
+from shortzip.data.instructions import read_instructions
+from shortzip.data.pixels import frames_pixels
+from shortzip.data.supervision import Supervision
+from shortzip.reduction.families import all_families, family_of
+from shortzip.reduction.flops import visual_tokens_of_video
+from shortzip.reduction.reductions import Reductions
+from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
+from shortzip.train.inputs.videos import sampling_of
+from shortzip.train.release.loading import load_release
+from shortzip.train.step.objective import SupervisedLoss, train_only_projector
+
+WITH_VIDEOS = [family.name for family in all_families() if family.video_frames]
+BUDGET = {"dominant": 4, "contextual": 2}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture(scope="module", params=WITH_VIDEOS)
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "tiny"
+    import_module(f"shortzip.scripts.tiny.{request.param}").write_release(folder)
+    return folder
+
+
+def dataset_of(model: Any, processor: Any, rows: Path) -> ConversationDataset:
+    sampling = sampling_of(processor, 3 if family_of(model.config.model_type).any_frames else None)
+    supervision = Supervision(processor, max_length=None, sampling=sampling)
+    return ConversationDataset(read_instructions(rows), supervision, rows.parent)
+
+
+def test_the_known_families_take_videos() -> None:
+    assert {"llava_onevision", "llava_next_video", "video_llava", "temporal_video_llava"} <= set(WITH_VIDEOS)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("budget", [BUDGET, None])
+def test_a_mixed_batch_is_trained_on_as_the_model_reads_its_rows(
+    release: Path, rows: Path, budget: Any, positions: str
+) -> None:
+    reductions = Reductions(budget, positions=positions)
+    if positions == "original" and budget is not None and "onevision" in str(release):
+        with pytest.raises(ValueError, match="positions"):
+            load_release(str(release), reductions)
+        return
+    model, processor = load_release(str(release), reductions)
+    train_only_projector(model, torch.float32)
+    dataset = dataset_of(model, processor, rows)
+    expected = torch.zeros(())
+    for number in range(len(dataset)):
+        labels = batch_of(dataset, number).inputs["labels"]
+        logits = model(**plain_inputs(dataset, number)).logits[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()
+        expected = expected + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    expected.backward()
+    wanted = model.model.multi_modal_projector.linear_1.weight.grad.clone()
+    assert float(wanted.abs().max()) > 0
+    for plain in (False, True):
+        model.zero_grad()
+        loss = SupervisedLoss(model, plain=plain, videos=True)(batch_of(dataset))
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        found = model.model.multi_modal_projector.linear_1.weight.grad
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_placeholders_are_what_the_family_says_of_frames(release: Path, rows: Path) -> None:
+    for budget in (BUDGET, None):
+        model, processor = load_release(str(release), Reductions(budget))
+        dataset = dataset_of(model, processor, rows)
+        sample = dataset[0]
+        assert isinstance(sample, Sample)
+        (frames,) = sample.frame_counts
+        expected = visual_tokens_of_video(model.config, budget, frames)
+        assert sample.encoded.input_ids.count(processor.video_token_id) == expected
+        assert len(sample.encoded.input_ids) == dataset.lengths[0]
+
+
+def test_prompts_with_videos_and_images_are_generated_in_batches_as_alone(release: Path, rows: Path) -> None:
+    model, processor = load_release(str(release), Reductions(BUDGET))
+    dataset = dataset_of(model, processor, rows)
+    prompts = []
+    for number in (0, 3, 6):
+        sample: Any = dataset[number]
+        turns = dataset.conversations[number].turns[:1]
+        prompts.append(encode_prompt(dataset.supervision, turns, [], videos=sample.frames))
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+    def said(*some: Any) -> list[list[int]]:
+        inputs = batch_prompts(dataset.supervision, some, model.device)
+        return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+
+    assert said(*prompts) == [said(prompt)[0] for prompt in prompts]
+
+
+def test_frames_by_themselves_have_the_pixels_that_they_have_among_others(release: Path) -> None:
+    model, processor = load_release(str(release), Reductions(BUDGET))
+    family = family_of(model.config.model_type)
+    count = 4 if family.any_frames else family.frames_read(model.config)
+    frames = [picture(number) for number in range(count)]
+    together = processor.video_processor([frames])[0]
+    assert torch.equal(frames_pixels(iter(frames), processor), together)
