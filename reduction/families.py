@@ -108,8 +108,8 @@ class Family:
         """Pixels that the model is given of images in so many tiles."""
         return int(tiles * config.vision_config.image_size**2)
 
-    def build_tower(self, config: Any) -> Any:
-        """The vision tower alone, with random weights."""
+    def build_tower(self, config: Any, name: str) -> Any:
+        """The vision tower `name`, one of `towers`, alone, with random weights."""
         return import_module("transformers").AutoModel.from_config(config.vision_config)
 
     def untuned_parts(self, tune: str) -> tuple[str, ...]:

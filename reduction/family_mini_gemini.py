@@ -46,7 +46,7 @@ class MiniGemini(Family):
         side = config.image_size_aux
         return {"pixel_values": zero.expand(1, 3, side, side)}
 
-    def build_tower(self, config: Any) -> Any:
+    def build_tower(self, config: Any, name: str) -> Any:
         """Both towers, with random weights."""
         from .mini_gemini import MiniGeminiTower
 

@@ -51,6 +51,13 @@ class TemporalVideoLlava(VideoLlava):
     def frames_read(self, release: Any) -> int:
         return int(release.video_frames)
 
+    def build_tower(self, config: Any, name: str) -> Any:
+        if name != "video_tower":
+            return super().build_tower(config, name)
+        from .temporal_tower import TemporalTower
+
+        return TemporalTower(config.vision_config, config.video_frames)
+
     def more_tower_parameters(self, config: Any) -> int:
         """The video tower's, with what attends over time: of each layer an attention, its norm and an embedding."""
         vision = config.vision_config

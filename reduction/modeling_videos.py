@@ -138,9 +138,9 @@ class ReducedVideosMixin(ReducedModelMixin):
                 found["image"] = self.get_image_features(pixel_values, image_sizes, return_dict=True, **encoding)
             pixel_values = None
             found = {"image": self.encoded(input_ids, inputs_embeds, found)}
-        # From here on a visual token is an image's or a video's alike. (Where it is said which embeddings are visual,
-        # and nothing is to be filled in, none is taken for a placeholder's: rows of a vocabulary may be alike.)
-        if found or (self._checks_rows() and kwargs.get("mm_token_type_ids") is None):
+        # From here on a visual token is an image's or a video's alike. Embeddings into which they are merged already
+        # hold no placeholder, though a text may look like one: a new token begins with the embedding of <unk>.
+        if found or (input_ids is not None and self._checks_rows()):
             input_ids, inputs_embeds = self._as_images(input_ids, inputs_embeds)
         if found:
             kwargs["mm_encoder_outputs"] = found

@@ -46,7 +46,7 @@ def _as_bytes(images: Any) -> tuple[Any, bool]:
     return whole if is_torch_tensor(images) else whole.numpy(), True
 
 
-def _check_patch_size(patch_size: Any) -> None:
+def check_patch_size(patch_size: Any) -> None:
     if patch_size is not None and (not isinstance(patch_size, int) or patch_size < 1):
         raise ReductionError(f"processor: patch_size is {patch_size!r}; it must be a whole number from 1, or null")
 
@@ -247,7 +247,7 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         visionzip: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_patch_size(patch_size)
+        check_patch_size(patch_size)
         validate_visionzip(visionzip)
         self.visionzip = visionzip
         super().__init__(
@@ -279,7 +279,40 @@ class ReducedLlavaProcessor(ReducedProcessorMixin, LlavaProcessor):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
 
-class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
+class ReducedTilesProcessorMixin(ReducedProcessorMixin):
+    """A reduced processor that writes `dominant + contextual` placeholders per tile; goes before the transformers
+    class."""
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        if self.visionzip is None:
+            return super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
+        side = image_inputs["pixel_values"][image_idx].shape[-1]
+        budget = self.visionzip["dominant"] + self.visionzip["contextual"]
+        return self.image_token * self._count(image_inputs["image_sizes"][image_idx], side, budget)
+
+    def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
+        side = processed["pixel_values"][0].shape[-1]
+        sizes = processed["image_sizes"]
+        return [self._count(size, side, budget) for size, budget in zip(sizes, budgets, strict=True)]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, budgets: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """As transformers' method. `budgets`: of each image, where they are per image."""
+        if self.visionzip is None or image_sizes is None:
+            return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
+        side, of_images = self.image_processor.crop_size["height"], self._budgets_of_sizes(image_sizes, budgets)
+        counts = [self._count(size, side, budget) for size, budget in zip(image_sizes, of_images, strict=True)]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    def _count(self, image_size: Any, side: int, budget: int) -> int:
+        """Placeholders of an image (height, width) cut into tiles of `side` pixels, `budget` tokens each."""
+        size = [int(length) for length in image_size]
+        tiles = image_size_to_num_patches(size, self.image_processor.image_grid_pinpoints, side)
+        return tiles * budget + (tiles == 1)  # an image of one tile ends in image_newline
+
+
+class ReducedLlavaNextProcessor(ReducedTilesProcessorMixin, LlavaNextProcessor):
     """LlavaNextProcessor that writes `dominant + contextual` placeholders per tile; without `visionzip`, as it.
 
     Args:
@@ -303,7 +336,7 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
         visionzip: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_patch_size(patch_size)
+        check_patch_size(patch_size)
         validate_visionzip(visionzip)
         self.visionzip = visionzip
         super().__init__(
@@ -316,34 +349,6 @@ class ReducedLlavaNextProcessor(ReducedProcessorMixin, LlavaNextProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
-
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        if self.visionzip is None:
-            return super().replace_image_token(image_inputs, image_idx, **kwargs)
-        side = image_inputs["pixel_values"][image_idx].shape[-1]
-        budget = self.visionzip["dominant"] + self.visionzip["contextual"]
-        return self.image_token * self._count(image_inputs["image_sizes"][image_idx], side, budget)
-
-    def _placeholders(self, processed: Any, budgets: Sequence[int]) -> list[int]:
-        side = processed["pixel_values"][0].shape[-1]
-        sizes = processed["image_sizes"]
-        return [self._count(size, side, budget) for size, budget in zip(sizes, budgets, strict=True)]
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Any = None, budgets: Any = None, **kwargs: Any
-    ) -> MultiModalData:
-        """As transformers' method. `budgets`: of each image, where they are per image."""
-        if self.visionzip is None or image_sizes is None:
-            return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
-        side, of_images = self.image_processor.crop_size["height"], self._budgets_of_sizes(image_sizes, budgets)
-        counts = [self._count(size, side, budget) for size, budget in zip(image_sizes, of_images, strict=True)]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
-
-    def _count(self, image_size: Any, side: int, budget: int) -> int:
-        """Placeholders of an image (height, width) cut into tiles of `side` pixels, `budget` tokens each."""
-        size = [int(length) for length in image_size]
-        tiles = image_size_to_num_patches(size, self.image_processor.image_grid_pinpoints, side)
-        return tiles * budget + (tiles == 1)  # an image of one tile ends in image_newline
 
 
 ReducedLlavaProcessor.register_for_auto_class("AutoProcessor")

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import LlavaNextVideoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.processing_utils import MultiModalData
 from transformers.utils import cached_file
 
+from .configuration_reduced_llava import validate_visionzip
 from .errors import ReductionError
-from .processing_reduced_llava import ReducedLlavaNextProcessor
+from .processing_reduced_llava import ReducedTilesProcessorMixin, check_patch_size
 from .processing_videos import ReducedVideosProcessorMixin
 from .weight_files import check_json
 
@@ -30,10 +32,12 @@ _OF_FRAMES = (
 _ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
-class ReducedLlavaNextVideoProcessor(ReducedVideosProcessorMixin, ReducedLlavaNextProcessor):
-    """LLaVA-NeXT's processor that also takes videos, `dominant + contextual` placeholders per frame.
+class ReducedLlavaNextVideoProcessor(  # type: ignore[misc]
+    ReducedVideosProcessorMixin, ReducedTilesProcessorMixin, LlavaNextVideoProcessor
+):
+    """LlavaNextVideoProcessor that writes `dominant + contextual` placeholders per tile, and per frame of a video.
 
-    Without `visionzip`, as many as transformers' LlavaNextVideoProcessor writes. A frame's short side is resized, and
+    Without `visionzip`, as many as transformers' writes. A frame's short side is resized, and
     its middle is cut out, as transformers' video processor does it, by Pillow.
 
     Args:
@@ -44,8 +48,6 @@ class ReducedLlavaNextVideoProcessor(ReducedVideosProcessorMixin, ReducedLlavaNe
     Raises:
         ValueError: `visionzip` is anything else, `patch_size` no number of pixels, or `frames` no settings.
     """
-
-    takes_budgets = False
 
     def __init__(
         self,
@@ -61,20 +63,16 @@ class ReducedLlavaNextVideoProcessor(ReducedVideosProcessorMixin, ReducedLlavaNe
         visionzip: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.video_token = video_token
+        check_patch_size(patch_size)
+        validate_visionzip(visionzip)
+        self.visionzip, self.frames = visionzip, settings_of_frames(frames)
+        self.patch_size, self.num_additional_image_tokens = patch_size, num_additional_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token, self.video_token = image_token, video_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
-        self.frames = settings_of_frames(frames)
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            visionzip=visionzip,
-            **kwargs,
-        )
+        # Past LlavaNextVideoProcessor's own __init__, which asks for a video processor.
+        super(LlavaNextVideoProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

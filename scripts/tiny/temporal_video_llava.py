@@ -19,7 +19,7 @@ from shortzip.scripts.tiny.words import build_tokenizer
 from shortzip.train.release.convert import convert_to_transformers
 from shortzip.train.release.layout_temporal_video_llava import LAYOUT, VIDEO_TOWER
 
-FRAMES = 4
+FRAMES = 8  # as the release has
 IMAGE_TOWER = LAYOUT.usual_tower[1]
 _NAMES = (
     ("model.multi_modal_projector.linear_1", "model.mm_projector.0"),

@@ -96,3 +96,17 @@ def test_original_positions() -> None:
     assert model.generate(**batch, **options).shape[1] == len(row["ids"]) + 4
     first = int(expected[0, -1].index_fill(0, torch.tensor(2), -torch.inf).argmax())
     assert int(said[0, len(row["ids"])]) == first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_beams_over_rows_of_images_and_videos(positions: str) -> None:
+    """Two beams and a best one give what each row gives alone, with and without a cache."""
+    model = build_with_videos("llava_next_video", "visionzip", positions=positions)
+    rows = [row_of(READS["llava_next_video"], model, layout, seed) for seed, layout in enumerate(["tItVtt", "tVtSt"])]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    batch = batch_of(rows, "left")
+    together = model.generate(**batch, **options)[:, -4:]
+    assert torch.equal(together, model.generate(**batch, **options, use_cache=False)[:, -4:])
+    for number, row in enumerate(rows):
+        assert torch.equal(together[number], model.generate(**batch_of([row]), **options)[0, -4:])

@@ -206,6 +206,25 @@ def test_frozen_layers_are_the_naive_ones_for_images_and_videos_alike(kind: str)
     torch.testing.assert_close(logits(model, batch), logits(plain, batch), rtol=0, atol=2e-5)
 
 
+@kinds
+def test_text_with_the_embedding_of_a_placeholder_is_text_where_images_are_merged(kind: str) -> None:
+    """A converted release's placeholders begin with the embedding of <unk>, which a text may hold."""
+    model = build(kind, "both")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VIDEO] = model.get_input_embeddings().weight[7]
+    batch = batch_of([row_of(model, "tItVttt", 0)])
+    batch["input_ids"][0, -2] = 7
+    visual = (batch["input_ids"] == IMAGE) | (batch["input_ids"] == VIDEO)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        images = model.model.get_image_features(batch["pixel_values"]).pooler_output
+        videos = model.model.get_video_features(batch["pixel_values_videos"]).pooler_output
+        embeds[visual] = torch.cat([*images, *videos])
+    merged = {"attention_mask": batch["attention_mask"], "inputs_embeds": embeds}
+    found = logits(model, merged, mm_token_type_ids=visual.long())
+    torch.testing.assert_close(found, logits(model, batch), rtol=0, atol=2e-5)
+
+
 def key_of(method: str) -> dict[str, Any]:
     """A budget of that method; 6 tokens make a grid of 2 by 3."""
     dominant, contextual = (4, 2) if merges({"method": method}) else (6, 0)

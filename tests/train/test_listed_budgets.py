@@ -23,6 +23,7 @@ from shortzip.reduction.configuration_budgets import is_listed, other_budget
 from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.evaluate_models import candidates_for, read_arguments, runs_of
+from shortzip.scripts.make_tiny_release import write_tiny_release
 from shortzip.train.publish.push import prepare
 from shortzip.train.release.loading import load_processor, load_release, reduced_config
 from shortzip.train.release.opening import open_release, release_projector
@@ -57,10 +58,22 @@ def release_of(family: str, folder: Path, tiny_release: Path) -> Any:
         return open_release(str(write_next_release(folder / "next")))
     if family == "llava_onevision":
         return open_release(str(write_onevision(folder / "onevision")))
+    if family.endswith("video_llava"):
+        return open_release(str(write_tiny_release(folder / family, family)))
     return open_release(str(copy_of_release(folder)), cache_dir=folder / "cache")
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "mini_gemini"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mini_gemini",
+        "video_llava",
+        "temporal_video_llava",
+    ],
+)
 def test_every_family_writes_and_reads_the_list(
     family: str, tiny_release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,7 +28,7 @@ from shortzip.data.supervision import load_template
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.release.loading import load_release, load_viewer, share_weights
 from shortzip.train.release.opening import open_release, read_projector, release_projector
-from shortzip.train.release.original_layout import split_after_images
+from shortzip.train.release.original_layout import read_vocabulary, split_after_images
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.release.writing import write_reduced_checkpoint
 
@@ -189,6 +189,17 @@ def test_the_text_after_an_image_is_tokenized_as_llava_does(text: str) -> None:
         wanted += ([3] if number else []) + (plain.encode(piece, add_special_tokens=False) if piece else [])
     assert mended.encode(text, add_special_tokens=False) == wanted
     assert split_after_images(mended, "<image>") is mended
+
+
+def test_text_after_a_video_begins_as_after_an_image() -> None:
+    """The video's placeholder comes first among the ids, as in transformers' LLaVA-NeXT-Video."""
+    vocabulary = read_vocabulary(RELEASE, 1000, ("<video>", "<image>"))
+    tokenizer: Any = vocabulary.tokenizer
+    video, image = tokenizer.convert_tokens_to_ids(["<video>", "<image>"])
+    assert (video, image, vocabulary.image_token_id, vocabulary.rows) == (1000, 1001, 1001, 1024)
+    bos, alone = tokenizer.bos_token_id, tokenizer.encode("\nA", add_special_tokens=False)
+    assert tokenizer.encode("<image>\nA") == [bos, image, *alone]
+    assert tokenizer.encode("<video><image>\nA<video>\nA") == [bos, video, image, *alone, video, *alone]
 
 
 def test_a_runs_folder(tiny_release: Path, tmp_path: Path) -> None:

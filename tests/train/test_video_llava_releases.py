@@ -116,8 +116,8 @@ def test_releases_of_its_layout_that_are_refused(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("tower", "changes", "said"),
     [
-        ("Video_merge", {"add_time_attn": False}, "add_time_attn is False and num_frames 4; needed is Video-LLaVA's"),
-        ("Video_merge", {"num_frames": 8}, r"temporal_embedding is \(1, 4, 24\), needed by its config.json"),
+        ("Video_merge", {"add_time_attn": False}, "add_time_attn is False and num_frames 8; needed is Video-LLaVA's"),
+        ("Video_merge", {"num_frames": 4}, r"temporal_embedding is \(1, 8, 24\), needed by its config.json"),
         ("Video_merge", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu', in .* it is 'gelu'"),
         ("Image", {"num_attention_heads": None}, "lacks num_attention_heads"),
         ("Image", {"patch_size": 0}, "patch_size is 0, needed is a whole number from 1"),

@@ -14,6 +14,7 @@ from finished_runs import finish
 from PIL import Image
 from runs import ROOT, run_here, write_recipe
 from test_video_releases import mixed_batch
+from tiny_video import FRAMES, SIDE
 from transformers import VideoLlavaForConditionalGeneration
 from video_llava_releases import (
     PICTURE,
@@ -34,7 +35,7 @@ from shortzip.train.publish.model_card import read_run, write_card
 from shortzip.train.release.loading import load_release, load_viewer
 from shortzip.train.release.opening import open_release
 from shortzip.train.release.spec import ReleaseSpec
-from shortzip.train.release.towers import leave_out_towers
+from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, whole_tower
 from shortzip.train.release.writing import write_reduced_checkpoint
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 
@@ -70,7 +71,7 @@ def test_both_towers_are_left_out_together(kind: str, releases: dict[str, Path])
 
 
 @kinds
-def test_a_viewer_and_cached_features_know_the_image_tower(kind: str, releases: dict[str, Path]) -> None:
+def test_a_viewer_has_the_image_tower_and_cached_features_know_both(kind: str, releases: dict[str, Path]) -> None:
     release = open_release(str(releases[kind]))
     viewer, processor = load_viewer(release, REDUCTIONS)
     model, _ = load_release(str(releases[kind]), REDUCTIONS)
@@ -79,13 +80,25 @@ def test_a_viewer_and_cached_features_know_the_image_tower(kind: str, releases: 
         chosen, expected = (each.model.get_visual_tokens(pixels) for each in (viewer, model))
     assert torch.equal(chosen.tokens, expected.tokens)
     assert viewer.device == torch.device("cpu"), "that of the one tower it has"
-    before = features_identity(model, processor)
+    for name in ("image_tower", "video_tower"):  # images' and videos' are kept in one folder
+        before = features_identity(model, processor)
+        with torch.no_grad():
+            getattr(model.model, name).encoder.layers[0].self_attn.q_proj.weight.add_(1)
+        assert features_identity(model, processor) != before, name
+
+
+@kinds
+def test_each_tower_is_loaded_alone(kind: str, releases: dict[str, Path]) -> None:
+    """As where cached features lack an image or a video: without the rest, and recognised by the same digest."""
+    model, _ = load_release(str(releases[kind]), REDUCTIONS)
+    without, _ = load_release(open_release(str(releases[kind])), REDUCTIONS, with_tower=False)
+    for name in ("image_tower", "video_tower"):
+        setattr(without.model, name, load_tower(releases[kind], model.config, torch.float32, name))
+    assert tower_digest(whole_tower(without)) == tower_digest(whole_tower(model))
+    videos = torch.randn(1, FRAMES, 3, SIDE, SIDE)
     with torch.no_grad():
-        model.model.video_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
-    assert features_identity(model, processor) == before, "no image passes through it"
-    with torch.no_grad():
-        model.model.image_tower.encoder.layers[0].self_attn.q_proj.weight.add_(1)
-    assert features_identity(model, processor) != before
+        found, expected = (each.model.get_frame_tokens(videos).tokens for each in (without, model))
+    assert torch.equal(found, expected)
 
 
 @kinds
@@ -122,14 +135,16 @@ def test_a_conversation_about_images_goes_on_in_its_cache(kind: str, releases: d
 def test_a_run_on_images_and_what_it_leaves(
     kind: str, releases: dict[str, Path], tiny_instructions: Path, tmp_path: Path
 ) -> None:
-    """Rows of one image, of several and of none; with cached features the run is the same, without both towers."""
+    """Rows of one image, of several and of none; with cached features the run is the same, without both towers; one
+    over more rows loads them for what the cache lacks."""
     made = []
-    for cache in (None, str(tmp_path / "cache")):
+    features = str(tmp_path / "cache")
+    for name, cache, fraction in (("plain", None, 0.5), ("cached", features, 0.5), ("more", features, 1.0)):
         recipe = write_recipe(
             tmp_path / "recipe.yaml", releases[kind], tiny_instructions, max_steps=2, global_batch_size=8,
-            per_device_train_batch_size=4, data={"fraction": 0.5, "cache_features": cache}, final_evaluation=False,
+            per_device_train_batch_size=4, final_evaluation=False,
+            data={"fraction": fraction, "cache_features": cache},
         )  # fmt: skip
-        name = "plain" if cache is None else "cached"
         folder = run_here(recipe, tmp_path / name, "--data.image_root", str(tiny_instructions.parent))
         made.append(folder_tensors(folder / "final"))
     before = folder_tensors(releases[kind])

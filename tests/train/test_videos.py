@@ -333,6 +333,7 @@ def test_a_damaged_video_is_a_bad_sample_that_is_listed(release: Path, tmp_path:
     assert {drop["reason"] for drop in dropped} == {"unreadable_video"}
 
 
+@pytest.mark.slow
 def test_a_release_without_videos_trains_on_the_other_rows_and_says_so(
     tiny_release: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ from shortzip.reduction.families import family_of
 from shortzip.reduction.positions import keeps_positions
 from shortzip.reduction.selectors import refuse_to_keep, settled
 from shortzip.train.inputs.shards import Shards
-from shortzip.train.release.towers import tensors_digest, tower_digest
+from shortzip.train.release.towers import tensors_digest, tower_digest, whole_tower
 
 FORMAT = 2  # of shards, and of what data/images.py makes of a file: to be raised when either changes
 _KEPT = ("tokens", "kept", "targets")
@@ -70,7 +70,7 @@ def features_identity(
     images, of_tower = processor.image_processor, config.vision_config.to_dict()
     return {
         "format": FORMAT,
-        "tower": tower or tower_digest(model.model.vision_tower),
+        "tower": tower or tower_digest(whole_tower(model)),
         "tower's config": {key: value for key, value in of_tower.items() if key not in _NOT_OF_FEATURES},
         **_of_family(model),
         "layer": config.vision_feature_layer,

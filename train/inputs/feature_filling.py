@@ -36,7 +36,7 @@ from shortzip.reduction.visual_tokens import VisualTokens
 from shortzip.train.inputs.feature_cache import FeatureCache, by_name, features_identity, name_of
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release
-from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, tower_parts
+from shortzip.train.release.towers import leave_out_towers, load_tower, tower_digest, tower_parts, whole_tower
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
 
@@ -219,7 +219,7 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
 def _frame_tokens(model: Any, videos: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """(tokens, kept) of the frames of each video, given as [F, 3, S, S]."""
     for frames in videos:
-        there = frames.to(next(model.model.vision_tower.parameters()).device)
+        there = frames.to(next(whole_tower(model).parameters()).device)
         yield _parts(model, model.model.get_frame_tokens(there[None]))
 
 
@@ -318,7 +318,7 @@ def store_features(
 
     def tower_on_device() -> None:
         _put_tower(model, release, tower, record)
-        model.model.vision_tower.to(session.accelerator.device)
+        whole_tower(model).to(session.accelerator.device)
 
     workers = config.data.num_workers
     computed = fill_cache(
@@ -349,8 +349,9 @@ def _put_tower(model: Any, release: Release, digest: str | None, record: _TowerR
     if not isinstance(model.model.vision_tower, nn.Identity):
         return
     dtype = model.get_input_embeddings().weight.dtype
-    model.model.vision_tower = load_tower(release.folder, model.config, dtype)
-    if tower_digest(model.model.vision_tower) != digest:
+    for name in family_of(model.config.model_type).towers:
+        setattr(model.model, name, load_tower(release.folder, model.config, dtype, name))
+    if tower_digest(whole_tower(model)) != digest:
         if record is not None:
             record.forget()
         raise UserError(

@@ -21,6 +21,7 @@ from shortzip.data.instructions import Conversation
 from shortzip.data.known_images import KnownImages
 from shortzip.data.row_lengths import encode_unread
 from shortzip.data.supervision import IGNORE_INDEX
+from shortzip.reduction.families import family_of
 from shortzip.reduction.projector import DtypeProjector
 from shortzip.train.inputs.identity import release_identity
 from shortzip.train.inputs.lesson_cache import LessonCache, answers, lessons_identity, row_key, tokens_kept
@@ -28,7 +29,7 @@ from shortzip.train.inputs.loading import layout_of
 from shortzip.train.inputs.samples import left_out_tokens
 from shortzip.train.inputs.shards import OpenShard, leave_out_damaged
 from shortzip.train.release.opening import Release, release_projector
-from shortzip.train.release.towers import load_tower
+from shortzip.train.release.towers import load_tower, whole_tower
 from shortzip.train.run.processes import on_main_process
 from shortzip.train.run.session import Session
 from shortzip.train.settings.config import TuneConfig
@@ -101,13 +102,14 @@ class Asked(NamedTuple):
         model, inner = self.model, self.model.model
         weight = model.get_input_embeddings().weight
         if isinstance(inner.vision_tower, nn.Identity):
-            inner.vision_tower = load_tower(self.release.folder, model.config, weight.dtype)
+            for name in family_of(model.config.model_type).towers:
+                setattr(inner, name, load_tower(self.release.folder, model.config, weight.dtype, name))
         projector = DtypeProjector(model.config)
         projector.load_state_dict({name: tensor.float() for name, tensor in release_projector(self.release).items()})
         teacher = Teacher(model, weight.dtype, projector)
         if weight.device != self.device:
             model.to(self.device)
-        for part in (inner.vision_tower, teacher.projector):
+        for part in (whole_tower(model), teacher.projector):
             part.to(self.device)
         return SupervisedLoss(model, teacher=teacher)
 
@@ -190,10 +192,12 @@ def store_lessons(
     identity = lessons_identity(parts, model, dataset.supervision.processor, temperature, config.load_in_4bit)
     cache = LessonCache(config.data.cache_teacher, identity)
     dataset.known_images.learn(KnownImages(config.data.cache_teacher).files)
-    home, tower = model.get_input_embeddings().weight.device, model.model.vision_tower
+    home = model.get_input_embeddings().weight.device
+    towers = {name: getattr(model.model, name) for name in family_of(model.config.model_type).towers}
     asked = Asked(model, release, session.accelerator.device, temperature)
     computed = fill_lessons(cache, dataset, asked, session, num_workers=config.data.num_workers)
-    model.model.vision_tower = tower
+    for name, tower in towers.items():
+        setattr(model.model, name, tower)
     if model.get_input_embeddings().weight.device != home:
         model.to(home)
     if session.accelerator.is_main_process:

@@ -69,28 +69,35 @@ def tower_parts(release: Path, dtype: torch.dtype) -> dict[str, Any] | None:
     return {"files": content_of([*weights, release / "config.json"]), "dtype": str(dtype)} if weights else None
 
 
-def load_tower(release: Path, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The tower of a release's folder in transformers' layout, alone (of several the one for images); nothing else of
-    the weights is read.
+def whole_tower(model: Any) -> nn.Module:
+    """All that pixels pass through before a loaded model's projector: its tower, or its towers by their names."""
+    names = family_of(model.config.model_type).towers
+    towers = {name: getattr(model.model, name) for name in names}
+    return towers[names[0]] if len(towers) == 1 else nn.ModuleDict(towers)
 
-    `config`: of the LLaVA. Raises ValueError if the files hold other weights than its tower has.
+
+def load_tower(release: Path, config: Any, dtype: torch.dtype, name: str | None = None) -> nn.Module:
+    """A tower of a release's folder in transformers' layout, alone; nothing else of the weights is read.
+
+    `config`: of the LLaVA. `name`: of its towers, as its family has them; the one for images by default. Raises
+    ValueError if the files hold other weights than the tower has.
     """
     family = family_of(config.model_type)
-    tower: nn.Module = family.build_tower(config)
-    prefix = f"{family.towers[0]}."
+    name = family.towers[0] if name is None else name
+    tower: nn.Module = family.build_tower(config, name)
+    prefix = f"{name}."
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(release):
-        names = [name for name in read_specs(path) if prefix in name]
-        if names:
+        found = [key for key in read_specs(path) if prefix in key]
+        if found:
             with open_tensors(path) as stored:
-                for name in names:  # older releases have one more level, which transformers leaves out by now
-                    short = _newest_name(name.split(prefix, 1)[1])
-                    tensors[short] = stored[name].to(dtype)
-    expected = {_newest_name(name): name for name in tower.state_dict()}
+                for key in found:  # older releases have one more level, which transformers leaves out by now
+                    tensors[_newest_name(key.split(prefix, 1)[1])] = stored[key].to(dtype)
+    expected = {_newest_name(key): key for key in tower.state_dict()}
     if expected.keys() != tensors.keys():
         different = sorted(expected.keys() ^ tensors.keys())
         raise UserError(f"{release}: {len(different)} weights of the tower, such as {different[0]}, are not as needed")
-    tower.to(dtype).load_state_dict({expected[name]: tensor for name, tensor in tensors.items()})
+    tower.to(dtype).load_state_dict({expected[key]: tensor for key, tensor in tensors.items()})
     return tower.eval().requires_grad_(False)
 
 

@@ -94,8 +94,8 @@ class EstimateConfig:
 
     model: str = "llava-1.5-7b"
     """A known release (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b,
-    llava-next-video-7b, mgm-7b, mgm-13b, demo), a folder with a config.json, or a Hub id (its config.json is
-    downloaded)."""
+    llava-next-video-7b, mgm-7b, mgm-13b, video-llava-7b, demo), a folder with a config.json, or a Hub id (its
+    config.json is downloaded)."""
     budget: str | None = None
     """Visual tokens per image (LLaVA-NeXT: per tile), dominant+contextual. Default: the model's own, else 54+10."""
     budgets: list[str] = field(default_factory=list)
