@@ -23,7 +23,6 @@ from shortzip.data.dataset import ConversationDataset
 from shortzip.data.drops import Drop, DropLog
 from shortzip.reduction.configuration_budgets import tokens_of
 from shortzip.reduction.errors import ReductionError
-from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
@@ -155,7 +154,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     training = training_set(config.data, loosest(config, subject), config.seed, rows, kept)
     held_out = held_out_set(config.data, subject.processor, kept) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
-    refuse_videos(config, subject, training)
+    refuse_videos(config, training)
     check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
@@ -189,11 +188,9 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
 
 
-def refuse_videos(config: TuneConfig, subject: Subject, training: ConversationDataset) -> None:
+def refuse_videos(config: TuneConfig, training: ConversationDataset) -> None:
     """Raises ConfigError for what is not done with videos yet, where rows have some."""
-    towers = family_of(subject.model.config.model_type).towers
     asked = {
-        "data.cache_features": config.data.cache_features if len(towers) > 1 else None,
         "budget_schedule": config.budget_schedule,
         "budgets": config.budgets,
         "data.cache_teacher": config.data.cache_teacher,

@@ -208,7 +208,7 @@ def test_any_cut_gives_the_same_gradient(parts: tuple[Any, ...], plain: bool) ->
 def store_of(root: Path, loaded: Any, dataset: ConversationDataset, budgets: Any) -> FeatureCache:
     cache = FeatureCache(root, features_identity(*loaded, None, budgets))
     session = Session(Accelerator(cpu=True), Reporter(is_main=False), StopRequest())
-    fill_cache(cache, loaded[0], loaded[1].image_processor, [dataset], session, budgets=budgets)
+    fill_cache(cache, loaded[0], loaded[1], [dataset], session, budgets=budgets)
     return cache
 
 

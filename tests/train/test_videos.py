@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_videos import write_frames, write_video
 from PIL import Image
-from runs import checkpoint_tensors, copy_until, run_here, write_recipe
+from runs import checkpoint_tensors, copy_until, output_of, run_here, start_there, write_recipe
 from tiny_onevision import SIDE, write_onevision
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -333,6 +333,7 @@ def test_a_damaged_video_is_a_bad_sample_that_is_listed(release: Path, tmp_path:
     assert {drop["reason"] for drop in dropped} == {"unreadable_video"}
 
 
+@pytest.mark.slow
 def test_a_release_without_videos_trains_on_the_other_rows_and_says_so(
     tiny_release: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,3 +344,17 @@ def test_a_release_without_videos_trains_on_the_other_rows_and_says_so(
     assert len((run / "dropped.jsonl").read_text().splitlines()) == 5
     with pytest.raises(ValueError, match="takes no videos"):
         run_here(recipe, tmp_path / "asked", "--data.video_frames", "3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp2"])
+def test_two_processes_give_the_run_of_one(release: Path, rows: Path, tmp_path: Path, engine: dict[str, str]) -> None:
+    """Also where one has videos in a micro-batch and the other has none."""
+    recipe = recipe_for(tmp_path / "recipe.yaml", release, rows, max_steps=3, save_steps=3, global_batch_size=6)
+    alone = run_here(recipe, tmp_path / "alone")
+    process = start_there(recipe, tmp_path / "two", processes=2, variables=engine)
+    said = output_of(process)
+    assert process.returncode == 0, said[-3000:]
+    before, after = checkpoint_tensors(alone, 3), checkpoint_tensors(tmp_path / "two", 3)
+    for name in before:
+        torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-6)

@@ -1,11 +1,13 @@
 """Every family that takes videos is trained on them the same way: placeholders, the step, caches and evaluation."""
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from made_videos import picture
 from test_videos import batch_of, plain_inputs, write_rows
 
@@ -16,9 +18,15 @@ from shortzip.data.supervision import Supervision
 from shortzip.reduction.families import all_families, family_of
 from shortzip.reduction.flops import visual_tokens_of_video
 from shortzip.reduction.reductions import Reductions
+from shortzip.train.inputs.feature_cache import FeatureCache, features_identity
+from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.towers import leave_out_towers
+from shortzip.train.run.processes import StopRequest
+from shortzip.train.run.report import Reporter
+from shortzip.train.run.session import Session
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 
 WITH_VIDEOS = [family.name for family in all_families() if family.video_frames]
@@ -48,7 +56,7 @@ def test_the_known_families_take_videos() -> None:
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("budget", [BUDGET, None])
+@pytest.mark.parametrize("budget", [BUDGET, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_mixed_batch_is_trained_on_as_the_model_reads_its_rows(
     release: Path, rows: Path, budget: Any, positions: str
 ) -> None:
@@ -114,3 +122,47 @@ def test_frames_by_themselves_have_the_pixels_that_they_have_among_others(releas
     frames = [picture(number) for number in range(count)]
     together = processor.video_processor([frames])[0]
     assert torch.equal(frames_pixels(iter(frames), processor), together)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_from_cached_features_loss_and_gradient_are_the_same(
+    release: Path, rows: Path, tmp_path: Path, positions: str
+) -> None:
+    """And another sampling, or another file, has no features there."""
+    if positions == "original" and "onevision" in str(release):
+        return  # refused, as above
+    model, processor = load_release(str(release), Reductions(BUDGET, positions=positions))
+    train_only_projector(model, torch.float32)
+    dataset = dataset_of(model, processor, rows)
+    loss = SupervisedLoss(model)(batch_of(dataset))
+    loss.backward()
+    wanted = model.model.multi_modal_projector.linear_1.weight.grad.clone()
+    cache = FeatureCache(tmp_path, features_identity(model, processor))
+    session = Session(Accelerator(cpu=True), Reporter(is_main=False), StopRequest())
+    assert fill_cache(cache, model, processor, [dataset], session, batch_size=2) == 6
+    assert fill_cache(cache, model, processor, [dataset], session) == 0
+    sampling = dataset.supervision.sampling
+    assert sampling is not None
+    assert cache.find_video("clips/a.mp4", rows.parent, sampling) is not None
+    assert cache.find_video("clips/a.mp4", rows.parent, replace(sampling, frames=sampling.frames + 1)) is None
+    assert cache.find_video("clips/a.mp4", rows.parent, replace(sampling, fps=1.0)) is None
+    leave_out_towers(model)
+    dataset.features = cache
+    batch = batch_of(dataset)
+    assert not any(name.startswith("pixel_values") for name in batch.inputs)
+    for plain in (False, True):
+        model.zero_grad()
+        cached = SupervisedLoss(model, plain=plain, videos=True)(batch)
+        cached.backward()
+        assert cached.item() == pytest.approx(loss.item(), rel=1e-4)
+        found = model.model.multi_modal_projector.linear_1.weight.grad
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_frames_read_otherwise_are_another_cache(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = load_release(str(release), Reductions(BUDGET))
+    before = features_identity(model, processor)
+    assert before == features_identity(model, processor)
+    settings = {**processor.frames_read_by(), "side": 7}
+    monkeypatch.setattr(processor, "frames_read_by", lambda: settings)
+    assert features_identity(model, processor) != before

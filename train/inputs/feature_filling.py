@@ -219,7 +219,7 @@ def _visual_tokens(model: Any, images: list[Tensor]) -> Iterator[tuple[Tensor, .
 def _frame_tokens(model: Any, videos: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """(tokens, kept) of the frames of each video, given as [F, 3, S, S]."""
     for frames in videos:
-        there = frames.to(next(model.model.vision_tower.parameters()).device)
+        there = frames.to(next(whole_tower(model).parameters()).device)
         yield _parts(model, model.model.get_frame_tokens(there[None]))
 
 
