@@ -517,7 +517,7 @@ def test_a_corrected_metric_or_scale_needs_no_other_run(
     script = f"import pathlib, sys; pathlib.Path(sys.argv[1], 'a_results.json').write_text('{json.dumps(found)}')"
     runs: list[Path] = []
 
-    def command(row: Row, task: Task, config: PapersConfig, folder: Path) -> list[str]:
+    def command(row: Row, task: Task, config: PapersConfig, folder: Path, *_: Release) -> list[str]:
         runs.append(folder)
         return [sys.executable, "-c", script, str(folder)]
 
