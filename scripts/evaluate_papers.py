@@ -49,6 +49,7 @@ from shortzip.train.settings.command_line import end_stopped, parse_config, prin
 from shortzip.train.settings.comparing import TRAINING_FREE, TUNED, VISIONZIP, PapersConfig, Task
 
 LAST_LINES = 20
+JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL")  # lmms-eval's own environment variables, of who judges
 REASON = re.compile(r"(\[rank\d+\]:\s*)?[A-Za-z_][\w.]*(Error|Exception)\b")  # how an exception is printed
 
 
@@ -79,7 +80,7 @@ def check_lmms_eval(config: PapersConfig) -> None:
         is_ready = False
     if not is_ready:
         raise ConfigError(
-            f"{', '.join(judged)}: GPT-4 judges the answers, and lmms-eval has no judge here (API_TYPE is {kind!r}), "
+            f"{', '.join(judged)}: GPT judges the answers, and lmms-eval has no judge here (API_TYPE is {kind!r}), "
             "without which it would make up scores. Set OPENAI_API_KEY, or API_TYPE=azure with AZURE_API_KEY and "
             "AZURE_ENDPOINT, or leave these tasks out with --skip_judged true"
         )
@@ -195,7 +196,7 @@ def _files_below(file: Path) -> Iterator[Path]:
 def digest_of(task: Task, config: PapersConfig) -> str:
     """A digest of what is asked: the task, lmms-eval's version of it or the files of a local one, and who judges."""
     digest = hashlib.sha256()
-    judge = [os.environ.get(key) for key in ("API_TYPE", "MODEL_VERSION")] if task.judge else []
+    judge = [os.environ.get(key) for key in JUDGE] if task.judge else []
     digest.update(json.dumps([task.task, version("lmms_eval"), task.gen_kwargs, config.limit, judge]).encode())
     for file in task_files(task.task, config.include_path):
         with file.open("rb") as content:
@@ -261,6 +262,7 @@ def run_all(
     """
     scores: dict[Row, dict[str, float]] = {row: {} for row in rows}
     failures, store = list[str](), Kept(Path(config.output) / "results")
+    failed = set[str]()  # runs: two columns may be metrics of one
     total, number = len(rows) * len(config.asked), 0
     digests = {task.name: digest_of(task, config) for task in config.asked}
     for row, checked in rows.items():
@@ -272,9 +274,13 @@ def run_all(
             what = f"[{number}/{total}] {row.title}, {row.settings}: {task.name}"
             say(what if results is None else f"{what}: kept")
             try:
+                if results is None and name in failed:
+                    raise RuntimeError("the same run of lmms-eval, which failed above")
                 if results is None:
+                    failed.add(name)
                     results = _run(command_of(row, task, config, folder, checked.release), task, folder, stop)
                     store.keep(name, parts, results)
+                    failed.remove(name)
                 scores[row][task.name] = score_of(results, task)
             except (RuntimeError, ValueError) as error:
                 failures.append(f"{what}: {error}")

@@ -313,7 +313,9 @@ def test_what_is_kept_belongs_to_the_local_tasks_content(local_task: Path, monke
     judged = replace(config.tasks[0], judge=True)
     by_one = digest_of(judged, config)
     monkeypatch.setenv("MODEL_VERSION", "gpt-4o")
-    assert digest_of(judged, config) != by_one
+    by_another = digest_of(judged, config)
+    monkeypatch.setenv("OPENAI_API_URL", "http://127.0.0.1/v1/chat/completions")
+    assert len({by_one, by_another, digest_of(judged, config)}) == 3
     monkeypatch.setattr("shortzip.scripts.evaluate_papers.version", lambda name: f"another version of {name}")
     assert digest_of(config.tasks[0], config) != seen[-1]
 
@@ -531,6 +533,29 @@ def test_a_corrected_metric_or_scale_needs_no_other_run(
     assert len(runs) == 1
 
 
+def test_two_metrics_of_a_task_are_one_run_even_where_it_fails(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [Task("accuracy", "t", ["a"], scale=1), Task("score", "t", ["b"], scale=1), Task("other", "u", ["a"])]
+    config = PapersConfig(str(tiny_release), tasks, str(tmp_path), device="cpu")
+    rows = check_rows(config)
+    (row,) = rows
+    runs: list[str] = []
+
+    def failing(row: Row, task: Task, *_: Any) -> list[str]:
+        runs.append(task.task)
+        return [sys.executable, "-c", "raise SystemExit(3)"]
+
+    monkeypatch.setattr("shortzip.scripts.evaluate_papers.command_of", failing)
+    scores, failures = run_all(config, rows, print, StopRequest())
+    assert (runs, scores) == (["t", "u"], {row: {}})
+    assert ["ended with 3" in failure for failure in failures] == [True, False, True]
+    assert "score: the same run of lmms-eval, which failed above" in failures[1]
+    kept_results(config, rows, {"t": {"a": 1.0, "b": 2.0}})
+    scores, failures = run_all(config, rows, print, StopRequest())
+    assert (runs[2:], scores) == (["u"], {row: {"accuracy": 1.0, "score": 2.0}})
+
+
 def test_why_lmms_eval_failed_is_said(
     tiny_release: Path, local_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,7 +687,7 @@ def test_scores_that_a_judge_gives_need_one(monkeypatch: pytest.MonkeyPatch, pap
             check_lmms_eval(papers)
         else:
             kind = given.get("API_TYPE", "openai")
-            with pytest.raises(ConfigError, match=rf"MM-Vet, LLaVA-Bench: GPT-4 judges .* \(API_TYPE is '{kind}'\)"):
+            with pytest.raises(ConfigError, match=rf"MM-Vet, LLaVA-Bench: GPT judges .* \(API_TYPE is '{kind}'\)"):
                 check_lmms_eval(papers)
     skipped = replace(papers, skip_judged=True)
     check_lmms_eval(skipped)

@@ -140,7 +140,7 @@ class Task:
     full: float | None = None
     """The paper's score with all tokens."""
     judge: bool = False
-    """Whether GPT-4 gives the score. Without a judge lmms-eval does not fail, it makes one up."""
+    """Whether a judge, like GPT-4, gives the score. Without one lmms-eval may make a score up instead of failing."""
     averaged: bool = True
     """Whether the score counts in "% of full": not if lower is better, or the papers leave it out."""
 
@@ -256,7 +256,7 @@ class PapersConfig:
     include_path: str | None = None
     """Folder of local tasks."""
     skip_judged: bool = False
-    """Leave out the tasks that GPT-4 judges."""
+    """Leave out the tasks that a judge like GPT-4 scores."""
     limit: int | None = None
     """Only the first so many documents of each task: to try the machinery, not to report."""
 
