@@ -131,7 +131,11 @@ COMMANDS = {
         "--data.instructions {rows} --name a/b", "--data.instructions {rows} --output {file}",
         "--data.instructions {rows} --output {file}/x", "--data.instructions {rows} --output /proc",
         "--data.instructions {rows} --output configs/eval/tasks --name demo_scenes --overwrite",
-        "--data.instructions {rows} --data.image_root {folder} --output {at}/tasks",
+        "--data.instructions {rows} --data.image_root {folder} --output {at}/tasks", "--questions {rows}",
+        "--questions {rows} --answers {rows} --videos {folder}",
+        "--questions {rows} --answers {rows} --videos {folder} --name mine --output {at}/tasks",
+        "--questions {at}/none.json --answers {rows} --videos {folder} --name mine",
+        "--questions {broken_json} --answers {rows} --videos {at}/none --name mine",
     ],
     "make_tiny_release": [
         "--output {held}", "--output {file}/x", "--output {at}/tiny --family llama", "--output {at}/tiny --seed -1",

@@ -94,11 +94,8 @@ def write_task(
     Returns the number of questions. Raises `UserError` for a name that is no plain word, and `FileInTheWay` where a
     file would be replaced unasked, or in the folder of the shipped tasks at all.
     """
-    if not name.replace("_", "").replace("-", "").isalnum():
-        raise UserError(f"task {name!r}: letters, digits, - and _ are allowed")
+    check_task(folder, name)
     written = [folder / file for file in (f"{name}.yaml", f"{name}_likelihood.yaml", f"{name}.jsonl")]
-    if folder.resolve() == TEMPLATES:
-        raise FileInTheWay(f"{folder} is the folder of the shipped tasks: choose another one")
     refuse_to_replace(*written, overwrite=overwrite)
     count = write_questions(conversations, image_root, folder / f"{name}.jsonl")
     for task, template in ((name, HELD_OUT_TEMPLATE), (f"{name}_likelihood", "_likelihood_template_yaml")):
@@ -106,6 +103,14 @@ def write_task(
         data = {"dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
         write_atomically(folder / f"{task}.yaml", yaml.safe_dump({**entry, **data}, sort_keys=False))
     return count
+
+
+def check_task(folder: Path, name: str) -> None:
+    """Raises `UserError` for a name that is no plain word, and `FileInTheWay` for the folder of the shipped tasks."""
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UserError(f"task {name!r}: letters, digits, - and _ are allowed")
+    if folder.resolve() == TEMPLATES:
+        raise FileInTheWay(f"{folder} is the folder of the shipped tasks: choose another one")
 
 
 # --------------------------------------------------------------------------- what the YAML files of the tasks refer to
