@@ -1,7 +1,10 @@
 """Questions about videos with a judge: their files as tasks, and the recipe of Video-LLaVA's table at toy size."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -211,13 +214,13 @@ def test_without_a_judge_nothing_is_asked(own: ModuleType, monkeypatch: pytest.M
 def test_an_answer_without_a_verdict_has_no_score(
     own: ModuleType, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replies = iter(["I cannot say", "{'pred': 'yes'}", f"Sure! {YES}"])
-    judge.verdict = lambda text: next(replies)
+    judge.verdict = lambda text: f"Sure! {YES}"
     assert process_results(DOC, ["riding"])["gpt_eval_score"]["score"] == 4
-    judge.verdict = lambda text: "I cannot say"
-    with pytest.raises(UserError, match=r"question 7: the judge \(gpt-3\.5-turbo\) gave no verdict .*'riding'"):
-        process_results(DOC, ["riding"])
-    assert len(judge.asked) == 6
+    for unreadable in ("I cannot say", "{'pred': 'yes'}", "{'pred': 'yes', 'score': 'high'}", "{'pred': yes}"):
+        judge.verdict = lambda text, said=unreadable: said  # type: ignore[misc]
+        with pytest.raises(UserError, match=r"question 7: the judge \(gpt-3\.5-turbo\) gave no verdict .*'riding'"):
+            process_results(DOC, ["riding"])
+    assert len(judge.asked) == 5
     monkeypatch.setattr(own, "API_URL", "http://127.0.0.1:9/v1/chat/completions")  # nobody is there
     with pytest.raises(UserError, match="gave no verdict"):
         process_results(DOC, ["riding"])
@@ -319,20 +322,39 @@ def test_the_whole_table_by_the_real_lmms_eval(
     judge.verdict = lambda text: "…" if "unspeakable" in text else YES if "man doing" in text else NO
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    given = recipe(release, tmp_path / "tasks", "--budgets", "[4+2]", "--output", str(tmp_path / "out"))
+    given = recipe(release, tmp_path / "tasks", "--output", str(tmp_path / "out"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"TGIF, TGIF score, MSVD, .*: GPT judges the answers"):
         evaluate_papers(given)
     assert not (tmp_path / "out").exists()
     for key, value in {"OPENAI_API_KEY": "a key", "OPENAI_API_URL": judge.url, "MODEL_VERSION": "judge"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit, match="2 of the runs failed"):
+    with pytest.raises(SystemExit, match="4 of the runs failed"):
         evaluate_papers(given)
     said = capsys.readouterr().out
     assert "gave no verdict of the answer" in said
     assert "the same run of lmms-eval, which failed above" in said
-    (line,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    lines = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [line["budget"] for line in lines] == ["all", "4+2"]
     columns = {"MSVD": 50.0, "MSVD score": 2.5, "MSRVTT": 50.0, "MSRVTT score": 2.5}
-    assert line["scores"] == {**columns, "ActivityNet": 50.0, "ActivityNet score": 2.5}
+    columns |= {"ActivityNet": 50.0, "ActivityNet score": 2.5}
+    assert [line["scores"] for line in lines] == [columns, columns]
+    assert "about one video, of 8 frames" in (tmp_path / "out" / "table.md").read_text()
     assert set(judge.keys) == {"Bearer a key"}
     assert {request["model"] for request in judge.asked} == {"judge"}
+
+
+@pytest.mark.slow
+def test_lmms_eval_alone_asks_nothing_without_a_judge(release: Path, tmp_path: Path) -> None:
+    main([*write_questions(tmp_path), "--output", str(tmp_path / "tasks")])
+    command = [
+        sys.executable, "-m", "lmms_eval", "--model", "reduced_llava", "--model_args",
+        f"pretrained={release},budget=4+2,dtype=float32", "--include_path", str(tmp_path / "tasks"), "--tasks",
+        "msvd_qa", "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples",
+    ]  # fmt: skip
+    judges = ("OPENAI_API_KEY", "OPENAI_API_URL", "API_TYPE", "HF_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in judges}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert "a judge scores these answers, and there is none" in done.stdout + done.stderr
+    assert not list((tmp_path / "out").rglob("*_results.json"))

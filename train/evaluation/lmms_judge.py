@@ -1,8 +1,8 @@
 """What the tasks of questions about videos refer to (configs/eval/tasks/_video_qa_template_yaml): a judge scores them.
 
-Prompt and reading of the verdicts are lmms-eval's, of its ActivityNet-QA: those of Video-ChatGPT's zero-shot
-evaluation, word for word. The judge is reached by lmms-eval's own environment variables: OPENAI_API_KEY,
-OPENAI_API_URL (the whole address of chat completions) and MODEL_VERSION (the judge's name).
+Prompt and reading of the verdicts are lmms-eval's, of its ActivityNet-QA: the words of Video-LLaVA's own evaluation
+(videollava/eval/video/eval_video_qa.py), which are Video-ChatGPT's. The judge is reached by lmms-eval's environment
+variables: OPENAI_API_KEY, OPENAI_API_URL (the whole address of chat completions) and MODEL_VERSION (the judge's name).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from shortzip.data.errors import UserError
+from shortzip.data.errors import UserError, shown
 
-ASKED = 3  # times, before an answer counts as one that the judge cannot be had to judge
 NO_KEY = "YOUR_API_KEY"  # what lmms-eval sends where there is none
 
 
@@ -51,19 +50,18 @@ def doc_to_text(doc: dict[str, Any]) -> str:
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """What the judge says of an answer: yes or no, and 0 to 5.
 
-    Raises UserError for an answer without a verdict: a score of the others alone, or of a made-up one, is none.
+    Raises UserError for an answer without a verdict, which lmms-eval's loop around this function asks for four more
+    times: a score of the other answers alone, or of a made-up verdict, is none.
     """
     own = lmms_evals_own()
-    for _ in range(ASKED):
-        try:
-            verdict: dict[str, Any] = own.activitynetqa_process_results(doc, results)
-        except TypeError:  # it takes the verdict apart without having been able to read it
-            continue
-        return verdict
-    raise UserError(
-        f"question {doc['question_id']}: the judge ({own.GPT_EVAL_MODEL_NAME}) gave no verdict of the answer "
-        f"{results[0]!r}, or none that lmms-eval can read, {ASKED} times; why stands above"
-    )
+    try:
+        verdict: dict[str, Any] = own.activitynetqa_process_results(doc, results)
+    except TypeError as error:  # it takes the verdict apart without having been able to read it
+        raise UserError(
+            f"question {doc['question_id']}: the judge ({own.GPT_EVAL_MODEL_NAME}) gave no verdict of the answer "
+            f"{shown(results[0], 100)!r}, or none that lmms-eval can read; why stands above"
+        ) from error
+    return verdict
 
 
 def aggregate_accuracy(results: Sequence[dict[str, Any]], args: Any) -> float:

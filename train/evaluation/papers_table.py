@@ -196,5 +196,6 @@ def show(config: PapersConfig, lines: Sequence[Mapping[str, Any]]) -> str:
         cost += "" if line["paper_flops_percent"] is None else f" (paper: {line['paper_flops_percent']:g} %)"
         frozen = str(len(parse_layers(line["layers"])))
         cells.append([line["model"], line["budget"], frozen, cost, *scores, percent, paper])
-    note = f"LLM FLOPs: of a prompt of {config.text_tokens} text tokens about one image."
+    about = "one image" if config.frames is None else f"one video, of {config.frames} frames"
+    note = f"LLM FLOPs: of a prompt of {config.text_tokens} text tokens about {about}."
     return print_table(f"{config.model}, {', '.join(names)}", headings, cells, note) + f"\n{note}\n"
