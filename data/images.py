@@ -5,12 +5,13 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from shortzip.data.errors import UserError, printable, shown
@@ -205,16 +206,27 @@ def _look(
     else:
         content, name = image_bytes(source), image_name(source)
     try:
-        if isinstance(content, Image.Image):
-            return _checked(content, name, max_pixels, look)
-        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-            return _decoded(file, name, max_pixels, look)
+        with _whole_files():
+            if isinstance(content, Image.Image):
+                return _checked(content, name, max_pixels, look)
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+                return _decoded(file, name, max_pixels, look)
     except BadImage:
         raise
     except OSError as error:
         raise BadImage("unreadable_image", name, f"cannot be decoded: {error.strerror or error}") from error
     except Exception as error:  # a damaged file brings Pillow's decoders to any
         raise BadImage("unreadable_image", name, f"cannot be decoded: {_words(error)}") from error
+
+
+@contextmanager
+def _whole_files() -> Iterator[None]:
+    """Has Pillow refuse truncated files: to import lmms-eval has it fill them up with grey, in the whole process."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _decoded(file: BinaryIO, name: str, max_pixels: int, look: Callable[[Image.Image], Seen]) -> Seen:

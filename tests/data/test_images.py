@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from shortzip.data.images import BadImage, image_size, open_image
 
@@ -169,6 +169,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, image_format: str) -> None:
         with pytest.raises(BadImage, match=r"cut\.jpg") as caught:
             open_image("cut.jpg", tmp_path)
         assert caught.value.problem == "unreadable_image"
+
+
+def test_a_truncated_file_is_refused_whatever_another_library_told_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lmms-eval, once imported, has Pillow fill truncated files up with grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    (tmp_path / "cut.png").write_bytes(encoded("PNG")[:-200])
+    with pytest.raises(BadImage, match=r"cut\.png"):
+        open_image("cut.png", tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "others' setting stays"
 
 
 def test_random_damage_gives_an_image_or_a_bad_image_and_nothing_else(tmp_path: Path) -> None:

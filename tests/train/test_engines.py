@@ -97,15 +97,26 @@ def assert_like(folder: Path, alone: Path, first: int = 3) -> None:
             assert line.get(key) == other.get(key)
 
 
-def test_the_engines_continue_each_other_s_checkpoints_and_equal_one_process(
+def test_an_engine_continues_another_s_checkpoint_and_equals_one_process(
     zero: Mapping[str, dict[str, str]], recipe: Path, alone: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 from the start, FSDP2 from its step 3, ZeRO-2 from there on, one process at the end."""
+    """ZeRO-3 from the start, FSDP2 from its step 3."""
+    run_under(zero["zero3"], recipe, tmp_path / "zero3")
+    assert_like(tmp_path / "zero3", alone)
+    folder = copy_until(tmp_path / "zero3", tmp_path / "fsdp2", 3)
+    run_under(zero["fsdp2"], recipe, folder, "--resume_from_checkpoint", "latest")
+    assert_like(folder, alone, 3)
+
+
+@pytest.mark.slow
+def test_each_engine_continues_the_one_before_and_one_process_the_last(
+    zero: Mapping[str, dict[str, str]], recipe: Path, alone: Path, tmp_path: Path
+) -> None:
+    """FSDP2 from the start, ZeRO-2 from its step 3, ZeRO-3 from there on, one process at the end."""
     resume = ("--resume_from_checkpoint", "latest")
-    previous, step = tmp_path / "zero3", 3
-    run_under(zero["zero3"], recipe, previous)
-    assert_like(previous, alone)
-    for engine in ("fsdp2", "zero2"):
+    previous, step = tmp_path / "fsdp2", 3
+    run_under(zero["fsdp2"], recipe, previous)
+    for engine in ("zero2", "zero3"):
         folder = copy_until(previous, tmp_path / engine, step)
         run_under(zero[engine], recipe, folder, *resume)
         assert_like(folder, alone, step)
@@ -218,7 +229,8 @@ def test_a_launch_file_begins_with_its_command_and_names_files_that_are_there(pa
         ]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3_offload", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3_offload"])
 def test_micro_batches_are_sized_for_the_engine(
     zero: Mapping[str, dict[str, str]], recipe: Path, tmp_path: Path, engine: str
 ) -> None:
