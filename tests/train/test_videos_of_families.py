@@ -1,5 +1,7 @@
 """Every family that takes videos is trained on them the same way: placeholders, the step, caches and evaluation."""
 
+import json
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -23,11 +25,14 @@ from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.towers import leave_out_towers
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
+from shortzip.train.serving.answers_file import Answerer, read_questions
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
+from shortzip.train.step.places import unreduced
 
 WITH_VIDEOS = [family.name for family in all_families() if family.video_frames]
 BUDGET = {"dominant": 4, "contextual": 2}
@@ -166,3 +171,32 @@ def test_frames_read_otherwise_are_another_cache(release: Path, monkeypatch: pyt
     settings = {**processor.frames_read_by(), "side": 7}
     monkeypatch.setattr(processor, "frames_read_by", lambda: settings)
     assert features_identity(model, processor) != before
+
+
+def test_settings_of_frames_are_part_of_what_a_release_is_recognised_by(release: Path, tmp_path: Path) -> None:
+    """Answers and evaluations are kept under it."""
+    copy = shutil.copytree(release, tmp_path / "copy")
+    before = release_content(open_release(str(copy)))
+    path = copy / "video_preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1] * 3} if path.is_file() else {}))
+    assert release_content(open_release(str(copy))) != before
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_prompt_with_a_video_is_as_long_as_the_positions_that_it_takes(
+    release: Path, rows: Path, positions: str, tmp_path: Path
+) -> None:
+    if positions == "original" and "onevision" in str(release):
+        return  # refused, as above
+    model, processor = load_release(str(release), Reductions(BUDGET, positions=positions))
+    supervision = dataset_of(model, processor, rows).supervision
+    (tmp_path / "asked.json").write_text(json.dumps([{"question_id": 7, "text": "name it", "video": "clips/a.mp4"}]))
+    questions = read_questions(str(tmp_path / "asked.json"))
+    counting = unreduced(supervision) if positions == "original" else supervision
+    assert supervision.sampling is not None
+    longest = len(counting.prompt(questions[0], frames=[supervision.sampling.frames])) + 4
+    answerer = Answerer(model, supervision, str(rows.parent), max_new_tokens=4)
+    for limit, error in ((longest, None), (longest - 1, f"more than {longest - 1} positions")):
+        answerer.longest = limit
+        (said,) = (said[0] for said in answerer.answer(questions, [0], 1))
+        assert said.error is None if error is None else error in str(said.error)
