@@ -120,6 +120,37 @@ def test_prompts_with_videos_and_images_are_generated_in_batches_as_alone(releas
     assert said(*prompts) == [said(prompt)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize("reduction", ["shortv", "fastv", "original"])
+def test_embeddings_into_which_videos_are_merged_are_told_by_the_processors_token_types(
+    release: Path, reduction: str
+) -> None:
+    """Those that it writes at tokens of videos are 2."""
+    if reduction == "original" and "onevision" in str(release):
+        return  # refused, as above
+    keys: dict[str, Any] = {
+        "shortv": {"shortv": {"layers": [1, 3]}}, "fastv": {"fastv": {"layer": 2, "keep": 0.5}},
+        "original": {"positions": "original"},
+    }[reduction]  # fmt: skip
+    model, processor = load_release(str(release), Reductions(BUDGET, **keys))
+    family = family_of(model.config.model_type)
+    count = 3 if family.any_frames else family.frames_read(model.config)
+    text, video = "<video>\nname the colour", [picture(number) for number in range(count)]
+    inputs = dict(processor(text=text, videos=[video], return_tensors="pt", return_mm_token_type_ids=True))
+    types, ids = inputs.pop("mm_token_type_ids"), inputs["input_ids"]
+    assert types.unique().tolist() == [0, 2]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        (features,) = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        embeds = model.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter((ids == processor.video_token_id).unsqueeze(-1), features)
+        merged = {"inputs_embeds": embeds, "mm_token_type_ids": types}
+        if reduction == "original":
+            with pytest.raises(ValueError, match="do not say where the visual tokens"):
+                model(**merged)
+        else:
+            torch.testing.assert_close(model(**merged).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_frames_by_themselves_have_the_pixels_that_they_have_among_others(release: Path) -> None:
     model, processor = load_release(str(release), Reductions(BUDGET))
     family = family_of(model.config.model_type)
