@@ -182,6 +182,21 @@ def test_a_micro_batch_without_videos_runs_an_empty_one_where_others_have_some(
     assert counted == [2] * 5
 
 
+def test_a_teacher_too_reads_an_empty_video_where_others_have_some(release: Path, rows: Path) -> None:
+    model, processor = load_release(str(release), REDUCTIONS)
+    dataset, teacher = dataset_of(processor, rows), Teacher(model, torch.float32)
+    calls: list[str] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: calls.append("tower"))
+    teacher.projector.register_forward_pre_hook(lambda *_: calls.append("projector"))
+    collator = Collator.of(dataset.supervision, layout_of(dataset.supervision, taught=True))
+    taught = SupervisedLoss(model, plain=True, videos=True, teacher=teacher, distill=DistillConfig(weight=0.5))
+    for numbers in ((0,), (1,), (2,), (4,), (0, 1, 2)):
+        calls.clear()
+        with torch.no_grad():
+            assert torch.isfinite(taught(collator([dataset[number] for number in numbers])))
+        assert calls == ["tower", "projector"] * 2, numbers
+
+
 def test_a_teacher_reads_videos_whole(release: Path, rows: Path) -> None:
     """Taught by itself at all visual tokens, a model that reduces nothing learns nothing: the divergence is zero."""
     model, processor = load_release(str(release), Reductions())
