@@ -98,11 +98,18 @@ def lengths_depend_on(
         "template": supervision.template,
         "max_length": supervision.max_length,
         "image token": [supervision.processor.image_token, supervision.processor.image_token_id],
+        **_video_token(supervision),
         "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "opening": tokenizer("x").input_ids[:1],
         "splits special tokens": tokenizer.split_special_tokens,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
+
+
+def _video_token(supervision: Supervision) -> dict[str, Any]:
+    """What stands for a video where one is taken: to other families the same letters are a text's."""
+    processor: Any = supervision.processor
+    return {"video token": [processor.video_token, processor.video_token_id]} if supervision.takes_videos else {}
 
 
 def _placeholders_of_videos(

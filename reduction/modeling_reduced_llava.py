@@ -118,7 +118,7 @@ class ReducedModelMixin(WithoutHeadMixin):
         `active_rows`: with ShortV, what `shortv.active_rows` gives of the visual positions, where that is known: then
         nothing waits for the device.
 
-        `mm_token_type_ids` [B, L] (1 at visual tokens) is read only where nothing else says which positions are
+        `mm_token_type_ids` [B, L] (1 or 2 at visual tokens) is read only where nothing else says which positions are
         visual: ShortV, and `inputs_embeds` into which the image is merged already.
 
         Raises:

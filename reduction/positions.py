@@ -247,7 +247,7 @@ def moved_pass(
         tokens: [B, L] ids, or [B, L, H] embeddings.
         visual: [B, L] bool, where the placeholders of `images` stand; None without.
         images: features with their positions, or None.
-        token_types: [B, L], 1 at visual tokens, for embeddings into which images are merged.
+        token_types: [B, L], 1 or 2 at visual tokens, for embeddings into which images are merged.
         keys: past_key_values, attention_mask and position_ids, or none of them.
     """
     refuse_packing_attention(text_config)
@@ -269,7 +269,7 @@ def moved_pass(
 
 def refuse_merged(token_types: Tensor | None) -> None:
     """Refuses embeddings into which images may be merged: where their tokens stand cannot be seen from them."""
-    if token_types is None or bool((token_types == 1).any()):
+    if token_types is None or bool((token_types != 0).any()):
         raise ReductionError(
             "positions: inputs_embeds do not say where the visual tokens that are merged into them stand: pass "
             "input_ids and pixel_values, or position_ids; for text alone, mm_token_type_ids that are all 0"

@@ -156,11 +156,11 @@ def visual_of_token_types(key: str, mm_token_type_ids: Tensor | None, inputs_emb
     if mm_token_type_ids is None:
         raise ReductionError(
             f"{key}: inputs_embeds alone do not say which positions are visual: pass input_ids and pixel_values, or "
-            f"mm_token_type_ids (1 at visual tokens, else 0) of the same length, or {OFF.format(key=key)}"
+            f"mm_token_type_ids (0 where no visual token is) of the same length, or {OFF.format(key=key)}"
         )
     if mm_token_type_ids.shape != inputs_embeds.shape[:2]:
         raise ReductionError(
             f"{key}: mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}, "
             f"inputs_embeds is {tuple(inputs_embeds.shape[:2])} positions"
         )
-    return mm_token_type_ids == 1
+    return mm_token_type_ids != 0  # processors write 1 at tokens of images, 2 at those of videos

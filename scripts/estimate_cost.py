@@ -134,6 +134,10 @@ def estimate(settings: EstimateConfig) -> tuple[PreTrainedConfig, list[CostRow]]
         frozen = parse_freeze(settings.freeze or DEFAULT_FREEZE, num_layers)
     frozen = frozen if isinstance(frozen, int) else len(frozen)
     both = Reductions(budget)
+    if settings.budgets and settings.frames is not None:
+        raise UserError(
+            "budgets and frames are both given: one projector for several budgets is tuned on images alone"
+        )
     if settings.budgets:
         return config, _of_budgets(config, settings, both.visionzip, frozen)
     if settings.sandwich:

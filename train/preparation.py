@@ -154,7 +154,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     training = training_set(config.data, loosest(config, subject), config.seed, rows, kept)
     held_out = held_out_set(config.data, subject.processor, kept) if config.eval_steps is not None else None
     state.evaluation_due &= held_out is not None
-    refuse_videos(config, training)
+    refuse_videos(config, training, held_out)
     check_positions(subject.model.config, training, taught=config.distill is not None)
     check_positions(subject.model.config, held_out, held_out=True)
     record = recognise(config, run, subject, training, checkpoint, session)
@@ -188,16 +188,22 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     return Prepared(state, subject, training, held_out, plan, total_steps, engine, schedule, record, budgets)
 
 
-def refuse_videos(config: TuneConfig, training: ConversationDataset) -> None:
+def refuse_videos(config: TuneConfig, training: ConversationDataset, held_out: ConversationDataset | None) -> None:
     """Raises ConfigError for what is not done with videos yet, where rows have some."""
-    asked = {
-        "budget_schedule": config.budget_schedule,
-        "budgets": config.budgets,
-        "data.cache_teacher": config.data.cache_teacher,
+    asked: dict[str, tuple[Any, str]] = {
+        "budget_schedule": (config.budget_schedule, "null"),
+        "budgets": (config.budgets, "[]"),
+        "data.cache_teacher": (config.data.cache_teacher, "null"),
     }
-    for key in (key for key, is_set in asked.items() if is_set and training.has_videos):
+    for key, off in ((key, off) for key, (is_set, off) in asked.items() if is_set and training.has_videos):
         count = int((training.videos > 0).sum())
-        raise ConfigError(f"{key} is set, and {count} rows have videos, which it does not know: set it to null")
+        raise ConfigError(f"{key} is set, and {count} rows have videos, which it does not know: set it to {off}")
+    if config.budgets and config.data.cache_features is not None and held_out is not None and held_out.has_videos:
+        count = int((held_out.videos > 0).sum())
+        raise ConfigError(
+            f"data.cache_features and budgets are set, and {count} held-out rows have videos, whose features are not "
+            "kept under several budgets: set data.cache_features to null, or leave them out of data.eval_instructions"
+        )
 
 
 def keep_budgets(config: TuneConfig, subject: Subject, rows: TrainingRows, session: Session) -> BudgetsKept | None:

@@ -10,6 +10,7 @@ from PIL import Image
 from processors import llava_next_processor, llava_processor
 
 from shortzip.data.dataset import ConversationDataset
+from shortzip.data.drops import BadSample
 from shortzip.data.instructions import Conversation
 from shortzip.data.supervision import Supervision, load_template
 from shortzip.reduction import ReducedLlavaNextProcessor, ReducedLlavaProcessor
@@ -107,6 +108,16 @@ def test_template_limit_and_rows_count(root: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert [lengths(supervision, root, kept, wanted) for supervision, wanted in asked] == expected
     assert len(list(kept.iterdir())) == len(asked)
+
+
+def test_what_stands_for_a_video_counts(root: Path, tmp_path: Path) -> None:
+    """Where no video is taken, <video> is a word; its row's length is none of a family that takes some."""
+    row = Conversation("a", (), (("user", "What is <video> in HTML?"), TURNS[1]))
+    lengths(Supervision(one_of(2), TEMPLATE), root, tmp_path / "kept", [row])
+    processor = one_of(2)
+    processor.video_token, processor.video_token_id = "<video>", 3
+    with pytest.raises(BadSample, match="0 videos but the chat template renders 1 <video>"):
+        lengths(Supervision(processor, TEMPLATE), root, tmp_path / "kept", [row])
 
 
 def test_an_image_of_another_size_under_the_same_name_size_and_time_counts(root: Path, tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def test_a_video_is_frames_times_tokens(tmp_path: Path):
     assert "64 text tokens and a video of 32 frames" in report(config, [none, reduced], settings)
     taught = EstimateConfig(model=str(tmp_path), budget="70+10", freeze="60%", frames=32, distill=True)
     assert estimate(taught)[1][1].training_flops > reduced.training_flops
+    with pytest.raises(ValueError, match="budgets and frames are both given"):
+        estimate(EstimateConfig(model=str(tmp_path), budgets=["40", "80"], frames=8))
     with pytest.raises(ValueError, match="tiles 2 and frames 8 are both given"):
         estimate(EstimateConfig(model=str(tmp_path), tiles=2, frames=8))
     with pytest.raises(ValueError, match=r"a LLaVA-1\.5 takes no videos"):

@@ -58,7 +58,7 @@ def release_of(family: str, folder: Path, tiny_release: Path) -> Any:
         return open_release(str(write_next_release(folder / "next")))
     if family == "llava_onevision":
         return open_release(str(write_onevision(folder / "onevision")))
-    if family.endswith("video_llava"):
+    if family == "llava_next_video" or family.endswith("video_llava"):
         return open_release(str(write_tiny_release(folder / family, family)))
     return open_release(str(copy_of_release(folder)), cache_dir=folder / "cache")
 
@@ -70,6 +70,7 @@ def release_of(family: str, folder: Path, tiny_release: Path) -> Any:
         "llava_next",
         "llava_onevision",
         "mini_gemini",
+        "llava_next_video",
         "video_llava",
         "temporal_video_llava",
     ],

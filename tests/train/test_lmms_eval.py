@@ -19,7 +19,7 @@ from shortzip.data.images import open_image
 from shortzip.data.instructions import Conversation, read_instructions
 from shortzip.reduction.reductions import Reductions
 from shortzip.train.evaluation.comparison import Candidate, compare
-from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat, _Request
+from shortzip.train.evaluation.lmms_model import ReducedLlava, ReducedLlavaChat, _reductions, _Request
 from shortzip.train.evaluation.lmms_plugin import middle_image, write_questions, write_task
 from shortzip.train.release.spec import ReleaseSpec
 from shortzip.train.settings.config import DataConfig
@@ -373,6 +373,19 @@ def test_baselines_are_arguments_too(tiny_release: Path) -> None:
     assert drawn.model.config.positions == "compact"
     kept = ReducedLlava(str(tiny_release), budget="9+0", positions="original", device="cpu")
     assert kept.model.config.positions == "original"
+
+
+def test_a_budget_is_chosen_by_the_checkpoints_own_method_where_none_is_named() -> None:
+    chosen: dict[str, Any] = {"dominant": 9, "contextual": 0, "method": "scope", "alpha": 0.5}
+    own = {**chosen, "per_image": {"chooser": "image", "scale": 9.0, "min": 4, "max": 9}}
+
+    def asked(saved: Any, budget: str, method: str | None = None) -> Any:
+        return _reductions(Reductions(saved), budget, method, 0, None, None, None).visionzip
+
+    for saved in (chosen, own):
+        assert asked(saved, "4+0") == {**chosen, "dominant": 4}
+        assert asked(saved, "4+2", "visionzip") == asked(None, "4+2") == {"dominant": 4, "contextual": 2}
+        assert asked(saved, "all") is None
 
 
 def test_a_methods_parameters_are_in_its_word(tiny_release: Path) -> None:

@@ -1,6 +1,7 @@
 """Training on videos with a small LLaVA-OneVision: from rows to the loss, mixed with images and text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from shortzip.reduction.reductions import Reductions
 from shortzip.train.inputs.identity import data_identity
 from shortzip.train.inputs.loading import SharingCollator, layout_of
 from shortzip.train.inputs.videos import sampling_of
+from shortzip.train.preparation import refuse_videos
 from shortzip.train.release.loading import load_release
 from shortzip.train.run.checkpoint import CheckpointError
+from shortzip.train.settings.checks import ConfigError
+from shortzip.train.settings.config import DataConfig, TuneConfig, VisionZipConfig
 from shortzip.train.settings.distill import DistillConfig
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
 from shortzip.train.step.teacher import Teacher
@@ -176,6 +180,21 @@ def test_a_micro_batch_without_videos_runs_an_empty_one_where_others_have_some(
             SupervisedLoss(model, plain=True, videos=True)(batch_of(dataset, *numbers))
             counted.append(calls.count("multi_modal_projector"))
     assert counted == [2] * 5
+
+
+def test_a_teacher_too_reads_an_empty_video_where_others_have_some(release: Path, rows: Path) -> None:
+    model, processor = load_release(str(release), REDUCTIONS)
+    dataset, teacher = dataset_of(processor, rows), Teacher(model, torch.float32)
+    calls: list[str] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: calls.append("tower"))
+    teacher.projector.register_forward_pre_hook(lambda *_: calls.append("projector"))
+    collator = Collator.of(dataset.supervision, layout_of(dataset.supervision, taught=True))
+    taught = SupervisedLoss(model, plain=True, videos=True, teacher=teacher, distill=DistillConfig(weight=0.5))
+    for numbers in ((0,), (1,), (2,), (4,), (0, 1, 2)):
+        calls.clear()
+        with torch.no_grad():
+            assert torch.isfinite(taught(collator([dataset[number] for number in numbers])))
+        assert calls == ["tower", "projector"] * 2, numbers
 
 
 def test_a_teacher_reads_videos_whole(release: Path, rows: Path) -> None:
@@ -358,3 +377,18 @@ def test_two_processes_give_the_run_of_one(release: Path, rows: Path, tmp_path: 
     before, after = checkpoint_tensors(alone, 3), checkpoint_tensors(tmp_path / "two", 3)
     for name in before:
         torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_videos_are_not_kept_under_several_budgets(release: Path, rows: Path, tmp_path: Path) -> None:
+    _, processor = load_release(str(release), REDUCTIONS)
+    some = dataset_of(processor, rows)
+    none = ConversationDataset([row for row in some.conversations if not row.videos], some.supervision, rows.parent)
+    several = {"budgets": ["4+2", "6+3"], "visionzip": VisionZipConfig(dominant=4, contextual=2)}
+    plain = TuneConfig(model="m", data=DataConfig("rows.json"), output_dir=str(tmp_path), **several)
+    cached = replace(plain, data=replace(plain.data, cache_features=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"budgets is set, and 5 rows have videos.*: set it to \[\]"):
+        refuse_videos(plain, some, None)
+    with pytest.raises(ConfigError, match="and budgets are set, and 5 held-out rows have videos"):
+        refuse_videos(cached, none, some)
+    for config, held_out in ((plain, some), (cached, none), (cached, None)):
+        refuse_videos(config, none, held_out)

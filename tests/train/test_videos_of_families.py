@@ -1,5 +1,7 @@
 """Every family that takes videos is trained on them the same way: placeholders, the step, caches and evaluation."""
 
+import json
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -23,11 +25,14 @@ from shortzip.train.inputs.feature_filling import fill_cache
 from shortzip.train.inputs.prompts import batch_prompts, encode_prompt
 from shortzip.train.inputs.videos import sampling_of
 from shortzip.train.release.loading import load_release
+from shortzip.train.release.opening import open_release, release_content
 from shortzip.train.release.towers import leave_out_towers
 from shortzip.train.run.processes import StopRequest
 from shortzip.train.run.report import Reporter
 from shortzip.train.run.session import Session
+from shortzip.train.serving.answers_file import Answerer, read_questions
 from shortzip.train.step.objective import SupervisedLoss, train_only_projector
+from shortzip.train.step.places import unreduced
 
 WITH_VIDEOS = [family.name for family in all_families() if family.video_frames]
 BUDGET = {"dominant": 4, "contextual": 2}
@@ -115,6 +120,37 @@ def test_prompts_with_videos_and_images_are_generated_in_batches_as_alone(releas
     assert said(*prompts) == [said(prompt)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize("reduction", ["shortv", "fastv", "original"])
+def test_embeddings_into_which_videos_are_merged_are_told_by_the_processors_token_types(
+    release: Path, reduction: str
+) -> None:
+    """Those that it writes at tokens of videos are 2."""
+    if reduction == "original" and "onevision" in str(release):
+        return  # refused, as above
+    keys: dict[str, Any] = {
+        "shortv": {"shortv": {"layers": [1, 3]}}, "fastv": {"fastv": {"layer": 2, "keep": 0.5}},
+        "original": {"positions": "original"},
+    }[reduction]  # fmt: skip
+    model, processor = load_release(str(release), Reductions(BUDGET, **keys))
+    family = family_of(model.config.model_type)
+    count = 3 if family.any_frames else family.frames_read(model.config)
+    text, video = "<video>\nname the colour", [picture(number) for number in range(count)]
+    inputs = dict(processor(text=text, videos=[video], return_tensors="pt", return_mm_token_type_ids=True))
+    types, ids = inputs.pop("mm_token_type_ids"), inputs["input_ids"]
+    assert types.unique().tolist() == [0, 2]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        (features,) = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        embeds = model.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter((ids == processor.video_token_id).unsqueeze(-1), features)
+        merged = {"inputs_embeds": embeds, "mm_token_type_ids": types}
+        if reduction == "original":
+            with pytest.raises(ValueError, match="do not say where the visual tokens"):
+                model(**merged)
+        else:
+            torch.testing.assert_close(model(**merged).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_frames_by_themselves_have_the_pixels_that_they_have_among_others(release: Path) -> None:
     model, processor = load_release(str(release), Reductions(BUDGET))
     family = family_of(model.config.model_type)
@@ -166,3 +202,32 @@ def test_frames_read_otherwise_are_another_cache(release: Path, monkeypatch: pyt
     settings = {**processor.frames_read_by(), "side": 7}
     monkeypatch.setattr(processor, "frames_read_by", lambda: settings)
     assert features_identity(model, processor) != before
+
+
+def test_settings_of_frames_are_part_of_what_a_release_is_recognised_by(release: Path, tmp_path: Path) -> None:
+    """Answers and evaluations are kept under it."""
+    copy = shutil.copytree(release, tmp_path / "copy")
+    before = release_content(open_release(str(copy)))
+    path = copy / "video_preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1] * 3} if path.is_file() else {}))
+    assert release_content(open_release(str(copy))) != before
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_prompt_with_a_video_is_as_long_as_the_positions_that_it_takes(
+    release: Path, rows: Path, positions: str, tmp_path: Path
+) -> None:
+    if positions == "original" and "onevision" in str(release):
+        return  # refused, as above
+    model, processor = load_release(str(release), Reductions(BUDGET, positions=positions))
+    supervision = dataset_of(model, processor, rows).supervision
+    (tmp_path / "asked.json").write_text(json.dumps([{"question_id": 7, "text": "name it", "video": "clips/a.mp4"}]))
+    questions = read_questions(str(tmp_path / "asked.json"))
+    counting = unreduced(supervision) if positions == "original" else supervision
+    assert supervision.sampling is not None
+    longest = len(counting.prompt(questions[0], frames=[supervision.sampling.frames])) + 4
+    answerer = Answerer(model, supervision, str(rows.parent), max_new_tokens=4)
+    for limit, error in ((longest, None), (longest - 1, f"more than {longest - 1} positions")):
+        answerer.longest = limit
+        (said,) = (said[0] for said in answerer.answer(questions, [0], 1))
+        assert said.error is None if error is None else error in str(said.error)

@@ -83,7 +83,8 @@ class ReducedLlava(lmms):
         pretrained: whatever `load_release` takes: a reduced checkpoint, a run's folder, a release, a Hub id.
         revision: branch, tag or commit of a Hub id.
         budget: visual tokens, like 54+10 (dominant+contextual), or `all`; absent: as the checkpoint was saved.
-        method: with `budget`, another way to choose them, like scope or vispruner:important=0.25.
+        method: with `budget`, the way to choose them, like scope or vispruner:important=0.25; absent: that of the
+            checkpoint, of a release VisionZip.
         seed: with method random, its seed.
         text_tower: CDPruner: tokens chosen by the question, read with this CLIP, a Hub id or folder (the one that the
             vision tower comes from, like openai/clip-vit-large-patch14-336); with a budget, given or saved.
@@ -340,8 +341,11 @@ def _reductions(
         method=method or VISIONZIP,
         seed=seed,
     )
+    visionzip = saved.visionzip if budget is None else reductions.visionzip
+    if method is None and budget is not None and visionzip is not None and saved.visionzip is not None:
+        visionzip = saved.one_budget.with_budget(visionzip).visionzip  # what was tuned, was tuned for its own method
     return Reductions(
-        saved.visionzip if budget is None else reductions.visionzip,
+        visionzip,
         saved.shortv if layers is None else reductions.shortv,
         saved.fastv if fastv is None else reductions.fastv,
         saved.positions if positions is None else positions,

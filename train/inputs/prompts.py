@@ -62,10 +62,15 @@ class LeftOut:
         return int(self._every.video_tokens(frames)) - self._supervision.video_placeholders(frames)
 
 
-def extra_positions(model_config: Any, supervision: Supervision, sizes: Sequence[tuple[int, int]]) -> int:
-    """How many positions more than its tokens a prompt takes whose images have these (height, width): with original
-    positions those of what is left out, else 0."""
-    return sum(map(LeftOut(supervision), sizes)) if keeps_positions(model_config) else 0
+def extra_positions(
+    model_config: Any, supervision: Supervision, sizes: Sequence[tuple[int, int]], frames: Sequence[int] = ()
+) -> int:
+    """How many positions more than its tokens a prompt takes whose images have these (height, width), and whose videos
+    so many frames each: with original positions those of what is left out, else 0."""
+    if not keeps_positions(model_config):
+        return 0
+    left_out = LeftOut(supervision)
+    return sum(map(left_out, sizes)) + sum(map(left_out.of_video, frames))
 
 
 def encode_prompt(

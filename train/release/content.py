@@ -18,6 +18,7 @@ SMALL_FILES = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
     "tokenizer.json",

@@ -112,11 +112,12 @@ class Answerer:
                 sizes = [(0, 0)] * len(question.images)
                 if self.supervision.needs_image_sizes:
                     sizes = [image_size(source, self.image_root) for source in question.images]
-                ids = self.supervision.prompt(question, sizes, self._frames_seen(question))
+                frames = self._frames_seen(question)
+                ids = self.supervision.prompt(question, sizes, frames)
             except (BadImage, BadSample) as error:
                 refused[place] = Answer(question.id, None, error=str(error))
                 continue
-            left_out = extra_positions(self.model.config, self.supervision, sizes)
+            left_out = extra_positions(self.model.config, self.supervision, sizes, frames)
             if len(ids) + left_out + self.max_new_tokens > self.longest:
                 kept = f", the places of {left_out} visual tokens that are left out" if left_out else ""
                 answer = f"{self.max_new_tokens} of the answer"

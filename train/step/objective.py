@@ -194,12 +194,16 @@ class SupervisedLoss(nn.Module):
         embedding = inner.get_input_embeddings()
         rows = full.to(embedding.weight.device)
         embeds = embedding(rows.input_ids)
-        visual = rows.input_ids == self.model.config.image_token_id
-        if "pixel_values" in batch or "video_frames" in batch:
+        visual, has_videos = rows.input_ids == self.model.config.image_token_id, "video_frames" in batch
+        assert self.teacher is not None
+        if "pixel_values" not in batch and (self.videos or not has_videos):
+            self.teacher.features(self._empty(embeds.device))
+        if "pixel_values" in batch or has_videos:
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), self._teacher_features(batch, full.layout).to(embeds))
-        else:
-            assert self.teacher is not None
-            self.teacher.features(self._no_image(embeds.device))
+        if self.videos and not has_videos:
+            frames = self._empty(embeds.device, video=True)["pixel_values_videos"][0]
+            count = torch.tensor([len(frames)])
+            self.teacher.features({"pixel_values_videos": frames, "video_frames": count})
         outputs = inner.language_model(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False)
         return Take.apply(outputs.last_hidden_state.flatten(0, 1), rows.layout.every_token.ends)
 
@@ -320,18 +324,16 @@ class SupervisedLoss(nn.Module):
         if isinstance(self.model.model.vision_tower, nn.Identity):
             return self.model.model.multi_modal_projector(self._no_token(device))
         if video:
-            config: Any = self.model.config
-            zero = torch.zeros((), device=device, dtype=self.model.dtype)
-            empty = family_of(config.model_type).no_video(config, zero)
-            return torch.cat(list(self.model.model.get_video_features(**empty).pooler_output))
-        features = self.model.model.get_image_features(**self._no_image(device))
+            seen = self.model.model.get_video_features(**self._empty(device, video=True))
+            return torch.cat(list(seen.pooler_output))
+        features = self.model.model.get_image_features(**self._empty(device))
         return torch.cat(list(features.pooler_output))
 
-    def _no_image(self, device: torch.device) -> dict[str, Tensor]:
-        """An empty image, as the model takes it."""
+    def _empty(self, device: torch.device, video: bool = False) -> dict[str, Tensor]:
+        """An empty image, or video, as the model takes it."""
         config: Any = self.model.config
-        zero = torch.zeros((), device=device, dtype=self.model.dtype)
-        return family_of(config.model_type).no_image(config, zero)
+        zero, family = torch.zeros((), device=device, dtype=self.model.dtype), family_of(config.model_type)
+        return family.no_video(config, zero) if video else family.no_image(config, zero)
 
 
 def _used(features: Tensor, layout: Layout) -> Tensor:
