@@ -23,6 +23,7 @@ SIDES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sides_that_compute_the_same_loss_have_the_same_after_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shortzip.scripts.benchmarks.timing._reset_peak_memory", lambda _: None)
     settings = AgainstConfig(sides=SIDES, global_batch_size=3, micro_batch_size=2, steps=2, rounds=1)

@@ -315,6 +315,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_checkpoint_names_the_budgets(
     assert json.loads((alone / "final" / "config.json").read_text())["budgets"] is None
 
 
+@pytest.mark.slow
 def test_the_final_table_shows_each_budget(
     tiny_release: Path, tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
 ) -> None:

@@ -134,9 +134,8 @@ def test_the_estimate_follows_the_rehearsal(name: str, rows: int, after: int, wa
     follows(name, rows, after, 3, way)
 
 
-@pytest.mark.parametrize(
-    "way", [SANDWICHES[0], *(pytest.param(way, marks=pytest.mark.slow) for way in SANDWICHES[1:])], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SANDWICHES, ids=str)
 def test_several_readings_take_what_is_estimated_or_less(way: Way) -> None:
     held = compare("llava-1.5-7b", 4, 165, 3, way)
     assert held.rehearsed <= held.estimated <= 1.06 * held.rehearsed, f"{held.ratio:.4f} of {held.rehearsed:,} bytes"
