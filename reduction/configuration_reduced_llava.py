@@ -1,7 +1,7 @@
 """Configs of the reduced models, and the one place that says which reductions a model can take."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
@@ -201,7 +201,20 @@ def as_reduced(config_dict: dict[str, Any], name: Any, own: str, plain: str) -> 
     return {**config_dict, "model_type": own}
 
 
-class ReducedLlavaConfig(LlavaConfig):
+class ReadsReleases:
+    """Of a reduced config, which comes before the plain one: reads the config.json of a plain release as well."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        plain = cls.model_type.removeprefix("reduced_")
+        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, plain), kwargs
+
+
+class ReducedLlavaConfig(ReadsReleases, LlavaConfig):
     """LlavaConfig and the keys of the reductions, each of which may be None.
 
     Args:
@@ -234,14 +247,8 @@ class ReducedLlavaConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         validate(self)
 
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava"), kwargs
 
-
-class ReducedLlavaNextConfig(LlavaNextConfig):
+class ReducedLlavaNextConfig(ReadsReleases, LlavaNextConfig):
     """LlavaNextConfig and the keys of ReducedLlavaConfig; the budget is per tile."""
 
     model_type = "reduced_llava_next"
@@ -256,12 +263,6 @@ class ReducedLlavaNextConfig(LlavaNextConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         validate(self)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_next"), kwargs
 
 
 ReducedLlavaConfig.register_for_auto_class()

@@ -4,10 +4,9 @@ from typing import Any
 
 from transformers import LlavaOnevisionConfig
 
-from .configuration_reduced_llava import as_reduced, validate
+from .configuration_reduced_llava import ReadsReleases, validate
 from .errors import ReductionError
 from .positions import COMPACT
-from .weight_files import check_json
 
 
 def validate_onevision(config: Any) -> None:
@@ -24,7 +23,7 @@ def validate_onevision(config: Any) -> None:
         )
 
 
-class ReducedLlavaOnevisionConfig(LlavaOnevisionConfig):
+class ReducedLlavaOnevisionConfig(ReadsReleases, LlavaOnevisionConfig):
     """LlavaOnevisionConfig and the keys of ReducedLlavaConfig; the budget is per tile, and per frame of a video.
 
     `positions` is "compact".
@@ -42,12 +41,6 @@ class ReducedLlavaOnevisionConfig(LlavaOnevisionConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         validate_onevision(self)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, "llava_onevision"), kwargs
 
 
 ReducedLlavaOnevisionConfig.register_for_auto_class()

@@ -5,11 +5,8 @@ from typing import Any
 from transformers import ConvNextConfig
 
 from .configuration_pruning import is_whole
-from .configuration_reduced_llava import ReducedLlavaConfig, as_reduced
+from .configuration_reduced_llava import ReducedLlavaConfig
 from .errors import ReductionError
-from .weight_files import check_json
-
-PLAIN = "mini_gemini"  # without reductions; transformers has no class for it
 
 
 def tiles_of(config: Any) -> int:
@@ -82,12 +79,6 @@ class ReducedMiniGeminiConfig(ReducedLlavaConfig):
             self.aux_config = ConvNextConfig(**self.aux_config)
         super().__post_init__(**kwargs)
         validate_mini_gemini(self)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
-        config_dict, kwargs = super(ReducedLlavaConfig, cls).get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, PLAIN), kwargs
 
 
 ReducedMiniGeminiConfig.register_for_auto_class()

@@ -4,10 +4,9 @@ from typing import Any
 
 from transformers import VideoLlavaConfig
 
-from .configuration_reduced_llava import as_reduced, validate
+from .configuration_reduced_llava import ReadsReleases, validate
 from .errors import ReductionError
 from .positions import COMPACT
-from .weight_files import check_json
 
 
 def validate_video_llava(config: Any) -> None:
@@ -22,7 +21,7 @@ def validate_video_llava(config: Any) -> None:
         raise ReductionError(f"vision_config: the tower is a {kind}; Video-LLaVA's are of clip_vision_model")
 
 
-class ReducedVideoLlavaConfig(VideoLlavaConfig):
+class ReducedVideoLlavaConfig(ReadsReleases, VideoLlavaConfig):
     """VideoLlavaConfig and the keys of ReducedLlavaConfig; the budget is per image, and per frame of a video.
 
     Raises:
@@ -41,13 +40,6 @@ class ReducedVideoLlavaConfig(VideoLlavaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         validate_video_llava(self)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_json(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        plain = cls.model_type.removeprefix("reduced_")
-        return as_reduced(config_dict, pretrained_model_name_or_path, cls.model_type, plain), kwargs
 
 
 ReducedVideoLlavaConfig.register_for_auto_class()
