@@ -168,8 +168,9 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     elif config.data.cache_features is not None:
         run.accept(state.step)
         release, tower, model, processor = subject.release, subject.tower, subject.model, subject.processor
-        store_features(config, release, tower, model, processor, datasets, session, subject.listed)
-        if held_out is not None and held_out.features is not None and subject.listed:
+        several = subject.listed or stages_of(config, model.config.visionzip)
+        store_features(config, release, tower, model, processor, datasets, session, several)
+        if held_out is not None and held_out.features is not None and several:
             held_out.features = UnderOneBudget(held_out.features, tokens_of(model.config.visionzip))
     plan, total_steps = plan_batches(config, subject, training, state, session)
     budgets = budgets_of_steps(config, subject, training, total_steps)
@@ -231,6 +232,14 @@ def budgets_of_steps(
     return None
 
 
+def stages_of(config: TuneConfig, visionzip: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `visionzip` keys of a schedule's stages and of the run's own, fewest tokens first; none without stages."""
+    schedule, last = config.budget_schedule, tokens_of(visionzip)
+    if schedule is None or schedule.stages is None:
+        return []
+    return [budget_of(visionzip, tokens) for tokens in (last, *reversed(schedule.falling(last, schedule.stages)))]
+
+
 def loosest(config: TuneConfig, subject: Subject) -> Any:
     """The processor of the loosest budget that a step has. Raises ConfigError for one that no image has."""
     if config.budgets:
@@ -241,8 +250,10 @@ def loosest(config: TuneConfig, subject: Subject) -> Any:
         return subject.processor
     model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
     try:
-        for tokens in range(start, own["dominant"] + own["contextual"], -1):
-            change_budget(model, budget_of(own, tokens))
+        every = range(tokens_of(own) + 1, start + 1)
+        for budget in reversed(stages_of(config, own) or [budget_of(own, tokens) for tokens in every]):
+            tokens = tokens_of(budget)
+            change_budget(model, budget)
     except ReductionError as error:
         raise ConfigError(f"budget_schedule.start is {start}: of {tokens} tokens, {error}") from error
     finally:

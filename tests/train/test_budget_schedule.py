@@ -42,6 +42,10 @@ def test_the_budget_falls_linearly_and_ends_as_the_runs_own() -> None:
     assert [budgets_of(8).tokens(step) for step in range(8)] == [24, 20, 15, 10, 6, 6, 6, 6]
     for steps in range(1, 9):
         assert budgets_of(steps, share=0.99).tokens(steps - 1) == 6, "whatever the rounding"
+    staged = ScheduledBudgets(TARGET, 6, None, BudgetScheduleConfig(24, 0.5, stages=2), 12)  # type: ignore[arg-type]
+    assert [staged.tokens(step) for step in range(12)] == [24, 24, 24, 15, 15, 15, 6, 6, 6, 6, 6, 6]
+    more = ScheduledBudgets(TARGET, 6, None, BudgetScheduleConfig(24, 0.5, stages=9), 4)  # type: ignore[arg-type]
+    assert [more.tokens(step) for step in range(4)] == [24, 16, 6, 6], "more stages than steps: those it meets"
     assert budget_of(TARGET, 24) == {"dominant": 16, "contextual": 8}
     assert budget_of({**TARGET, "contextual": 0, "method": "random", "seed": 3}, 9) == {
         "dominant": 9, "contextual": 0, "method": "random", "seed": 3,
@@ -135,9 +139,34 @@ def test_a_run_with_a_schedule_goes_on_bit_for_bit(
     assert [line["loss"] for line in lines] == [line["loss"] for line in again]
 
 
+def test_kept_features_of_every_stage_change_nothing(
+    tiny_release: Path, tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
+) -> None:
+    data = {"eval_instructions": str(tiny_held_out), "num_workers": 0}
+    keys: dict[str, Any] = {"budget_schedule": {"start": 20, "share": 0.8, "stages": 3}, "max_steps": 5}
+    keys |= {"eval_steps": 2, "final_evaluation": False}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, data=data, **keys)
+    cached = ("--data.cache_features", str(tmp_path / "features"))
+    plain, kept = run_here(recipe, tmp_path / "plain"), run_here(recipe, tmp_path / "kept", *cached)
+    ours, theirs = checkpoint_tensors(kept, 5), checkpoint_tensors(plain, 5)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in theirs)
+    saved = json.loads((kept / "final" / "config.json").read_text())
+    assert saved.get("budgets") is None, "a schedule's stages are no budgets to load it with"
+    assert saved["visionzip"] == TARGET
+
+    def folders() -> int:
+        return sum(path.is_dir() for path in (tmp_path / "features").iterdir())
+
+    assert folders() == 1
+    run_here(recipe, tmp_path / "other", *cached, "--budget_schedule.stages", "2", "--max_steps", "2")
+    assert folders() == 2, "other stages, other features"
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        (("--budget_schedule.stages", "0"), "budget_schedule.stages is 0: at least 1 is needed"),
+        (("--budget_schedule.stages", "15"), "budget_schedule.stages is 15: from 20 to 6 tokens there are at most 14"),
         (("--budget_schedule.share", "1"), r"budget_schedule.share is 1.0: a share between 0 and 1"),
         (("--budget_schedule.start", "6"), "budget_schedule.start is 6: more than the budget's 6"),
         (("--visionzip", "null"), "budget_schedule ends with the budget, and visionzip is null"),

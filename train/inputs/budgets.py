@@ -117,11 +117,11 @@ class ScheduledBudgets(Budgets):
     total_steps: int
 
     def of_step(self, step: int) -> list[dict[str, Any]]:
-        last = tokens_of(self.target)
-        falling = int(self.schedule.share * self.total_steps)
+        last, falling = tokens_of(self.target), int(self.schedule.share * self.total_steps)
         if step >= falling:
             return [budget_of(self.target, last)]
-        return [budget_of(self.target, round(self.schedule.start + (last - self.schedule.start) * step / falling))]
+        parts = self.schedule.stages or falling
+        return [budget_of(self.target, self.schedule.falling(last, parts)[step * parts // falling])]
 
 
 @dataclass(frozen=True)

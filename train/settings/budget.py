@@ -21,10 +21,18 @@ class BudgetScheduleConfig:
     """Visual tokens per image (per tile in LLaVA-NeXT) in the first step: more than the budget."""
     share: float = 0.5
     """Share of the steps after which the budget is the run's own."""
+    stages: int | None = None
+    """In how many equal parts it falls; null: with every step."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ConfigError(f"budget_schedule.share is {self.share}: a share between 0 and 1 is needed")
+        if self.stages is not None and self.stages < 1:
+            raise ConfigError(f"budget_schedule.stages is {self.stages}: at least 1 is needed (with every step: null)")
+
+    def falling(self, last: int, parts: int) -> list[int]:
+        """Tokens of each of so many equal parts of the way from `start` down to `last`, which comes after them."""
+        return [round(self.start + (last - self.start) * part / parts) for part in range(parts)]
 
     def check(self, visionzip: VisionZipConfig | None, cache_features: str | None) -> None:
         """Raises `ConfigError` where there is no budget to come to, or one budget's features would be kept."""
@@ -33,10 +41,16 @@ class BudgetScheduleConfig:
         tokens = visionzip.dominant + visionzip.contextual
         if self.start <= tokens:
             raise ConfigError(f"budget_schedule.start is {self.start}: more than the budget's {tokens} is needed")
-        if cache_features is not None:
+        if self.stages is not None and self.stages > self.start - tokens:
             raise ConfigError(
-                f"budget_schedule and data.cache_features ({cache_features!r}) do not go together: features are kept "
-                "for one budget. Set data.cache_features to null"
+                f"budget_schedule.stages is {self.stages}: from {self.start} to {tokens} tokens there are at most "
+                f"{self.start - tokens}"
+            )
+        if cache_features is not None and self.stages is None:
+            raise ConfigError(
+                f"budget_schedule and data.cache_features ({cache_features!r}) do not go together where the budget "
+                "falls with every step: features are kept under each budget. Set budget_schedule.stages to a few (8), "
+                "or data.cache_features to null"
             )
 
 

@@ -159,7 +159,8 @@ class TuneConfig:
     visionzip.per_image.coverage or visionzip.per_image.scale, visionzip.per_image.min and visionzip.per_image.max."""
     budget_schedule: BudgetScheduleConfig | None = None
     """From a loose budget to this one, linear in tokens; null: this one from the first step on. budget_schedule.start:
-    visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one."""
+    visual tokens per image in the first step; budget_schedule.share: of the steps, after which it is this one;
+    budget_schedule.stages: in how many equal parts it falls, few enough for data.cache_features (null: every step)."""
     budgets: list[str | int] = field(default_factory=list)
     """Several budgets for one projector, of which the own is one: 12+4, or a number of tokens in its shares. Each step
     has one of them, drawn with the seed; the checkpoint names them all, and is loaded with any. Empty: the own."""
