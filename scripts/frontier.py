@@ -37,6 +37,7 @@ from shortzip.scripts.tune_points import (
     candidate_of,
     held_out_data,
     measure_share,
+    recipes_of,
     run_of,
 )
 from shortzip.train.calibration.choosing import calibration_prompts, choose_layers
@@ -54,6 +55,7 @@ from shortzip.train.evaluation.methods_picture import picture_of_methods
 from shortzip.train.evaluation.methods_table import method_rows, show_methods
 from shortzip.train.evaluation.questions import Prefill
 from shortzip.train.evaluation.selection_cost import SelectionCost, selection_costs
+from shortzip.train.evaluation.trainings_table import show_trained, trained_rows
 from shortzip.train.inputs.samples import (
     check_instructions,
     draw_demo_scenes,
@@ -68,7 +70,6 @@ from shortzip.train.settings.checks import ConfigError
 from shortzip.train.settings.command_line import (
     dump_config,
     end_stopped,
-    load_config,
     parse_config,
     run_command,
     say,
@@ -220,9 +221,12 @@ def write(
 ) -> None:
     """The table, the picture and the JSON."""
     output = Path(config.output)
-    of_methods = [entry for entry in entries if config.tokens and entry["point"]["series"] in config.methods]
-    rows = summarise([entry for entry in entries if entry not in of_methods])
+    of_first = config.trainings[0].name if config.trainings else ""
+    first = [entry for entry in entries if entry["point"].get("training", "") in ("", of_first)]
+    of_methods = [entry for entry in first if config.tokens and entry["point"]["series"] in config.methods]
+    rows = summarise([entry for entry in first if entry not in of_methods])
     methods = method_rows(of_methods, config, held_out_questions(config, recipe)) if of_methods else []
+    trained = trained_rows(entries, config) if config.trainings or config.per_image or config.elastic else []
     report = {
         "recipe": config.recipe,
         "model": recipe.model,
@@ -232,6 +236,7 @@ def write(
         "rows": [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in rows],
         "reference": config.reference,
         "methods": [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in methods],
+        "trainings": [{**asdict(row), "mean": row.mean, "spread": row.spread} for row in trained],
         "selection": [{"method": key[0], "tokens": key[1], **asdict(cost)} for key, cost in costs.items()],
     }
     write_atomically(output / "frontier.json", json.dumps(report, indent=1) + "\n")  # before anything is shown
@@ -242,6 +247,8 @@ def write(
         tables.append(show_methods(methods, costs, config))
     else:
         draw(rows, output / "frontier.png")
+    if trained:
+        tables.append(show_trained(trained, config))
     write_atomically(output / "table.md", "\n".join(tables))
     say(f"written: {output / 'frontier.json'}, {output / 'frontier.png'}, {output / 'table.md'}")
 
@@ -296,7 +303,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: FrontierConfig) -> None:
     """Checks every point, measures and tunes what is not kept, and writes the report."""
-    recipe = load_config(["--config", config.recipe])
+    recipes = recipes_of(config)
+    recipe = recipes[""]
     if recipe.data.eval_instructions is None:
         raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
     if config.tune and config.fastv and recipe.distill is not None:
@@ -305,7 +313,7 @@ def run(config: FrontierConfig) -> None:
     unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
     check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
     for point in tuned_points(config, unfrozen) if config.tune else []:
-        run_of(point, config, recipe)  # raises where the recipe's settings do not go with a point
+        run_of(point, config, recipes[point.training])  # raises where the recipe's settings do not go with a point
     with writing(Path(config.output)):
         Path(config.output).mkdir(parents=True, exist_ok=True)
     try:

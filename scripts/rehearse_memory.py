@@ -41,6 +41,7 @@ from shortzip.train.settings.config import TuneConfig
 from shortzip.train.settings.recipes import find_recipe
 from shortzip.train.step.memory import CUDA_OVERHEAD_BYTES, TrainingStep, training_step_memory
 from shortzip.train.step.micro_batch import MicroBatchLimits, StepEstimate, choose_limits
+from shortzip.train.step.teaching_cost import sandwich_bytes
 
 KNOWN_AS = {  # so that no recipe needs the network to be rehearsed
     "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
@@ -108,8 +109,9 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
     Raises `UserError` and `ConfigError` for a model or a recipe that cannot be rehearsed, and where nothing fits.
     """
     recipe = load_config(["--config", find_recipe(settings.recipe)]) if settings.recipe else None
-    if recipe is not None and recipe.budgets and not recipe.sandwich:
-        recipe = under_largest(recipe)
+    smaller: list[dict[str, Any]] = []
+    if recipe is not None and recipe.budgets:
+        recipe, smaller = under_largest(recipe, settings)
     config, most = reduced_of(settings, recipe), recipe.global_batch_size if recipe else 128
     frozen = config.shortv["layers"] if config.shortv else []
     row = row_of_settings(settings, recipe, config, frozen)
@@ -119,7 +121,8 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
         limits = limits_of(settings, recipe, StepEstimate(config, row, most))
         batch = real_micro_batch(dataset, recipe, limits)
     else:
-        limits = limits_of(settings, recipe, StepEstimate(config, row, most))
+        narrower = visual_tokens(config, smaller[0]) if smaller else None
+        limits = limits_of(settings, recipe, StepEstimate(config, row, most, narrower=narrower))
         row = row_within(limits, row, most)
         batch = drawn_micro_batch(row, config)
     rows, length = batch.integers.input_ids.shape
@@ -132,6 +135,7 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
         recomputed=limits.gradient_checkpointing,
         cached_features=bool(recipe and recipe.data.cache_features),
         accumulates=rows < most,
+        narrower=tuple((key, drawn_micro_batch(under(row, config, key), config).integers) for key in smaller),
     )
     text, name = config.text_config, settings.recipe or settings.model or "llava-1.5-7b"
     said = (
@@ -142,10 +146,31 @@ def step_of(settings: RehearseConfig) -> tuple[StepToRehearse, TrainingStep, str
     return step, row, said
 
 
-def under_largest(recipe: TuneConfig) -> TuneConfig:
-    """A recipe for several budgets as one for that which takes most."""
+def under_largest(recipe: TuneConfig, settings: RehearseConfig) -> tuple[TuneConfig, list[dict[str, Any]]]:
+    """A recipe for several budgets as one for that which takes most, and the `visionzip` keys under which a step reads
+    its rows again with `sandwich`: the largest of those between, and the smallest.
+
+    Raises `UserError` for `settings` that say what the rows are under one budget alone.
+    """
     assert recipe.visionzip is not None
-    return replace(recipe, visionzip=listed_budgets(recipe.budgets, recipe.visionzip)[-1], budgets=[])
+    *others, largest = listed_budgets(recipe.budgets, recipe.visionzip)
+    alone = replace(recipe, visionzip=largest, budgets=[], sandwich=False)
+    if not recipe.sandwich:
+        return alone, []
+    for flag, is_set in (("--budget", settings.budget is not None), ("--conversations", settings.conversations)):
+        if is_set:
+            raise UserError(f"{flag}: the recipe's sandwich has rows under several budgets: leave it out")
+    return alone, [key.as_key() for key in (others[-1:] + others[:-1][:1])]
+
+
+def visual_tokens(config: Any, key: dict[str, Any]) -> int:
+    """Of a conversation with one image, under a budget."""
+    return flops.visual_tokens_per_image(config, (key["dominant"], key["contextual"]), flops.usual_tiles(config))
+
+
+def under(row: TrainingStep, config: Any, key: dict[str, Any]) -> TrainingStep:
+    """The same rows under another budget."""
+    return replace(row, visual_tokens=visual_tokens(config, key))
 
 
 @dataclass(frozen=True)
@@ -226,11 +251,6 @@ def reduced_of(settings: RehearseConfig, recipe: TuneConfig | None) -> Any:
         freeze = str(recipe.shortv.freeze) if recipe.shortv and recipe.shortv.freeze else None
         if recipe.fastv is not None:
             raise UserError("fastv: pruning inside the language model cannot be rehearsed: set it to null")
-        if recipe.sandwich:
-            raise UserError(
-                "sandwich: what narrower readings of a micro-batch are compared with cannot be rehearsed: set it to "
-                "false, and leave the room that shortzip estimate --budgets … --sandwich true says"
-            )
         if recipe.distill is not None:
             raise UserError(
                 "distill: what a teacher takes cannot be rehearsed: set it to null, and leave the room that "
@@ -292,6 +312,8 @@ def row_of(name: str, step: StepToRehearse, estimate: TrainingStep, memory: str)
         weights_share=1 / step.processes,
     )
     expected = training_step_memory(step.config, same).total - CUDA_OVERHEAD_BYTES
+    if step.narrower:
+        expected += sandwich_bytes(step.config, same, visual_tokens(step.config, step.narrower[0][0]))
     cards = dict.fromkeys((memory, *CARDS))
     fits = {card: found.peak.total + CUDA_OVERHEAD_BYTES <= parse_bytes(card) for card in cards}
     rows, tokens = step.integers.input_ids.shape

@@ -8,6 +8,7 @@ the YAML. What is done is kept, so that it continues where it was interrupted.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from shortzip.data.drops import DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically
 from shortzip.data.kept import Kept, conversations_digest, identity_of
+from shortzip.reduction.selectors import has_own_budgets
 from shortzip.train.evaluation.answers import write_answers
 from shortzip.train.evaluation.comparison import Candidate, answer_files, compare
 from shortzip.train.evaluation.frontier_points import ELASTIC, Point, is_cacheable, point_of, share_of, tuned_as
@@ -40,6 +42,18 @@ POINTS = "points.json"  # beside the YAML: those to be measured
 CACHES = ("features", "tokens", "lessons")
 
 
+def recipes_of(config: FrontierConfig) -> dict[str, TuneConfig]:
+    """The recipe, as "", and that of each training by its name. Raises ConfigError for settings that no run has."""
+    recipes = {"": load_config(["--config", config.recipe])}
+    for training in config.trainings:
+        words = [word for key, value in training.settings.items() for word in (f"--{key}", json.dumps(value))]
+        try:
+            recipes[training.name] = load_config(["--config", config.recipe, *words])
+        except ConfigError as error:
+            raise ConfigError(f"trainings: {training.name}: {error}") from error
+    return recipes
+
+
 def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
     """The content of what a tuned point is made of: the release's files, the conversations and their images."""
     release = open_release(ReleaseSpec.of(recipe))
@@ -49,19 +63,23 @@ def tuned_on(point: Point, recipe: TuneConfig) -> dict[str, Any]:
 
 
 def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConfig:
-    """The run that tunes a point: the recipe's, reduced as the point is, and without what it shows at its end.
+    """The run that tunes a point: that of `recipe`, which is its training's (`recipes_of`), reduced as the point is,
+    and without what it shows at its end.
 
     Runs share what the tower gives of each image, where that is all that the choice depends on and no teacher reads
     all of it, and token counts.
     """
     point = tuned_as(point, config)
     is_elastic, zipped = point.series == ELASTIC, point.reductions.visionzip
+    own_budgets = zipped is not None and has_own_budgets(zipped)
     schedule, budget = recipe.budget_schedule, 0 if zipped is None else zipped["dominant"] + zipped["contextual"]
-    if is_elastic or (schedule is not None and not 0 < budget < schedule.start):  # there is nothing to come down to
-        schedule = None
+    if is_elastic or own_budgets or (schedule is not None and not 0 < budget < schedule.start):
+        schedule = None  # there is nothing to come down to
+    distill = None if own_budgets else recipe.distill
     features, tokens, lessons = (str(Path(config.output) / name) for name in CACHES)
-    kept = features if schedule is None and is_cacheable(point.reductions) else None
-    said = lessons if recipe.distill is not None else None
+    falls_slowly = schedule is not None and schedule.stages is None
+    kept = features if is_cacheable(point.reductions) and not falls_slowly else None
+    said = lessons if distill is not None else None
     return replace(
         recipe,
         visionzip=VisionZipConfig.of(zipped) if zipped else None,
@@ -69,6 +87,7 @@ def run_of(point: Point, config: FrontierConfig, recipe: TuneConfig) -> TuneConf
         fastv=FastVConfig(**point.reductions.fastv) if point.reductions.fastv else None,
         positions="original" if point.positions == "original" else "compact",
         budget_schedule=schedule,
+        distill=distill,
         budgets=list(config.budgets) if is_elastic else [],
         sandwich=is_elastic and config.sandwich,
         data=replace(recipe.data, cache_features=kept, cache_teacher=said, cache_dir=tokens),
@@ -174,17 +193,19 @@ def measure_share(config: FrontierConfig, points: Sequence[Point]) -> None:
 
     Raises `PointsFailed`, when all others are measured, for those that were not.
     """
-    recipe, accelerator = load_config(["--config", config.recipe]), Accelerator()
-    contents: dict[int | None, dict[str, Any]] = {}
+    recipes, accelerator = recipes_of(config), Accelerator()
+    recipe = recipes[""]
+    contents: dict[tuple[str, int | None], dict[str, Any]] = {}
     failures = []
     for number, point in enumerate(points, start=1):
         print(f"[{number}/{len(points)}] {point.name}", flush=True)
         model = recipe.model
         try:
             if point.tuned:
-                if point.seed not in contents:
-                    contents[point.seed] = tuned_on(point, recipe)
-                model = str(tune_point(point, config, recipe, contents[point.seed]) / FINAL)
+                data = point.training, point.seed
+                if data not in contents:
+                    contents[data] = tuned_on(point, recipes[point.training])
+                model = str(tune_point(point, config, recipes[point.training], contents[data]) / FINAL)
             evaluate_point(point, model, config, recipe, accelerator)
         except Exception as error:  # hours of other points shall not wait for somebody to see to this one
             if what_to_mend(error) is None:

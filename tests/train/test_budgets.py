@@ -26,7 +26,7 @@ from shortzip.reduction.families import family_of
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.reduction.selectors import settled
-from shortzip.scripts.rehearse_memory import reduced_of, under_largest
+from shortzip.scripts.rehearse_memory import reduced_of, row_of, step_of, under_largest
 from shortzip.train.finish import candidates_of
 from shortzip.train.inputs.budgets import DrawnBudgets, budget_of, with_budget
 from shortzip.train.inputs.feature_cache import FeatureCache, UnderOneBudget, features_identity
@@ -439,13 +439,33 @@ def test_two_processes_give_the_same_run_and_go_on_bit_for_bit(
     assert saved["budgets"] == LISTED
 
 
-def test_a_rehearsal_is_of_the_largest_and_refuses_the_sandwich(
+def test_a_rehearsal_is_of_the_largest_and_of_a_sandwichs_others(
     tiny_release: Path, tiny_instructions: Path, tmp_path: Path
 ) -> None:
-    recipe = load_config(["--config", str(recipe_of(tmp_path, tiny_release, tiny_instructions))])
-    assert reduced_of(RehearseConfig(), under_largest(recipe)).visionzip == LISTED[-1]
-    with pytest.raises(UserError, match=r"sandwich: .* cannot be rehearsed: set it to false"):
-        reduced_of(RehearseConfig(), replace(recipe, sandwich=True))
+    path = recipe_of(tmp_path, tiny_release, tiny_instructions)
+    recipe, asked = load_config(["--config", str(path)]), RehearseConfig()
+    alone, narrower = under_largest(recipe, asked)
+    assert (reduced_of(asked, alone).visionzip, narrower) == (LISTED[-1], [])
+    largest, narrower = under_largest(replace(recipe, sandwich=True), asked)
+    assert (largest.visionzip, narrower) == (alone.visionzip, [*LISTED[-2:-1], LISTED[0]])
+    two = replace(recipe, sandwich=True, budgets=recipe.budgets[:2])
+    assert under_largest(two, asked)[1] == LISTED[:1], "there is none between"
+    step, _, _ = step_of(RehearseConfig(recipe=str(path), rows=2, text_tokens=40))
+    assert step.narrower == ()
+    with path.open("a") as file:
+        file.write("sandwich: true\n")
+    step, estimate, _ = step_of(RehearseConfig(recipe=str(path), rows=2, text_tokens=40))
+    assert [key for key, _ in step.narrower] == narrower
+    lengths = [integers.input_ids.shape[1] for integers in (step.integers, *(own for _, own in step.narrower))]
+    tokens = [sum(key[name] for name in ("dominant", "contextual")) for key in (LISTED[-1], *narrower)]
+    assert [length - tokens[0] for length in lengths] == [own - tokens[0] + lengths[0] - tokens[0] for own in tokens]
+    row = row_of("kept", step, estimate, "24GiB")
+    assert (
+        row.rehearsed.peak.total > row_of("kept", replace(step, narrower=()), estimate, "24GiB").rehearsed.peak.total
+    )
+    for flags in ({"budget": "4+2"}, {"conversations": True}):
+        with pytest.raises(UserError, match=f"--{next(iter(flags))}: the recipe's sandwich has rows under several"):
+            step_of(RehearseConfig(recipe=str(path), **flags))  # type: ignore[arg-type]
 
 
 def test_flops_and_memory_know_of_every_reading(tiny_release: Path, tiny_instructions: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class Point:
     reductions: Reductions
     seed: int | None = None
     tuned: bool = False
+    training: str = ""
+    """How it was tuned, by name; empty: as the recipe says."""
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -64,6 +66,7 @@ class Point:
         parts += [] if self.positions == COMPACT else [f"{self.positions} positions"]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
+        text = f"{text}, {self.training}" if self.training else text
         return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
 
 
@@ -83,6 +86,9 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
             if not reductions.is_empty:
                 points.append(Point(GRID_OF_POINTS, reductions))
+    for visionzip in config.per_image:
+        own = Reductions(visionzip.as_key())
+        points.append(Point(own.describe(), own))
     points += _under_all_budgets(config, layers)
     for tokens in config.tokens or [sum(parse_budget(budget).values()) for budget in config.budgets[:1]]:
         points += _methods_at(config, tokens)
@@ -159,16 +165,27 @@ def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:
 def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> list[Point]:
     """Each point tuned, once per seed, in order of what they tell; what a point draws, it draws with that seed.
 
-    Fewest visual tokens first, of these one seed after the other; original positions, of the methods that are to be
-    tuned with them, come last.
+    Of several trainings one after the other. Fewest visual tokens first, of these one seed after the other; original
+    positions, of the methods that are to be tuned with them, come last.
     """
+    trainings = [training.name for training in config.trainings] or [""]
+    first = trainings[0]
     tuned = [
-        replace(point, seed=seed, tuned=True)
+        replace(point, seed=seed, tuned=True, training=training)
+        for training in trainings
         for point in points
+        if not (point.reductions.is_empty and training != first)  # a control of the first alone
         for seed in config.seeds
         if point.seed in (None, seed) and (point.positions == COMPACT or point.series in config.tune_original)
     ]
     if config.tokens:
         turns: dict[int | None, int] = {seed: turn for turn, seed in enumerate(config.seeds)}
-        tuned.sort(key=lambda point: (point.positions != COMPACT, point.tokens, turns[point.seed]))
+        tuned.sort(
+            key=lambda point: (
+                trainings.index(point.training),
+                point.positions != COMPACT,
+                point.tokens,
+                turns[point.seed],
+            )
+        )
     return list(dict.fromkeys(tuned))

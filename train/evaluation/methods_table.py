@@ -147,9 +147,9 @@ def _table_at(
                 row.budget,
                 row.positions,
                 _percent(untuned),
-                _in_points(untuned.difference if untuned else None),
+                str((untuned and untuned.difference) or ""),
                 _percent(tuned),
-                _in_points(tuned.difference if tuned else None),
+                str((tuned and tuned.difference) or ""),
                 _share(untuned.difficult if untuned else None),
                 _share(tuned.difficult if tuned else None),
                 f"{cost.selection_ms:.2f}" if cost else "",
@@ -171,7 +171,7 @@ def _table_at(
 def _table_of_positions(rows: Sequence[MethodRow]) -> str:
     headings = ["method", "tokens", "", "exact match", "to compact"]
     cells = [
-        [row.method, str(row.tokens), _tuned(row), _percent(row), _in_points(row.to_compact)]
+        [row.method, str(row.tokens), _tuned(row), _percent(row), str(row.to_compact)]
         for row in rows
         if row.to_compact
     ]
@@ -212,14 +212,6 @@ def _percent(row: MethodRow | None) -> str:
 
 def _tuned(row: MethodRow) -> str:
     return "tuned" if row.tuned else "untuned"
-
-
-def _in_points(found: Difference | None) -> str:
-    """The difference in words, like "+3.1 [+0.5, +5.6]"."""
-    if found is None:
-        return ""
-    words = f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"{words} (noise)" if found.is_noise else words
 
 
 def _share(value: float | None) -> str:

@@ -45,6 +45,11 @@ class Difference:
         """Whether the interval holds 0."""
         return self.low <= 0 <= self.high
 
+    def __str__(self) -> str:
+        """In points, like "+3.1 [+0.5, +5.6]"."""
+        words = f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return f"{words} (noise)" if self.is_noise else words
+
 
 def paired_difference(correct: NDArray[np.bool_], reference: NDArray[np.bool_], resamples: int) -> Difference:
     """The mean difference of two models on the same questions, with its bootstrap percentile interval.

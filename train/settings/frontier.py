@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shortzip.reduction.parsing import parse_budget
 from shortzip.reduction.selectors import VISIONZIP
-from shortzip.train.settings.budget import FastVConfig
+from shortzip.train.settings.budget import FastVConfig, VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, repeated
 from shortzip.train.settings.comparing import alike, refuse_repeated
 
@@ -32,6 +32,23 @@ class Kind:
             re.compile(self.pattern)
         except re.error as error:
             raise ConfigError(f"kinds: {self.name}: {self.pattern!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class Training:
+    """A way to tune."""
+
+    name: str
+    """What its rows are called."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe with other values: {max_steps: 640, distill: {weight: 0.5}}."""
+    against: str | None = None
+    """The training that it is compared with, by name; null: the first."""
+
+    def __post_init__(self) -> None:
+        own = [key for key in self.settings if key.partition(".")[0] in ("visionzip", "shortv", "fastv", "budgets")]
+        if own:
+            raise ConfigError(f"trainings: {self.name}: {own[0]} is a point's own: give how to tune alone")
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,12 @@ class FrontierConfig:
     once per seed and number of frozen layers (those of the first budget), and is measured under each."""
     sandwich: bool = False
     """With elastic: that one is tuned with sandwich (each step has the largest budget, the smallest, one between)."""
+    per_image: list[VisionZipConfig] = field(default_factory=list)
+    """`visionzip` keys with a budget for each image (scripts/calibrate_budget.py prints them), each compared with the
+    one of `budgets` that has its dominant and contextual."""
+    trainings: list[Training] = field(default_factory=list)
+    """With tune: ways to tune every point, beside one another; empty: as the recipe says. The first is that of the
+    frontier's own table and picture."""
     prefill_rounds: int = 3
     """How often prefill is timed: a round times every untuned point once, so that a slower moment is so for all."""
     samples: int | None = None
@@ -114,6 +137,22 @@ class FrontierConfig:
             raise ConfigError("methods are held to `tokens` or to the first budget: both are empty")
         self._check_methods()
         self._check_elastic()
+        self._check_trainings()
+
+    def _check_trainings(self) -> None:
+        """Raises ConfigError for trainings that no table can tell apart, and budgets per image that are none."""
+        names = [training.name for training in self.trainings]
+        refuse_repeated("trainings", names)
+        for training in self.trainings:
+            if training.against is not None and (training.against == training.name or training.against not in names):
+                raise ConfigError(
+                    f"trainings: {training.name}: against is {training.against!r}: another one is needed"
+                )
+        for visionzip in self.per_image:
+            if visionzip.per_image is None or visionzip.per_image.chooser == "fixed":
+                raise ConfigError(
+                    f"per_image: {visionzip.as_key()} gives all images one budget: it belongs in budgets"
+                )
 
     def _check_elastic(self) -> None:
         """Raises ConfigError for budgets that no projector can be tuned for together."""
