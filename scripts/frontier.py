@@ -277,7 +277,10 @@ def selection_cost(
         return {}
     release = open_release(ReleaseSpec.of(recipe))
     parts = {
-        "points": [asdict(point) for point in points.values()],
+        # Without what they have had since these costs were first kept: no point here is tuned.
+        "points": [
+            {key: value for key, value in asdict(point).items() if key != "training"} for point in points.values()
+        ],
         "rounds": config.prefill_rounds,
         "batch_size": SELECTION_BATCH,
         "machine": describe_machine(),
@@ -307,9 +310,11 @@ def run(config: FrontierConfig) -> None:
     recipe = recipes[""]
     if recipe.data.eval_instructions is None:
         raise ConfigError(f"{config.recipe} names no held-out conversations: data.eval_instructions is needed")
-    if config.tune and config.fastv and recipe.distill is not None:
-        raise ConfigError(f"fastv: {config.recipe} distills, which pruned points cannot: set one of them to null")
-    check_instructions(recipe.data)
+    for name, each in recipes.items():
+        if config.tune and config.fastv and each.distill is not None:
+            who = f"training {name}" if name else config.recipe
+            raise ConfigError(f"fastv: {who} distills, which pruned points cannot: set one of them to null")
+        check_instructions(each.data)
     unfrozen = points_of(config, defaultdict(list))  # before layers are measured, which takes its time
     check_candidates([candidate_of(point, recipe.model, recipe) for point in unfrozen])
     for point in tuned_points(config, unfrozen) if config.tune else []:
@@ -317,7 +322,8 @@ def run(config: FrontierConfig) -> None:
     with writing(Path(config.output)):
         Path(config.output).mkdir(parents=True, exist_ok=True)
     try:
-        draw_demo_scenes(recipe.data)
+        for each in recipes.values():
+            draw_demo_scenes(each.data)
         points = points_of(config, layers_to_freeze(config, recipe))
         costs = selection_cost(points, config, recipe)
         if config.report_only:

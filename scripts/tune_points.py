@@ -22,6 +22,7 @@ from shortzip.data.drops import DropLog
 from shortzip.data.errors import UserError
 from shortzip.data.files import read_json, write_atomically
 from shortzip.data.kept import Kept, conversations_digest, identity_of
+from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.selectors import has_own_budgets
 from shortzip.train.evaluation.answers import write_answers
 from shortzip.train.evaluation.comparison import Candidate, answer_files, compare
@@ -46,10 +47,12 @@ def recipes_of(config: FrontierConfig) -> dict[str, TuneConfig]:
     """The recipe, as "", and that of each training by its name. Raises ConfigError for settings that no run has."""
     recipes = {"": load_config(["--config", config.recipe])}
     for training in config.trainings:
-        words = [word for key, value in training.settings.items() for word in (f"--{key}", json.dumps(value))]
+        words: list[str] = []
+        for key, value in training.settings.items():
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         try:
             recipes[training.name] = load_config(["--config", config.recipe, *words])
-        except ConfigError as error:
+        except (UserError, ReductionError) as error:
             raise ConfigError(f"trainings: {training.name}: {error}") from error
     return recipes
 
@@ -117,8 +120,10 @@ def tune_point(point: Point, config: FrontierConfig, recipe: TuneConfig, content
     run, point = run_of(point, config, recipe), tuned_as(point, config)
     folder = Path(run.output_dir)
     given, text = Path(config.output) / "recipes" / f"{point.name}.yaml", dump_config(run)
-    # As recipes were written before there were lists of budgets, so that what was tuned by them is still known.
-    known_as = text.replace("budgets: []\n", "").replace("sandwich: false\n", "")
+    # As recipes were written before there were these keys, so that what was tuned by them is still known.
+    known_as = text
+    for line in ("budgets: []\n", "sandwich: false\n", "  stages: null\n"):
+        known_as = known_as.replace(line, "")
     kept, parts = Kept(given.parent), {"recipe": known_as, **content}
     is_begun = kept.find(point.name, parts) is not None and (folder / STATUS).is_file()
     if is_begun and is_finished(folder):

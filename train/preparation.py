@@ -199,11 +199,13 @@ def refuse_videos(config: TuneConfig, training: ConversationDataset, held_out: C
     for key, off in ((key, off) for key, (is_set, off) in asked.items() if is_set and training.has_videos):
         count = int((training.videos > 0).sum())
         raise ConfigError(f"{key} is set, and {count} rows have videos, which it does not know: set it to {off}")
-    if config.budgets and config.data.cache_features is not None and held_out is not None and held_out.has_videos:
+    several = "budgets" if config.budgets else "budget_schedule" if config.budget_schedule else None
+    if several and config.data.cache_features is not None and held_out is not None and held_out.has_videos:
         count = int((held_out.videos > 0).sum())
         raise ConfigError(
-            f"data.cache_features and budgets are set, and {count} held-out rows have videos, whose features are not "
-            "kept under several budgets: set data.cache_features to null, or leave them out of data.eval_instructions"
+            f"data.cache_features and {several} are set, and {count} held-out rows have videos, whose features are "
+            "not kept under several budgets: set data.cache_features to null, or leave them out of "
+            "data.eval_instructions"
         )
 
 
@@ -250,10 +252,10 @@ def loosest(config: TuneConfig, subject: Subject) -> Any:
         return subject.processor
     model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
     try:
-        every = range(tokens_of(own) + 1, start + 1)
-        for budget in reversed(stages_of(config, own) or [budget_of(own, tokens) for tokens in every]):
-            tokens = tokens_of(budget)
-            change_budget(model, budget)
+        change_budget(model, budget_of(own, start))  # before there is a list of them
+        stages = [tokens_of(budget) for budget in stages_of(config, own)]
+        for tokens in reversed(stages or range(tokens_of(own) + 1, start + 1)):
+            change_budget(model, budget_of(own, tokens))
     except ReductionError as error:
         raise ConfigError(f"budget_schedule.start is {start}: of {tokens} tokens, {error}") from error
     finally:

@@ -122,7 +122,8 @@ def benchmark(settings: BenchmarkConfig) -> list[dict[str, Any]]:
     for mean in settings.means:
         share, budgets = best_by_objects(alone, counts, mean)
         spent = float((np.array(budgets) * counts).sum() / counts.sum())
-        found.append({"name": f"{mean}: {budgets} by objects", "exact_match": share, "visual_tokens": spent})
+        best = {"exact_match": share, "visual_tokens": spent, "budgets": budgets}
+        found.append({"name": f"{mean}: best by objects", **best})
     return found
 
 
@@ -170,7 +171,8 @@ def main(argv: Sequence[str]) -> None:
         table.add_column(heading, justify="left" if heading == "mean asked" else "right")
     for row in found:
         loss = f"{row['loss']:.4f}" if "loss" in row else ""
-        shares = [f"{share:.1%}" for share in row.get("by objects", [])]
+        own = row.get("budgets")  # of the best ones, which are shown in place of what they win
+        shares = [f"({budget})" for budget in own] if own else [f"{share:.1%}" for share in row["by objects"]]
         table.add_row(row["name"], f"{row['exact_match']:.1%}", loss, f"{row['visual_tokens']:.2f}", *shares)
     Console().print(table)
     if settings.output is not None:

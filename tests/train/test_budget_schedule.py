@@ -160,6 +160,8 @@ def test_kept_features_of_every_stage_change_nothing(
     assert folders() == 1
     run_here(recipe, tmp_path / "other", *cached, "--budget_schedule.stages", "2", "--max_steps", "2")
     assert folders() == 2, "other stages, other features"
+    older = {**load_config(["--config", str(recipe), "--budget_schedule.stages", "null"]).shaping_settings()}
+    assert older["budget_schedule"] == {"start": 20, "share": 0.8}, "as before there were stages"
 
 
 @pytest.mark.parametrize(

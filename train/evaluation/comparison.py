@@ -43,7 +43,7 @@ from shortzip.train.run.run_folder import ANSWERS, RESULTS
 from shortzip.train.settings.config import DataConfig
 
 ROUNDS = 3  # of timing several models' prefill
-NAME_LENGTH = 100  # characters of a file's name
+NAME_LENGTH = 160  # characters of a file's name
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.parsing import parse_budget, parse_method
 from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
-from shortzip.reduction.selectors import merges, refuse_to_keep
+from shortzip.reduction.selectors import has_own_budgets, merges, refuse_to_keep
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
-from shortzip.train.settings.frontier import DOMINANT_ONLY, FrontierConfig
+from shortzip.train.settings.budget import VisionZipConfig
+from shortzip.train.settings.checks import ConfigError, repeated
+from shortzip.train.settings.frontier import DOMINANT_ONLY, FrontierConfig, Training, plain_name
 
 DRAWN = ("random", "random layers")
 ELASTIC = "one projector for all budgets"
@@ -67,7 +69,7 @@ class Point:
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         text = ", ".join([*parts, "tuned"] if self.tuned else parts)
         text = f"{text}, {self.training}" if self.training else text
-        return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
+        return plain_name(text)
 
 
 def point_of(values: Mapping[str, Any]) -> Point:
@@ -86,9 +88,10 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
             if not reductions.is_empty:
                 points.append(Point(GRID_OF_POINTS, reductions))
-    for visionzip in config.per_image:
-        own = Reductions(visionzip.as_key())
-        points.append(Point(own.describe(), own))
+    choosing = [Reductions(VisionZipConfig.of(key).as_key()) for key in config.per_image]
+    if again := repeated([own.describe() for own in choosing]):
+        raise ConfigError(f"per_image: {again[0]} stands there twice")
+    points += [Point(own.describe(), own) for own in choosing]
     points += _under_all_budgets(config, layers)
     for tokens in config.tokens or [sum(parse_budget(budget).values()) for budget in config.budgets[:1]]:
         points += _methods_at(config, tokens)
@@ -124,6 +127,20 @@ def share_of(points: Sequence[Point], config: FrontierConfig, number: int, proce
     runs = list(dict.fromkeys(tuned_as(point, config).name if point.tuned else point.name for point in points))
     own = set(runs[number - 1 :: processes])
     return [point for point in points if (tuned_as(point, config).name if point.tuned else point.name) in own]
+
+
+def can_have(point: Point, training: Training, first: Training) -> bool:
+    """Whether a point can be tuned so, and differs by it: a control with all tokens is one of the first alone, images
+    that choose their budget have no teacher, and nothing comes down to more tokens than a schedule starts with."""
+    if point.reductions.is_empty:
+        return training == first
+    parts = {key.partition(".")[0] for key in training.settings}
+    zipped = point.reductions.visionzip
+    if zipped is not None and has_own_budgets(zipped) and parts & {"distill", "budget_schedule"}:
+        return False
+    if "budget_schedule" in parts and (point.series == ELASTIC or zipped is None):
+        return False
+    return training.starts_at is None or point.tokens < training.starts_at
 
 
 def _methods_at(config: FrontierConfig, tokens: int) -> Iterator[Point]:
@@ -165,16 +182,15 @@ def _frozen(reductions: Reductions, layers: Sequence[int]) -> Reductions:
 def tuned_points(config: FrontierConfig, points: Sequence[Point]) -> list[Point]:
     """Each point tuned, once per seed, in order of what they tell; what a point draws, it draws with that seed.
 
-    Of several trainings one after the other. Fewest visual tokens first, of these one seed after the other; original
-    positions, of the methods that are to be tuned with them, come last.
+    Of several trainings one after the other, those that a point can have. Fewest visual tokens first, of these one
+    seed after the other; original positions, of the methods that are to be tuned with them, come last.
     """
     trainings = [training.name for training in config.trainings] or [""]
-    first = trainings[0]
     tuned = [
-        replace(point, seed=seed, tuned=True, training=training)
-        for training in trainings
+        replace(point, seed=seed, tuned=True, training=training.name if config.trainings else "")
+        for training in config.trainings or [Training("the recipe's")]
         for point in points
-        if not (point.reductions.is_empty and training != first)  # a control of the first alone
+        if not config.trainings or can_have(point, training, config.trainings[0])
         for seed in config.seeds
         if point.seed in (None, seed) and (point.positions == COMPACT or point.series in config.tune_original)
     ]

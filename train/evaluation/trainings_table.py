@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shortzip.train.evaluation.frontier_points import COMPACT, ELASTIC, Point, point_of
+from shortzip.reduction.selectors import VISIONZIP, has_own_budgets
+from shortzip.train.evaluation.frontier_points import ELASTIC, Point, point_of
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
 from shortzip.train.evaluation.paired import Difference, OverSeeds, paired_difference
 from shortzip.train.run.report import print_table
@@ -72,7 +73,8 @@ def trained_rows(entries: Sequence[Mapping[str, Any]], config: FrontierConfig) -
         before = found.get(((*key[:-1], ""), False))
         untuned = None if before is None else float(before.correct.mean())
         lost = None if untuned is None or full is None else float(full) - untuned
-        other, alone = against.get(training, training), (GRID_OF_POINTS, *key[1:])
+        other = against.get(training, training)
+        alone = (GRID_OF_POINTS, *key[1:]) if _stands_for_a_budget(own.points[0]) else None
         reference = found.get(((*key[:-1], other), True)) if other != training else None
         rows.append(
             TrainedRow(
@@ -84,7 +86,7 @@ def trained_rows(entries: Sequence[Mapping[str, Any]], config: FrontierConfig) -
                 untuned,
                 (float(own.correct.mean()) - untuned) / lost if untuned is not None and lost and lost > 0 else None,
                 _difference(own, reference, config.resamples),
-                _difference(own, found.get((alone, True)), config.resamples) if key != alone else None,
+                _difference(own, found.get((alone, True)), config.resamples) if alone else None,
             )
         )
     return rows
@@ -95,6 +97,14 @@ def _key(point: Point) -> Key:
     return (
         point.series, reductions.budget_words, reductions.fastv_words, point.frozen, point.positions, point.training
     )  # fmt: skip
+
+
+def _stands_for_a_budget(point: Point) -> bool:
+    """Whether a projector tuned for this budget alone is what the point is to be held against."""
+    zipped = point.reductions.visionzip
+    if point.series == ELASTIC:
+        return True
+    return zipped is not None and has_own_budgets(zipped) and point.reductions.method_words == VISIONZIP
 
 
 def _answers(group: Sequence[Mapping[str, Any]]) -> _Answers:
@@ -119,16 +129,8 @@ def _difference(own: _Answers, other: _Answers | None, resamples: int) -> Differ
 
 def _in_words(point: Point) -> str:
     """What the table calls a reduction."""
-    reductions = point.reductions
-    if reductions.visionzip is not None and "per_image" in reductions.visionzip:
-        return point.series
-    parts = ["one projector for all" if point.series == ELASTIC else f"{reductions.method_words} {point.budget}"]
-    if point.series == ELASTIC:
-        parts.append(point.budget)
-    parts += [f"{point.frozen} frozen layers"] if point.frozen else []
-    parts += [reductions.pruning_described] if reductions.fastv else []
-    parts += [f"{point.positions} positions"] if point.positions != COMPACT else []
-    return ", ".join(parts)
+    described = point.reductions.describe()
+    return described if point.series in (GRID_OF_POINTS, described) else f"{point.series}: {described}"
 
 
 def show_trained(rows: Sequence[TrainedRow], config: FrontierConfig) -> str:

@@ -184,7 +184,7 @@ class CollatorInTime:
         step = rows[0][0] if rows else 0  # of no row, no budget
         first, *narrower = self.budgets.of_step(step)
         samples = [row for _, row in rows]
-        batch = self._collator(first)([_of_budget(row, first) for row in samples])
+        batch = self._collator(first)([under_one_budget(row, first) for row in samples])
         batch.budget = first
         for visionzip in narrower:
             batch.narrower.append(self._collator(visionzip, False)(self._narrower(samples, first, visionzip)))
@@ -205,15 +205,19 @@ class CollatorInTime:
         """Rows that are laid out under `first` under another budget, without what both share."""
         before, now = self.budgets.supervision_of(first), self.budgets.supervision_of(visionzip)
         return [
-            replace(_of_budget(row, visionzip), encoded=under(row, before, now), pixels=[], lesson={})
+            replace(under_one_budget(row, visionzip), encoded=under(row, before, now), pixels=[], lesson={})
             for row in rows
             if isinstance(row, Sample)
         ]
 
 
-def _of_budget(row: Any, visionzip: Mapping[str, Any]) -> Any:
+def under_one_budget(row: Any, visionzip: Mapping[str, Any] | None) -> Any:
     """A row with the features of one budget, where it has those of several."""
-    if not isinstance(row, Sample) or not row.features:
+    if (
+        not isinstance(row, Sample)
+        or visionzip is None
+        or not any("." in name for each in row.features for name in each)
+    ):
         return row
     return replace(row, features=[features_of(stored, tokens_of(visionzip)) for stored in row.features])
 

@@ -17,7 +17,7 @@ from shortzip.data.batching import BatchPlan, GlobalBatch, micro_batches_of
 from shortzip.data.dataset import Collator, ConversationDataset, MicroBatch, Sample
 from shortzip.data.errors import UserError
 from shortzip.data.supervision import Supervision
-from shortzip.train.inputs.budgets import Budgets, CollatorInTime, RowsInTime
+from shortzip.train.inputs.budgets import Budgets, CollatorInTime, RowsInTime, under_one_budget
 from shortzip.train.run.processes import watched
 from shortzip.train.settings.config import TuneConfig
 from shortzip.train.step.places import LayOut, unreduced
@@ -145,7 +145,8 @@ def _micro_batch_bytes(dataset: ConversationDataset, plan: BatchPlan) -> int:
     for number in sorted(batch.samples, key=lambda sample: -dataset.frames[sample]):
         sample = dataset[number] if pictures[number] else None
         if isinstance(sample, Sample):
-            held = Collator.of(dataset.supervision)([sample]).inputs
+            loosest = dataset.supervision.processor.visionzip
+            held = Collator.of(dataset.supervision)([under_one_budget(sample, loosest)]).inputs
             floats = sum(tensor.nbytes for tensor in held.values() if tensor.is_floating_point())
             return most * floats // pictures[number]
     return 0

@@ -391,6 +391,8 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
+        if self.budget_schedule is not None and self.budget_schedule.stages is None:  # as before there were stages
+            settings["budget_schedule"] = {"start": self.budget_schedule.start, "share": self.budget_schedule.share}
         if self.data.cache_teacher is not None:
             settings["distill.from data.cache_teacher"] = True  # its likeliest tokens, not all
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}

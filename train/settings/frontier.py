@@ -16,6 +16,16 @@ from shortzip.train.settings.checks import ConfigError, repeated
 from shortzip.train.settings.comparing import alike, refuse_repeated
 
 DOMINANT_ONLY = "dominant only"
+HOW_TO_TUNE = (
+    "distill", "budget_schedule", "tune", "tuning", "lora_r", "lora_alpha", "learning_rate", "weight_decay",
+    "lr_scheduler_type", "warmup_ratio", "num_train_epochs", "max_steps", "global_batch_size", "max_grad_norm",
+    "data.instructions", "data.image_root", "data.fraction", "data.max_length",
+)  # fmt: skip
+
+
+def plain_name(text: str) -> str:
+    """What a point, and so its folder, is called by: letters, digits, + - and . alone."""
+    return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in text)
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,25 @@ class Training:
     name: str
     """What its rows are called."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Keys of the recipe with other values: {max_steps: 640, distill: {weight: 0.5}}."""
+    """Keys of the recipe with other values: {max_steps: 640, distill: {weight: 0.5}}. Those that say how to tune, not
+    what, or how it is measured."""
     against: str | None = None
     """The training that it is compared with, by name; null: the first."""
 
     def __post_init__(self) -> None:
-        own = [key for key in self.settings if key.partition(".")[0] in ("visionzip", "shortv", "fastv", "budgets")]
-        if own:
-            raise ConfigError(f"trainings: {self.name}: {own[0]} is a point's own: give how to tune alone")
+        if not self.name.strip():
+            raise ConfigError("trainings: one of them has no name")
+        other = [key for key in self.settings if key not in HOW_TO_TUNE and key.partition(".")[0] not in HOW_TO_TUNE]
+        if other:
+            known = ", ".join(HOW_TO_TUNE)
+            raise ConfigError(f"trainings: {self.name}: {other[0]} does not say how to tune: one of {known} is needed")
+
+    @property
+    def starts_at(self) -> int | None:
+        """The loosest budget of its own schedule, in tokens; None where it says none."""
+        schedule = self.settings.get("budget_schedule")
+        start = self.settings.get("budget_schedule.start", schedule.get("start") if schedule else None)
+        return None if start is None else int(start)
 
 
 @dataclass(frozen=True)
@@ -97,7 +118,7 @@ class FrontierConfig:
     once per seed and number of frozen layers (those of the first budget), and is measured under each."""
     sandwich: bool = False
     """With elastic: that one is tuned with sandwich (each step has the largest budget, the smallest, one between)."""
-    per_image: list[VisionZipConfig] = field(default_factory=list)
+    per_image: list[dict[str, Any]] = field(default_factory=list)
     """`visionzip` keys with a budget for each image (scripts/calibrate_budget.py prints them), each compared with the
     one of `budgets` that has its dominant and contextual."""
     trainings: list[Training] = field(default_factory=list)
@@ -142,17 +163,19 @@ class FrontierConfig:
     def _check_trainings(self) -> None:
         """Raises ConfigError for trainings that no table can tell apart, and budgets per image that are none."""
         names = [training.name for training in self.trainings]
-        refuse_repeated("trainings", names)
+        refuse_repeated("trainings", [plain_name(name) for name in names])
         for training in self.trainings:
             if training.against is not None and (training.against == training.name or training.against not in names):
                 raise ConfigError(
                     f"trainings: {training.name}: against is {training.against!r}: another one is needed"
                 )
-        for visionzip in self.per_image:
+        for key in self.per_image:
+            try:
+                visionzip = VisionZipConfig.of(key)
+            except TypeError as error:
+                raise ConfigError(f"per_image: {key} is no visionzip key: {error}") from error
             if visionzip.per_image is None or visionzip.per_image.chooser == "fixed":
-                raise ConfigError(
-                    f"per_image: {visionzip.as_key()} gives all images one budget: it belongs in budgets"
-                )
+                raise ConfigError(f"per_image: {key} gives all images one budget: it belongs in budgets")
 
     def _check_elastic(self) -> None:
         """Raises ConfigError for budgets that no projector can be tuned for together."""
