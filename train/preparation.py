@@ -26,7 +26,7 @@ from shortzip.reduction.errors import ReductionError
 from shortzip.reduction.reductions import Reductions
 from shortzip.reduction.refusals import change_budget
 from shortzip.train.calibration.choosing import choose_layers, freeze_layers
-from shortzip.train.inputs.budgets import Budgets, DrawnBudgets, ScheduledBudgets, budget_of
+from shortzip.train.inputs.budgets import Budgets, DrawnBudgets, ScheduledBudgets, budget_of, stages_of
 from shortzip.train.inputs.feature_cache import UnderOneBudget
 from shortzip.train.inputs.feature_filling import ImageRows, known_tower, store_features
 from shortzip.train.inputs.identity import check_same_origin, fingerprint, run_identity
@@ -168,7 +168,7 @@ def prepare(config: TuneConfig, run: RunFolder, session: Session) -> Prepared:
     elif config.data.cache_features is not None:
         run.accept(state.step)
         release, tower, model, processor = subject.release, subject.tower, subject.model, subject.processor
-        several = subject.listed or stages_of(config, model.config.visionzip)
+        several = subject.listed or stages_of(config.budget_schedule, model.config.visionzip)
         store_features(config, release, tower, model, processor, datasets, session, several)
         if held_out is not None and held_out.features is not None and several:
             held_out.features = UnderOneBudget(held_out.features, tokens_of(model.config.visionzip))
@@ -234,14 +234,6 @@ def budgets_of_steps(
     return None
 
 
-def stages_of(config: TuneConfig, visionzip: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `visionzip` keys of a schedule's stages and of the run's own, fewest tokens first; none without stages."""
-    schedule, last = config.budget_schedule, tokens_of(visionzip)
-    if schedule is None or schedule.stages is None:
-        return []
-    return [budget_of(visionzip, tokens) for tokens in (last, *reversed(schedule.falling(last, schedule.stages)))]
-
-
 def loosest(config: TuneConfig, subject: Subject) -> Any:
     """The processor of the loosest budget that a step has. Raises ConfigError for one that no image has."""
     if config.budgets:
@@ -252,8 +244,7 @@ def loosest(config: TuneConfig, subject: Subject) -> Any:
         return subject.processor
     model, own, start = subject.model.model, subject.model.config.visionzip, config.budget_schedule.start
     try:
-        change_budget(model, budget_of(own, start))  # before there is a list of them
-        stages = [tokens_of(budget) for budget in stages_of(config, own)]
+        stages = [tokens_of(budget) for budget in stages_of(config.budget_schedule, own)]
         for tokens in reversed(stages or range(tokens_of(own) + 1, start + 1)):
             change_budget(model, budget_of(own, tokens))
     except ReductionError as error:

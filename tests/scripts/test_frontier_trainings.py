@@ -70,7 +70,7 @@ def test_stages_are_kept_and_a_budget_for_each_image_has_neither_schedule_nor_te
         model="m", data=DataConfig("d.json"), visionzip=VisionZipConfig(6, 3), distill=DistillConfig(),
         budget_schedule=schedule,
     )  # fmt: skip
-    asked = config(per_image=[OWN.as_key()], elastic=True)
+    asked = config(per_image=[OWN], elastic=True)
     runs = {point.series + point.budget: run_of(point, asked, recipe) for point in points_of(asked, LAYERS)}
     fixed = runs[f"{GRID_OF_POINTS}4+2"]
     assert (fixed.budget_schedule, fixed.data.cache_features) == (schedule, str(Path("out") / "features"))
@@ -134,8 +134,7 @@ def test_what_is_won_back_and_against_what() -> None:
         ({"trainings": [SHORT, Training("a", against="b")]}, "trainings: a: against is 'b': another one is needed"),
         ({"trainings": [SHORT, Training("a", against="a")]}, "trainings: a: against is 'a': another one is needed"),
         ({"trainings": [Training("w 0.5"), Training("w-0.5")]}, "trainings: .*w-0.5"),
-        ({"per_image": [VisionZipConfig(4, 2).as_key()]}, "per_image: .* gives all images one budget"),
-        ({"per_image": [{"contextual": 2}]}, "per_image: .* is no visionzip key: .*dominant"),
+        ({"per_image": [VisionZipConfig(4, 2)]}, "per_image: .* gives all images one budget"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -159,7 +158,7 @@ def test_a_point_is_left_out_of_a_training_that_it_cannot_have() -> None:
         Training("taught", {"distill.weight": 0.5}),
         Training("falling", {"budget_schedule": {"start": 12}}),
     )
-    asked = config(per_image=[OWN.as_key()], elastic=True, trainings=[SHORT, taught, falling], seeds=[0])
+    asked = config(per_image=[OWN], elastic=True, trainings=[SHORT, taught, falling], seeds=[0])
     found: dict[str, list[str]] = {}
     for point in tuned_points(asked, points_of(asked, LAYERS)):
         found.setdefault(f"{point.series}, {point.budget}", []).append(point.training)
@@ -169,7 +168,7 @@ def test_a_point_is_left_out_of_a_training_that_it_cannot_have() -> None:
         f"{OWN_NAME}, 4+2": every[:1], f"{ELASTIC}, 4+2": every[:2], f"{ELASTIC}, 8+4": every[:2],
     }  # fmt: skip
     assert Training("a", {"budget_schedule.start": 9}).starts_at == 9
-    twice = config(per_image=[OWN.as_key(), OWN.as_key()])
+    twice = config(per_image=[OWN, OWN])
     with pytest.raises(ConfigError, match=r"per_image: .* stands there twice"):
         points_of(twice, LAYERS)
 

@@ -13,7 +13,6 @@ from shortzip.reduction.positions import COMPACT
 from shortzip.reduction.reductions import ALL, Reductions
 from shortzip.reduction.selectors import has_own_budgets, merges, refuse_to_keep
 from shortzip.train.evaluation.frontier_report import GRID_OF_POINTS
-from shortzip.train.settings.budget import VisionZipConfig
 from shortzip.train.settings.checks import ConfigError, repeated
 from shortzip.train.settings.frontier import DOMINANT_ONLY, FrontierConfig, Training, plain_name
 
@@ -88,7 +87,7 @@ def points_of(config: FrontierConfig, layers: Mapping[Ranked, Sequence[int]]) ->
             reductions = _frozen(Reductions.parse(budget), layers["lc", freeze, budget, config.seeds[0]])
             if not reductions.is_empty:
                 points.append(Point(GRID_OF_POINTS, reductions))
-    choosing = [Reductions(VisionZipConfig.of(key).as_key()) for key in config.per_image]
+    choosing = [Reductions(visionzip.as_key()) for visionzip in config.per_image]
     if again := repeated([own.describe() for own in choosing]):
         raise ConfigError(f"per_image: {again[0]} stands there twice")
     points += [Point(own.describe(), own) for own in choosing]

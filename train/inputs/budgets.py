@@ -36,6 +36,14 @@ def budget_of(visionzip: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     return {**visionzip, **divided(visionzip, tokens)}
 
 
+def stages_of(schedule: BudgetScheduleConfig | None, visionzip: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `visionzip` keys of a schedule's stages and of the run's own, fewest tokens first; none without stages."""
+    if schedule is None or schedule.stages is None:
+        return []
+    last = tokens_of(visionzip)
+    return [budget_of(visionzip, tokens) for tokens in (last, *reversed(schedule.falling(last, schedule.stages)))]
+
+
 def with_budget(supervision: Supervision, visionzip: Mapping[str, Any]) -> Supervision:
     """The same rows under another budget."""
     processor: Any = copy.copy(supervision.processor)

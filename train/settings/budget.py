@@ -30,6 +30,10 @@ class BudgetScheduleConfig:
         if self.stages is not None and self.stages < 1:
             raise ConfigError(f"budget_schedule.stages is {self.stages}: at least 1 is needed (with every step: null)")
 
+    def as_setting(self) -> dict[str, Any]:
+        """What shapes a run, as checkpoints name it: without stages, as before there were any."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def falling(self, last: int, parts: int) -> list[int]:
         """Tokens of each of so many equal parts of the way from `start` down to `last`, which comes after them."""
         return [round(self.start + (last - self.start) * part / parts) for part in range(parts)]

@@ -355,17 +355,13 @@ class TuneConfig:
 
     def _check_held_out(self) -> None:
         if self.eval_steps is not None and self.data.eval_instructions is None:
-            raise ConfigError(
-                f"eval_steps is {self.eval_steps}, but there is nothing held out: set data.eval_instructions"
-            )
+            raise ConfigError(f"eval_steps is {self.eval_steps}, and nothing is held out: set data.eval_instructions")
         if self.control and (self.data.eval_instructions is None or not self.final_evaluation):
             raise ConfigError(
                 "control adds a row to the final table: it needs data.eval_instructions and final_evaluation"
             )
         if self.control and self.visionzip is None and self.shortv is None and self.fastv is None:
-            raise ConfigError(
-                "control is the same tuning without reduction, and this run has none: set control to false"
-            )
+            raise ConfigError("control is the same tuning without reduction, and this run has none: set it to false")
 
     def _check_outputs(self) -> None:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
@@ -391,8 +387,8 @@ class TuneConfig:
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, which a continued run must therefore share."""
         settings = {key: value for key, value in flat_settings(self).items() if key not in FREE_KEYS}
-        if self.budget_schedule is not None and self.budget_schedule.stages is None:  # as before there were stages
-            settings["budget_schedule"] = {"start": self.budget_schedule.start, "share": self.budget_schedule.share}
+        if self.budget_schedule is not None:
+            settings["budget_schedule"] = self.budget_schedule.as_setting()
         if self.data.cache_teacher is not None:
             settings["distill.from data.cache_teacher"] = True  # its likeliest tokens, not all
         data = {f"data.{key}": asdict(self.data)[key] for key in SHAPING_DATA_KEYS}

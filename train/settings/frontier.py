@@ -118,9 +118,9 @@ class FrontierConfig:
     once per seed and number of frozen layers (those of the first budget), and is measured under each."""
     sandwich: bool = False
     """With elastic: that one is tuned with sandwich (each step has the largest budget, the smallest, one between)."""
-    per_image: list[dict[str, Any]] = field(default_factory=list)
+    per_image: list[VisionZipConfig] = field(default_factory=list)
     """`visionzip` keys with a budget for each image (scripts/calibrate_budget.py prints them), each compared with the
-    one of `budgets` that has its dominant and contextual."""
+    one of `budgets` that has its dominant and contextual. A method's own parameters stand in `parameters`."""
     trainings: list[Training] = field(default_factory=list)
     """With tune: ways to tune every point, beside one another; empty: as the recipe says. The first is that of the
     frontier's own table and picture."""
@@ -169,12 +169,9 @@ class FrontierConfig:
                 raise ConfigError(
                     f"trainings: {training.name}: against is {training.against!r}: another one is needed"
                 )
-        for key in self.per_image:
-            try:
-                visionzip = VisionZipConfig.of(key)
-            except TypeError as error:
-                raise ConfigError(f"per_image: {key} is no visionzip key: {error}") from error
+        for visionzip in self.per_image:
             if visionzip.per_image is None or visionzip.per_image.chooser == "fixed":
+                key = visionzip.as_key()
                 raise ConfigError(f"per_image: {key} gives all images one budget: it belongs in budgets")
 
     def _check_elastic(self) -> None:
