@@ -127,7 +127,8 @@ def test_it_is_shown_beside_those_for_one_budget_each(
     saved = json.loads((tmp_path / "out" / "runs" / ours / "final" / "config.json").read_text())
     assert [budget["dominant"] for budget in saved["budgets"]] == [4, 8]
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count(ELASTIC) == 2
+    assert table.count(f"| {ELASTIC} |") == 2
+    assert f"| {ELASTIC}: 8+4 visual tokens | 12 |" in table, "beside the projector for this budget alone"
     before = [path.stat().st_mtime_ns for path in (tmp_path / "out" / "points").glob("*.json")]
     main(["--config", str(tmp_path / "frontier.yaml")])
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out" / "points").glob("*.json")] == before
