@@ -44,6 +44,12 @@ def write_recipe(path: Path, release: Path, instructions: Path, **keys: Any) -> 
     return path
 
 
+def write_points_recipe(path: Path, release: Path, instructions: Path, held_out: Path) -> Path:
+    """What a frontier tunes its points by: two steps, no frozen layer, four short answers."""
+    data = {"eval_instructions": str(held_out), "eval_samples": 4}
+    return write_recipe(path, release, instructions, data=data, max_steps=2, shortv=None, max_new_tokens=2, pictures=0)
+
+
 def run_here(recipe: Path, output: Path, *arguments: str) -> Path:
     """A run in this process; returns its folder."""
     main(["--config", str(recipe), "--output_dir", str(output), *arguments])

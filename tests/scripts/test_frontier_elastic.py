@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import ROOT, write_recipe
+from runs import ROOT, write_points_recipe
 
 from shortzip.data.kept import Kept
 from shortzip.reduction.reductions import Reductions
@@ -104,11 +104,7 @@ def test_the_shipped_config_is_read() -> None:
 def test_it_is_shown_beside_those_for_one_budget_each(
     processes: int, tiny_release: Path, tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
 ) -> None:
-    data = {"eval_instructions": str(tiny_held_out), "eval_samples": 4}
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml", tiny_release, tiny_instructions, data=data, max_steps=2, shortv=None,
-        max_new_tokens=2, pictures=0,
-    )  # fmt: skip
+    recipe = write_points_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, tiny_held_out)
     asked = {
         "recipe": str(recipe), "output": str(tmp_path / "out"), "budgets": ["4+2", "8+4"], "elastic": True,
         "tune": True, "seeds": [0], "prefill_rounds": 1, "processes": processes,

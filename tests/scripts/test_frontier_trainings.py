@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import ROOT, write_recipe
+from runs import ROOT, write_points_recipe, write_recipe
 
 from shortzip.reduction.reductions import Reductions
 from shortzip.scripts.frontier import main
@@ -187,11 +187,7 @@ def test_the_shipped_config_is_read() -> None:
 def test_trainings_and_budgets_for_each_image_are_shown(
     tiny_release: Path, tiny_instructions: Path, tiny_held_out: Path, tmp_path: Path
 ) -> None:
-    data = {"eval_instructions": str(tiny_held_out), "eval_samples": 4}
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml", tiny_release, tiny_instructions, data=data, max_steps=2, shortv=None,
-        max_new_tokens=2, pictures=0,
-    )  # fmt: skip
+    recipe = write_points_recipe(tmp_path / "recipe.yaml", tiny_release, tiny_instructions, tiny_held_out)
     taught = {"distill": {"weight": 0.5}, "budget_schedule": {"start": 12, "share": 0.5, "stages": 2}}
     asked = {
         "recipe": str(recipe), "output": str(tmp_path / "out"), "budgets": ["4+2"], "tune": True, "seeds": [0],
